@@ -1,0 +1,53 @@
+"""`losscurve COMMAND` and `python -m llm COMMAND`: finds the command's file, and turns errors into one line."""
+
+import importlib
+import os
+import sys
+
+from llm.errors import Failure, UserError
+
+COMMANDS = {
+    "prepare": "text to token files",
+    "train": "train a model: batch, forward, backward, step, repeat",
+    "sample": "let a trained model continue a prompt",
+    "plot": "draw the loss curve of one or several runs",
+    "schedule": "show a learning-rate schedule before training",
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(["usage: losscurve COMMAND [flags]   (losscurve COMMAND --help lists the flags)", "", *lines])
+
+
+def run_command(name: str, argv: list[str]) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage, 130/143 interrupted."""
+    module = importlib.import_module(f"llm.commands.{name}")
+    try:
+        code = module.main(argv)
+        sys.stdout.flush()
+        return int(code or 0)
+    except (UserError, Failure) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe went away: nothing more to say, and no trace
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COMMANDS)}"
+        print(f"error: unknown command {words[0]!r}; {hint}", file=sys.stderr)
+        return 2
+    return run_command(words[0], words[1:])

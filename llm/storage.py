@@ -1,0 +1,226 @@
+"""Durable files: complete or absent, hashed, verified. Everything the project writes goes through here.
+
+A file is written under a temporary name beside its place, flushed to the disk, and renamed over it;
+then the folder is flushed too. After a crash at any moment the old file or the new one is there, whole.
+Several files that belong together are changed by a `Transaction`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from llm.errors import UserError
+
+JSON_LIMIT = 64 * 2**20  # bytes; nothing we write comes near it, a hostile file might
+STAGING, READY = ".preparing", ".prepared"  # a transaction before and after its point of no return
+_CHUNK = 2**20
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in `folder` to the disk (POSIX: a rename is durable only after this)."""
+    if os.name == "nt":  # Windows opens no folders; its renames are journalled
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes the name `path` only when the block ends without an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with writing(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    write_bytes(path, content.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON; NaN and infinities are refused with ValueError, as JSON has none."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises UserError naming the file if it is not readable JSON."""
+    try:
+        if path.stat().st_size > JSON_LIMIT:
+            raise UserError(f"{path}: larger than {JSON_LIMIT} bytes, so not a file of ours")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextmanager
+def folder_in_place(final: Path) -> Iterator[Path]:
+    """A new folder that takes the name `final` only when it is complete, with `manifest.json` last.
+
+    The manifest holds the size and SHA-256 of every file, so that `verify_folder` can tell whether
+    the folder is still what was written.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        manifest = {}
+        for path in sorted(temporary.iterdir()):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            manifest[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+        write_json(temporary / "manifest.json", {"files": manifest})
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(final.parent)
+
+
+def verify_folder(folder: Path) -> None:
+    """Raises UserError naming the first file that is missing, added or changed since it was written."""
+    manifest = read_json(folder / "manifest.json")
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{folder / 'manifest.json'}: lists no files")
+    present = {path.name for path in folder.iterdir()} - {"manifest.json"}
+    for name in sorted(present | set(files)):
+        path, entry = folder / name, files.get(name)
+        if name != Path(name).name or name not in present or not isinstance(entry, dict):
+            raise UserError(f"{path}: {'not in the manifest' if name in present else 'missing'}")
+        if path.is_symlink() or not path.is_file():
+            raise UserError(f"{path}: not a regular file")
+        if path.stat().st_size != entry.get("size") or sha256(path) != entry.get("sha256"):
+            raise UserError(f"{path}: changed since it was written (SHA-256 differs)")
+
+
+@contextmanager
+def transaction(folder: Path) -> Iterator[Path]:
+    """Replace several files of `folder` together: write the new ones into the path this yields.
+
+    Until the block ends, `folder` is untouched. Then the staging folder is renamed, the point of no
+    return, and its files are moved into place. `recover` finishes or undoes what a crash left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    recover(folder)
+    staging = folder / STAGING
+    staging.mkdir()
+    try:
+        yield staging
+        for path in staging.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(staging)
+        os.replace(staging, folder / READY)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    sync_folder(folder)
+    recover(folder)
+
+
+def recover(folder: Path) -> None:
+    """Roll an interrupted `transaction` of `folder` forward if it was complete, else undo it.
+
+    The caller holds the folder's lock where another process might be preparing it: see `unfinished`.
+    """
+    if (folder / STAGING).exists():
+        shutil.rmtree(folder / STAGING)
+    ready = folder / READY
+    if ready.exists():
+        for path in sorted(ready.iterdir()):
+            os.replace(path, folder / path.name)
+        sync_folder(folder)
+        ready.rmdir()
+        sync_folder(folder)
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a `transaction` of `folder` is under way or was interrupted: lock it, then `recover`."""
+    return (folder / STAGING).exists() or (folder / READY).exists()
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Hold `folder`'s lock; the system releases it when the process ends, however it ends.
+
+    Raises UserError if another process holds it. `what` names the folder's use in that message.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+b") as file:
+        try:
+            _lock(file)
+        except OSError:
+            raise UserError(
+                f"{folder}: {what} is in use by another process; wait for it, or choose another folder"
+            ) from None
+        yield
+
+
+def _lock(file: IO[bytes]) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def check_writable(folder: Path, needed: int = 0) -> None:
+    """Raises UserError if `folder` cannot be made or written, or has fewer than `needed` bytes free."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there ({error.strerror}); choose another folder") from None
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed; make room or choose another folder"
+        )
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: LOSSCURVE_CACHE, or `losscurve/` in the user's cache folder."""
+    if own := os.environ.get("LOSSCURVE_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "losscurve"

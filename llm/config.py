@@ -130,7 +130,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         validate(self)
-        if self.warmup >= self.max_steps and self.max_steps > 1:
+        if self.warmup >= self.max_steps:
             raise UserError(f"warmup_steps = {self.warmup} is not below max_steps = {self.max_steps}; lower it")
         if self.final_lr > self.max_lr:
             raise UserError(f"min_lr = {self.min_lr} is above max_lr = {self.max_lr}; lower it")
@@ -143,7 +143,8 @@ class TrainConfig:
     @property
     def final_lr(self) -> float:
         """Learning rate at the last step: as given, or the usual tenth of the peak."""
-        return self.max_lr / 10 if self.min_lr is None else self.min_lr
+        # rounded, since 3e-4 / 10 is not 3e-5 in binary
+        return float(f"{self.max_lr / 10:.12g}") if self.min_lr is None else self.min_lr
 
     @property
     def windows_per_step(self) -> int:
@@ -242,7 +243,7 @@ def validate(config: Any) -> None:
     """Raises UserError naming the first field of a dataclass of settings that is out of its bounds."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if f.name == "model" or value is None and field_type(f)[1]:
+        if f.name == "model" or (value is None and field_type(f)[1]):
             continue
         kind, _ = field_type(f)
         low, high, above = (f.metadata[key] for key in ("low", "high", "above"))

@@ -214,7 +214,7 @@ def check_writable(folder: Path, needed: int = 0) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed; make room or choose another folder"
+            f"{folder}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed; make room or choose another"
         )
 
 

@@ -62,7 +62,8 @@ def add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
 def _help(name: str) -> str:
     f = FIELDS[name]
     default = f.default
-    return f.metadata["help"] + ("" if default is None or default == () else f" (default: {default})")
+    words = f.metadata["help"] + ("" if default is None or default == () else f" (default: {default})")
+    return str(words).replace("%", "%%")  # argparse formats its help with %
 
 
 def typed_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""The resumable state of a run: named tensors and facts in a folder that is complete or absent.
+
+`step-000500/` holds one safetensors file for each group of tensors ("model", "optimizer", ...),
+`state.json` and `manifest.json` with their hashes. It knows nothing of the model. `latest` and `best`
+are text files with a folder's name. Loading runs no code: safetensors and JSON only.
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from llm import storage
+from llm.errors import UserError
+
+Groups = dict[str, dict[str, Tensor]]
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """Steps with a saved state, oldest first."""
+    found = [_NAME.fullmatch(path.name) for path in run_dir.glob("step-*")]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def save_state(run_dir: Path, step: int, groups: Groups, facts: dict[str, Any], keep: int, is_best: bool) -> Path:
+    """Write the state of `step`, point `latest` (and `best`) at it, then retire older states.
+
+    The `keep` newest and the best stay. Nothing older is touched before the new state is on the disk.
+    """
+    final = run_dir / folder_name(step)
+    with storage.folder_in_place(final) as folder:
+        for name, tensors in groups.items():
+            ready = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            storage.write_bytes(folder / f"{name}.safetensors", save(ready))
+        storage.write_json(folder / "state.json", {"step": step, **facts})
+    storage.write_text(run_dir / "latest", final.name + "\n")
+    if is_best:
+        storage.write_text(run_dir / "best", final.name + "\n")
+    best = run_dir / "best"
+    spared = best.read_text(encoding="utf-8").strip() if best.exists() else ""
+    for old in saved_steps(run_dir)[:-keep]:
+        if folder_name(old) != spared:
+            shutil.rmtree(run_dir / folder_name(old))
+    return final
+
+
+def load_state(folder: Path) -> tuple[Groups, dict[str, Any]]:
+    """(tensors by group, facts) of a saved state, every byte verified against its manifest first.
+
+    Raises UserError naming the file that is missing, changed or not a state of ours.
+    """
+    storage.verify_folder(folder)
+    facts = storage.read_json(folder / "state.json")
+    if not isinstance(facts, dict) or not isinstance(facts.get("step"), int):
+        raise UserError(f"{folder / 'state.json'}: not the state of a run")
+    groups = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            groups[path.stem] = load(path.read_bytes())
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: not readable as safetensors ({error})") from None
+    return groups, facts
+
+
+def newest_state(run_dir: Path) -> tuple[Groups, dict[str, Any], list[str]]:
+    """The newest state that verifies, and a line for each newer one that was passed over.
+
+    Raises UserError where none does.
+    """
+    passed_over: list[str] = []
+    for step in reversed(saved_steps(run_dir)):
+        try:
+            groups, facts = load_state(run_dir / folder_name(step))
+            return groups, facts, passed_over
+        except (UserError, OSError) as error:
+            passed_over.append(str(error))
+    reason = f" ({'; '.join(passed_over)})" if passed_over else ""
+    raise UserError(f"{run_dir}: no saved state to resume from{reason}; start anew with another --out_dir")

@@ -1,0 +1,91 @@
+"""`losscurve prepare`: a text in, token files out, and what they would be enough for."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from llm.commands.flags import Parser, add_settings, config_from, warn
+
+if TYPE_CHECKING:
+    from llm.prepare import Progress
+
+TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, "Chinchilla"
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("losscurve prepare", "Turn a text into token files: train.bin, val.bin, meta.json, tokenizer.json.")
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        metavar="TEXT",
+        help="files, folders (.txt and .md in them), - for standard input, or the name 'shakespeare'; "
+        "nothing: tiny Shakespeare, or a text that Python carries where that cannot be had",
+    )
+    add_settings(parser, ["text", "tokenizer", "vocab_size", "val_fraction"])
+    parser.add_argument("--data_dir", default="data", metavar="DIR", help="folder to write to (default: data)")
+    parser.add_argument("--offline", action="store_true", help="never touch the network")
+    parser.add_argument("--overwrite", action="store_true", help="replace the token files that are there")
+    args = parser.read(argv)
+    args.text = [*args.paths, *getattr(args, "text", [])]
+    config = config_from(args)
+
+    from pathlib import Path
+
+    from llm.prepare import prepare
+
+    folder = Path(config.data_dir or "data")
+    with bar() as progress:
+        meta = prepare(
+            config.text,
+            folder,
+            config.tokenizer,
+            config.vocab_size,
+            config.val_fraction,
+            offline=args.offline,
+            overwrite=args.overwrite,
+            progress=progress,
+            say=warn,
+        )
+    print("\n".join(summary(meta, folder)))
+    return 0
+
+
+def summary(meta: dict[str, Any], folder: object) -> Iterator[str]:
+    """What was made, in lines."""
+    train, val, source = meta["splits"]["train"], meta["splits"]["val"], meta["source"]
+    tokens = train["tokens"] + val["tokens"]
+    texts = "1 text" if source["documents"] == 1 else f"{source['documents']:,} texts"
+    yield f"{source['name']}: {texts}, {source['characters']:,} characters, {source['bytes']:,} bytes"
+    yield f"{meta['tokenizer']['kind']} tokens: train {train['tokens']:,}, val {val['tokens']:,}"
+    yield f"{source['bytes'] / tokens:.2f} bytes per token; {meta['vocab_used']:,} of {meta['vocab_size']:,} ids in use"
+    yield (
+        f"at {TOKENS_PER_PARAMETER} tokens per parameter (Chinchilla, Hoffmann et al. 2022), "
+        f"{train['tokens']:,} training tokens seen once fit {_short(train['tokens'] / TOKENS_PER_PARAMETER)} parameters"
+    )
+    yield f"wrote {folder}/train.bin, val.bin, meta.json, tokenizer.json"
+    yield "next: losscurve train" + ("" if str(folder) == "data" else f" --data_dir {folder}")
+
+
+def _short(count: float) -> str:
+    for size, unit in ((1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+@contextmanager
+def bar() -> "Iterator[Progress | None]":
+    """A progress bar on stderr, for as long as the block runs; None where nobody watches."""
+    import os
+
+    if not sys.stderr.isatty() or os.environ.get("CI") or os.environ.get("NO_COLOR"):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), "{task.percentage:3.0f}%", TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("tokenizing", total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)

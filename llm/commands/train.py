@@ -1,0 +1,134 @@
+"""`train`: the main job. Flags in, the chapter's lines out."""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from llm.commands.flags import Parser, add_settings, config_from, typed_settings, warn
+from llm.config import FIELDS, PRESETS
+from llm.errors import UserError
+
+if TYPE_CHECKING:
+    from llm.train import Training
+
+DESCRIPTION = "Train a small GPT from scratch. With no flags: the chapter's recipe on tiny Shakespeare."
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("losscurve train", DESCRIPTION)
+    parser.add_argument("--preset", metavar="NAME|FILE.toml", help=f"settings to start from: {', '.join(PRESETS)}")
+    add_settings(parser, FIELDS)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out_dir from its last saved step"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out_dir")
+    args = parser.read(argv)
+    if args.resume and (args.preset or args.overwrite):
+        raise UserError("--resume takes the settings of the run itself; leave out --preset and --overwrite")
+    config = config_from(args)
+
+    from pathlib import Path
+
+    from llm.commands.bars import StepBar
+    from llm.commands.prepare import bar
+    from llm.device import describe_device
+    from llm.run import begun, resumed
+    from llm.schedule import warmup_warning
+    from llm.train import Line, Step
+
+    out_dir = Path(config.out_dir)
+    with contextlib.ExitStack() as stack:
+        if args.resume:
+            run = stack.enter_context(resumed(out_dir, typed_settings(args), say=warn))
+        else:
+            run = stack.enter_context(begun(config, args.overwrite, say=warn, progress=stack.enter_context(bar())))
+        caught = stack.enter_context(signals())
+        run.stop = lambda: bool(caught)
+        config = run.trainer.config
+        if warning := warmup_warning(config):
+            warn(warning)
+        print(f"training on {describe_device(run.trainer.device, run.trainer.dtype)}")
+        print(opening(run), flush=True)
+        with StepBar(config.max_steps, run.progress.step, config.tokens_per_step) as shown:
+            for event in run:
+                if isinstance(event, Line):
+                    shown.print(str(event))
+                elif isinstance(event, Step):
+                    shown.advance(event.step)
+    if run.reason == "interrupted":
+        print(f"saved step {run.progress.step} in {out_dir}; go on with: losscurve train --out_dir {out_dir} --resume")
+        return 128 + caught[0]
+    print("\n".join(ending(run)))
+    print(f"saved {out_dir / 'model.pt'}")
+    return 0
+
+
+def opening(run: "Training") -> str:
+    """What is trained on what, in two lines."""
+    trainer, config = run.trainer, run.trainer.config
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    epochs = config.max_steps * config.tokens_per_step / len(trainer.data.train)
+    begin = f"going on from step {run.progress.step}" if run.progress.step else "starting"
+    return (
+        f"{parameters / 1e6:.2f} M parameters, {len(trainer.data.train):,} training tokens ({trainer.data.source}), "
+        f"vocabulary {config.model.vocab_size:,}\n"
+        f"{begin}: {config.max_steps:,} steps of {config.windows_per_step} windows x {config.model.block_size} tokens, "
+        f"{epochs:.1f} times the text"
+    )
+
+
+def ending(run: "Training") -> Iterator[str]:
+    """How the run went, what it means and what to type next."""
+    from llm.checkpoint import folder_name
+    from llm.metrics import overfits_since, read_record
+
+    progress, config, out_dir = run.progress, run.trainer.config, run.out_dir
+    assert progress.best_loss is not None  # it has been evaluated
+    stopped = {"max_time": "max_time is used up", "patience": "no improvement for patience evaluations"}
+    if run.reason in stopped:
+        yield f"stopped at step {progress.step}: {stopped[run.reason]}"
+    best = f"best val {progress.best_loss:.4f} at step {progress.best_step}"
+    yield f"{best}, last val {progress.last_loss:.4f} at step {progress.step}"
+    yield landmarks(progress.best_loss, config.model.vocab_size)
+    since = overfits_since(read_record(out_dir))
+    if since is not None:
+        yield (
+            f"overfits since step {since}: the validation loss rises while the training loss falls; "
+            f"the chapter's cures are --dropout 0.2, --weight_decay 0.1 and more text; --patience 3 stops in time"
+        )
+    speed = progress.tokens / (progress.seconds - progress.bookkeeping)
+    share = progress.bookkeeping / progress.seconds
+    yield f"{speed:,.0f} tokens/s; evaluation, samples, pictures and saving took {share:.1%} of {progress.seconds:.0f} s"
+    yield f"in {out_dir}: loss_curve.png, samples.txt, metrics.jsonl, best.pt, {folder_name(progress.step)}/"
+    yield f"next: losscurve sample --out_dir {out_dir}" + (" --weights best" if since is not None else "")
+
+
+def landmarks(loss: float, vocab_size: int) -> str:
+    """Where a loss stands against the chapter's ln V, ln V / 2 and ln V / 4."""
+    marks = [(math.log(vocab_size) / part, name) for part, name in ((1, "ln V"), (2, "ln V / 2"), (4, "ln V / 4"))]
+    said = ", ".join(f"{name} = {mark:.2f} {'passed' if loss < mark else 'not reached'}" for mark, name in marks)
+    meaning = ("guessing", "token frequencies", "locally coherent text")
+    return f"landmarks: {said} ({', '.join(meaning)})"
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted in the list this yields, once; a second one leaves at once."""
+    caught: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+        print("finishing this step, then saving (again: leave at once)", file=sys.stderr)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,108 @@
+"""Device, precision, threads, memory and random state: what differs between machines."""
+
+import ctypes
+import os
+import platform
+import sys
+import time
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from llm.errors import UserError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device `name` means; "auto" is MPS, else CUDA, else CPU, as in the chapter.
+
+    Raises UserError for a name that is not a device or a device that is not there.
+    """
+    if name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "mps", "cuda") or (index and not index.isdigit()):
+        raise UserError(f"device = {name!r}: expected auto, cpu, mps, cuda or cuda:N")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device = 'mps': this machine has no Apple GPU that PyTorch can use; try --device auto")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= count:
+            raise UserError(f"device = {name!r}: PyTorch sees {count} CUDA devices here; try --device auto")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision of matrix products; "auto" is bfloat16 where the device is fast at it, else float32.
+
+    CUDA: bfloat16 from compute capability 8.0 on. CPU: bfloat16 if a probe of a few milliseconds
+    shows its products at least twice as fast (AMX, AVX512-BF16). MPS: float32.
+    Raises UserError for float16 where there is no loss scaling for it.
+    """
+    if name == "float16" and device.type == "mps":
+        raise UserError("dtype = 'float16': not supported on mps here; use float32 or bfloat16")
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and _bf16_is_fast() else torch.float32
+
+
+def _bf16_is_fast() -> bool:
+    def seconds(dtype: torch.dtype, size: int) -> float:
+        a = torch.ones(size, size, dtype=dtype)
+        torch.mm(a, a)
+        start = time.perf_counter()
+        torch.mm(a, a)
+        return time.perf_counter() - start
+
+    # without hardware support a bf16 product is hundreds of times slower, so a small one goes first
+    if seconds(torch.bfloat16, 64) > 20 * seconds(torch.float32, 64) + 1e-3:
+        return False
+    return min(seconds(torch.bfloat16, 512) for _ in range(3)) * 2 < min(seconds(torch.float32, 512) for _ in range(3))
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to `dtype`; float32 is left as it is."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def keep_memory() -> None:
+    """Let freed memory serve the next step instead of going back to the system.
+
+    Handing out fresh pages costs more than the arithmetic done in them. glibc only; elsewhere the
+    allocator is left as it is. Constants: M_MMAP_THRESHOLD = -3 (at most 32 MiB), M_TRIM_THRESHOLD = -1.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 * 2**20)
+        libc.mallopt(-1, 2**31 - 1)
+
+
+def describe_device(device: torch.device, dtype: torch.dtype) -> str:
+    """The device, precision and threads, in a few words."""
+    precise = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device}), {precise}"
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads), {precise}"
+    return f"{device}, {precise}"
+
+
+def environment() -> dict[str, Any]:
+    """What a later reader needs to judge or repeat a run: versions, machine, threads."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+    }

@@ -1,0 +1,71 @@
+"""Loss on fixed tokens, the same windows every time: nats per token and bits per byte.
+
+B windows, T block_size.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llm.data import Tokens
+from llm.model import GPT
+
+WINDOW_TOKENS = 2048  # in one forward pass: the chapter's batch; more gains nothing on a CPU
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    loss: float  # nats per token
+    bits_per_byte: float | None  # None where the bytes of the tokens are not known
+    tokens: int  # predicted
+
+
+def windows(count: int, block_size: int, limit: int) -> tuple[npt.NDArray[np.int64], int]:
+    """(starts of the full windows, length of the last partial one) to predict `count` - 1 tokens.
+
+    Every token after the first is predicted exactly once. Where that is more than `limit` tokens,
+    limit // block_size full windows, spread evenly, stand for all.
+    """
+    full, partial = divmod(count - 1, block_size)
+    if count - 1 <= limit:
+        return np.arange(full, dtype=np.int64) * block_size, partial
+    chosen = max(1, limit // block_size)
+    return np.arange(chosen, dtype=np.int64) * full // chosen * block_size, 0
+
+
+def evaluate(
+    model: GPT, tokens: Tokens, block_size: int, limit: int, token_bytes: npt.NDArray[np.int64] | None = None
+) -> Evaluation:
+    """Mean loss of `model` over fixed windows of `tokens`, at most `limit` tokens of them.
+
+    token_bytes (V,): length of each token in UTF-8 bytes; bits per byte is taken over the bytes of
+    the very tokens that were predicted. The model is left in the mode it was in.
+    """
+    device = next(model.parameters()).device
+    nats, predicted, size = 0.0, 0, 0
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for ids in _batches(tokens, block_size, limit):
+            x, y = torch.from_numpy(ids[:, :-1]).to(device), torch.from_numpy(ids[:, 1:]).to(device)
+            loss = model(x, y)[1]
+            nats += loss.item() * y.numel()
+            predicted += y.numel()
+            if token_bytes is not None:
+                size += int(token_bytes[ids[:, 1:]].sum())
+    model.train(training)
+    return Evaluation(nats / predicted, nats / math.log(2) / size if size else None, predicted)
+
+
+def _batches(tokens: Tokens, block_size: int, limit: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Token ids (B, T + 1) of the windows to evaluate; the last may be shorter."""
+    starts, partial = windows(len(tokens), block_size, limit)
+    at_once = max(1, WINDOW_TOKENS // block_size)
+    for first in range(0, len(starts), at_once):
+        yield tokens[starts[first : first + at_once, None] + np.arange(block_size + 1)].astype(np.int64)
+    if partial:
+        yield tokens[len(tokens) - partial - 1 :].astype(np.int64)[None]

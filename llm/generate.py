@@ -1,0 +1,77 @@
+"""Continue a prompt: temperature, then top-k, then top-p, one token at a time with a key/value cache.
+
+B samples, T tokens so far, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from llm.model import GPT, KVCache
+
+
+def next_probabilities(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+) -> Tensor:
+    """Probabilities (B, V) to draw the next token from, out of logits (B, V).
+
+    The field's order of the knobs: logits / temperature, then only the `top_k` largest, then the
+    smallest set of most likely tokens whose probabilities reach `top_p` (Holtzman et al. 2020),
+    renormalised. Temperature 0 puts everything on the largest logit.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(1):
+        values, ids = logits.topk(top_k, dim=1)
+        logits = torch.full_like(logits, -torch.inf).scatter_(1, ids, values)
+    if top_p < 1:
+        ordered, ids = logits.sort(1, descending=True)
+        likely = torch.softmax(ordered, 1)
+        before = likely.cumsum(1) - likely  # probability of all that are likelier
+        ordered[before >= top_p] = -torch.inf
+        logits = torch.full_like(logits, -torch.inf).scatter_(1, ids, ordered)
+    return torch.softmax(logits, 1)
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    prompt: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yields the next token ids (B,) of each row of `prompt` (B, T), `max_new_tokens` times.
+
+    The context is the last block_size tokens, as in the chapter. While it fits, a key/value cache
+    makes each token one position of work; once the window slides, learned positions shift under
+    every token and the window is computed anew. The model is put into evaluation mode.
+    """
+    model.eval()
+    limit = model.config.block_size
+    context = prompt[:, -limit:]
+    cache = KVCache(model.config, prompt.size(0), prompt.device, _dtype(model))
+    new = context
+    for _ in range(max_new_tokens):
+        fits = cache.length + new.size(1) <= limit
+        hidden = model.hidden(new, cache) if fits else model.hidden(context)
+        probabilities = next_probabilities(model.lm_head(hidden[:, -1]), temperature, top_k, top_p)
+        if temperature == 0:
+            token = probabilities.argmax(1, keepdim=True)
+        else:
+            token = torch.multinomial(probabilities, 1, generator=generator)
+        yield token[:, 0]
+        new = token
+        context = torch.cat([context, token], 1)[:, -limit:]
+
+
+def _dtype(model: GPT) -> torch.dtype:
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return model.wte.weight.dtype

@@ -1,0 +1,169 @@
+"""GPT: a decoder-only transformer (Radford et al. 2019). One device; it knows nothing of training.
+
+Shapes: B batch, T time (tokens), C channels (n_embd), V vocabulary, H heads, D = C / H.
+Parameter names follow GPT-2's, so that weights map by name.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm.config import GPTConfig
+from llm.errors import UserError
+from llm.loss import linear_cross_entropy
+
+__all__ = ["GPT", "GPTConfig", "KVCache"]
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, so that a new token costs one position of work."""
+
+    def __init__(self, config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.n_layer, 2, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.kept = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0  # tokens held; `GPT.hidden` moves it on
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k and v (B, H, T, D) of new tokens; returns those of all tokens so far."""
+        end = self.length + k.size(2)
+        kept = self.kept[layer]
+        kept[0, :, :, self.length : end], kept[1, :, :, self.length : end] = k, v
+        return kept[0, :, :, :end], kept[1, :, :, :end]
+
+
+class Dropout:
+    """Dropout whose draw belongs to the window: a hash of (window's seed, place in the model, position).
+
+    So a window loses the same activations whichever micro-batch or process it falls in, and a
+    resumed run draws what the uninterrupted one would have. Hash: a 32-bit integer mixer of the
+    xorshift-multiply kind (constants from C. Wellons, "Prospecting for hash functions", 2018).
+    """
+
+    def __init__(self, p: float, seeds: Tensor) -> None:
+        self.p, self.seeds, self.place = p, seeds, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (B, ...) with a share p of its elements zeroed, the others scaled by 1 / (1 - p)."""
+        self.place += 1
+        keys = _mix(self.seeds + self.place * 0x3C6EF372).view(-1, *[1] * (x.dim() - 1))
+        index = torch.arange(x[0].numel(), device=x.device, dtype=torch.int32).view(1, *x.shape[1:])
+        kept = _mix(keys ^ _mix(index)) >= int((self.p - 0.5) * 2**32)
+        return x * kept / (1 - self.p)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ (x >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return x ^ (x >> 16 & 0xFFFF)
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_head = layer, config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, cache: KVCache | None, drop: Dropout | None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        past = k.size(2) - T
+        if drop is None:
+            mask = None if past == 0 or T == 1 else x.new_ones(T, past + T, dtype=torch.bool).tril(past)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=past == 0 and T > 1)
+        else:  # written out, since the fused kernels draw their own dropout
+            hidden = x.new_ones(T, T, dtype=torch.bool).triu(1)
+            scores = (q @ k.transpose(2, 3) / math.sqrt(q.size(3))).masked_fill(hidden, -math.inf)
+            y = drop(torch.softmax(scores, 3)).to(v.dtype) @ v
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """The feed-forward layer."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.ffn_mult * config.n_embd)
+        self.c_proj = nn.Linear(config.ffn_mult * config.n_embd, config.n_embd)
+        self.gelu = nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.gelu(self.c_fc(x)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward layer, each on a normed copy and added to the stream."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None, drop: Dropout | None) -> Tensor:
+        keep = drop or (lambda y: y)
+        x = x + keep(self.attn(self.ln_1(x), cache, drop))
+        return x + keep(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    """The model. `model(idx)` is (logits, None); `model(idx, targets)` is (None, loss)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied_lm_head:
+            self.lm_head.weight = self.wte.weight
+        # GPT-2's initialisation: 0.02, and less where 2 * n_layer branches add up in the stream
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
+                branch = name.endswith("c_proj.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if branch else 0.02)
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None, seeds: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, C) of tokens `idx` (B, T), after those in `cache`.
+
+        `seeds` (B,) int32 decide what dropout draws for each window; without them, in training,
+        they are drawn from torch's own generator.
+        Raises UserError where the context would be longer than block_size.
+        """
+        T, past = idx.size(1), cache.length if cache is not None else 0
+        if past + T > self.config.block_size:
+            raise UserError(f"{past + T} tokens do not fit block_size = {self.config.block_size}; crop the context")
+        drop = None
+        if self.training and self.config.dropout > 0:
+            if seeds is None:
+                seeds = torch.randint(2**31 - 1, (idx.size(0),), device=idx.device, dtype=torch.int32)
+            drop = Dropout(self.config.dropout, seeds)
+        x = self.wte(idx) + self.wpe.weight[past : past + T]
+        if drop is not None:
+            x = drop(x)
+        for block in self.h:
+            x = block(x, cache, drop)
+        if cache is not None:
+            cache.length += T
+        return self.ln_f(x)  # type: ignore[no-any-return]
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, seeds: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(logits (B, T, V), None), or with targets (B, T): (None, mean cross-entropy in nats per token)."""
+        x = self.hidden(idx, seeds=seeds)
+        if targets is None:
+            return self.lm_head(x), None
+        return None, linear_cross_entropy(x, self.lm_head.weight, targets)

@@ -1,0 +1,384 @@
+"""A run folder as an object, what begins or resumes one, and `fit` for notebooks."""
+
+import dataclasses
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm import __version__, checkpoint, metrics, storage
+from llm.config import GPTConfig, TrainConfig, from_settings, read_toml, to_settings, write_toml
+from llm.data import GPT2_VOCAB, TokenData, open_data
+from llm.device import DTYPES, choose_device, choose_dtype, environment, keep_memory, precision
+from llm.errors import Failure, UserError
+from llm.generate import generate
+from llm.metrics import Row
+from llm.model import GPT
+from llm.optim import make_optimizer
+from llm.plot import draw, plot_runs
+from llm.prepare import ensure
+from llm.tokenizer import Tokenizer, gpt2, load_tokenizer, save_tokenizer
+from llm.train import Line, Progress, Trainer, Training, restore
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# what a resumed run may change: none of it alters a batch, a draw or the shape of the model
+RESUMABLE = {
+    *("max_steps", "max_time", "patience", "eval_every", "eval_tokens", "log_every", "save_every", "keep"),
+    *("data_dir", "out_dir", "device", "compile", "sample_prompt", "sample_tokens"),
+}
+OURS = ("config.toml", "metrics.jsonl", "env.json", "tokenizer.json", "samples.txt", "loss_curve.png")
+WEIGHTS = ("model.pt", "best.pt")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: its settings, record, weights and tokenizer."""
+
+    path: Path
+    config: TrainConfig
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """The run in the folder `path`. Raises UserError where there is none."""
+        folder = Path(path)
+        if not (folder / "config.toml").is_file():
+            raise UserError(f"{folder}: no run here (no config.toml); train one with --out_dir {folder}")
+        return cls(folder, from_settings(read_toml(str(folder / "config.toml"))))
+
+    @property
+    def record(self) -> list[Row]:
+        """The rows of metrics.jsonl."""
+        return metrics.read_record(self.path)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The run's own; for a run on token files of unknown origin, GPT-2's."""
+        path = self.path / "tokenizer.json"
+        return load_tokenizer(path) if path.exists() else gpt2()
+
+    def model(self, weights: str = "last", device: str = "auto") -> GPT:
+        """The trained model, of the "last" or the "best" weights, in evaluation mode."""
+        names = {"last": "model.pt", "best": "best.pt"}
+        if weights not in names:
+            raise UserError(f"weights = {weights!r}: expected last or best")
+        return load_model(self.path / names[weights], choose_device(device), self.config.model)
+
+    def sample(
+        self, prompt: str | None = None, max_new_tokens: int = 100, seed: int | None = None, **knobs: Any
+    ) -> str:
+        """`prompt` and its continuation by the last weights; knobs are those of `generate`."""
+        model, tokenizer = self.model(knobs.pop("weights", "last")), self.tokenizer
+        prompt = prompt if prompt is not None else self.config.sample_prompt or "\n"
+        device = next(model.parameters()).device
+        luck = torch.Generator(device).manual_seed(seed) if seed is not None else None
+        ids = torch.from_numpy(tokenizer.encode(prompt).astype(np.int64))[None].to(device)
+        return prompt + tokenizer.decode(
+            [int(t) for t in generate(model, ids, max_new_tokens, generator=luck, **knobs)]
+        )
+
+    def plot(self, out: str | Path | None = None) -> "Figure":
+        """The loss curve as a figure, which a notebook shows; also written to `out` where given."""
+        if out is not None:
+            plot_runs([self.path], Path(out))
+        return draw([self.path])
+
+
+def fit(
+    text: str | Path | list[str | Path] | None = None,
+    *,
+    out_dir: str | Path = "checkpoints",
+    preset: str | None = None,
+    overwrite: bool = False,
+    say: Say = print,
+    **settings: Any,
+) -> Run:
+    """Train on a text (a path, several, or "shakespeare") and return the run; for notebooks.
+
+    `settings` are the fields of `TrainConfig` and `GPTConfig`; each evaluation is told to `say`.
+    Raises UserError for settings that cannot work.
+    """
+    given = settings | ({} if text is None else {"text": text}) | {"out_dir": out_dir}
+    config = from_settings((read_toml(preset) if preset else {}) | given)
+    with begun(config, overwrite=overwrite, say=say) as training:
+        for event in training:
+            if isinstance(event, Line):
+                say(str(event))
+    return Run.open(config.out_dir)
+
+
+@contextmanager
+def begun(
+    config: TrainConfig, overwrite: bool = False, say: Say = lambda _: None, progress: Any = None
+) -> Iterator[Training]:
+    """A new run, ready to iterate over. The folder is locked until the block ends.
+
+    Everything is checked before anything is written. Raises UserError where it cannot work.
+    """
+    out_dir = Path(config.out_dir)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    refuse_existing(out_dir, overwrite)
+    weights = None
+    if config.init_from:
+        model_config, weights = read_weights(weights_file(config.init_from), config.model)
+        config = dataclasses.replace(config, model=dataclasses.replace(model_config, dropout=config.model.dropout))
+    data, tokenizer = open_text(config, say, progress)
+    if weights is None:
+        vocab_size = config.vocab_size or data.vocab_size
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    elif config.model.vocab_size < data.vocab_size:
+        raise UserError(
+            f"{config.init_from}: has a vocabulary of {config.model.vocab_size}, the text one of {data.vocab_size}; "
+            f"prepare the text with the same tokenizer"
+        )
+    prompt = config.sample_prompt or default_prompt(data, tokenizer)
+    if tokenizer is not None and len(tokenizer.encode(prompt)) == 0:
+        raise UserError("sample_prompt is empty; give at least one character")
+    config = resolved(config, data, dtype, prompt)
+    trainer = build(config, data, tokenizer, device, dtype)
+    if weights is not None:
+        trainer.model.load_state_dict(weights)
+    storage.check_writable(out_dir, disk_needed(trainer.model, config))
+    with storage.locked(out_dir, "this run folder"):
+        refuse_existing(out_dir, overwrite)
+        clear(out_dir)
+        storage.write_text(out_dir / "config.toml", write_toml(config))
+        write_environment(out_dir, data)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, out_dir / "tokenizer.json")
+        if config.compile:
+            compile_forward(trainer, say)
+        yield Training(trainer, out_dir, Progress(), prompt)
+
+
+@contextmanager
+def resumed(out_dir: Path, changes: dict[str, Any], say: Say = lambda _: None) -> Iterator[Training]:
+    """The run in `out_dir`, going on from its newest saved state that verifies.
+
+    `changes` are settings that differ from the run's own, of those in RESUMABLE. Raises UserError
+    for others, for a run that is not there, and for one that is complete.
+    """
+    run = Run.open(out_dir)
+    config = changed(run.config, changes | {"out_dir": out_dir})
+    device = choose_device(config.device)
+    with storage.locked(out_dir, "this run folder"):
+        groups, facts, passed_over = checkpoint.newest_state(out_dir)
+        for reason in passed_over:
+            say(f"passed over a saved state: {reason}")
+        progress = facts["progress"]
+        check_unfinished(config, progress)
+        if config.max_steps != run.config.max_steps:
+            say(f"max_steps was {run.config.max_steps} and is {config.max_steps}: the schedule changes from here on")
+        data = open_data(Path(config.data_dir or "data"), config.model.block_size, config.model.vocab_size)
+        tokenizer = run_tokenizer(run, say)
+        trainer = build(config, data, tokenizer, device, DTYPES[config.dtype])
+        restored = restore(trainer, groups, facts)
+        if config != run.config:
+            storage.write_text(out_dir / "config.toml", write_toml(config))
+        metrics.cut(out_dir, restored.step)
+        if config.compile:
+            compile_forward(trainer, say)
+        yield Training(trainer, out_dir, restored, config.sample_prompt or "\n")
+
+
+def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+    """A run's settings with `changes` laid over them. Raises UserError for one that would be another run."""
+    wanted = from_settings(changes, config)
+    before, after = to_settings(config), to_settings(wanted)
+    for name in sorted(set(before) | set(after)):
+        if before.get(name) != after.get(name) and name not in RESUMABLE:
+            raise UserError(
+                f"{name} was {before.get(name)!r} in this run and cannot become {after.get(name)!r} on --resume; "
+                f"leave it out, or start another run with --init_from {config.out_dir} --out_dir NEW"
+            )
+    return wanted
+
+
+def check_unfinished(config: TrainConfig, progress: dict[str, Any]) -> None:
+    step, seconds = progress["step"], progress["seconds"]
+    if step >= config.max_steps:
+        raise UserError(f"{config.out_dir}: complete at step {step}; give a larger --max_steps to go on")
+    if config.max_time is not None and seconds >= config.max_time:
+        raise UserError(f"{config.out_dir}: has used its max_time of {config.max_time:g} s; give a larger --max_time")
+    if config.patience is not None and progress["stale"] >= config.patience:
+        raise UserError(f"{config.out_dir}: patience ran out at step {step}; give a larger --patience to go on")
+
+
+def refuse_existing(out_dir: Path, overwrite: bool) -> None:
+    """Raises UserError, saying what is there, if `out_dir` holds a run and may not be overwritten."""
+    found = [name for name in (*OURS, *WEIGHTS) if (out_dir / name).exists()]
+    states = checkpoint.saved_steps(out_dir)
+    if (found or states) and not overwrite:
+        there = f"a run saved at step {states[-1]}" if states else f"a run ({found[0]})"
+        raise UserError(
+            f"{out_dir}: holds {there}; go on with --resume, replace it with --overwrite, or choose another --out_dir"
+        )
+
+
+def clear(out_dir: Path) -> None:
+    """Remove the files of an earlier run, and nothing else."""
+    for step in checkpoint.saved_steps(out_dir):
+        shutil.rmtree(out_dir / checkpoint.folder_name(step))
+    for name in (*OURS, *WEIGHTS, "latest", "best"):
+        (out_dir / name).unlink(missing_ok=True)
+
+
+def open_text(config: TrainConfig, say: Say, progress: Any) -> tuple[TokenData, Tokenizer | None]:
+    """The token files a config asks for, prepared first where need be, and their tokenizer."""
+    folder = ensure(config, progress=progress, say=say)
+    data = open_data(folder, config.model.block_size, config.vocab_size)
+    if not data.foreign:
+        return data, load_tokenizer(folder / "tokenizer.json")
+    say(f"{folder}: no meta.json, so its ids are taken for GPT-2's ({data.vocab_size} tokens)")
+    if data.vocab_size != GPT2_VOCAB:
+        return data, None
+    try:
+        return data, gpt2()
+    except Failure as error:
+        say(f"no samples and no bits per byte: {error}")
+        return data, None
+
+
+def run_tokenizer(run: Run, say: Say) -> Tokenizer | None:
+    try:
+        return run.tokenizer if run.config.model.vocab_size >= run.tokenizer.vocab_size else None
+    except Failure as error:
+        say(f"no samples and no bits per byte: {error}")
+        return None
+
+
+def default_prompt(data: TokenData, tokenizer: Tokenizer | None) -> str:
+    """The chapter's ROMEO: for its text (or one unknown), else a line break, else the text's first token."""
+    if tokenizer is None:
+        return "ROMEO:"
+    first = tokenizer.decode(data.val[:1].tolist())
+    for prompt in ("ROMEO:", "\n") if data.foreign or "shakespeare" in data.source else ("\n",):
+        try:
+            tokenizer.encode(prompt)
+            return prompt
+        except UserError:  # a character tokenizer that has never seen one of these
+            continue
+    return first
+
+
+def resolved(config: TrainConfig, data: TokenData, dtype: torch.dtype, prompt: str) -> TrainConfig:
+    """The config with everything that was chosen for it written out, so that a resume chooses nothing anew."""
+    chosen = {
+        "data_dir": data.folder,
+        "vocab_size": config.model.vocab_size,
+        "warmup_steps": config.warmup,
+        "min_lr": config.final_lr,
+        "dtype": next(name for name, known in DTYPES.items() if known == dtype),
+        "sample_prompt": prompt,
+    }
+    return from_settings(chosen, config)
+
+
+def build(
+    config: TrainConfig, data: TokenData, tokenizer: Tokenizer | None, device: torch.device, dtype: torch.dtype
+) -> Trainer:
+    """Model, optimizer and loss scaling, with the initial weights that the seed decides."""
+    keep_memory()
+    torch.manual_seed(config.seed)
+    model = GPT(config.model).to(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return Trainer(config, model, model, make_optimizer(model, config), scaler, data, tokenizer, device, dtype)
+
+
+def compile_forward(trainer: Trainer, say: Say) -> None:
+    """Train through torch.compile; where it cannot work here, say so in one line and go on without."""
+    model, block_size = trainer.model, trainer.config.model.block_size
+    compiled = torch.compile(model)
+    ids = torch.zeros(trainer.config.batch_size, block_size, dtype=torch.int64, device=trainer.device)
+    seeds = torch.zeros(trainer.config.batch_size, dtype=torch.int32, device=trainer.device)
+    try:
+        with precision(trainer.dtype, trainer.device):
+            compiled(ids, ids, seeds)[1].backward()
+        trainer.forward = compiled
+    except Exception as error:  # whatever a compiler can raise: the run does not depend on it
+        say(f"torch.compile does not work here, training without it ({str(error).strip().splitlines()[0]})")
+    model.zero_grad(set_to_none=True)
+
+
+def disk_needed(model: GPT, config: TrainConfig) -> int:
+    """Bytes of a run at its largest: states of weights and two moments in fp32, and the two weight files."""
+    size = 4 * sum(p.numel() for p in model.parameters())
+    return size * (3 * (config.keep + 2) + 3)
+
+
+def write_environment(out_dir: Path, data: TokenData) -> None:
+    """Versions, machine, commit and data hashes, in env.json."""
+    here = Path(__file__).parent
+    asked = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ) if shutil.which("git") and (here.parent / ".git").exists() else None  # fmt: skip
+    hashes = data.hashes or {f"{s}.bin": storage.sha256(data.folder / f"{s}.bin") for s in ("train", "val")}
+    facts = {"losscurve": __version__, "commit": asked.stdout.strip() if asked else None, "data": hashes}
+    storage.write_json(out_dir / "env.json", facts | environment())
+
+
+def weights_file(source: str) -> Path:
+    """The .pt file meant by a run folder (its best weights, else its last) or by the file itself."""
+    path = Path(source)
+    candidates = [path / "best.pt", path / "model.pt"] if path.is_dir() else [path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"{source}: no run and no .pt file there; give a run folder or a state_dict saved by torch.save")
+
+
+def load_model(path: Path, device: torch.device, base: GPTConfig | None = None) -> GPT:
+    """A model in evaluation mode with the weights of a .pt file. Raises UserError as `read_weights` does."""
+    config, weights = read_weights(path, base or GPTConfig())
+    model = GPT(config)
+    model.load_state_dict(weights)
+    return model.to(device).eval()
+
+
+def read_weights(path: Path, base: GPTConfig) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The shape and the state_dict in a .pt file. Sizes come from the tensors; what these do not tell
+    (heads, GELU, dropout) from the config.toml beside the file, else from `base`.
+
+    Raises UserError where the file is not a state_dict of a `GPT`. Loading runs no code.
+    """
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; train a model first, or give the path of a .pt file") from None
+    except Exception as error:  # torch raises many kinds for a file that is not its own
+        raise UserError(f"{path}: not a state_dict saved by torch.save ({type(error).__name__})") from None
+    if (path.parent / "config.toml").exists():
+        base = Run.open(path.parent).config.model
+    try:
+        vocab_size, n_embd = weights["wte.weight"].shape
+        layers = {int(name.split(".")[1]) for name in weights if name.startswith("h.")}
+        tied = weights["lm_head.weight"].data_ptr() == weights["wte.weight"].data_ptr()
+        config = dataclasses.replace(
+            base,
+            vocab_size=vocab_size,
+            block_size=weights["wpe.weight"].shape[0],
+            n_layer=len(layers),
+            n_embd=n_embd,
+            ffn_mult=weights["h.0.mlp.c_fc.weight"].shape[0] // n_embd,
+            bias="h.0.attn.c_attn.bias" in weights,
+            tied_lm_head=tied,
+        )
+        with torch.device("meta"):
+            expected = {name: p.shape for name, p in GPT(config).state_dict().items()}
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: not the weights of a GPT of ours ({type(error).__name__}: {error})") from None
+    for name in sorted(set(expected) | set(weights)):
+        found = getattr(weights.get(name), "shape", None)
+        if found != expected.get(name):
+            raise UserError(f"{path}: {name} is {found and tuple(found)}, and this shape needs {expected.get(name)}")
+    return config, weights

@@ -1,0 +1,31 @@
+"""The learning rate as a pure function of the step: warm-up from 0 to the peak, then down to the floor."""
+
+import math
+
+from llm.config import TrainConfig
+
+
+def lr_at(step: int, config: TrainConfig) -> float:
+    """The learning rate of update `step`, counted from 0; from `max_steps` on it stays at its last value."""
+    step = min(step, config.max_steps)
+    if step < config.warmup:
+        return config.max_lr * (step / config.warmup)
+    if config.schedule == "constant":
+        return config.max_lr
+    t = (step - config.warmup) / max(config.max_steps - config.warmup, 1)  # 0 at the peak, 1 at the end
+    if config.schedule == "linear":
+        return config.final_lr * t + config.max_lr * (1 - t)
+    return config.final_lr + 0.5 * (config.max_lr - config.final_lr) * (1 + math.cos(math.pi * t))
+
+
+def warmup_warning(config: TrainConfig) -> str | None:
+    """One line if the warm-up lies outside the usual 1–5 % of the steps (rounded outwards to whole steps)."""
+    low, high = config.max_steps // 100, math.ceil(config.max_steps / 20)
+    if low <= config.warmup <= high:
+        return None
+    share = 100 * config.warmup / config.max_steps
+    why = "the first updates may be too large" if config.warmup < low else "long warm-up wastes steps"
+    return (
+        f"a warm-up of {config.warmup:,} of {config.max_steps:,} steps is {share:.3g} %, "
+        f"outside the usual 1–5 % ({why}); inside would be --warmup_steps {low} to {high}"
+    )

@@ -1,0 +1,114 @@
+"""The blocked loss against fp64 autograd over full logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm import loss as loss_module
+from llm.loss import linear_cross_entropy
+
+
+def reference(hidden, weight, targets):
+    """Loss and gradients by fp64 autograd, with all logits at once."""
+    h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    loss = F.cross_entropy((h @ w.t()).view(-1, w.size(0)), targets.view(-1))
+    loss.backward()
+    return loss, h.grad, w.grad
+
+
+def inputs(n, c, v, scale=1.0):
+    torch.manual_seed(n + c + v)
+    hidden = torch.randn(n, c, requires_grad=True)
+    weight = (torch.randn(v, c) * scale).requires_grad_()
+    return hidden, weight, torch.randint(v, (n,))
+
+
+def error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 10**6])
+@pytest.mark.parametrize(("n", "c", "v"), [(1, 8, 3), (7, 16, 65), (17, 128, 50257), (33, 4, 1000)])
+def test_fp32_matches_fp64_for_any_chunk(monkeypatch, n, c, v, rows):
+    monkeypatch.setattr(loss_module, "ROWS_BYTES", rows * 4 * v)
+    hidden, weight, targets = inputs(n, c, v, 0.3)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    expected, hidden_grad, weight_grad = reference(hidden, weight, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert error(hidden.grad, hidden_grad) < 1e-5
+    assert error(weight.grad, weight_grad) < 1e-5
+
+
+def test_one_token_repeated():
+    hidden, weight, targets = inputs(50, 8, 11)
+    targets.fill_(3)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    expected, hidden_grad, weight_grad = reference(hidden, weight, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert error(hidden.grad, hidden_grad) < 1e-5
+    assert error(weight.grad, weight_grad) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_close(dtype):
+    hidden, weight, targets = inputs(40, 32, 301, 0.3)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    expected, hidden_grad, weight_grad = reference(hidden, weight, targets)
+    assert loss.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=5e-3)
+    assert error(hidden.grad, hidden_grad) < 1e-2
+    assert error(weight.grad, weight_grad) < 1e-2
+
+
+def test_huge_logits_stay_finite():
+    hidden, weight, targets = inputs(20, 16, 40, 1e4)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    expected, _, weight_grad = reference(hidden, weight, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert error(weight.grad, weight_grad) < 1e-4
+
+
+def test_two_forwards_before_one_backward():
+    first, weight, targets = inputs(12, 8, 30)
+    second = torch.randn(12, 8, requires_grad=True)
+    a, b = (linear_cross_entropy(h, weight, targets) for h in (first, second))
+    (a + 2 * b).backward()
+    _, grad_a, weight_a = reference(first, weight, targets)
+    _, grad_b, weight_b = reference(second, weight, targets)
+    assert error(first.grad, grad_a) < 1e-5
+    assert error(second.grad, 2 * grad_b) < 1e-5
+    assert error(weight.grad, weight_a + 2 * weight_b) < 1e-5
+
+
+def test_a_gradient_is_nobody_elses_memory():
+    hidden, weight, targets = inputs(12, 8, 30)
+    linear_cross_entropy(hidden, weight, targets).backward()
+    kept = weight.grad.clone(), hidden.grad.clone()
+    linear_cross_entropy(torch.randn(12, 8, requires_grad=True), weight.detach().requires_grad_(), targets).backward()
+    assert torch.equal(weight.grad, kept[0])
+    assert torch.equal(hidden.grad, kept[1])
+
+
+def test_backward_twice_gives_the_same():
+    hidden, weight, targets = inputs(12, 8, 30)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward(retain_graph=True)
+    once = weight.grad.clone()
+    loss.backward()
+    assert torch.equal(weight.grad, 2 * once)
+
+
+def test_frozen_weight_or_hidden():
+    hidden, weight, targets = inputs(6, 8, 30)
+    linear_cross_entropy(hidden, weight.detach(), targets).backward()
+    _, hidden_grad, weight_grad = reference(hidden, weight, targets)
+    assert error(hidden.grad, hidden_grad) < 1e-5
+    linear_cross_entropy(hidden.detach(), weight, targets).backward()
+    assert error(weight.grad, weight_grad) < 1e-5
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, weight, targets).requires_grad

@@ -1,0 +1,115 @@
+"""The schedule against the chapter's own formula and its closed forms, and what `schedule` prints."""
+
+import math
+import re
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm.commands import schedule as command
+from llm.commands.main import main
+from llm.config import TrainConfig
+from llm.schedule import lr_at, warmup_warning
+
+
+def chapter_lr(step, warmup_steps=100, max_steps=5000, max_lr=3e-4, min_lr=3e-5):
+    """As `scripts/train.py` of the chapter has it."""
+    if step < warmup_steps:
+        return max_lr * (step / warmup_steps)
+    t = (step - warmup_steps) / (max_steps - warmup_steps)
+    return min_lr + 0.5 * (max_lr - min_lr) * (1 + math.cos(math.pi * t))
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), TrainConfig(min_lr=3e-5)], ids=["defaults", "floor as written"])
+def test_equals_the_chapter_bit_for_bit(config):
+    assert [lr_at(step, config) for step in range(5001)] == [chapter_lr(step) for step in range(5001)]
+
+
+def test_known_values():
+    linear = TrainConfig(max_steps=110, warmup_steps=10, max_lr=1.0, min_lr=0.2, schedule="linear")
+    assert [lr_at(step, linear) for step in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.5, 1.0, 0.6, 0.2])
+    constant = TrainConfig(max_steps=110, warmup_steps=10, max_lr=1.0, schedule="constant")
+    assert [lr_at(step, constant) for step in (0, 5, 10, 60, 110, 999)] == [0, 0.5, 1.0, 1.0, 1.0, 1.0]
+    cosine = TrainConfig(max_steps=110, warmup_steps=10, max_lr=1.0, min_lr=0.2)
+    assert [lr_at(step, cosine) for step in (10, 60, 110)] == pytest.approx([1.0, 0.6, 0.2])
+    assert lr_at(0, TrainConfig(warmup_steps=0)) == pytest.approx(3e-4)
+
+
+@st.composite
+def configs(draw):
+    steps = draw(st.integers(1, 300))
+    peak = draw(st.floats(1e-8, 10.0))
+    return TrainConfig(
+        max_steps=steps,
+        warmup_steps=draw(st.none() | st.integers(0, max(steps - 1, 0))),
+        max_lr=peak,
+        min_lr=draw(st.none() | st.floats(0.0, 1.0).map(lambda share: share * peak)),
+        schedule=draw(st.sampled_from(["cosine", "linear", "constant"])),
+    )
+
+
+@given(configs())
+def test_bounded_monotone_continuous(config):
+    rates = [lr_at(step, config) for step in range(config.max_steps + 2)]
+    peak, warmup, slack = config.max_lr, config.warmup, 1e-12 * config.max_lr
+    assert rates[warmup] == pytest.approx(peak, rel=1e-12)
+    assert all(0 <= rate <= peak + slack for rate in rates)
+    assert all(a <= b + slack for a, b in pairwise(rates[: warmup + 1]))
+    assert all(a >= b - slack for a, b in pairwise(rates[warmup:]))
+    floor = peak if config.schedule == "constant" else config.final_lr
+    assert rates[-1] == rates[-2] == pytest.approx(floor, abs=slack)
+    down = peak * math.pi / 2 / max(config.max_steps - warmup, 1)  # the steepest that a cosine falls in a step
+    assert all(abs(b - a) <= max(down, peak / max(warmup, 1)) + slack for a, b in pairwise(rates))
+
+
+@pytest.mark.parametrize("steps", [1, 10, 49, 50, 5000, 10_000, 600_000])
+def test_default_warmup_is_never_warned_about(steps):
+    assert warmup_warning(TrainConfig(max_steps=steps)) is None
+
+
+@pytest.mark.parametrize(("warmup", "warned"), [(0, True), (49, True), (50, False), (250, False), (251, True)])
+def test_warns_outside_one_to_five_percent(warmup, warned):
+    line = warmup_warning(TrainConfig(warmup_steps=warmup))
+    assert (line is not None) == warned
+    if line:
+        assert "--warmup_steps 50 to 250" in line
+        assert "\n" not in line
+
+
+def test_one_step_run():
+    assert lr_at(1, TrainConfig(max_steps=1, warmup_steps=1)) == pytest.approx(3e-4)
+
+
+def test_command_prints_the_schedule_and_draws_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(["schedule", "--max_steps=1000", "--warmup-steps", "200", "--learning_rate", "1e-3", "--n_layer=2"]) == 0
+    )
+    out, err = capsys.readouterr()
+    rows = {int(m[1].replace(",", "")): float(m[2]) for m in re.finditer(r"^ *([\d,]+)  +(\S+)  +\S+%", out, re.M)}
+    config = TrainConfig(max_steps=1000, warmup_steps=200, max_lr=1e-3)
+    assert {0, 200, 1000} <= set(rows)
+    assert 12 <= len(rows) <= 20
+    for step, lr in rows.items():
+        assert lr == pytest.approx(lr_at(step, config), rel=1e-3)
+    assert "2,048,000 tokens" in out
+    assert "wrote schedule.png" in out
+    assert "20 %" in err
+    assert "--warmup_steps 10 to 50" in err
+    assert (tmp_path / "schedule.png").stat().st_size > 5000
+
+
+def test_command_takes_presets_and_refuses_nonsense(tmp_path, capsys):
+    out = tmp_path / "s.svg"
+    assert main(["schedule", "--preset", "shakespeare-char-cpu", "--out", str(out)]) == 0
+    assert "2,000 steps" in capsys.readouterr().out
+    assert main(["schedule", "--warmup_steps", "5000", "--out", str(out)]) == 2
+    assert "warmup_steps" in capsys.readouterr().err
+    assert main(["schedule", "--out", "curve.gif2"]) == 2
+    assert ".png" in capsys.readouterr().err
+
+
+def test_table_of_a_tiny_run():
+    assert "100.0%" in command.table(TrainConfig(max_steps=1))

@@ -27,14 +27,16 @@ def folder_name(step: int) -> str:
 
 def saved_steps(run_dir: Path) -> list[int]:
     """Steps with a saved state, oldest first."""
-    found = [_NAME.fullmatch(path.name) for path in run_dir.glob("step-*")]
-    return sorted(int(match[1]) for match in found if match)
+    found = {path.name: _NAME.fullmatch(path.name) for path in run_dir.glob("step-*") if path.is_dir()}
+    steps = {name: int(match[1]) for name, match in found.items() if match}
+    return sorted(step for name, step in steps.items() if name == folder_name(step))
 
 
 def save_state(run_dir: Path, step: int, groups: Groups, facts: dict[str, Any], keep: int, is_best: bool) -> Path:
     """Write the state of `step`, point `latest` (and `best`) at it, then retire older states.
 
     The `keep` newest and the best stay. Nothing older is touched before the new state is on the disk.
+    States of later steps are those that a resume passed over: they do not count, and are left alone.
     """
     final = run_dir / folder_name(step)
     with storage.folder_in_place(final) as folder:
@@ -46,8 +48,8 @@ def save_state(run_dir: Path, step: int, groups: Groups, facts: dict[str, Any], 
     if is_best:
         storage.write_text(run_dir / "best", final.name + "\n")
     best = run_dir / "best"
-    spared = best.read_text(encoding="utf-8").strip() if best.exists() else ""
-    for old in saved_steps(run_dir)[:-keep]:
+    spared = best.read_text(encoding="utf-8", errors="replace").strip() if best.exists() else ""
+    for old in [saved for saved in saved_steps(run_dir) if saved <= step][:-keep]:
         if folder_name(old) != spared:
             shutil.rmtree(run_dir / folder_name(old))
     return final
@@ -62,6 +64,8 @@ def load_state(folder: Path) -> tuple[Groups, dict[str, Any]]:
     facts = storage.read_json(folder / "state.json")
     if not isinstance(facts, dict) or not isinstance(facts.get("step"), int):
         raise UserError(f"{folder / 'state.json'}: not the state of a run")
+    if _NAME.fullmatch(folder.name) and folder.name != folder_name(facts["step"]):
+        raise UserError(f"{folder / 'state.json'}: the state of step {facts['step']}, under another name")
     groups = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:

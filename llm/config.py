@@ -9,6 +9,8 @@ import difflib
 import json
 import math
 import re
+import reprlib
+import sys
 import tomllib
 import types
 import typing
@@ -179,7 +181,7 @@ def coerce(name: str, value: Any) -> Any:
     """`value` (from a flag, a TOML file or Python) as the type of the field `name`, or UserError."""
     f = FIELDS[name]
     kind, optional = field_type(f)
-    wrong = UserError(f"{name} = {value!r}: expected {describe(f)}")
+    wrong = UserError(f"{name} = {shown(value)}: expected {describe(f)}")
     if value is None and optional:
         return None
     if name == "text":
@@ -210,6 +212,16 @@ def coerce(name: str, value: Any) -> Any:
         return kind(value)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise wrong from None
+
+
+def shown(value: Any) -> str:
+    """`value` as in Python, shortened: a file may hold a number of thousands of digits or tables without end."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 120
+    try:
+        return short.repr(value)
+    except ValueError:  # Python spells no whole number beyond 4,300 digits
+        return "a huge number"
 
 
 def int_of_float(text: str) -> int:
@@ -250,14 +262,20 @@ def validate(config: Any) -> None:
         if get_origin(kind) is Literal:
             good = value in get_args(kind)
         elif kind in (int, float):
-            good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            good = isinstance(value, (int, float)) and not isinstance(value, bool)
+            good = good and abs(value) <= sys.float_info.max  # neither NaN nor infinite, nor a whole number beyond
             good = good and (kind is float or isinstance(value, int))
             good = good and (low is None or value >= low) and (high is None or value <= high)
             good = good and (above is None or value > above)
-        else:
-            good = isinstance(value, tuple if f.name == "text" else kind)
+        elif kind is bool:
+            good = isinstance(value, bool)
+        else:  # a text, or several
+            words = (value,) if kind is str else value
+            good = isinstance(words, tuple) and all(isinstance(word, str) for word in words)
+            if good and re.search("[\ud800-\udfff]", "".join(words)):  # how Python holds bytes that are no UTF-8
+                raise UserError(f"{f.name} = {shown(value)}: not valid UTF-8; give the file another name")
         if not good:
-            raise UserError(f"{f.name} = {value!r}: expected {describe(f)}")
+            raise UserError(f"{f.name} = {shown(value)}: expected {describe(f)}")
 
 
 def known_name(name: str) -> str:
@@ -301,12 +319,12 @@ def read_toml(source: str) -> dict[str, Any]:
             raise UserError(f"unknown preset {source!r}; {hint}")
         try:
             text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no path at all
             raise UserError(f"{source}: cannot be read ({error})") from None
     try:
         values = tomllib.loads(text)
         return {known_name(name): value for name, value in values.items()}
-    except (tomllib.TOMLDecodeError, RecursionError, UserError) as error:
+    except (ValueError, RecursionError, UserError) as error:  # ValueError: not TOML, or a number too long
         raise UserError(f"{source}: {error}") from None
 
 

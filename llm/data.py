@@ -4,7 +4,6 @@
 Files without a `meta.json` (nanoGPT's, the chapter's) are taken for uint16 ids of GPT-2's vocabulary.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,19 +139,20 @@ def _check_ids(path: Path, tokens: Tokens, limit: int, described: dict[str, Any]
     if described and described["mtime_ns"] == state.st_mtime_ns and described["max_id"] < limit:
         return
     known = _scanned(path).get(path.name)
-    if not isinstance(known, dict) or any(known.get(key) != value for key, value in stamp.items()):
+    if known is None or any(known[key] != value for key, value in stamp.items()):
         known = stamp | {"max_id": int(_largest(tokens)), "sha256": storage.sha256(path)}
         _remember(path, known)
-    if described and known.get("sha256") != described["sha256"]:
+    if described and known["sha256"] != described["sha256"]:
         raise UserError(f"{path}: changed since it was prepared (SHA-256 differs); prepare the data again")
-    if not isinstance(known.get("max_id"), int) or known["max_id"] >= limit:
-        where = next(
-            start + int(np.argmax(piece >= limit)) for start, piece in _pieces(tokens) if (piece >= limit).any()
-        )
-        raise UserError(
-            f"{path}: token {where} has id {int(tokens[where])}, and the vocabulary has {limit}; "
-            f"prepare it again, or give a larger --vocab_size"
-        )
+    if known["max_id"] < limit:
+        return
+    for start, piece in _pieces(tokens):
+        if (above := piece >= limit).any():
+            where = start + int(np.argmax(above))
+            raise UserError(
+                f"{path}: token {where} has id {int(tokens[where])}, and the vocabulary has {limit}; "
+                f"prepare it again, or give a larger --vocab_size"
+            )
 
 
 def _pieces(tokens: Tokens, length: int = 2**24) -> Any:
@@ -164,11 +164,18 @@ def _largest(tokens: Tokens) -> int:
 
 
 def _scanned(path: Path) -> dict[str, Any]:
+    """What is known of the files beside `path`, by name; what is absent or not ours is scanned again."""
     try:
-        found = json.loads(path.with_name(SCANNED).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # absent or not ours: scan again
+        found = storage.read_json(path.with_name(SCANNED))
+    except UserError:
         return {}
-    return found if isinstance(found, dict) else {}
+    kinds = {"size": int, "mtime_ns": int, "max_id": int, "sha256": str}
+    return {
+        name: {key: facts[key] for key in kinds}
+        for name in ("train.bin", "val.bin")
+        if isinstance(found, dict) and isinstance(facts := found.get(name), dict)
+        if all(type(facts.get(key)) is kind for key, kind in kinds.items())
+    }
 
 
 def _remember(path: Path, facts: dict[str, Any]) -> None:

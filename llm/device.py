@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import sys
 import time
 from contextlib import AbstractContextManager
@@ -27,7 +28,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "mps", "cuda") or (index and not index.isdigit()):
+    if not re.fullmatch("cpu|mps|cuda(:(0|[1-9][0-9]{0,2}))?", name):
         raise UserError(f"device = {name!r}: expected auto, cpu, mps, cuda or cuda:N")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("device = 'mps': this machine has no Apple GPU that PyTorch can use; try --device auto")

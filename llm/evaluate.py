@@ -28,10 +28,10 @@ def windows(count: int, block_size: int, limit: int) -> tuple[npt.NDArray[np.int
     """(starts of the full windows, length of the last partial one) to predict `count` - 1 tokens.
 
     Every token after the first is predicted exactly once. Where that is more than `limit` tokens,
-    limit // block_size full windows, spread evenly, stand for all.
+    limit // block_size full windows (at least one window), spread evenly, stand for all.
     """
     full, partial = divmod(count - 1, block_size)
-    if count - 1 <= limit:
+    if count - 1 <= limit or full == 0:
         return np.arange(full, dtype=np.int64) * block_size, partial
     chosen = max(1, limit // block_size)
     return np.arange(chosen, dtype=np.int64) * full // chosen * block_size, 0

@@ -3,11 +3,13 @@
 B samples, T tokens so far, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from llm.errors import UserError
 from llm.model import GPT, KVCache
 
 
@@ -23,7 +25,8 @@ def next_probabilities(
     logits = logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
-    logits = logits / temperature
+    # the largest at 0, so that a tiny temperature cannot overflow
+    logits = (logits - logits.amax(1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k is not None and top_k < logits.size(1):
         values, ids = logits.topk(top_k, dim=1)
         logits = torch.full_like(logits, -torch.inf).scatter_(1, ids, values)
@@ -45,13 +48,26 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next token ids (B,) of each row of `prompt` (B, T), `max_new_tokens` times.
 
     The context is the last block_size tokens, as in the chapter. While it fits, a key/value cache
     makes each token one position of work; once the window slides, learned positions shift under
-    every token and the window is computed anew. The model is put into evaluation mode.
+    every token and the window is computed anew. Ids from `vocab_size` on (padding of the vocabulary) are never
+    drawn. The model is put into evaluation mode.
+    Raises UserError where a knob is out of its range.
     """
+    for name, value, good, expected in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
+        ("temperature", temperature, math.isfinite(temperature) and temperature >= 0, "0 or more"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "1 or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not good:
+            raise UserError(f"{name} = {value!r}: expected {expected}")
+    if prompt.size(1) == 0:
+        raise UserError("prompt: holds no token; give at least one character")
     model.eval()
     limit = model.config.block_size
     context = prompt[:, -limit:]
@@ -60,7 +76,8 @@ def generate(
     for _ in range(max_new_tokens):
         fits = cache.length + new.size(1) <= limit
         hidden = model.hidden(new, cache) if fits else model.hidden(context)
-        probabilities = next_probabilities(model.lm_head(hidden[:, -1]), temperature, top_k, top_p)
+        logits = model.lm_head(hidden[:, -1])[:, :vocab_size]
+        probabilities = next_probabilities(logits, temperature, top_k, top_p)
         if temperature == 0:
             token = probabilities.argmax(1, keepdim=True)
         else:

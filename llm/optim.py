@@ -41,9 +41,12 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put `optimizer_tensors` back. Raises UserError where they are not this model's."""
     parameters = dict(model.named_parameters())
+    absent = parameters.keys() - {key.partition(".")[2] for key in tensors}
+    if tensors and absent:  # none at all: no update was made yet
+        raise UserError(f"saved state: no optimizer entry for {min(absent)}; it belongs to another run")
     for key, value in tensors.items():
         kind, _, name = key.partition(".")
-        if name not in parameters or (value.dim() and value.shape != parameters[name].shape):
+        if name not in parameters or value.shape != (() if kind == "step" else parameters[name].shape):
             raise UserError(f"saved state: optimizer entry {key} does not fit the model; it belongs to another run")
         p = parameters[name]
         on_device = kind != "step" or optimizer.param_groups[0]["fused"]

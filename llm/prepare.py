@@ -262,20 +262,21 @@ def _write_split(
     lengths = tokenizer.token_bytes()
     digest, tokens, size, characters, largest = hashlib.sha256(), 0, 0, 0, 0
 
-    def encode(item: str | None) -> tuple[npt.NDArray[Any], int, int]:
+    def encode(item: str | None) -> tuple[npt.NDArray[Any], int]:
         ids = np.array([tokenizer.end_of_text]) if item is None else tokenizer.encode(item)
-        return ids.astype(np.dtype(dtype).newbyteorder("<")), int(lengths[ids].sum()), len(item or "")
+        return ids.astype(np.dtype(dtype).newbyteorder("<"), copy=False), len(item or "")
 
     with open(path, "wb") as file:
-        for ids, ids_bytes, item_characters in _in_order(encode, items):
-            content = ids.tobytes()
-            file.write(content)
-            digest.update(content)
-            used[ids] = True
-            tokens += len(ids)
-            size += ids_bytes
+        for found, item_characters in _in_order(encode, items):
+            for ids in np.split(found, range(2**20, len(found), 2**20)):  # indexing makes 64-bit copies
+                content = ids.tobytes()
+                file.write(content)
+                digest.update(content)
+                used[ids] = True
+                size += int(lengths[ids].sum())
+                largest = max(largest, int(ids.max(initial=0)))
+            tokens += len(found)
             characters += item_characters
-            largest = max(largest, int(ids.max(initial=0)))
             if tick:
                 tick(characters)
     info = path.stat()

@@ -19,6 +19,7 @@ from llm.data import GPT2_VOCAB, TokenData, open_data
 from llm.device import DTYPES, choose_device, choose_dtype, environment, keep_memory, precision
 from llm.errors import Failure, UserError
 from llm.generate import generate
+from llm.loss import linear_cross_entropy
 from llm.metrics import Row
 from llm.model import GPT
 from llm.optim import make_optimizer
@@ -296,17 +297,24 @@ def build(
 
 
 def compile_forward(trainer: Trainer, say: Say) -> None:
-    """Train through torch.compile; where it cannot work here, say so in one line and go on without."""
-    model, block_size = trainer.model, trainer.config.model.block_size
-    compiled = torch.compile(model)
-    ids = torch.zeros(trainer.config.batch_size, block_size, dtype=torch.int64, device=trainer.device)
-    seeds = torch.zeros(trainer.config.batch_size, dtype=torch.int32, device=trainer.device)
+    """Train through torch.compile; where it cannot work here, say so in one line and go on without.
+
+    The hidden states are compiled; the loss stays as it is, since it is one product after another.
+    """
+    model, config = trainer.model, trainer.config
+    hidden = torch.compile(model.hidden)
+
+    def forward(idx: Tensor, targets: Tensor, seeds: Tensor) -> tuple[None, Tensor]:
+        return None, linear_cross_entropy(hidden(idx, seeds=seeds), model.lm_head.weight, targets)
+
+    ids = torch.zeros(config.batch_size, config.model.block_size, dtype=torch.int64, device=trainer.device)
     try:
         with precision(trainer.dtype, trainer.device):
-            compiled(ids, ids, seeds)[1].backward()
-        trainer.forward = compiled
+            forward(ids, ids, ids[:, 0].int())[1].backward()
+        trainer.forward = forward
     except Exception as error:  # whatever a compiler can raise: the run does not depend on it
-        say(f"torch.compile does not work here, training without it ({str(error).strip().splitlines()[0]})")
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        say(f"torch.compile does not work here, training without it ({reason})")
     model.zero_grad(set_to_none=True)
 
 

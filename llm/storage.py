@@ -68,8 +68,10 @@ def read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > JSON_LIMIT:
             raise UserError(f"{path}: larger than {JSON_LIMIT} bytes, so not a file of ours")
+        if not path.is_file():  # a pipe or a device would be read for ever
+            raise UserError(f"{path}: not a regular file")
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number too long
         raise UserError(f"{path}: not readable as JSON ({error})") from None
 
 
@@ -87,11 +89,12 @@ def folder_in_place(final: Path) -> Iterator[Path]:
     """A new folder that takes the name `final` only when it is complete, with `manifest.json` last.
 
     The manifest holds the size and SHA-256 of every file, so that `verify_folder` can tell whether
-    the folder is still what was written.
+    the folder is still what was written. A folder of that name is set aside until the new one stands.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, aside = (final.with_name(f".{final.name}.{what}-{os.getpid()}") for what in ("tmp", "old"))
+    for left in (temporary, aside):
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
@@ -102,16 +105,21 @@ def folder_in_place(final: Path) -> Iterator[Path]:
             manifest[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
         write_json(temporary / "manifest.json", {"files": manifest})
         if final.exists():
-            shutil.rmtree(final)
+            os.replace(final, aside)
         os.replace(temporary, final)
     except BaseException:
+        if aside.exists() and not final.exists():
+            aside.rename(final)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def verify_folder(folder: Path) -> None:
     """Raises UserError naming the first file that is missing, added or changed since it was written."""
+    if (folder / "manifest.json").is_symlink():
+        raise UserError(f"{folder / 'manifest.json'}: not a regular file")
     manifest = read_json(folder / "manifest.json")
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not files:

@@ -132,6 +132,7 @@ class BPE(_Tokens):
         super().__init__([*tokens, END_OF_TEXT.encode()], end_of_text=len(tokens))
         self._encoding = tiktoken.Encoding(kind, pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens=special)
         self._longest = max(map(len, tokens))
+        self._dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
 
     def encode(self, text: str) -> Ids:
         _utf8(text)  # tiktoken would replace lone surrogates without a word
@@ -140,8 +141,8 @@ class BPE(_Tokens):
             if len(piece) > 4 * PIECE or LONG_SPACE.search(piece):
                 parts.extend(self._encode_slowly(piece))
             else:
-                parts.append(self._encoding.encode_to_numpy(piece, disallowed_special=()))
-        return np.concatenate(parts) if parts else np.zeros(0, np.uint32)
+                parts.append(self._encoding.encode_to_numpy(piece, disallowed_special=()).astype(self._dtype))
+        return np.concatenate(parts) if parts else np.zeros(0, self._dtype)
 
     def _encode_slowly(self, text: str) -> Iterator[Ids]:
         """The ids of a text that would be too much for tiktoken's regular expression, in bounded memory."""
@@ -151,11 +152,11 @@ class BPE(_Tokens):
             if len(piece) < 2**16:
                 short.extend(self._encoding._encode_single_piece(piece))
             if short and (len(piece) >= 2**16 or len(short) > 2**16):
-                yield np.array(short, np.uint32)
+                yield np.array(short, self._dtype)
                 short = []
             if len(piece) >= 2**16:
                 yield from self._merge_long(piece)
-        yield np.array(short, np.uint32)
+        yield np.array(short, self._dtype)
 
     def _merge_long(self, piece: bytes) -> Iterator[Ids]:
         """The ids of one long pre-token, window by window.
@@ -167,14 +168,14 @@ class BPE(_Tokens):
         merge = self._encoding._encode_single_piece
         lengths = np.array([len(token) for token in self.tokens])
         window, start, end = max(2**16, 64 * self._longest), 0, 0
-        ids: Ids = np.zeros(0, np.uint32)
+        ids: Ids = np.zeros(0, self._dtype)
         while end < len(piece):
             stop, back = end + window, 16 * self._longest
             starts = start + np.cumsum(lengths[ids]) - lengths[ids]
             while True:
                 keep = int(np.searchsorted(starts, end - back))  # the first token that starts in the last `back` bytes
                 begin = int(starts[keep]) if keep < len(ids) else start
-                following = np.array(merge(piece[begin:stop]), np.uint32)
+                following = np.array(merge(piece[begin:stop]), self._dtype)
                 if begin == start or following[0] == ids[keep]:
                     break
                 back *= 2

@@ -311,7 +311,14 @@ def sample_text(trainer: Trainer, prompt: str) -> str:
     ids = torch.from_numpy(trainer.tokenizer.encode(prompt).astype(np.int64))[None].to(trainer.device)
     luck = torch.Generator(trainer.device).manual_seed(trainer.config.seed)
     with precision(trainer.dtype, trainer.device):
-        drawn = [int(t) for t in generate(trainer.model, ids, trainer.config.sample_tokens, generator=luck)]
+        tokens = generate(
+            trainer.model,
+            ids,
+            trainer.config.sample_tokens,
+            generator=luck,
+            vocab_size=trainer.tokenizer.vocab_size,
+        )
+        drawn = [int(token) for token in tokens]
     trainer.model.train()
     return prompt + trainer.tokenizer.decode(drawn)
 

@@ -44,6 +44,12 @@ def test_bytes_are_kept(tmp_path: Path) -> None:
         assert read(str(path)) == [text.removeprefix("\ufeff")]
 
 
+def test_a_mark_inside_a_text_is_kept(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(corpus, "CHUNK", 3)
+    (tmp_path / "a.txt").write_bytes("\ufeffabc\ufeffd".encode())
+    assert read(str(tmp_path / "a.txt")) == ["abc\ufeffd"]
+
+
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(1, 5))
 def test_any_chunk_size_reads_the_same(text: str, chunk: int) -> None:
     import tempfile

@@ -155,6 +155,14 @@ def test_long_runs_are_merged_exactly(small: BPE) -> None:
             assert np.concatenate(list(each._merge_long(run))).tolist() == each._encoding._encode_single_piece(run)
 
 
+@pytest.mark.parametrize("inside", range(60, 180, 7))
+def test_windows_whose_end_changes_what_is_far_before(inside: int) -> None:
+    """A chain where each pair comes before the one to its left: its end decides how all of it is paired."""
+    chain = BPE([bytes([i]) for i in range(256)] + [bytes([i, i + 1]) for i in reversed(range(199))])
+    run = b"\xff" * (2**16 - inside) + bytes(range(200)) + b"\xff"  # the first window ends inside the chain
+    assert np.concatenate(list(chain._merge_long(run))).tolist() == chain._encoding._encode_single_piece(run)
+
+
 def test_a_million_spaces(small: BPE) -> None:
     for space in (" ", "\n", " \n", "\u3000"):
         text = f"a{space * 10**6} b"

@@ -102,7 +102,7 @@ def ending(run: "Training") -> Iterator[str]:
         )
     speed = progress.tokens / (progress.seconds - progress.bookkeeping)
     share = progress.bookkeeping / progress.seconds
-    yield f"{speed:,.0f} tokens/s; evaluation, samples, pictures and saving took {share:.1%} of {progress.seconds:.0f} s"
+    yield f"{speed:,.0f} tokens/s; evaluation, samples, pictures, saving: {share:.1%} of {progress.seconds:.0f} s"
     yield f"in {out_dir}: loss_curve.png, samples.txt, metrics.jsonl, best.pt, {folder_name(progress.step)}/"
     yield f"next: losscurve sample --out_dir {out_dir}" + (" --weights best" if since is not None else "")
 

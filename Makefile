@@ -1,0 +1,38 @@
+# The habits: make setup, train, test, lint, bench. ARGS adds flags: make train ARGS="--max_steps 500"
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+# Beside a folder of shared caches (development and CI), tests and training read from it.
+ifneq ($(wildcard ../shared/data),)
+export LOSSCURVE_CACHE ?= $(abspath ../shared/data)
+export LOSSCURVE_SPEC ?= $(abspath ../shared/spec)
+endif
+
+.PHONY: setup train test lint bench clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,lint]"
+	touch $@
+
+train: setup
+	$(BIN)/python -m scripts.train $(ARGS)
+	$(BIN)/python -m scripts.sample
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m benchmarks.step $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,121 @@
+"""`sample`: a trained model continues a prompt, and the text appears as it is made."""
+
+import codecs
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm.commands.flags import Parser, add_settings, typed_settings, warn
+from llm.config import from_settings
+from llm.errors import UserError
+
+if TYPE_CHECKING:
+    from llm.model import GPT
+    from llm.tokenizer import Tokenizer
+
+SEPARATOR = "---------------"
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("losscurve sample", "Let a trained model continue a prompt. Defaults: the chapter's.")
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", metavar="TEXT", help="default: the run's own, for the chapter's text ROMEO:")
+    prompts.add_argument("--prompt_file", metavar="PATH", help="read the prompt from a file, or - for standard input")
+    parser.add_argument("--max_new_tokens", type=int, default=100, metavar="N", help="tokens to make (default: 100)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1)")
+    parser.add_argument("--top_k", type=int, metavar="K", help="draw from the K likeliest tokens only")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that make up P"
+    )
+    parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="continuations to make (default: 1)")
+    parser.add_argument("--weights", choices=("last", "best"), default="last", help="model.pt or best.pt")
+    parser.add_argument("--checkpoint", metavar="FILE.pt", help="a state_dict saved by torch.save, instead of a run")
+    add_settings(parser, ["out_dir", "seed", "device", "dtype", "n_head", "gelu"])
+    args = parser.read(argv)
+    check(args.max_new_tokens >= 0, "max_new_tokens", args.max_new_tokens, "0 or more")
+    check(math.isfinite(args.temperature) and args.temperature >= 0, "temperature", args.temperature, "0 or more")
+    check(args.top_k is None or args.top_k >= 1, "top_k", args.top_k, "1 or more")
+    check(0 < args.top_p <= 1, "top_p", args.top_p, "above 0 and at most 1")
+    check(args.num_samples >= 1, "num_samples", args.num_samples, "1 or more")
+    config = from_settings(typed_settings(args))
+    prompt = read_prompt(args.prompt_file) if args.prompt_file else args.prompt
+    check(prompt != "", "prompt", prompt, "at least one character")
+
+    import numpy as np
+    import torch
+
+    from llm.device import choose_device, choose_dtype, precision
+    from llm.generate import generate
+    from llm.run import Run
+
+    device = choose_device(config.device)
+    if args.checkpoint:
+        model, tokenizer = bare_model(Path(args.checkpoint), config.model.n_head, config.model.gelu)
+        model = model.to(device)
+    else:
+        run = Run.open(config.out_dir)
+        model, tokenizer = run.model(args.weights, str(device)), run.tokenizer
+        prompt = prompt if prompt is not None else run.config.sample_prompt
+    prompt = "ROMEO:" if prompt is None else prompt
+    ids = torch.from_numpy(tokenizer.encode(prompt).astype(np.int64)).to(device).expand(args.num_samples, -1)
+    luck = torch.Generator(device)
+    luck.manual_seed(config.seed) if hasattr(args, "seed") else luck.seed()
+    knobs = (args.max_new_tokens, args.temperature, args.top_k, args.top_p, luck, tokenizer.vocab_size)
+    with precision(choose_dtype(config.dtype, device), device):
+        tokens = generate(model, ids, *knobs)
+        if args.num_samples == 1:
+            show(prompt, tokenizer, (int(token) for token in tokens))
+            return 0
+        made = torch.stack([ids[:, 0], *tokens])[1:].T.tolist()  # all together; the first row only shapes an empty one
+    for number, sample in enumerate(made):
+        if number:
+            print(SEPARATOR)
+        show(prompt, tokenizer, sample)
+    return 0
+
+
+def show(prompt: str, tokenizer: "Tokenizer", tokens: Iterable[int]) -> None:
+    """Print a prompt and its continuation as it comes; a character is held back until all its bytes are there."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    print(prompt, end="", flush=True)
+    for token in tokens:
+        print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+def bare_model(path: Path, n_head: int, gelu: str) -> "tuple[GPT, Tokenizer]":
+    """A model and tokenizer from a .pt file; where no run stands around it, GPT-2's tokens are assumed, and said."""
+    import torch
+
+    from llm.data import GPT2_VOCAB
+    from llm.run import Run, load_model
+    from llm.tokenizer import gpt2
+
+    base = from_settings({"n_head": n_head, "gelu": gelu, "n_embd": n_head}).model  # sizes come from the file
+    model = load_model(path, torch.device("cpu"), base)
+    if (path.parent / "config.toml").exists():
+        return model, Run.open(path.parent).tokenizer
+    if model.config.vocab_size < GPT2_VOCAB:
+        raise UserError(
+            f"{path}: has a vocabulary of {model.config.vocab_size}, which is not GPT-2's, and no run around it "
+            f"that could say which; sample from its run folder with --out_dir"
+        )
+    warn(f"{path}: a bare state_dict, so GPT-2's tokens and {model.config.n_head} heads are assumed")
+    return model, gpt2()
+
+
+def read_prompt(source: str) -> str:
+    try:
+        content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        return content.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"prompt_file {source}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt_file {source}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+
+
+def check(good: bool, name: str, value: object, expected: str) -> None:
+    if not good:
+        raise UserError(f"{name} = {value!r}: expected {expected}")

@@ -1,0 +1,66 @@
+"""What several tests use: a small text, and the commands as a person types them."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llm.commands.main import main
+
+torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
+CACHE = os.environ.get("LOSSCURVE_CACHE", "")
+SMALL = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "block_size": 16,
+    "batch_size": 4,
+    "max_steps": 12,
+    "eval_every": 4,
+    "log_every": 2,
+    "warmup_steps": 2,
+    "max_lr": 1e-2,
+    "sample_tokens": 5,
+    "tokenizer": "char",
+}
+needs_shakespeare = pytest.mark.skipif(
+    not (Path(CACHE) / "tinyshakespeare" / "input.txt").is_file(), reason="tiny Shakespeare is not in LOSSCURVE_CACHE"
+)
+needs_gpt2 = pytest.mark.skipif(
+    not (Path(CACHE) / "tiktoken").is_dir(), reason="GPT-2's vocabulary is not in LOSSCURVE_CACHE"
+)
+
+
+def words(count: int, seed: int = 0) -> str:
+    """A text that can be learned: words of a small language with Zipf's frequencies."""
+    draw = np.random.default_rng(seed)
+    lexicon = ["".join(draw.choice(list("abcdefghij"), size=draw.integers(2, 7))) for _ in range(60)]
+    ranks = np.minimum(draw.zipf(1.4, count) - 1, 59)
+    return " ".join(lexicon[rank] + ("\n" if i % 9 == 8 else "") for i, rank in enumerate(ranks)) + "\n"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder with a text in it, text.txt."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(words(900), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def losscurve(capsys):
+    """`losscurve("train --max_steps 3")` -> (exit code, stdout, stderr)."""
+
+    def run(line: str) -> tuple[int, str, str]:
+        code = main(line.split())
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def flags(**settings: object) -> str:
+    """The small settings as flags, with others over them."""
+    return " ".join(f"--{name} {value}" for name, value in (SMALL | settings).items())

@@ -1,0 +1,267 @@
+"""The loop against a plain loop written here, and against itself: resumed, accumulated, repeated."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SMALL, words
+
+from llm import GPT
+from llm.config import from_settings
+from llm.data import batch_at
+from llm.errors import Failure, UserError
+from llm.metrics import read_record
+from llm.run import Run, begun, fit, resumed
+from llm.train import Line, Saved, Step, Training, train_step
+
+# Losses of 50 steps of `golden_settings`, on one machine, fp32. Another CPU may add up in another
+# order: a change of the mathematics shows at 1e-3 or more, rounding stays below 1e-4.
+GOLDEN = {}  # filled in below
+
+
+def trained(config, **kwargs):
+    with begun(config, **kwargs) as run:
+        return run, list(run)
+
+
+def config_for(here, **settings):
+    return from_settings(SMALL | {"text": str(here / "text.txt"), "data_dir": str(here / "data")} | settings)
+
+
+def plain_loop(config, model, tokens, steps):
+    """The chapter's loop in its own words, with our batches: a loss for each step."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.max_lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+    )
+    losses = []
+    for step in range(steps):
+        if step < config.warmup:
+            lr = config.max_lr * step / config.warmup
+        else:
+            t = (step - config.warmup) / (config.max_steps - config.warmup)
+            lr = config.final_lr + 0.5 * (config.max_lr - config.final_lr) * (1 + math.cos(math.pi * t))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = batch_at(tokens, config.seed, step, config.batch_size, config.model.block_size)
+        logits, _ = model(torch.from_numpy(batch.x))
+        loss = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch.y).flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_the_loop_is_the_chapters(here):
+    config = config_for(here, max_steps=40, eval_every=10, log_every=1)
+    run, events = trained(config)
+    torch.manual_seed(config.seed)
+    model = GPT(run.trainer.config.model)
+    losses = plain_loop(run.trainer.config, model, run.trainer.data.train, 40)
+    ours = [event.loss.item() for event in events if isinstance(event, Step)]
+    assert ours == pytest.approx(losses, abs=1e-4)
+    for (name, a), b in zip(model.state_dict().items(), run.trainer.model.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4), name
+    lines = [event for event in events if isinstance(event, Line)]
+    assert [line.step for line in lines] == [0, 10, 20, 30, 40]
+    assert lines[0].train_loss == pytest.approx(losses[0], abs=1e-5)
+    for line in lines[1:]:
+        assert line.train_loss == pytest.approx(np.mean(losses[line.step - 10 : line.step]), abs=1e-4)
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_lines_are_in_the_chapters_form(here):
+    _, events = trained(config_for(here))
+    line = next(str(event) for event in events if isinstance(event, Line))
+    head, lr, train, val, t = line.split(" | ")
+    assert head == "step     0"
+    assert lr == "lr 0.00000"
+    assert len(train.removeprefix("train ").split(".")[1]) == len(val.removeprefix("val ").split(".")[1]) == 4
+    assert t.startswith("t ")
+    assert t.endswith("s")
+
+
+def test_a_run_of_50_steps_keeps_its_losses(tmp_path, monkeypatch):
+    """The golden trace: any change of model, data order, schedule, optimizer or initialisation shows."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(words(2000, seed=1), encoding="utf-8")
+    config = from_settings(
+        SMALL | {"text": "text.txt", "max_steps": 50, "eval_every": 50, "dtype": "float32", "device": "cpu", "seed": 7}
+    )
+    _, events = trained(config)
+    losses = [event.loss.item() for event in events if isinstance(event, Step)]
+    for step, expected in GOLDEN.items():
+        assert losses[step] == pytest.approx(expected, abs=1e-3), step
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"dropout": 0.3, "gradient_accumulation_steps": 2, "grad_clip": 1.0},
+        {"dtype": "bfloat16", "weight_decay_split": True, "tied_lm_head": True},
+        {"dtype": "float16"},
+    ],
+    ids=["plain", "dropout", "bfloat16", "float16"],
+)
+@pytest.mark.parametrize("stop_at", [4, 7])
+def test_a_resumed_run_is_the_run_never_stopped(here, settings, stop_at):
+    """Stopped after any step, on an evaluation or between: weights and record are bitwise the same."""
+    _, _ = trained(config_for(here, out_dir="whole", **settings))
+    with begun(config_for(here, out_dir="parts", **settings)) as run:
+        run.stop = lambda: run.progress.step == stop_at
+        list(run)
+    assert run.reason == "interrupted"
+    with resumed(Path("parts"), {}) as run:
+        assert run.progress.step == stop_at
+        list(run)
+    assert run.reason == "done"
+    for name in ("model.pt", "best.pt"):
+        whole, parts = (torch.load(Path(folder) / name, weights_only=True) for folder in ("whole", "parts"))
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    records = []
+    for folder in ("whole", "parts"):
+        timeless = [{k: v for k, v in row.items() if "second" not in k} for row in read_record(Path(folder))]
+        records.append(timeless)
+    assert records[0] == records[1]
+    assert Path("whole/samples.txt").read_bytes() == Path("parts/samples.txt").read_bytes()
+
+
+def test_rows_beyond_the_saved_step_are_cut_on_resume(here):
+    trained(config_for(here, max_steps=8))
+    with open("checkpoints/metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 9, "split": "train", "loss": 1.0}) + "\n" + '{"step": 10, "spl')
+    with resumed(Path("checkpoints"), {"max_steps": 12}) as run:
+        list(run)
+    rows = read_record(Path("checkpoints"))
+    assert [row["step"] for row in rows if row["split"] == "val"] == [0, 4, 8, 12]
+    assert [row["step"] for row in rows if row["split"] == "train"] == [0, 2, 4, 6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("split", [(1, 4), (2, 2)])
+def test_accumulation_changes_nothing_even_with_dropout(here, split):
+    """1 x 4, 2 x 2 and 4 x 1 windows are one batch: same losses, same weights, same draws of dropout."""
+    settings = {"dropout": 0.4, "max_steps": 6, "log_every": 1}
+    whole, first = trained(config_for(here, batch_size=4, out_dir="a", **settings))
+    size, steps = split
+    parts, second = trained(
+        config_for(here, batch_size=size, gradient_accumulation_steps=steps, out_dir="b", **settings)
+    )
+    for a, b in zip(first, second, strict=True):
+        if isinstance(a, Step):
+            assert a.loss.item() == pytest.approx(b.loss.item(), abs=1e-5)
+    for a, b in zip(whole.trainer.model.parameters(), parts.trainer.model.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_one_batch_can_be_learned_by_heart(here):
+    config = config_for(here, n_embd=32, max_steps=300, max_lr=1e-2)
+    with begun(config) as run:
+        trainer = run.trainer
+        start = len(trainer.data.train) - 200
+        trainer.data = dataclasses.replace(trainer.data, train=trainer.data.train[start : start + 17])
+        for step in range(300):
+            loss = train_step(trainer, step).loss.item()
+    assert loss < 0.05
+
+
+def test_gradients_are_clipped(here):
+    with begun(config_for(here, grad_clip=0.01)) as run:
+        before = train_step(run.trainer, 0).grad_norm
+        after = math.sqrt(sum(p.grad.norm().item() ** 2 for p in run.trainer.model.parameters()))
+    assert before > 0.1
+    assert after == pytest.approx(0.01, rel=1e-3)
+
+
+def test_max_time_stops_with_everything_saved(here):
+    run, events = trained(config_for(here, max_steps=10**6, max_time=1.0, eval_every=10**6))
+    assert run.reason == "max_time"
+    assert isinstance(events[-1], Saved)
+    assert events[-1].step == run.progress.step < 10**6
+    assert read_record(Path("checkpoints"))[-1]["split"] == "val"
+    assert run.trainer.config.max_steps == 10**6
+    with pytest.raises(UserError, match="max_time"), resumed(Path("checkpoints"), {}):
+        pass
+
+
+def test_patience_stops_when_nothing_improves(here):
+    run, _ = trained(config_for(here, max_steps=400, max_lr=0.05, patience=2, schedule="constant"))
+    assert run.reason == "patience"
+    val = [row["loss"] for row in read_record(Path("checkpoints")) if row["split"] == "val"]
+    assert min(val) == val[-3] == run.progress.best_loss
+    assert Path("checkpoints/best").read_text() == f"step-{run.progress.best_step:06d}\n"
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(here):
+    with begun(config_for(here, max_steps=40)) as run:
+        events = iter(run)
+        while not isinstance(next(events), Saved):
+            pass
+        with torch.no_grad():
+            run.trainer.model.wte.weight.fill_(torch.nan)
+        with pytest.raises(Failure, match="not a finite number between steps"):
+            list(events)
+    weights = torch.load("checkpoints/model.pt", weights_only=True)
+    assert all(torch.isfinite(p).all() for p in weights.values())
+    with resumed(Path("checkpoints"), {}) as run:
+        assert run.progress.step == 4
+
+
+def test_compile_gives_the_same_losses(here):
+    _, plain = trained(config_for(here, out_dir="a", max_steps=3))
+    said = []
+    _, compiled = trained(config_for(here, out_dir="b", max_steps=3, compile=True), say=said.append)
+    assert not said
+    for a, b in zip(plain, compiled, strict=True):
+        if isinstance(a, Step):
+            assert a.loss.item() == pytest.approx(b.loss.item(), abs=1e-4)
+
+
+def test_compile_that_fails_is_said_and_done_without(here, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler found\nmany more lines")
+
+    monkeypatch.setattr(torch, "compile", lambda function: broken)
+    said = []
+    run, _ = trained(config_for(here, max_steps=2, compile=True, warmup_steps=0), say=said.append)
+    assert run.reason == "done"
+    assert said == ["torch.compile does not work here, training without it (no compiler found)"]
+
+
+def test_fine_tuning_starts_from_the_saved_weights(here):
+    first, _ = trained(config_for(here, out_dir="first"))
+    config = config_for(here, out_dir="second", init_from="first", n_layer=5, n_embd=64)
+    with begun(config) as run:
+        assert run.trainer.config.model.n_layer == 2
+        best = torch.load("first/best.pt", weights_only=True)
+        assert all(torch.equal(best[name], p) for name, p in run.trainer.model.state_dict().items())
+        line = next(event for event in run if isinstance(event, Line))
+    assert line.evaluation.loss == pytest.approx(first.progress.best_loss, abs=1e-5)
+
+
+def test_a_run_is_a_record_a_plot_and_a_sample(here):
+    said = []
+    run = fit(here / "text.txt", out_dir=here / "run", say=said.append, **SMALL)
+    assert sum(line.startswith("step ") for line in said) == 4
+    assert run.path == here / "run"
+    assert Run.open(here / "run").config.model.n_embd == 16
+    assert run.sample("ab", max_new_tokens=7, seed=1).startswith("ab")
+    assert len(run.sample("ab", max_new_tokens=7, seed=1)) == 9
+    run.plot(here / "again.svg")
+    assert (here / "again.svg").stat().st_size > 5000
+    names = {path.name for path in (here / "run").iterdir()}
+    assert names >= {"config.toml", "metrics.jsonl", "env.json", "tokenizer.json", "samples.txt", "loss_curve.png"}
+    assert names >= {"model.pt", "best.pt", "latest", "best", "step-000012"}
+    assert not any("tmp" in name for name in names)
+    row = run.record[-1]
+    assert set(row) == {
+        "step", "split", "loss", "bits_per_byte", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second",
+    }  # fmt: skip
+    model = GPT(run.config.model)
+    model.load_state_dict(torch.load(here / "run" / "model.pt", weights_only=True))
+    assert isinstance(Training, type)

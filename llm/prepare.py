@@ -40,17 +40,21 @@ def prepare(
     overwrite: bool = False,
     progress: Progress | None = None,
     say: Say | None = None,
+    block_size: int = 1,
+    given: Tokenizer | None = None,
 ) -> dict[str, Any]:
     """Make the token files of `text` in `data_dir`, and return what meta.json holds.
 
-    `text` as in `corpus.opened`, the rest as in `TrainConfig`. Raises UserError before anything is written,
+    `text` as in `corpus.opened`, the rest as in `TrainConfig`; a tokenizer that is `given` (that of
+    weights to start from) is used as it is. The training split has to hold a window of `block_size`
+    tokens and the one after. Raises UserError before anything is written,
     among others where `data_dir` holds token files and `overwrite` is false; Failure if the work fails.
     """
     settings = _settings(text, tokenizer, vocab_size, val_fraction)
     say = say or (lambda line: None)
     _refuse_occupied(data_dir, overwrite)
     with corpus.opened(text, offline) as source:
-        ready = _ready(tokenizer, source, offline, say)
+        ready = given or _ready(tokenizer, source, offline, say)
         survey = look(source, alphabet=tokenizer == "char")
         names = ", ".join([document.label for document in source.documents][:3])
         cut = int(survey.total * (1 - val_fraction))
@@ -58,7 +62,7 @@ def prepare(
             raise UserError(f"{names}: the text is empty; give some text")
         if not 0 < cut < survey.total:
             raise UserError(f"{names}: {survey.total} characters cannot be split for validation; give more text")
-        if tokenizer == "char":
+        if tokenizer == "char" and given is None:
             ready = Characters(survey.alphabet)
         if ready is None:
             if cut > SAMPLE:
@@ -73,6 +77,12 @@ def prepare(
                 _refuse_occupied(data_dir, overwrite)  # again: another process may have been here
                 with storage.transaction(data_dir) as staging:
                     meta = _write(staging, source, survey, cut, ready, progress) | {"settings": settings}
+                    for split, needed in (("train", block_size + 1), ("val", 2)):
+                        if (found := meta["splits"][split]["tokens"]) < needed:
+                            raise UserError(
+                                f"{names}: {found} tokens to {split} on, and a window needs {needed}; "
+                                f"give more text or a smaller --block_size"
+                            )
                     storage.write_json(staging / "meta.json", meta)
         except OSError as error:
             raise Failure(f"{data_dir}: cannot write ({error.strerror}); make room, then run this again") from None
@@ -80,7 +90,11 @@ def prepare(
 
 
 def ensure(
-    config: TrainConfig, offline: bool = False, progress: Progress | None = None, say: Say | None = None
+    config: TrainConfig,
+    offline: bool = False,
+    progress: Progress | None = None,
+    say: Say | None = None,
+    given: Tokenizer | None = None,
 ) -> Path:
     """The folder of token files that `config` trains on, prepared now if need be.
 
@@ -99,7 +113,8 @@ def ensure(
                 "or name a text with --text"
             )
         settings = (config.tokenizer, config.vocab_size, config.val_fraction)
-        prepare(config.text, folder, *settings, offline=offline, progress=progress, say=say)
+        block_size = config.model.block_size
+        prepare(config.text, folder, *settings, offline, False, progress, say, block_size, given)
     elif not (folder / "train.bin").exists():
         raise UserError(f"{folder}: has no train.bin; prepare it again with --overwrite, or choose another --data_dir")
     elif config.text:

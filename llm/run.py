@@ -129,18 +129,26 @@ def begun(
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     refuse_existing(out_dir, overwrite)
-    weights = None
+    weights = given = None
     if config.init_from:
-        model_config, weights = read_weights(weights_file(config.init_from), config.model)
+        source = weights_file(config.init_from)
+        model_config, weights = read_weights(source, config.model)
         config = dataclasses.replace(config, model=dataclasses.replace(model_config, dropout=config.model.dropout))
-    data, tokenizer = open_text(config, say, progress)
+        if source.with_name("tokenizer.json").exists():
+            given = load_tokenizer(source.with_name("tokenizer.json"))
+            if config.tokenizer not in ("auto", given.kind):
+                raise UserError(
+                    f"tokenizer = {config.tokenizer!r}: the weights of {config.init_from} know {given.kind} tokens; "
+                    f"leave --tokenizer out"
+                )
+    data, tokenizer = open_text(config, say, progress, given)
     if weights is None:
         vocab_size = config.vocab_size or data.vocab_size
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-    elif config.model.vocab_size < data.vocab_size:
+    elif config.model.vocab_size < data.vocab_size or (given and tokenizer and given.to_json() != tokenizer.to_json()):
         raise UserError(
-            f"{config.init_from}: has a vocabulary of {config.model.vocab_size}, the text one of {data.vocab_size}; "
-            f"prepare the text with the same tokenizer"
+            f"{data.folder}: its tokens are not those that {config.init_from} was trained on; "
+            f"give the text by --text with another --data_dir, and it is prepared with the right ones"
         )
     prompt = config.sample_prompt or default_prompt(data, tokenizer)
     if tokenizer is not None and len(tokenizer.encode(prompt)) == 0:
@@ -234,9 +242,11 @@ def clear(out_dir: Path) -> None:
         (out_dir / name).unlink(missing_ok=True)
 
 
-def open_text(config: TrainConfig, say: Say, progress: Any) -> tuple[TokenData, Tokenizer | None]:
-    """The token files a config asks for, prepared first where need be, and their tokenizer."""
-    folder = ensure(config, progress=progress, say=say)
+def open_text(
+    config: TrainConfig, say: Say, progress: Any, given: Tokenizer | None
+) -> tuple[TokenData, Tokenizer | None]:
+    """The token files a config asks for, prepared first (with the tokenizer `given`) where need be; their tokenizer."""
+    folder = ensure(config, progress=progress, say=say, given=given)
     data = open_data(folder, config.model.block_size, config.vocab_size)
     if not data.foreign:
         return data, load_tokenizer(folder / "tokenizer.json")
@@ -310,7 +320,8 @@ def compile_forward(trainer: Trainer, say: Say) -> None:
     ids = torch.zeros(config.batch_size, config.model.block_size, dtype=torch.int64, device=trainer.device)
     try:
         with precision(trainer.dtype, trainer.device):
-            forward(ids, ids, ids[:, 0].int())[1].backward()
+            loss: Any = forward(ids, ids, ids[:, 0].int())[1]
+        loss.backward()
         trainer.forward = forward
     except Exception as error:  # whatever a compiler can raise: the run does not depend on it
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

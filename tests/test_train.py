@@ -16,6 +16,7 @@ from llm.config import from_settings
 from llm.data import batch_at
 from llm.errors import Failure, UserError
 from llm.metrics import read_record
+from llm.prepare import prepare
 from llm.run import Run, begun, fit, resumed
 from llm.train import Line, Saved, Step, Training, train_step
 
@@ -242,6 +243,21 @@ def test_fine_tuning_starts_from_the_saved_weights(here):
         assert all(torch.equal(best[name], p) for name, p in run.trainer.model.state_dict().items())
         line = next(event for event in run if isinstance(event, Line))
     assert line.evaluation.loss == pytest.approx(first.progress.best_loss, abs=1e-5)
+
+
+def test_fine_tuning_on_another_text_keeps_the_tokenizer(here):
+    trained(config_for(here, out_dir="first", max_steps=3, tokenizer="bpe", vocab_size=300, warmup_steps=0))
+    Path("other.txt").write_text("zzz yyy abc " * 200, encoding="utf-8")
+    settings = {"text": "other.txt", "data_dir": "other", "init_from": "first", "max_steps": 2, "warmup_steps": 0}
+    run, _ = trained(from_settings(SMALL | settings | {"tokenizer": "auto", "out_dir": "second"}))
+    assert run.reason == "done"
+    saved = [Path(folder, "tokenizer.json").read_bytes() for folder in ("first", "second", "other")]
+    assert saved[0] == saved[1] == saved[2]
+    with pytest.raises(UserError, match="know bpe tokens"):
+        trained(config_for(here, init_from="first", tokenizer="char", out_dir="x"))
+    prepare(("other.txt",), Path("chars"), "char")
+    with pytest.raises(UserError, match="not those that first was trained on"):
+        trained(from_settings(SMALL | {"data_dir": "chars", "init_from": "first", "tokenizer": "auto", "out_dir": "x"}))
 
 
 def test_a_run_is_a_record_a_plot_and_a_sample(here):

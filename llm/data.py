@@ -30,7 +30,7 @@ class TokenData:
     vocab_size: int  # what the ids stay below
     foreign: bool  # no meta.json: GPT-2's vocabulary is assumed
     source: str  # name of the text, for people
-    hashes: dict[str, str]  # SHA-256 by file name; empty for foreign files
+    hashes: dict[str, str]  # SHA-256 by file name
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def open_data(folder: Path, block_size: int, vocab_size: int | None = None) -> T
     if vocab_size is not None and meta and vocab_size < limit:
         raise UserError(f"vocab_size = {vocab_size} is below the {limit} of {folder / 'meta.json'}; leave it out")
     limit = vocab_size if vocab_size is not None and meta is None else limit
-    streams = {}
+    streams, hashes = {}, {}
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
         streams[split] = _open_tokens(path, dtype, block_size)
-        _check_ids(path, streams[split], limit, meta["splits"][split] if meta else None)
+        hashes[path.name] = _check_ids(path, streams[split], limit, meta["splits"][split] if meta else None)
     return TokenData(
         folder=folder,
         train=streams["train"],
@@ -85,7 +85,7 @@ def open_data(folder: Path, block_size: int, vocab_size: int | None = None) -> T
         vocab_size=limit,
         foreign=meta is None,
         source=str(meta["source"]["name"]) if meta else "unknown text",
-        hashes={f"{s}.bin": meta["splits"][s]["sha256"] for s in ("train", "val")} if meta else {},
+        hashes=hashes,
     )
 
 
@@ -127,8 +127,11 @@ def _open_tokens(path: Path, dtype: np.dtype[Any], block_size: int) -> Tokens:
         raise UserError(f"{path}: cannot be opened ({error.strerror})") from None
 
 
-def _check_ids(path: Path, tokens: Tokens, limit: int, described: dict[str, Any] | None) -> None:
-    """Every id is below `limit`, and the file is the one described, by its hash where its time is new."""
+def _check_ids(path: Path, tokens: Tokens, limit: int, described: dict[str, Any] | None) -> str:
+    """The file's SHA-256, once every id is below `limit` and the file is the one described.
+
+    What a scan finds is kept in `scanned.json`, so that it is needed only where size or time are new.
+    """
     state = path.stat()
     stamp = {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
     if described and described["size"] != state.st_size:
@@ -137,22 +140,20 @@ def _check_ids(path: Path, tokens: Tokens, limit: int, described: dict[str, Any]
             f"the file has {state.st_size}; prepare the data again"
         )
     if described and described["mtime_ns"] == state.st_mtime_ns and described["max_id"] < limit:
-        return
+        return str(described["sha256"])
     known = _scanned(path).get(path.name)
     if known is None or any(known[key] != value for key, value in stamp.items()):
         known = stamp | {"max_id": int(_largest(tokens)), "sha256": storage.sha256(path)}
         _remember(path, known)
     if described and known["sha256"] != described["sha256"]:
         raise UserError(f"{path}: changed since it was prepared (SHA-256 differs); prepare the data again")
-    if known["max_id"] < limit:
-        return
-    for start, piece in _pieces(tokens):
-        if (above := piece >= limit).any():
-            where = start + int(np.argmax(above))
-            raise UserError(
-                f"{path}: token {where} has id {int(tokens[where])}, and the vocabulary has {limit}; "
-                f"prepare it again, or give a larger --vocab_size"
-            )
+    if known["max_id"] >= limit:
+        where = next(start + int(np.argmax(p >= limit)) for start, p in _pieces(tokens) if (p >= limit).any())
+        raise UserError(
+            f"{path}: token {where} has id {int(tokens[where])}, and the vocabulary has {limit}; "
+            f"prepare it again, or give a larger --vocab_size"
+        )
+    return str(known["sha256"])
 
 
 def _pieces(tokens: Tokens, length: int = 2**24) -> Any:

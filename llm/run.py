@@ -1,6 +1,7 @@
 """A run folder as an object, what begins or resumes one, and `fit` for notebooks."""
 
 import dataclasses
+import io
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -86,6 +87,12 @@ class Run:
         return prompt + tokenizer.decode(
             [int(t) for t in generate(model, ids, max_new_tokens, generator=luck, **knobs)]
         )
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows of a run: its loss curve."""
+        picture = io.BytesIO()
+        draw([self.path]).savefig(picture, format="png")
+        return picture.getvalue()
 
     def plot(self, out: str | Path | None = None) -> "Figure":
         """The loss curve as a figure, which a notebook shows; also written to `out` where given."""
@@ -341,8 +348,7 @@ def write_environment(out_dir: Path, data: TokenData) -> None:
     asked = subprocess.run(
         ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ) if shutil.which("git") and (here.parent / ".git").exists() else None  # fmt: skip
-    hashes = data.hashes or {f"{s}.bin": storage.sha256(data.folder / f"{s}.bin") for s in ("train", "val")}
-    facts = {"losscurve": __version__, "commit": asked.stdout.strip() if asked else None, "data": hashes}
+    facts = {"losscurve": __version__, "commit": asked.stdout.strip() if asked else None, "data": data.hashes}
     storage.write_json(out_dir / "env.json", facts | environment())
 
 

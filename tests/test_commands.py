@@ -172,7 +172,12 @@ def test_a_meta_that_does_not_fit_its_files_is_one_clear_line(run, losscurve):
 
 
 def test_a_run_folder_in_use_is_refused(here, losscurve):
-    code = "import sys, time, llm.storage as s, pathlib\nwith s.locked(pathlib.Path('run'), 'x'):\n print(1, flush=True); time.sleep(60)"
+    code = """
+import pathlib, time, llm.storage
+with llm.storage.locked(pathlib.Path("run"), "this run folder"):
+    print(1, flush=True)
+    time.sleep(60)
+"""
     holder = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"1\n"

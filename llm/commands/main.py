@@ -30,12 +30,15 @@ def run_command(name: str, argv: list[str]) -> int:
     except (UserError, Failure) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe went away: nothing more to say
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        print(f"error: {error.filename or name}: {error.strerror or error}; mend that and try again", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe went away: nothing more to say, and no trace
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def main(argv: list[str] | None = None) -> int:

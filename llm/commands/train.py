@@ -68,14 +68,15 @@ def main(argv: list[str]) -> int:
 
 
 def opening(run: "Training") -> str:
-    """What is trained on what, in two lines."""
+    """What is trained on what, in three lines."""
     trainer, config = run.trainer, run.trainer.config
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    epochs = config.max_steps * config.tokens_per_step / len(trainer.data.train)
+    parameters, tokens = sum(p.numel() for p in trainer.model.parameters()), len(trainer.data.train)
+    epochs, predicted = config.max_steps * config.tokens_per_step / tokens, len(trainer.data.val) - 1
+    validating = f"all {predicted:,}" if predicted <= config.eval_tokens else f"{config.eval_tokens:,} of {predicted:,}"
     begin = f"going on from step {run.progress.step}" if run.progress.step else "starting"
     return (
-        f"{parameters / 1e6:.2f} M parameters, {len(trainer.data.train):,} training tokens ({trainer.data.source}), "
-        f"vocabulary {config.model.vocab_size:,}\n"
+        f"{parameters / 1e6:.2f} M parameters, vocabulary {config.model.vocab_size:,}\n"
+        f"{tokens:,} training tokens ({trainer.data.source}); validation on {validating} tokens\n"
         f"{begin}: {config.max_steps:,} steps of {config.windows_per_step} windows x {config.model.block_size} tokens, "
         f"{epochs:.1f} times the text"
     )
@@ -84,21 +85,25 @@ def opening(run: "Training") -> str:
 def ending(run: "Training") -> Iterator[str]:
     """How the run went, what it means and what to type next."""
     from llm.checkpoint import folder_name
-    from llm.metrics import overfits_since, read_record
+    from llm.metrics import best, overfits_since, read_record
 
-    progress, config, out_dir = run.progress, run.trainer.config, run.out_dir
-    assert progress.best_loss is not None  # it has been evaluated
-    stopped = {"max_time": "max_time is used up", "patience": "no improvement for patience evaluations"}
+    progress, config, out_dir, rows = run.progress, run.trainer.config, run.out_dir, read_record(run.out_dir)
+    stopped = {"max_time": "max_time is used up", "patience": "no improvement within patience"}
     if run.reason in stopped:
         yield f"stopped at step {progress.step}: {stopped[run.reason]}"
-    best = f"best val {progress.best_loss:.4f} at step {progress.best_step}"
-    yield f"{best}, last val {progress.last_loss:.4f} at step {progress.step}"
-    yield landmarks(progress.best_loss, config.model.vocab_size)
-    since = overfits_since(read_record(out_dir))
+    lowest = best(rows)
+    assert lowest is not None  # a run that ends has been evaluated
+    bits = "" if lowest["bits_per_byte"] is None else f" ({lowest['bits_per_byte']:.3f} bits per byte)"
+    yield (
+        f"best val {lowest['loss']:.4f}{bits} at step {lowest['step']}, "
+        f"last val {progress.last_loss:.4f} at step {progress.step}"
+    )
+    yield landmarks(lowest["loss"], config.model.vocab_size)
+    since = overfits_since(rows)
     if since is not None:
         yield (
             f"overfits since step {since}: the validation loss rises while the training loss falls; "
-            f"the chapter's cures are --dropout 0.2, --weight_decay 0.1 and more text; --patience 3 stops in time"
+            f"the chapter's cures: --dropout 0.2, --weight_decay 0.1, more text; --patience 3 stops in time"
         )
     speed = progress.tokens / (progress.seconds - progress.bookkeeping)
     share = progress.bookkeeping / progress.seconds
@@ -109,10 +114,11 @@ def ending(run: "Training") -> Iterator[str]:
 
 def landmarks(loss: float, vocab_size: int) -> str:
     """Where a loss stands against the chapter's ln V, ln V / 2 and ln V / 4."""
-    marks = [(math.log(vocab_size) / part, name) for part, name in ((1, "ln V"), (2, "ln V / 2"), (4, "ln V / 4"))]
-    said = ", ".join(f"{name} = {mark:.2f} {'passed' if loss < mark else 'not reached'}" for mark, name in marks)
-    meaning = ("guessing", "token frequencies", "locally coherent text")
-    return f"landmarks: {said} ({', '.join(meaning)})"
+    named = (("ln V", "guessing", 1), ("ln V / 2", "token frequencies", 2), ("ln V / 4", "coherent text", 4))
+    marks = [(name, means, math.log(vocab_size) / part) for name, means, part in named]
+    return "landmarks: " + "; ".join(
+        f"{name} = {mark:.2f} ({means}) {'passed' if loss < mark else 'not reached'}" for name, means, mark in marks
+    )
 
 
 @contextlib.contextmanager

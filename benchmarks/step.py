@@ -1,0 +1,179 @@
+"""Seconds of a training step: ours, the chapter's plain loop, and a transformers GPT-2 in a plain loop.
+
+Each round runs every side in a process of its own, one after the other, so that they share whatever
+else the machine is doing. Prints a table of medians and ratios; --json FILE keeps it.
+
+    python -m benchmarks.step [--rounds 3] [--steps 5] [--preset chapter] [--sides plain,ours] [--json FILE]
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+SIDES = ("plain", "transformers", "ours")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of a side in a round, after 2 untimed")
+    parser.add_argument("--preset", default="chapter")
+    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one side, in this process
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(measure(args.side, args.preset, args.steps)))
+        return
+    sides = args.sides.split(",")
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for _ in range(args.rounds):
+        for side in sides:
+            words = ["--side", side, "--preset", args.preset, "--steps", str(args.steps)]
+            shown = subprocess.run(
+                [sys.executable, "-m", "benchmarks.step", *words], stdout=subprocess.PIPE, text=True, check=True
+            )
+            found[side].append(json.loads(shown.stdout))
+    rows = [row(side, found[side]) for side in sides]
+    reference = rows[0]["median_ms"]
+    print(f"{'side':<14}{'ms a step':>10}{'spread':>14}{'ratio':>8}{'peak MiB':>10}{'loss':>9}")
+    for r in rows:
+        spread = f"{r['min_ms']:.0f}-{r['max_ms']:.0f}"
+        ratio = f"{reference / r['median_ms']:.2f}x"
+        print(f"{r['side']:<14}{r['median_ms']:>10.1f}{spread:>14}{ratio:>8}{r['peak_mib']:>10.0f}{r['loss']:>9.4f}")
+    if args.json:
+        facts = {"preset": args.preset, "machine": platform.processor() or platform.machine(), "rows": rows}
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(facts, file, indent=2)
+
+
+def row(side: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    times = sorted(ms for run in runs for ms in run["ms"])
+    return {
+        "side": side,
+        "median_ms": statistics.median(times),
+        "min_ms": times[0],
+        "max_ms": times[-1],
+        "peak_mib": max(run["peak_mib"] for run in runs),
+        "loss": runs[0]["loss"],
+    }
+
+
+def measure(side: str, preset: str, steps: int) -> dict[str, Any]:
+    """Milliseconds of each of `steps` steps of a side on random tokens, its peak memory and last loss."""
+    import numpy as np
+    import torch
+
+    from llm.config import from_settings, read_toml
+
+    vocab_size = 65 if "char" in preset else 50257
+    config = from_settings(read_toml(preset) | {"vocab_size": vocab_size})
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 300_000).astype(np.uint16)
+    torch.manual_seed(config.seed)
+    step = {"plain": plain, "transformers": transformers, "ours": ours}[side](config, tokens)
+    times, loss = [], float("nan")
+    for number in range(2 + steps):
+        start = time.perf_counter()
+        loss = step(number)
+        times.append(1000 * (time.perf_counter() - start))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"ms": times[2:], "peak_mib": peak, "loss": loss}
+
+
+def ours(config: Any, tokens: Any) -> Callable[[int], float]:
+    """The loop of this package: its own model, data, loss, optimizer and precision."""
+    from pathlib import Path
+
+    from llm.data import TokenData
+    from llm.device import choose_device, choose_dtype
+    from llm.run import build
+    from llm.train import train_step
+
+    device = choose_device("cpu")
+    data = TokenData(Path(), tokens, tokens, config.model.vocab_size, True, "random", {})
+    trainer = build(config, data, None, device, choose_dtype(config.dtype, device))
+    trainer.model.train()
+    return lambda number: train_step(trainer, number).loss.item()
+
+
+def plain_batch(config: Any, tokens: Any) -> tuple[Any, Any]:
+    import numpy as np
+    import torch
+
+    block = config.model.block_size
+    starts = torch.randint(len(tokens) - block - 1, (config.batch_size,))
+    x = torch.stack([torch.from_numpy(tokens[i : i + block].astype(np.int64)) for i in starts])
+    y = torch.stack([torch.from_numpy(tokens[i + 1 : i + 1 + block].astype(np.int64)) for i in starts])
+    return x, y
+
+
+def plain_loop(config: Any, tokens: Any, loss_of: Callable[[Any, Any], Any], parameters: Any) -> Callable[[int], float]:
+    """The chapter's loop around any model."""
+    import torch
+
+    optimizer = torch.optim.AdamW(parameters, lr=config.max_lr, betas=(config.beta1, config.beta2))
+
+    def step(number: int) -> float:
+        for group in optimizer.param_groups:
+            group["lr"] = config.max_lr * min(1.0, number / 100)
+        loss = loss_of(*plain_batch(config, tokens))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return float(loss.item())
+
+    return step
+
+
+def plain(config: Any, tokens: Any) -> Callable[[int], float]:
+    """All logits at once, the usual cross-entropy, default AdamW: the loop as the chapter has it."""
+    import torch
+
+    from llm import GPT
+
+    model = GPT(config.model)
+
+    def loss_of(x: Any, y: Any) -> Any:
+        logits, _ = model(x)
+        return torch.nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1))
+
+    return plain_loop(config, tokens, loss_of, model.parameters())
+
+
+def transformers(config: Any, tokens: Any) -> Callable[[int], float]:
+    """The public peer: a GPT-2 of the transformers package, of the same shape."""
+    import transformers as peer
+
+    shape = config.model
+    model = peer.GPT2LMHeadModel(
+        peer.GPT2Config(
+            vocab_size=shape.vocab_size,
+            n_positions=shape.block_size,
+            n_layer=shape.n_layer,
+            n_head=shape.n_head,
+            n_embd=shape.n_embd,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            tie_word_embeddings=shape.tied_lm_head,
+        )
+    )
+
+    def loss_of(x: Any, y: Any) -> Any:
+        import torch
+
+        logits = model(x).logits
+        return torch.nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1))
+
+    return plain_loop(config, tokens, loss_of, model.parameters())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Names of devices and precisions, on machines that this one pretends to be."""
+
+import math
+
+import pytest
+import torch
+
+from llm import device as module
+from llm.device import choose_device, choose_dtype, describe_device, environment, keep_memory, precision
+from llm.errors import UserError
+
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """`machine(cuda=2, mps=True, capability=9, fast=True)`: what PyTorch is to find here."""
+
+    def pretend(cuda=0, mps=False, capability=8, fast=False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (capability, 0))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(module, "_bf16_is_fast", lambda: fast)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("there", "name", "expected"),
+    [
+        ({}, "auto", "cpu"),
+        ({"cuda": 1}, "auto", "cuda"),
+        ({"mps": True}, "auto", "mps"),
+        ({"cuda": 1, "mps": True}, "auto", "mps"),  # the chapter's order
+        ({"cuda": 1, "mps": True}, "cpu", "cpu"),
+        ({"cuda": 2}, "cuda", "cuda"),
+        ({"cuda": 2}, "cuda:1", "cuda:1"),
+        ({"mps": True}, "mps", "mps"),
+    ],
+)
+def test_the_device_a_name_means(machine, there, name, expected):
+    machine(**there)
+    assert choose_device(name) == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("there", "name", "reason"),
+    [
+        ({}, "cuda", "PyTorch sees 0 CUDA devices here"),
+        ({}, "cuda:0", "PyTorch sees 0 CUDA devices here"),
+        ({"cuda": 2}, "cuda:2", "PyTorch sees 2 CUDA devices here"),
+        ({"cuda": 1}, "mps", "no Apple GPU"),
+    ],
+)
+def test_a_device_that_is_not_there(machine, there, name, reason):
+    machine(**there)
+    with pytest.raises(UserError) as caught:
+        choose_device(name)
+    message = str(caught.value)
+    assert message.startswith(f"device = {name!r}: ")
+    assert reason in message
+    assert "--device auto" in message
+    assert "\n" not in message
+
+
+NO_NAMES = ["", "gpu", "CPU", "cpu:", "cpu:0", "cpu:²", "cuda:", "cuda:-1", "cuda:x", "cuda:01", "cuda:9999999999999"]
+
+
+@pytest.mark.parametrize("name", [*NO_NAMES, "cuda:²", "cuda:1:2", "mps:0", "cuda 0", " cpu", "cpu\n", "meta", "xpu"])
+def test_a_name_that_is_no_device(machine, name):
+    machine(cuda=10, mps=True)
+    with pytest.raises(UserError) as caught:
+        choose_device(name)
+    assert str(caught.value) == f"device = {name!r}: expected auto, cpu, mps, cuda or cuda:N"
+
+
+@pytest.mark.parametrize(
+    ("there", "device", "expected"),
+    [
+        ({"fast": False}, CPU, torch.float32),
+        ({"fast": True}, CPU, torch.bfloat16),
+        ({"capability": 7, "fast": True}, CUDA, torch.float32),
+        ({"capability": 8}, CUDA, torch.bfloat16),
+        ({"capability": 9}, torch.device("cuda:0"), torch.bfloat16),
+        ({"fast": True}, MPS, torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_where_it_is_fast(machine, there, device, expected):
+    machine(**there)
+    assert choose_dtype("auto", device) == expected
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_a_named_precision_is_taken_at_its_word(machine, device, name):
+    machine(capability=7, fast=True)
+    assert choose_dtype(name, device) == getattr(torch, name)
+
+
+def test_float16_on_mps_is_refused():
+    with pytest.raises(UserError, match="dtype = 'float16': not supported on mps"):
+        choose_dtype("float16", MPS)
+    assert choose_dtype("bfloat16", MPS) == torch.bfloat16
+
+
+@pytest.mark.parametrize(("slow", "fast"), [(2e-3, False), (1e-3, False), (4e-4, True)])
+def test_the_probe_wants_twice_the_speed(monkeypatch, slow, fast):
+    """A clock that makes a float32 product of 512 take 1 ms, and a bfloat16 one `slow`."""
+    now, real = [0.0], torch.mm
+
+    def mm(a, b):
+        now[0] += (slow if a.dtype == torch.bfloat16 else 1e-3) * (len(a) / 512) ** 3
+        return a
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    assert module._bf16_is_fast() == fast
+    monkeypatch.setattr(torch, "mm", real)
+
+
+def test_a_machine_hopeless_at_bfloat16_is_found_out_by_a_small_product(monkeypatch):
+    sizes, now = [], [0.0]
+
+    def mm(a, b):
+        sizes.append(len(a))
+        now[0] += 1.0 if a.dtype == torch.bfloat16 else 1e-6
+        return a
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    assert not module._bf16_is_fast()
+    assert set(sizes) == {64}
+
+
+def test_float32_is_left_as_it_is():
+    a, b = torch.randn(8, 8), torch.randn(8, 8)
+    with precision(torch.float32, CPU):
+        assert not torch.is_autocast_enabled("cpu")
+        assert torch.equal(a @ b, torch.mm(a, b))
+        assert (a @ b).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_products_in_its_precision(dtype):
+    a, b = torch.randn(8, 8), torch.randn(8, 8)
+    with precision(dtype, CPU):
+        product = a @ b
+        assert product.dtype == dtype
+    assert (a @ b).dtype == torch.float32
+    assert torch.equal(product, a.to(dtype) @ b.to(dtype))
+
+
+def test_keeping_memory_breaks_nothing(monkeypatch):
+    keep_memory()
+    assert torch.ones(2**20).sum() == 2**20
+    for name in ("darwin", "win32"):
+        monkeypatch.setattr(module.sys, "platform", name)
+        monkeypatch.setattr(module.ctypes, "CDLL", None)  # not to be called
+        keep_memory()
+    monkeypatch.setattr(module.sys, "platform", "linux")
+    monkeypatch.setattr(module.platform, "libc_ver", lambda: ("", ""))  # musl
+    keep_memory()
+
+
+def test_the_device_in_words(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Card")
+    assert describe_device(CPU, torch.float32) == "cpu (3 threads), float32"
+    assert describe_device(torch.device("cuda:1"), torch.bfloat16) == "A Card (cuda:1), bfloat16"
+    assert describe_device(MPS, torch.float32) == "mps, float32"
+
+
+def test_the_environment_can_be_written_as_json():
+    facts = environment()
+    assert facts["torch"] == torch.__version__
+    assert facts["threads"] == torch.get_num_threads()
+    assert all(type(v) in (str, int, type(None)) or math.isfinite(v) for v in facts.values())

@@ -1,0 +1,59 @@
+"""Every command in the README runs as typed; the long ones with smaller numbers."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import flags, needs_gpt2, needs_shakespeare
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
+COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+OURS = [line for line in COMMANDS if line.split()[0] in ("losscurve", "python")]
+OTHERS = ("make ", "pip ", "git ", "cd ", "python3 -m venv", "source ", ". ")
+SMALLER = flags(max_steps=3, warmup_steps=0, eval_every=3).replace("--tokenizer char", "")
+
+
+def test_every_line_is_known():
+    unknown = [line for line in COMMANDS if line not in OURS and not line.startswith(OTHERS)]
+    assert not unknown
+    assert len(OURS) > 10
+
+
+def test_the_makefile_has_every_target_named():
+    named = {line.split()[1] for line in COMMANDS if line.startswith("make ")}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert named == {name for name in named if re.search(rf"^{name}:", makefile, re.M)}
+    assert {"train", "test"} <= named
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """One folder for the whole README, since later commands use what earlier ones made."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "scripts").symlink_to(ROOT / "scripts")
+    (folder / "my.txt").write_text("To be, or not to be, that is the question.\n" * 60, encoding="utf-8")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "a.md").write_text("# A note\nto be read twice\n" * 60, encoding="utf-8")
+    return folder
+
+
+@needs_gpt2
+@needs_shakespeare
+@pytest.mark.parametrize("line", OURS)
+def test_a_command_of_the_readme_runs(home, line):
+    words = shlex.split(line)
+    words = [sys.executable, "-m", "llm", *words[1:]] if words[0] == "losscurve" else [sys.executable, *words[1:]]
+    if any(word in ("train", "scripts.train") for word in words[:4]):
+        smaller = "--max_steps 6 --eval_every 3" if "--resume" in words else SMALLER
+        words += shlex.split(smaller)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    shown = subprocess.run(
+        words, cwd=home, env=environment, capture_output=True, text=True, check=False, input="to be\n" * 500
+    )
+    assert shown.returncode == 0, shown.stderr

@@ -39,6 +39,18 @@ def next_probabilities(
     return torch.softmax(logits, 1)
 
 
+def check_knobs(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
+    """Raises UserError naming the knob that is out of its range."""
+    for name, value, good, expected in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
+        ("temperature", temperature, math.isfinite(temperature) and temperature >= 0, "0 or more"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "1 or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not good:
+            raise UserError(f"{name} = {value!r}: expected {expected}")
+
+
 @torch.no_grad()
 def generate(
     model: GPT,
@@ -58,14 +70,7 @@ def generate(
     drawn. The model is put into evaluation mode.
     Raises UserError where a knob is out of its range.
     """
-    for name, value, good, expected in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
-        ("temperature", temperature, math.isfinite(temperature) and temperature >= 0, "0 or more"),
-        ("top_k", top_k, top_k is None or top_k >= 1, "1 or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-    ):
-        if not good:
-            raise UserError(f"{name} = {value!r}: expected {expected}")
+    check_knobs(max_new_tokens, temperature, top_k, top_p)
     if prompt.size(1) == 0:
         raise UserError("prompt: holds no token; give at least one character")
     model.eval()

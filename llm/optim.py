@@ -41,9 +41,9 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put `optimizer_tensors` back. Raises UserError where they are not this model's."""
     parameters = dict(model.named_parameters())
-    absent = parameters.keys() - {key.partition(".")[2] for key in tensors}
-    if tensors and absent:  # none at all: no update was made yet
-        raise UserError(f"saved state: no optimizer entry for {min(absent)}; it belongs to another run")
+    kinds = {key.partition(".")[0] for key in tensors}  # none at all: no update was made yet
+    if absent := {f"{kind}.{name}" for kind in kinds for name in parameters} - tensors.keys():
+        raise UserError(f"saved state: no optimizer entry {min(absent)}; it belongs to another run")
     for key, value in tensors.items():
         kind, _, name = key.partition(".")
         if name not in parameters or value.shape != (() if kind == "step" else parameters[name].shape):

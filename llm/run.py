@@ -199,6 +199,7 @@ def resumed(out_dir: Path, changes: dict[str, Any], say: Say = lambda _: None) -
         tokenizer = run_tokenizer(run, say)
         trainer = build(config, data, tokenizer, device, DTYPES[config.dtype])
         restored = restore(trainer, groups, facts)
+        storage.check_writable(out_dir, disk_needed(trainer.model, config))
         if config != run.config:
             storage.write_text(out_dir / "config.toml", write_toml(config))
         metrics.cut(out_dir, restored.step)

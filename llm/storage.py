@@ -211,19 +211,19 @@ def _lock(file: IO[bytes]) -> None:
 
 
 def check_writable(folder: Path, needed: int = 0) -> None:
-    """Raises UserError if `folder` cannot be made or written, or has fewer than `needed` bytes free."""
+    """Make `folder`. Raises UserError if it cannot be made or written, or has fewer than `needed` bytes free."""
     try:
+        there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+        if (free := shutil.disk_usage(there).free) < needed:
+            raise UserError(
+                f"{folder}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed; make room or choose another"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(f"{folder}: cannot write there ({error.strerror}); choose another folder") from None
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"{folder}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed; make room or choose another"
-        )
 
 
 def cache_folder() -> Path:

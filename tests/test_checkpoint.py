@@ -224,8 +224,9 @@ def test_nothing_to_resume_from(tmp_path):
         newest_state(tmp_path)
 
 
-@pytest.mark.parametrize("operation", ["fsync", "replace", "mkdir", "open"])
-@pytest.mark.parametrize("forever", [False, True])
+@pytest.mark.parametrize(
+    ("operation", "forever"), [("fsync", True), ("replace", False), ("mkdir", False), ("open", False), ("open", True)]
+)
 def test_a_failed_save_leaves_the_states_before(tmp_path, operation, forever):
     for k in range(1, 60):
         run = tmp_path / str(k)

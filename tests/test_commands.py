@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,6 +142,15 @@ def test_a_mistake_in_train_is_one_clear_line(here, losscurve, mistake):
     assert MISTAKES[mistake] in lines[0]
     made = set(untouched(here)) - set(before)
     assert all(path.startswith("data/") for path in made), made  # at most the tokens of a text that was fine
+
+
+def test_no_room_for_a_run_is_one_clear_line(here, losscurve, monkeypatch):
+    losscurve("prepare text.txt --tokenizer char")
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    code, out, err = losscurve(f"train --data_dir data {flags()}")
+    assert (code, out) == (2, "")
+    assert "checkpoints: 0 MiB free" in err
+    assert not Path("checkpoints").exists()
 
 
 BROKEN = {

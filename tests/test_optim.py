@@ -141,7 +141,7 @@ def test_no_update_yet_is_no_state():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda tensors: tensors.pop("exp_avg.wte.weight") and tensors.pop("exp_avg_sq.wte.weight"),
+        lambda tensors: tensors.pop("exp_avg_sq.wte.weight"),
         lambda tensors: tensors.update({"exp_avg.h.7.ln_1.weight": torch.zeros(8)}),
         lambda tensors: tensors.update({"exp_avg": torch.zeros(8)}),
         lambda tensors: tensors.update({"exp_avg.ln_f.bias": torch.zeros(9)}),
@@ -149,7 +149,7 @@ def test_no_update_yet_is_no_state():
         lambda tensors: tensors.update({"step.ln_f.bias": torch.zeros(8)}),
         lambda tensors: [tensors.pop(f"{kind}.wte.weight") for kind in ("exp_avg", "exp_avg_sq", "step")],
     ],
-    ids=["parts missing", "unknown", "no name", "shape", "scalar", "step", "all missing"],
+    ids=["one missing", "unknown", "no name", "shape", "scalar", "step", "all missing"],
 )
 def test_a_state_of_another_model_is_refused(change):
     model = small()
@@ -157,5 +157,5 @@ def test_a_state_of_another_model_is_refused(change):
     update(model, optimizer, [0])
     tensors = copy.deepcopy(optimizer_tensors(model, optimizer))
     change(tensors)
-    with pytest.raises(UserError, match="saved state: .*another run"):
+    with pytest.raises(UserError, match=r"saved state: .*another run"):
         restore_optimizer(model, make_optimizer(model, TrainConfig()), tensors)

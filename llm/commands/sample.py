@@ -1,7 +1,6 @@
 """`sample`: a trained model continues a prompt, and the text appears as it is made."""
 
 import codecs
-import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,22 +33,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--checkpoint", metavar="FILE.pt", help="a state_dict saved by torch.save, instead of a run")
     add_settings(parser, ["out_dir", "seed", "device", "dtype", "n_head", "gelu"])
     args = parser.read(argv)
-    check(args.max_new_tokens >= 0, "max_new_tokens", args.max_new_tokens, "0 or more")
-    check(math.isfinite(args.temperature) and args.temperature >= 0, "temperature", args.temperature, "0 or more")
-    check(args.top_k is None or args.top_k >= 1, "top_k", args.top_k, "1 or more")
-    check(0 < args.top_p <= 1, "top_p", args.top_p, "above 0 and at most 1")
-    check(args.num_samples >= 1, "num_samples", args.num_samples, "1 or more")
     config = from_settings(typed_settings(args))
     prompt = read_prompt(args.prompt_file) if args.prompt_file else args.prompt
-    check(prompt != "", "prompt", prompt, "at least one character")
+    if prompt == "":
+        raise UserError("prompt = '': expected at least one character")
+    if args.num_samples < 1:
+        raise UserError(f"num_samples = {args.num_samples}: expected 1 or more")
 
     import numpy as np
     import torch
 
     from llm.device import choose_device, choose_dtype, precision
-    from llm.generate import generate
+    from llm.generate import check_knobs, generate
     from llm.run import Run
 
+    check_knobs(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     device = choose_device(config.device)
     if args.checkpoint:
         model, tokenizer = bare_model(Path(args.checkpoint), config.model.n_head, config.model.gelu)
@@ -114,8 +112,3 @@ def read_prompt(source: str) -> str:
         raise UserError(f"prompt_file {source}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"prompt_file {source}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-
-
-def check(good: bool, name: str, value: object, expected: str) -> None:
-    if not good:
-        raise UserError(f"{name} = {value!r}: expected {expected}")

@@ -24,7 +24,7 @@ train: setup
 	$(BIN)/python -m scripts.sample
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -147,12 +147,13 @@ def _check_ids(path: Path, tokens: Tokens, limit: int, described: dict[str, Any]
         _remember(path, known)
     if described and known["sha256"] != described["sha256"]:
         raise UserError(f"{path}: changed since it was prepared (SHA-256 differs); prepare the data again")
-    if known["max_id"] >= limit:
-        where = next(start + int(np.argmax(p >= limit)) for start, p in _pieces(tokens) if (p >= limit).any())
-        raise UserError(
-            f"{path}: token {where} has id {int(tokens[where])}, and the vocabulary has {limit}; "
-            f"prepare it again, or give a larger --vocab_size"
-        )
+    for start, piece in _pieces(tokens) if known["max_id"] >= limit else ():
+        if (above := piece >= limit).any():
+            where = start + int(np.argmax(above))
+            raise UserError(
+                f"{path}: token {where} has id {int(tokens[where])}, and the vocabulary has {limit}; "
+                f"prepare it again, or give a larger --vocab_size"
+            )
     return str(known["sha256"])
 
 

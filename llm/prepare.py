@@ -40,14 +40,14 @@ def prepare(
     overwrite: bool = False,
     progress: Progress | None = None,
     say: Say | None = None,
-    block_size: int = 1,
+    block_size: int = 0,
     given: Tokenizer | None = None,
 ) -> dict[str, Any]:
     """Make the token files of `text` in `data_dir`, and return what meta.json holds.
 
     `text` as in `corpus.opened`, the rest as in `TrainConfig`; a tokenizer that is `given` (that of
     weights to start from) is used as it is. The training split has to hold a window of `block_size`
-    tokens and the one after. Raises UserError before anything is written,
+    tokens and the one after, where a size is given. Raises UserError before anything is written,
     among others where `data_dir` holds token files and `overwrite` is false; Failure if the work fails.
     """
     settings = _settings(text, tokenizer, vocab_size, val_fraction)
@@ -77,7 +77,7 @@ def prepare(
                 _refuse_occupied(data_dir, overwrite)  # again: another process may have been here
                 with storage.transaction(data_dir) as staging:
                     meta = _write(staging, source, survey, cut, ready, progress) | {"settings": settings}
-                    for split, needed in (("train", block_size + 1), ("val", 2)):
+                    for split, needed in (("train", block_size + 1), ("val", min(block_size, 1) + 1)):
                         if (found := meta["splits"][split]["tokens"]) < needed:
                             raise UserError(
                                 f"{names}: {found} tokens to {split} on, and a window needs {needed}; "

@@ -337,13 +337,11 @@ def test_a_state_without_facts_is_refused(tmp_path):
     assert refused(folder).startswith(f"{folder / 'state.json'}: ")
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "..", "/outside.safetensors", "sub/x.safetensors"])
+@pytest.mark.parametrize("name", ["../outside.safetensors", "..", "/outside.safetensors"])
 def test_a_manifest_cannot_name_a_file_elsewhere(tmp_path, name):
     folder = save(tmp_path, 1)
     content = (folder / "model.safetensors").read_bytes()
     (tmp_path / "outside.safetensors").write_bytes(content)
-    (folder / "sub").mkdir()
-    (folder / "sub" / "x.safetensors").write_bytes(content)
     manifest = storage.read_json(folder / "manifest.json")
     name = str(tmp_path / name[1:]) if name.startswith("/") else name
     manifest["files"][name] = manifest["files"].pop("model.safetensors")
@@ -356,7 +354,7 @@ def test_a_manifest_that_is_a_link_or_a_device_is_refused(tmp_path):
     folder = save(tmp_path, 1)
     path = folder / "manifest.json"
     path.rename(tmp_path / "elsewhere")
-    for target in (tmp_path / "elsewhere", "/dev/zero"):  # the second would be read for ever
+    for target in (tmp_path / "elsewhere", os.devnull):  # another device could be read for ever
         path.symlink_to(target)
         assert refused(folder).startswith(f"{path}: not a regular file")
         path.unlink()

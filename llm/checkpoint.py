@@ -88,4 +88,4 @@ def newest_state(run_dir: Path) -> tuple[Groups, dict[str, Any], list[str]]:
         except (UserError, OSError) as error:
             passed_over.append(str(error))
     reason = f" ({'; '.join(passed_over)})" if passed_over else ""
-    raise UserError(f"{run_dir}: no saved state to resume from{reason}; start anew with another --out_dir")
+    raise UserError(f"{run_dir}: no saved state to resume from{reason}; start anew with --overwrite")

@@ -2,7 +2,8 @@
 
 import os
 import sys
-import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,13 +13,35 @@ def watched() -> bool:
     return sys.stderr.isatty() and not os.environ.get("CI") and not os.environ.get("NO_COLOR")
 
 
+@contextmanager
+def tokenizing() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar for `prepare`, from its first word of progress on; None where nobody watches."""
+    if not watched():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("tokenizing"), BarColumn(), "{task.percentage:3.0f}%", TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("", total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
+
+
 class StepBar:
     """Steps done, tokens per second and time left, below the lines that `print` writes to stdout."""
 
     def __init__(self, total: int, done: int, tokens_per_step: int) -> None:
         self.bar: Any = None
-        self.tokens_per_step, self.shown, self.first = tokens_per_step, done, done
-        self.began = time.perf_counter()
+        self.tokens_per_step = tokens_per_step
         if watched():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -48,5 +71,5 @@ class StepBar:
     def advance(self, step: int) -> None:
         """Show `step` completed steps."""
         if self.bar:
-            speed = (step - self.first) * self.tokens_per_step / (time.perf_counter() - self.began)
+            speed = (self.bar.tasks[0].speed or 0) * self.tokens_per_step  # of the last half minute
             self.bar.update(self.task, completed=step, description=f"{speed:,.0f} tokens/s")

@@ -1,14 +1,10 @@
 """`losscurve prepare`: a text in, token files out, and what they would be enough for."""
 
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from llm.commands.bars import tokenizing
 from llm.commands.flags import Parser, add_settings, config_from, warn
-
-if TYPE_CHECKING:
-    from llm.prepare import Progress
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, "Chinchilla"
 
@@ -35,7 +31,7 @@ def main(argv: list[str]) -> int:
     from llm.prepare import prepare
 
     folder = Path(config.data_dir or "data")
-    with bar() as progress:
+    with tokenizing() as progress:
         meta = prepare(
             config.text,
             folder,
@@ -72,20 +68,3 @@ def _short(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return f"{count:.0f}"
-
-
-@contextmanager
-def bar() -> "Iterator[Progress | None]":
-    """A progress bar on stderr, for as long as the block runs; None where nobody watches."""
-    import os
-
-    if not sys.stderr.isatty() or os.environ.get("CI") or os.environ.get("NO_COLOR"):
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), "{task.percentage:3.0f}%", TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task("tokenizing", total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)

@@ -33,8 +33,7 @@ def main(argv: list[str]) -> int:
 
     from pathlib import Path
 
-    from llm.commands.bars import StepBar
-    from llm.commands.prepare import bar
+    from llm.commands.bars import StepBar, tokenizing
     from llm.device import describe_device
     from llm.run import begun, resumed
     from llm.schedule import warmup_warning
@@ -45,7 +44,8 @@ def main(argv: list[str]) -> int:
         if args.resume:
             run = stack.enter_context(resumed(out_dir, typed_settings(args), say=warn))
         else:
-            run = stack.enter_context(begun(config, args.overwrite, say=warn, progress=stack.enter_context(bar())))
+            with tokenizing() as progress:
+                run = stack.enter_context(begun(config, args.overwrite, say=warn, progress=progress))
         caught = stack.enter_context(signals())
         run.stop = lambda: bool(caught)
         config = run.trainer.config

@@ -152,12 +152,16 @@ def test_tokens_come_one_at_a_time(model):
     assert list(generate(model, torch.tensor([[1]]), 0)) == []
 
 
-def test_no_gradient_and_no_dropout():
+def test_no_gradient_and_no_dropout(monkeypatch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=61, block_size=12, n_layer=1, n_head=1, n_embd=8, dropout=0.9)).train()
     one, other = (list(generate(model, torch.tensor([[1]]), 20, temperature=0)) for _ in range(2))
     assert one == other
     assert not model.training
+    seen, real = [], model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *a: (seen.append(real(*a)), seen[-1])[1])
+    next(generate(model, torch.tensor([[1]]), 1))
+    assert not seen[0].requires_grad
     assert torch.is_grad_enabled()
 
 

@@ -99,7 +99,10 @@ class TrainConfig:
     gradient_accumulation_steps: int = setting(1, "micro-batches in a step", low=1, high=2**20)
     max_steps: int = setting(5000, "updates in the run, and the length of the schedule", low=1, high=10**9)
     max_time: float | None = setting(
-        None, "stop after this long (90, 10m, 2h); the schedule is not bent", above=0.0, unit="duration"
+        None,
+        "stop after this long in all, resumed sessions included (90, 10m, 2h); the schedule is not bent",
+        above=0.0,
+        unit="duration",
     )
     eval_every: int = setting(250, "steps between evaluations", low=1)
     eval_tokens: int = setting(2**20, "validate on at most this many tokens, evenly spread", low=1)
@@ -239,7 +242,7 @@ def describe(f: dataclasses.Field[Any]) -> str:
         return "one of " + ", ".join(get_args(kind))
     if f.metadata["unit"] == "duration":
         return "a duration such as 90, 10m or 2h"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text that is not empty"}.get(
         kind, "a list of paths"
     )
     low, high, above = (f.metadata[key] for key in ("low", "high", "above"))
@@ -271,7 +274,7 @@ def validate(config: Any) -> None:
             good = isinstance(value, bool)
         else:  # a text, or several
             words = (value,) if kind is str else value
-            good = isinstance(words, tuple) and all(isinstance(word, str) for word in words)
+            good = isinstance(words, tuple) and all(isinstance(word, str) and word for word in words)
             if good and re.search("[\ud800-\udfff]", "".join(words)):  # how Python holds bytes that are no UTF-8
                 raise UserError(f"{f.name} = {shown(value)}: not valid UTF-8; give the file another name")
         if not good:

@@ -6,11 +6,13 @@ B samples, T tokens so far, V vocabulary.
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llm.errors import UserError
 from llm.model import GPT, KVCache
+from llm.tokenizer import Tokenizer
 
 
 def next_probabilities(
@@ -97,3 +99,31 @@ def _dtype(model: GPT) -> torch.dtype:
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return model.wte.weight.dtype
+
+
+def continue_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    seed: int | None = None,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+) -> Iterator[list[int]]:
+    """Yields the next token id of each of `num_samples` continuations of `prompt`, `max_new_tokens` times.
+
+    With a `seed` they are the same every time. Raises UserError for a knob out of its range, and for a
+    prompt that is empty or that the tokenizer does not know.
+    """
+    check_knobs(max_new_tokens, temperature, top_k, top_p)
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(tokenizer.encode(prompt).astype(np.int64)).to(device).expand(num_samples, -1)
+    luck = torch.Generator(device)
+    if seed is None:
+        luck.seed()
+    else:
+        luck.manual_seed(seed)
+    tokens = generate(model, ids, max_new_tokens, temperature, top_k, top_p, luck, tokenizer.vocab_size)
+    return (token.tolist() for token in tokens)

@@ -195,7 +195,7 @@ def _curve(axes: "Axes", points: Points, colour: str, **style: Any) -> None:
     style |= {"markersize": 6, "markevery": max(1, len(points) // 25)} if "marker" in style else {}
     if len(points) == 1:  # a line of one point would not be seen
         style |= {"marker": style.get("marker", "s")}
-    axes.plot([x for x, _ in points], [y for _, y in points], color=colour, **style)
+    axes.plot([x for x, _ in points], [y for _, y in points], color=colour, clip_on=False, **style)
 
 
 def _mark(axes: "Axes", x: float, y: float, text: str, dy: float = 44) -> None:
@@ -245,7 +245,7 @@ def _learning_rate(axes: "Axes", rows: list[Row], end: int, low: bool) -> None:
     right = axes.twinx()
     axes.set_zorder(right.get_zorder() + 1)  # the labels lie over this curve
     axes.patch.set_visible(False)
-    right.set_ylim(*((-0.2 * peak, 3.2 * peak) if low else (-2 * peak, 1.35 * peak)))
+    right.set_ylim(*((-0.35 * peak, 3.6 * peak) if low else (-2 * peak, 1.35 * peak)))
     points = points[:: math.ceil(len(points) / POINTS)]
     right.plot(
         [x for x, _ in points], [y for _, y in points], color=GREY, linewidth=1.6, linestyle=(0, (5, 1.5, 1, 1.5))

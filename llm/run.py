@@ -1,31 +1,35 @@
 """A run folder as an object, what begins or resumes one, and `fit` for notebooks."""
 
+import contextlib
 import dataclasses
 import io
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from llm import __version__, checkpoint, metrics, storage
-from llm.config import GPTConfig, TrainConfig, from_settings, read_toml, to_settings, write_toml
+from llm.config import MODEL_FIELDS, GPTConfig, TrainConfig, from_settings, read_toml, to_settings, write_toml
 from llm.data import GPT2_VOCAB, TokenData, open_data
 from llm.device import DTYPES, choose_device, choose_dtype, environment, keep_memory, precision
 from llm.errors import Failure, UserError
-from llm.generate import generate
+from llm.generate import continue_text
 from llm.loss import linear_cross_entropy
 from llm.metrics import Row
 from llm.model import GPT
 from llm.optim import make_optimizer
 from llm.plot import draw, plot_runs
-from llm.prepare import ensure
+from llm.prepare import default_folder, ensure
 from llm.tokenizer import Tokenizer, gpt2, load_tokenizer, save_tokenizer
 from llm.train import Line, Progress, Trainer, Training, restore
 
@@ -76,17 +80,21 @@ class Run:
         return load_model(self.path / names[weights], choose_device(device), self.config.model)
 
     def sample(
-        self, prompt: str | None = None, max_new_tokens: int = 100, seed: int | None = None, **knobs: Any
+        self,
+        prompt: str | None = None,
+        max_new_tokens: int = 100,
+        seed: int | None = None,
+        weights: str = "last",
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
     ) -> str:
-        """`prompt` and its continuation by the last weights; knobs are those of `generate`."""
-        model, tokenizer = self.model(knobs.pop("weights", "last")), self.tokenizer
+        """`prompt` (default: the run's own) and its continuation by the "last" or "best" weights."""
+        model, tokenizer = self.model(weights), self.tokenizer
         prompt = prompt if prompt is not None else self.config.sample_prompt or "\n"
-        device = next(model.parameters()).device
-        luck = torch.Generator(device).manual_seed(seed) if seed is not None else None
-        ids = torch.from_numpy(tokenizer.encode(prompt).astype(np.int64))[None].to(device)
-        return prompt + tokenizer.decode(
-            [int(t) for t in generate(model, ids, max_new_tokens, generator=luck, **knobs)]
-        )
+        knobs = (temperature, top_k, top_p)
+        tokens = continue_text(model, tokenizer, prompt, max_new_tokens, seed, 1, *knobs)
+        return prompt + tokenizer.decode([token for (token,) in tokens])
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows of a run: its loss curve."""
@@ -106,22 +114,59 @@ def fit(
     *,
     out_dir: str | Path = "checkpoints",
     preset: str | None = None,
+    resume: bool = False,
     overwrite: bool = False,
     say: Say = print,
     **settings: Any,
 ) -> Run:
     """Train on a text (a path, several, or "shakespeare") and return the run; for notebooks.
 
-    `settings` are the fields of `TrainConfig` and `GPTConfig`; each evaluation is told to `say`.
-    Raises UserError for settings that cannot work.
+    `settings` are the fields of `TrainConfig` and `GPTConfig`; each evaluation is told to `say`. An
+    interrupt saves; `resume=True` goes on. Raises UserError for settings that cannot work.
     """
     given = settings | ({} if text is None else {"text": text}) | {"out_dir": out_dir}
-    config = from_settings((read_toml(preset) if preset else {}) | given)
-    with begun(config, overwrite=overwrite, say=say) as training:
+    if resume:
+        opened = resumed(Path(out_dir), given, say=say)
+    else:
+        config = from_settings((read_toml(preset) if preset else {}) | given)
+        opened = begun(config, overwrite=overwrite, say=say)
+    with opened as training, interrupts() as caught:
+        training.stop = lambda: bool(caught)
         for event in training:
             if isinstance(event, Line):
                 say(str(event))
-    return Run.open(config.out_dir)
+    if caught:
+        say(f"saved step {training.progress.step}; go on with fit(out_dir={str(out_dir)!r}, resume=True)")
+    return Run.open(out_dir)
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Ctrl-C, SIGTERM and a closed terminal are noted in the list this yields, once; a second one leaves at once.
+
+    Signals that are ignored (nohup) stay so; outside the main thread, where Python allows no handlers,
+    none are set.
+    """
+    caught: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+        with contextlib.suppress(OSError):  # the terminal may be what went away
+            print("finishing this step, then saving (again: leave at once)", file=sys.stderr)
+
+    wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in wanted}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
+    for number in [number for number, handler in before.items() if handler != signal.SIG_IGN]:
+        signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -136,18 +181,12 @@ def begun(
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     refuse_existing(out_dir, overwrite)
+    if out_dir.resolve() == Path(config.data_dir or default_folder(config)).resolve():
+        raise UserError(f"out_dir = {out_dir}: is the folder of the token files; choose another for the run")
+    storage.check_writable(out_dir)
     weights = given = None
     if config.init_from:
-        source = weights_file(config.init_from)
-        model_config, weights = read_weights(source, config.model)
-        config = dataclasses.replace(config, model=dataclasses.replace(model_config, dropout=config.model.dropout))
-        if source.with_name("tokenizer.json").exists():
-            given = load_tokenizer(source.with_name("tokenizer.json"))
-            if config.tokenizer not in ("auto", given.kind):
-                raise UserError(
-                    f"tokenizer = {config.tokenizer!r}: the weights of {config.init_from} know {given.kind} tokens; "
-                    f"leave --tokenizer out"
-                )
+        config, weights, given = starting_point(config, say)
     data, tokenizer = open_text(config, say, progress, given)
     if weights is None:
         vocab_size = config.vocab_size or data.vocab_size
@@ -158,8 +197,8 @@ def begun(
             f"give the text by --text with another --data_dir, and it is prepared with the right ones"
         )
     prompt = config.sample_prompt or default_prompt(data, tokenizer)
-    if tokenizer is not None and len(tokenizer.encode(prompt)) == 0:
-        raise UserError("sample_prompt is empty; give at least one character")
+    if tokenizer is not None:
+        tokenizer.encode(prompt)  # says now if it has a character that is not in the vocabulary
     config = resolved(config, data, dtype, prompt)
     trainer = build(config, data, tokenizer, device, dtype)
     if weights is not None:
@@ -175,6 +214,39 @@ def begun(
         if config.compile:
             compile_forward(trainer, say)
         yield Training(trainer, out_dir, Progress(), prompt)
+
+
+def starting_point(config: TrainConfig, say: Say) -> tuple[TrainConfig, dict[str, Tensor], Tokenizer | None]:
+    """What `init_from` means for a config: its shape and kind of tokens; the weights; the run's own tokenizer.
+
+    Raises UserError where a size or a tokenizer was asked for that the weights do not have.
+    """
+    source = weights_file(str(config.init_from))
+    shape, weights = read_weights(source, config.model)
+    for name in MODEL_FIELDS.keys() - {"dropout"}:
+        asked, saved = getattr(config.model, name), getattr(shape, name)
+        if asked not in (saved, getattr(GPTConfig(), name)):
+            raise UserError(f"{name} = {asked}: the weights of {config.init_from} have {saved}; leave it out")
+    given, kind = None, "gpt2"
+    if source.with_name("tokenizer.json").exists():
+        given = load_tokenizer(source.with_name("tokenizer.json"))
+        kind = given.kind
+    elif shape.vocab_size < GPT2_VOCAB:
+        raise UserError(
+            f"{source}: no tokenizer.json beside it says what its {shape.vocab_size} tokens are; give a run"
+        )
+    else:
+        say(f"{source}: no tokenizer.json beside it, so GPT-2's tokens are assumed")
+    if config.tokenizer not in ("auto", kind):
+        raise UserError(
+            f"tokenizer = {config.tokenizer!r}: the weights of {config.init_from} know {kind} tokens; leave it out"
+        )
+    changes: dict[str, Any] = {"tokenizer": kind}
+    if kind in ("bpe", "char") and config.text and config.data_dir is None:  # the same kind, but not the same tokens
+        folder = default_folder(dataclasses.replace(config, tokenizer="auto"))
+        changes["data_dir"] = f"{folder}-for-{source.resolve().parent.name}"
+    model = dataclasses.replace(shape, dropout=config.model.dropout)
+    return dataclasses.replace(from_settings(changes, config), model=model), weights, given
 
 
 @contextmanager
@@ -193,13 +265,16 @@ def resumed(out_dir: Path, changes: dict[str, Any], say: Say = lambda _: None) -
             say(f"passed over a saved state: {reason}")
         progress = facts["progress"]
         check_unfinished(config, progress)
-        if config.max_steps != run.config.max_steps:
-            say(f"max_steps was {run.config.max_steps} and is {config.max_steps}: the schedule changes from here on")
-        data = open_data(Path(config.data_dir or "data"), config.model.block_size, config.model.vocab_size)
+        folder = Path(config.data_dir or "data")
+        if not (folder / "train.bin").exists() and not storage.unfinished(folder):
+            raise UserError(f"{folder}: the run's token files are not there (seen from here); say where by --data_dir")
+        data = open_data(folder, config.model.block_size, config.model.vocab_size)
         tokenizer = run_tokenizer(run, say)
         trainer = build(config, data, tokenizer, device, DTYPES[config.dtype])
         restored = restore(trainer, groups, facts)
         storage.check_writable(out_dir, disk_needed(trainer.model, config))
+        if config.max_steps != run.config.max_steps:
+            say(f"max_steps was {run.config.max_steps} and is {config.max_steps}: the schedule changes from here on")
         if config != run.config:
             storage.write_text(out_dir / "config.toml", write_toml(config))
         metrics.cut(out_dir, restored.step)
@@ -233,7 +308,7 @@ def check_unfinished(config: TrainConfig, progress: dict[str, Any]) -> None:
 
 def refuse_existing(out_dir: Path, overwrite: bool) -> None:
     """Raises UserError, saying what is there, if `out_dir` holds a run and may not be overwritten."""
-    found = [name for name in (*OURS, *WEIGHTS) if (out_dir / name).exists()]
+    found = [name for name in ("config.toml", "metrics.jsonl", *WEIGHTS) if (out_dir / name).exists()]
     states = checkpoint.saved_steps(out_dir)
     if (found or states) and not overwrite:
         there = f"a run saved at step {states[-1]}" if states else f"a run ({found[0]})"
@@ -270,7 +345,8 @@ def open_text(
 
 def run_tokenizer(run: Run, say: Say) -> Tokenizer | None:
     try:
-        return run.tokenizer if run.config.model.vocab_size >= run.tokenizer.vocab_size else None
+        tokenizer = run.tokenizer
+        return tokenizer if run.config.model.vocab_size >= tokenizer.vocab_size else None
     except Failure as error:
         say(f"no samples and no bits per byte: {error}")
         return None

@@ -211,19 +211,21 @@ def _lock(file: IO[bytes]) -> None:
 
 
 def check_writable(folder: Path, needed: int = 0) -> None:
-    """Make `folder`. Raises UserError if it cannot be made or written, or has fewer than `needed` bytes free."""
+    """Raises UserError if `folder` could not be made or written, or has fewer than `needed` bytes free.
+
+    It is not made: the nearest folder above it that is there is tried.
+    """
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     try:
-        there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-        if (free := shutil.disk_usage(there).free) < needed:
-            raise UserError(
-                f"{folder}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed; make room or choose another"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
+        probe = there / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(f"{folder}: cannot write there ({error.strerror}); choose another folder") from None
+    if (free := shutil.disk_usage(there).free) < needed:
+        raise UserError(
+            f"{folder}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed; make room or choose another"
+        )
 
 
 def cache_folder() -> Path:

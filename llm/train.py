@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,12 +24,15 @@ from llm.data import TokenData, batch_at
 from llm.device import precision
 from llm.errors import Failure, UserError
 from llm.evaluate import Evaluation, evaluate
-from llm.generate import generate
+from llm.generate import continue_text
 from llm.model import GPT
 from llm.optim import optimizer_tensors, restore_optimizer
 from llm.plot import plot_runs
 from llm.schedule import lr_at
 from llm.tokenizer import Tokenizer
+
+
+REMEDY = "start another run with a lower --max_lr, --grad_clip 1 or --dtype float32"
 
 
 @dataclass
@@ -67,7 +69,6 @@ class Line:
     evaluation: Evaluation
     seconds: float
     sample: str
-    is_best: bool
 
     def __str__(self) -> str:
         losses = f"train {self.train_loss:.4f} | val {self.evaluation.loss:.4f}"
@@ -162,6 +163,7 @@ class Training:
         self._pace = (self._stepping(), progress.tokens)
         if progress.step == 0:
             yield self._tell()
+            yield self._save()
         for step in steps(self.trainer, progress.step):
             progress.step, progress.tokens = step.step, progress.tokens + config.tokens_per_step
             self._running += step.loss
@@ -198,10 +200,7 @@ class Training:
         """Record the mean loss since the last record; this is where the device is waited for."""
         progress, loss = self.progress, self._running.item()
         if not math.isfinite(loss):
-            raise Failure(
-                f"the loss is not a finite number between steps {progress.logged} and {step.step}; "
-                f"lower --max_lr, set --grad_clip 1 or use --dtype float32, and go on with --resume"
-            )
+            raise Failure(f"the loss is not a finite number between steps {progress.logged} and {step.step}; {REMEDY}")
         then, tokens = self._pace
         self._pace = (self._stepping(), progress.tokens)
         with self._bookkeeping():
@@ -234,6 +233,8 @@ class Training:
                 found = evaluate(
                     trainer.model, trainer.data.val, config.model.block_size, config.eval_tokens, self.token_bytes
                 )
+            if not math.isfinite(found.loss):
+                raise Failure(f"the validation loss is not a finite number at step {progress.step}; {REMEDY}")
             progress.told, progress.told_loss, progress.last_loss = progress.step, 0.0, found.loss
             if progress.best_loss is None or found.loss < progress.best_loss:
                 progress.best_step, progress.best_loss, progress.stale = progress.step, found.loss, 0
@@ -250,7 +251,7 @@ class Training:
                 **facts,
             )
             sample = sample_text(trainer, self.prompt)
-            line = Line(progress.step, lr, train_loss, found, seconds, sample, is_best=progress.stale == 0)
+            line = Line(progress.step, lr, train_loss, found, seconds, sample)
             if sample:
                 progress.samples_size = keep_sample(self.out_dir, line, progress.samples_size)
             plot_runs([self.out_dir], self.out_dir / "loss_curve.png")
@@ -262,7 +263,7 @@ class Training:
         with self._bookkeeping():
             progress.seconds, progress.logged_loss = self.seconds(), self._running.item()
             if not math.isfinite(progress.logged_loss):
-                raise Failure(f"the loss is not a finite number at step {progress.step}; nothing was saved over it")
+                raise Failure(f"the loss is not a finite number at step {progress.step}; {REMEDY}")
             is_best = progress.best_step == progress.step
             for name in ("model.pt", "best.pt") if is_best else ("model.pt",):
                 with storage.writing(self.out_dir / name) as file:
@@ -272,10 +273,9 @@ class Training:
                 "optimizer": optimizer_tensors(trainer.model, trainer.optimizer),
             }
             facts = {"progress": asdict(progress), "scaler": trainer.scaler.state_dict(), "data": trainer.data.hashes}
-            keep = trainer.config.keep
-            return Saved(
-                progress.step, checkpoint.save_state(self.out_dir, progress.step, groups, facts, keep, is_best)
-            )
+            folder = checkpoint.save_state(self.out_dir, progress.step, groups, facts, trainer.config.keep, is_best)
+        progress.seconds = self.seconds()
+        return Saved(progress.step, folder)
 
 
 def restore(trainer: Trainer, groups: checkpoint.Groups, facts: dict[str, Any]) -> Progress:
@@ -308,19 +308,11 @@ def sample_text(trainer: Trainer, prompt: str) -> str:
     """`prompt` and its continuation, drawn with the run's seed: the same luck at every evaluation."""
     if trainer.tokenizer is None or trainer.config.sample_tokens == 0:
         return ""
-    ids = torch.from_numpy(trainer.tokenizer.encode(prompt).astype(np.int64))[None].to(trainer.device)
-    luck = torch.Generator(trainer.device).manual_seed(trainer.config.seed)
+    config, model, tokenizer = trainer.config, trainer.model, trainer.tokenizer
     with precision(trainer.dtype, trainer.device):
-        tokens = generate(
-            trainer.model,
-            ids,
-            trainer.config.sample_tokens,
-            generator=luck,
-            vocab_size=trainer.tokenizer.vocab_size,
-        )
-        drawn = [int(token) for token in tokens]
-    trainer.model.train()
-    return prompt + trainer.tokenizer.decode(drawn)
+        drawn = [token for (token,) in continue_text(model, tokenizer, prompt, config.sample_tokens, config.seed)]
+    model.train()
+    return prompt + tokenizer.decode(drawn)
 
 
 def keep_sample(out_dir: Path, line: Line, size: int) -> int:

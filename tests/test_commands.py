@@ -78,7 +78,7 @@ def test_resume_goes_on_and_refuses_what_would_be_another_run(run, losscurve):
     assert "nowhere: no run here" in err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupt_saves_and_says_how_to_go_on(here, number, code):
     command = f"{sys.executable} -m llm train --text text.txt --data_dir data {flags(max_steps=10**6)}"
     process = subprocess.Popen(
@@ -94,6 +94,19 @@ def test_an_interrupt_saves_and_says_how_to_go_on(here, number, code):
     step = int(re.search(r"saved step (\d+) in checkpoints", out)[1])
     assert "go on with: losscurve train --out_dir checkpoints --resume" in out
     assert (here / "checkpoints" / f"step-{step:06d}" / "manifest.json").exists()
+
+
+def test_a_shape_that_no_machine_holds_is_one_clear_line(here, losscurve):
+    code, _, err = losscurve(f"train --text text.txt {flags(n_embd=131072, n_layer=1000, ffn_mult=64)}")
+    assert code == 1
+    assert err.splitlines()[-1].startswith("error: not enough memory; lower")
+    assert not Path("checkpoints").exists()
+
+
+def test_a_closed_pipe_does_not_end_a_run(here):
+    command = f"{sys.executable} -m llm train --text text.txt {flags()} | head -c 1"
+    subprocess.run(command, shell=True, env=ENVIRONMENT, check=False, stdout=subprocess.DEVNULL)
+    assert Path("checkpoints/step-000012/manifest.json").exists()
 
 
 MISTAKES = {
@@ -124,6 +137,8 @@ MISTAKES = {
     "--text text.txt --init_from nowhere": "nowhere: no run and no .pt file there",
     "--text text.txt --init_from text.txt": "text.txt: not a state_dict saved by torch.save",
     "--text text.txt --sample_prompt !": "'!'",
+    "--out_dir=": "out_dir = '': expected a text that is not empty",
+    "--text text.txt --data_dir d --out_dir d": "out_dir = d: is the folder of the token files",
 }
 
 

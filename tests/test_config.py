@@ -268,7 +268,7 @@ def test_a_later_layer_lies_over_the_earlier():
     assert from_settings({"vocab_size": 65}).model.vocab_size == 65
 
 
-UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+UNICODE = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 RATE = st.floats(1e-12, 1.0)
 SETTINGS = st.fixed_dictionaries(
     {},

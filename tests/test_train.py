@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL, words
 
-from llm import GPT
+from llm import GPT, GPTConfig
 from llm.config import from_settings
 from llm.data import batch_at
 from llm.errors import Failure, UserError
@@ -215,7 +216,7 @@ def test_patience_stops_when_nothing_improves(here):
 def test_a_loss_that_is_not_finite_is_never_saved(here):
     with begun(config_for(here, max_steps=40)) as run:
         events = iter(run)
-        while not isinstance(next(events), Saved):
+        while next(events) != Saved(4, Path("checkpoints/step-000004")):
             pass
         with torch.no_grad():
             run.trainer.model.wte.weight.fill_(torch.nan)
@@ -250,28 +251,68 @@ def test_compile_that_fails_is_said_and_done_without(here, monkeypatch):
 
 def test_fine_tuning_starts_from_the_saved_weights(here):
     first, _ = trained(config_for(here, out_dir="first"))
-    config = config_for(here, out_dir="second", init_from="first", n_layer=5, n_embd=64)
-    with begun(config) as run:
-        assert run.trainer.config.model.n_layer == 2
+    with pytest.raises(UserError, match="n_layer = 5: the weights of first have 2"):
+        trained(config_for(here, out_dir="second", init_from="first", n_layer=5))
+    with begun(config_for(here, out_dir="second", init_from="first")) as run:
         best = torch.load("first/best.pt", weights_only=True)
         assert all(torch.equal(best[name], p) for name, p in run.trainer.model.state_dict().items())
         line = next(event for event in run if isinstance(event, Line))
     assert line.evaluation.loss == pytest.approx(first.progress.best_loss, abs=1e-5)
 
 
+def test_the_best_may_be_the_start(here):
+    """A first evaluation that nothing betters has its best.pt, and a speed that can be true."""
+    run, _ = trained(config_for(here, max_steps=2, eval_every=1, warmup_steps=0, max_lr=1.0))
+    assert run.progress.best_step == 0
+    assert Path("checkpoints/best.pt").exists()
+    assert Path("checkpoints/step-000000/manifest.json").exists()
+    assert 0 < run.progress.bookkeeping < run.progress.seconds
+
+
+def test_bare_weights_are_gpt2s(here):
+    prepare(("text.txt",), Path("bytes"), "byte")
+    torch.manual_seed(0)
+    torch.save(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=16)).state_dict(), "bare.pt")
+    torch.save(GPT(GPTConfig(vocab_size=300, n_layer=1, n_head=2, n_embd=8, block_size=16)).state_dict(), "small.pt")
+    settings = {"max_steps": 1, "data_dir": "bytes", "n_head": 2}
+    with pytest.raises(UserError, match="bytes holds byte tokens, not gpt2"):
+        trained(from_settings(settings | {"init_from": "bare.pt"}))
+    with pytest.raises(UserError, match=r"no tokenizer\.json beside it says what its 300 tokens are"):
+        trained(from_settings(settings | {"init_from": "small.pt"}))
+
+
+def test_an_interrupt_in_a_notebook_saves(here):
+    said = []
+
+    def say(line):
+        said.append(line)
+        if line.startswith("step     4"):
+            signal.raise_signal(signal.SIGINT)
+
+    fit(here / "text.txt", out_dir="run", say=say, **SMALL)
+    assert "saved step 4; go on with fit(out_dir='run', resume=True)" in said
+    fit(out_dir="run", resume=True, say=said.append)
+    assert said[-1].startswith("step    12")
+
+
 def test_fine_tuning_on_another_text_keeps_the_tokenizer(here):
     trained(config_for(here, out_dir="first", max_steps=3, tokenizer="bpe", vocab_size=300, warmup_steps=0))
     Path("other.txt").write_text("zzz yyy abc " * 200, encoding="utf-8")
-    settings = {"text": "other.txt", "data_dir": "other", "init_from": "first", "max_steps": 2, "warmup_steps": 0}
+    settings = {"text": "other.txt", "init_from": "first", "max_steps": 2, "warmup_steps": 0}
     run, _ = trained(from_settings(SMALL | settings | {"tokenizer": "auto", "out_dir": "second"}))
     assert run.reason == "done"
-    saved = [Path(folder, "tokenizer.json").read_bytes() for folder in ("first", "second", "other")]
+    saved = [Path(folder, "tokenizer.json").read_bytes() for folder in ("first", "second", "data/other-for-first")]
     assert saved[0] == saved[1] == saved[2]
     with pytest.raises(UserError, match="know bpe tokens"):
         trained(config_for(here, init_from="first", tokenizer="char", out_dir="x"))
     prepare(("other.txt",), Path("chars"), "char")
-    with pytest.raises(UserError, match="not those that first was trained on"):
+    with pytest.raises(UserError, match="chars holds char tokens, not bpe"):
         trained(from_settings(SMALL | {"data_dir": "chars", "init_from": "first", "tokenizer": "auto", "out_dir": "x"}))
+    prepare(("other.txt",), Path("otherbpe"), "bpe", 280)
+    with pytest.raises(UserError, match="not those that first was trained on"):
+        trained(
+            from_settings(SMALL | {"data_dir": "otherbpe", "init_from": "first", "tokenizer": "auto", "out_dir": "x"})
+        )
 
 
 def test_a_run_is_a_record_a_plot_and_a_sample(here):

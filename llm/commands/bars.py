@@ -13,6 +13,14 @@ def watched() -> bool:
     return sys.stderr.isatty() and not os.environ.get("CI") and not os.environ.get("NO_COLOR")
 
 
+def tell(line: str) -> None:
+    """A line on stdout. That whoever read it is gone is no reason to end a run."""
+    try:
+        print(line, flush=True)
+    except OSError:  # a closed pipe, a terminal that went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextmanager
 def tokenizing() -> Iterator[Callable[[int, int], None] | None]:
     """A bar for `prepare`, from its first word of progress on; None where nobody watches."""
@@ -66,7 +74,7 @@ class StepBar:
         if self.bar and sys.stdout.isatty():
             self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(line, flush=True)
+            tell(line)
 
     def advance(self, step: int) -> None:
         """Show `step` completed steps."""

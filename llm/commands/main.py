@@ -30,6 +30,12 @@ def run_command(name: str, argv: list[str]) -> int:
     except (UserError, Failure) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except (MemoryError, RuntimeError) as error:
+        short = ("can't allocate memory", "not enough memory", "out of memory", "invalid buffer size")
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in short):
+            raise
+        print("error: not enough memory; lower --batch_size, --block_size or the model's size", file=sys.stderr)
+        return 1
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader of a pipe went away: nothing more to say
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,5 +1,6 @@
 """`losscurve prepare`: a text in, token files out, and what they would be enough for."""
 
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,7 +61,7 @@ def summary(meta: dict[str, Any], folder: object) -> Iterator[str]:
         f"{train['tokens']:,} training tokens seen once fit {_short(train['tokens'] / TOKENS_PER_PARAMETER)} parameters"
     )
     yield f"wrote {folder}/train.bin, val.bin, meta.json, tokenizer.json"
-    yield "next: losscurve train" + ("" if str(folder) == "data" else f" --data_dir {folder}")
+    yield "next: losscurve train" + ("" if str(folder) == "data" else f" --data_dir {shlex.quote(str(folder))}")
 
 
 def _short(count: float) -> str:

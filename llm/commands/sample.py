@@ -37,14 +37,15 @@ def main(argv: list[str]) -> int:
     prompt = read_prompt(args.prompt_file) if args.prompt_file else args.prompt
     if prompt == "":
         raise UserError("prompt = '': expected at least one character")
+    if not args.checkpoint and (hasattr(args, "n_head") or hasattr(args, "gelu")):
+        raise UserError("n_head and gelu are for a bare --checkpoint; a run knows its own, so leave them out")
+    if args.checkpoint and args.weights != "last":
+        raise UserError("weights chooses between the files of a run; with --checkpoint leave it out")
     if args.num_samples < 1:
         raise UserError(f"num_samples = {args.num_samples}: expected 1 or more")
 
-    import numpy as np
-    import torch
-
     from llm.device import choose_device, choose_dtype, precision
-    from llm.generate import check_knobs, generate
+    from llm.generate import check_knobs, continue_text
     from llm.run import Run
 
     check_knobs(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
@@ -57,16 +58,14 @@ def main(argv: list[str]) -> int:
         model, tokenizer = run.model(args.weights, str(device)), run.tokenizer
         prompt = prompt if prompt is not None else run.config.sample_prompt
     prompt = "ROMEO:" if prompt is None else prompt
-    ids = torch.from_numpy(tokenizer.encode(prompt).astype(np.int64)).to(device).expand(args.num_samples, -1)
-    luck = torch.Generator(device)
-    luck.manual_seed(config.seed) if hasattr(args, "seed") else luck.seed()
-    knobs = (args.max_new_tokens, args.temperature, args.top_k, args.top_p, luck, tokenizer.vocab_size)
+    seed = config.seed if hasattr(args, "seed") else None
+    knobs = (args.max_new_tokens, seed, args.num_samples, args.temperature, args.top_k, args.top_p)
     with precision(choose_dtype(config.dtype, device), device):
-        tokens = generate(model, ids, *knobs)
+        tokens = continue_text(model, tokenizer, prompt, *knobs)
         if args.num_samples == 1:
-            show(prompt, tokenizer, (int(token) for token in tokens))
+            show(prompt, tokenizer, (token for (token,) in tokens))
             return 0
-        made = torch.stack([ids[:, 0], *tokens])[1:].T.tolist()  # all together; the first row only shapes an empty one
+        made = list(zip(*tokens, strict=True)) or [()] * args.num_samples  # made together, shown one by one
     for number, sample in enumerate(made):
         if number:
             print(SEPARATOR)

@@ -2,9 +2,7 @@
 
 import contextlib
 import math
-import os
-import signal
-import sys
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -33,9 +31,9 @@ def main(argv: list[str]) -> int:
 
     from pathlib import Path
 
-    from llm.commands.bars import StepBar, tokenizing
+    from llm.commands.bars import StepBar, tell, tokenizing
     from llm.device import describe_device
-    from llm.run import begun, resumed
+    from llm.run import begun, interrupts, resumed
     from llm.schedule import warmup_warning
     from llm.train import Line, Step
 
@@ -46,13 +44,13 @@ def main(argv: list[str]) -> int:
         else:
             with tokenizing() as progress:
                 run = stack.enter_context(begun(config, args.overwrite, say=warn, progress=progress))
-        caught = stack.enter_context(signals())
+        caught = stack.enter_context(interrupts())
         run.stop = lambda: bool(caught)
         config = run.trainer.config
         if warning := warmup_warning(config):
             warn(warning)
-        print(f"training on {describe_device(run.trainer.device, run.trainer.dtype)}")
-        print(opening(run), flush=True)
+        tell(f"training on {describe_device(run.trainer.device, run.trainer.dtype)}")
+        tell(opening(run))
         with StepBar(config.max_steps, run.progress.step, config.tokens_per_step) as shown:
             for event in run:
                 if isinstance(event, Line):
@@ -60,10 +58,11 @@ def main(argv: list[str]) -> int:
                 elif isinstance(event, Step):
                     shown.advance(event.step)
     if run.reason == "interrupted":
-        print(f"saved step {run.progress.step} in {out_dir}; go on with: losscurve train --out_dir {out_dir} --resume")
+        again = f"losscurve train --out_dir {shlex.quote(str(out_dir))} --resume"
+        tell(f"saved step {run.progress.step} in {out_dir}; go on with: {again}")
         return 128 + caught[0]
-    print("\n".join(ending(run)))
-    print(f"saved {out_dir / 'model.pt'}")
+    tell("\n".join(ending(run)))
+    tell(f"saved {out_dir / 'model.pt'}")
     return 0
 
 
@@ -109,7 +108,8 @@ def ending(run: "Training") -> Iterator[str]:
     share = progress.bookkeeping / progress.seconds
     yield f"{speed:,.0f} tokens/s; evaluation, samples, pictures, saving: {share:.1%} of {progress.seconds:.0f} s"
     yield f"in {out_dir}: loss_curve.png, samples.txt, metrics.jsonl, best.pt, {folder_name(progress.step)}/"
-    yield f"next: losscurve sample --out_dir {out_dir}" + (" --weights best" if since is not None else "")
+    better = " --weights best" if since is not None else ""
+    yield f"next: losscurve sample --out_dir {shlex.quote(str(out_dir))}{better}"
 
 
 def landmarks(loss: float, vocab_size: int) -> str:
@@ -119,22 +119,3 @@ def landmarks(loss: float, vocab_size: int) -> str:
     return "landmarks: " + "; ".join(
         f"{name} = {mark:.2f} ({means}) {'passed' if loss < mark else 'not reached'}" for name, means, mark in marks
     )
-
-
-@contextlib.contextmanager
-def signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted in the list this yields, once; a second one leaves at once."""
-    caught: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if caught:
-            os._exit(128 + number)
-        caught.append(number)
-        print("finishing this step, then saving (again: leave at once)", file=sys.stderr)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -31,7 +31,6 @@ from llm.plot import plot_runs
 from llm.schedule import lr_at
 from llm.tokenizer import Tokenizer
 
-
 REMEDY = "start another run with a lower --max_lr, --grad_clip 1 or --dtype float32"
 
 

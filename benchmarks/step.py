@@ -93,7 +93,7 @@ def ours(config: Any, tokens: Any) -> Callable[[int], float]:
 
     from llm.data import TokenData
     from llm.device import choose_device, choose_dtype
-    from llm.run import build
+    from llm.start import build
     from llm.train import train_step
 
     device = choose_device("cpu")

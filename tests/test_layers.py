@@ -8,7 +8,20 @@ from pathlib import Path
 LIBRARY = Path(__file__).parent.parent / "llm"
 ORDER = (
     *("errors", "config", "storage", "download", "cut", "tokenizer", "corpus", "data", "prepare", "loss", "model"),
-    *("schedule", "optim", "device", "checkpoint", "metrics", "evaluate", "generate", "plot", "train", "run"),
+    *(
+        "schedule",
+        "optim",
+        "device",
+        "checkpoint",
+        "metrics",
+        "evaluate",
+        "generate",
+        "plot",
+        "train",
+        "weights",
+        "start",
+        "run",
+    ),
 )
 READING_PATH = ("model", "loss", "data", "schedule", "optim", "train")
 

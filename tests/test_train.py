@@ -18,7 +18,8 @@ from llm.data import batch_at
 from llm.errors import Failure, UserError
 from llm.metrics import read_record
 from llm.prepare import prepare
-from llm.run import Run, begun, fit, resumed
+from llm.run import Run, fit
+from llm.start import begun, resumed
 from llm.train import Line, Saved, Step, Training, train_step
 
 # Losses of 50 steps of `golden_settings`, on one machine, fp32. Another CPU may add up in another

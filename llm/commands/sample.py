@@ -87,8 +87,9 @@ def bare_model(path: Path, n_head: int, gelu: str) -> "tuple[GPT, Tokenizer]":
     import torch
 
     from llm.data import GPT2_VOCAB
-    from llm.run import Run, load_model
+    from llm.run import Run
     from llm.tokenizer import gpt2
+    from llm.weights import load_model
 
     base = from_settings({"n_head": n_head, "gelu": gelu, "n_embd": n_head}).model  # sizes come from the file
     model = load_model(path, torch.device("cpu"), base)

@@ -33,8 +33,9 @@ def main(argv: list[str]) -> int:
 
     from llm.commands.bars import StepBar, tell, tokenizing
     from llm.device import describe_device
-    from llm.run import begun, interrupts, resumed
+    from llm.run import interrupts
     from llm.schedule import warmup_warning
+    from llm.start import begun, resumed
     from llm.train import Line, Step
 
     out_dir = Path(config.out_dir)

@@ -1,0 +1,297 @@
+"""What begins a run and what resumes one: everything checked, built and locked before the first step."""
+
+import dataclasses
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm import __version__, checkpoint, metrics, storage
+from llm.config import MODEL_FIELDS, GPTConfig, TrainConfig, from_settings, to_settings, write_toml
+from llm.data import GPT2_VOCAB, TokenData, open_data
+from llm.device import DTYPES, choose_device, choose_dtype, environment, keep_memory, precision
+from llm.errors import Failure, UserError
+from llm.loss import linear_cross_entropy
+from llm.model import GPT
+from llm.optim import make_optimizer
+from llm.prepare import default_folder, ensure
+from llm.tokenizer import Tokenizer, gpt2, load_tokenizer, save_tokenizer
+from llm.train import Progress, Trainer, Training, restore
+from llm.weights import read_weights, run_config, weights_file
+
+# what a resumed run may change: none of it alters a batch, a draw or the shape of the model
+RESUMABLE = {
+    *("max_steps", "max_time", "patience", "eval_every", "eval_tokens", "log_every", "save_every", "keep"),
+    *("data_dir", "out_dir", "device", "compile", "sample_prompt", "sample_tokens"),
+}
+OURS = ("config.toml", "metrics.jsonl", "env.json", "tokenizer.json", "samples.txt", "loss_curve.png")
+WEIGHTS = ("model.pt", "best.pt")
+Say = Callable[[str], None]
+
+
+@contextmanager
+def begun(
+    config: TrainConfig, overwrite: bool = False, say: Say = lambda _: None, progress: Any = None
+) -> Iterator[Training]:
+    """A new run, ready to iterate over. The folder is locked until the block ends.
+
+    Everything is checked before anything is written. Raises UserError where it cannot work.
+    """
+    out_dir = Path(config.out_dir)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    refuse_existing(out_dir, overwrite)
+    if out_dir.resolve() == Path(config.data_dir or default_folder(config)).resolve():
+        raise UserError(f"out_dir = {out_dir}: is the folder of the token files; choose another for the run")
+    storage.check_writable(out_dir)
+    weights = given = None
+    if config.init_from:
+        config, weights, given = starting_point(config, say)
+    data, tokenizer = open_text(config, say, progress, given)
+    if weights is None:
+        vocab_size = config.vocab_size or data.vocab_size
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    elif config.model.vocab_size < data.vocab_size or (given and tokenizer and given.to_json() != tokenizer.to_json()):
+        raise UserError(
+            f"{data.folder}: its tokens are not those that {config.init_from} was trained on; "
+            f"give the text by --text with another --data_dir, and it is prepared with the right ones"
+        )
+    prompt = config.sample_prompt or default_prompt(data, tokenizer)
+    if tokenizer is not None:
+        tokenizer.encode(prompt)  # says now if it has a character that is not in the vocabulary
+    config = resolved(config, data, dtype, prompt)
+    trainer = build(config, data, tokenizer, device, dtype)
+    if weights is not None:
+        trainer.model.load_state_dict(weights)
+    storage.check_writable(out_dir, disk_needed(trainer.model, config))
+    with storage.locked(out_dir, "this run folder"):
+        refuse_existing(out_dir, overwrite)
+        clear(out_dir)
+        storage.write_text(out_dir / "config.toml", write_toml(config))
+        write_environment(out_dir, data)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, out_dir / "tokenizer.json")
+        if config.compile:
+            compile_forward(trainer, say)
+        yield Training(trainer, out_dir, Progress(), prompt)
+
+
+def starting_point(config: TrainConfig, say: Say) -> tuple[TrainConfig, dict[str, Tensor], Tokenizer | None]:
+    """What `init_from` means for a config: its shape and kind of tokens; the weights; the run's own tokenizer.
+
+    Raises UserError where a size or a tokenizer was asked for that the weights do not have.
+    """
+    source = weights_file(str(config.init_from))
+    shape, weights = read_weights(source, config.model)
+    for name in MODEL_FIELDS.keys() - {"dropout"}:
+        asked, saved = getattr(config.model, name), getattr(shape, name)
+        if asked not in (saved, getattr(GPTConfig(), name)):
+            raise UserError(f"{name} = {asked}: the weights of {config.init_from} have {saved}; leave it out")
+    given, kind = None, "gpt2"
+    if source.with_name("tokenizer.json").exists():
+        given = load_tokenizer(source.with_name("tokenizer.json"))
+        kind = given.kind
+    elif shape.vocab_size < GPT2_VOCAB:
+        raise UserError(
+            f"{source}: no tokenizer.json beside it says what its {shape.vocab_size} tokens are; give a run"
+        )
+    else:
+        say(f"{source}: no tokenizer.json beside it, so GPT-2's tokens are assumed")
+    if config.tokenizer not in ("auto", kind):
+        raise UserError(
+            f"tokenizer = {config.tokenizer!r}: the weights of {config.init_from} know {kind} tokens; leave it out"
+        )
+    changes: dict[str, Any] = {"tokenizer": kind}
+    if kind in ("bpe", "char") and config.text and config.data_dir is None:  # the same kind, but not the same tokens
+        folder = default_folder(dataclasses.replace(config, tokenizer="auto"))
+        changes["data_dir"] = f"{folder}-for-{source.resolve().parent.name}"
+    model = dataclasses.replace(shape, dropout=config.model.dropout)
+    return dataclasses.replace(from_settings(changes, config), model=model), weights, given
+
+
+@contextmanager
+def resumed(out_dir: Path, changes: dict[str, Any], say: Say = lambda _: None) -> Iterator[Training]:
+    """The run in `out_dir`, going on from its newest saved state that verifies.
+
+    `changes` are settings that differ from the run's own, of those in RESUMABLE. Raises UserError
+    for others, for a run that is not there, and for one that is complete.
+    """
+    before = run_config(out_dir)
+    config = changed(before, changes | {"out_dir": out_dir})
+    device = choose_device(config.device)
+    with storage.locked(out_dir, "this run folder"):
+        groups, facts, passed_over = checkpoint.newest_state(out_dir)
+        for reason in passed_over:
+            say(f"passed over a saved state: {reason}")
+        progress = facts["progress"]
+        check_unfinished(config, progress)
+        folder = Path(config.data_dir or "data")
+        if not (folder / "train.bin").exists() and not storage.unfinished(folder):
+            raise UserError(f"{folder}: the run's token files are not there (seen from here); say where by --data_dir")
+        data = open_data(folder, config.model.block_size, config.model.vocab_size)
+        tokenizer = run_tokenizer(out_dir, config.model.vocab_size, say)
+        trainer = build(config, data, tokenizer, device, DTYPES[config.dtype])
+        restored = restore(trainer, groups, facts)
+        storage.check_writable(out_dir, disk_needed(trainer.model, config))
+        if config.max_steps != before.max_steps:
+            say(f"max_steps was {before.max_steps} and is {config.max_steps}: the schedule changes from here on")
+        if config != before:
+            storage.write_text(out_dir / "config.toml", write_toml(config))
+        metrics.cut(out_dir, restored.step)
+        if config.compile:
+            compile_forward(trainer, say)
+        yield Training(trainer, out_dir, restored, config.sample_prompt or "\n")
+
+
+def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+    """A run's settings with `changes` laid over them. Raises UserError for one that would be another run."""
+    wanted = from_settings(changes, config)
+    before, after = to_settings(config), to_settings(wanted)
+    for name in sorted(set(before) | set(after)):
+        if before.get(name) != after.get(name) and name not in RESUMABLE:
+            raise UserError(
+                f"{name} was {before.get(name)!r} in this run and cannot become {after.get(name)!r} on --resume; "
+                f"leave it out, or start another run with --init_from {config.out_dir} --out_dir NEW"
+            )
+    return wanted
+
+
+def check_unfinished(config: TrainConfig, progress: dict[str, Any]) -> None:
+    step, seconds = progress["step"], progress["seconds"]
+    if step >= config.max_steps:
+        raise UserError(f"{config.out_dir}: complete at step {step}; give a larger --max_steps to go on")
+    if config.max_time is not None and seconds >= config.max_time:
+        raise UserError(f"{config.out_dir}: has used its max_time of {config.max_time:g} s; give a larger --max_time")
+    if config.patience is not None and progress["stale"] >= config.patience:
+        raise UserError(f"{config.out_dir}: patience ran out at step {step}; give a larger --patience to go on")
+
+
+def refuse_existing(out_dir: Path, overwrite: bool) -> None:
+    """Raises UserError, saying what is there, if `out_dir` holds a run and may not be overwritten."""
+    found = [name for name in ("config.toml", "metrics.jsonl", *WEIGHTS) if (out_dir / name).exists()]
+    states = checkpoint.saved_steps(out_dir)
+    if (found or states) and not overwrite:
+        there = f"a run saved at step {states[-1]}" if states else f"a run ({found[0]})"
+        raise UserError(
+            f"{out_dir}: holds {there}; go on with --resume, replace it with --overwrite, or choose another --out_dir"
+        )
+
+
+def clear(out_dir: Path) -> None:
+    """Remove the files of an earlier run, and nothing else."""
+    for step in checkpoint.saved_steps(out_dir):
+        shutil.rmtree(out_dir / checkpoint.folder_name(step))
+    for name in (*OURS, *WEIGHTS, "latest", "best"):
+        (out_dir / name).unlink(missing_ok=True)
+
+
+def open_text(
+    config: TrainConfig, say: Say, progress: Any, given: Tokenizer | None
+) -> tuple[TokenData, Tokenizer | None]:
+    """The token files a config asks for, prepared first (with the tokenizer `given`) where need be; their tokenizer."""
+    folder = ensure(config, progress=progress, say=say, given=given)
+    data = open_data(folder, config.model.block_size, config.vocab_size)
+    if not data.foreign:
+        return data, load_tokenizer(folder / "tokenizer.json")
+    say(f"{folder}: no meta.json, so its ids are taken for GPT-2's ({data.vocab_size} tokens)")
+    if data.vocab_size != GPT2_VOCAB:
+        return data, None
+    try:
+        return data, gpt2()
+    except Failure as error:
+        say(f"no samples and no bits per byte: {error}")
+        return data, None
+
+
+def run_tokenizer(out_dir: Path, vocab_size: int, say: Say) -> Tokenizer | None:
+    """The run's own; GPT-2's for a run on tokens of unknown origin, or None where that is not to be had."""
+    path = out_dir / "tokenizer.json"
+    if path.exists():
+        return load_tokenizer(path)
+    try:
+        return gpt2() if vocab_size >= GPT2_VOCAB else None
+    except Failure as error:
+        say(f"no samples and no bits per byte: {error}")
+        return None
+
+
+def default_prompt(data: TokenData, tokenizer: Tokenizer | None) -> str:
+    """The chapter's ROMEO: for its text (or one unknown), else a line break, else the text's first token."""
+    if tokenizer is None:
+        return "ROMEO:"
+    first = tokenizer.decode(data.val[:1].tolist())
+    for prompt in ("ROMEO:", "\n") if data.foreign or "shakespeare" in data.source else ("\n",):
+        try:
+            tokenizer.encode(prompt)
+            return prompt
+        except UserError:  # a character tokenizer that has never seen one of these
+            continue
+    return first
+
+
+def resolved(config: TrainConfig, data: TokenData, dtype: torch.dtype, prompt: str) -> TrainConfig:
+    """The config with everything that was chosen for it written out, so that a resume chooses nothing anew."""
+    chosen = {
+        "data_dir": data.folder,
+        "vocab_size": config.model.vocab_size,
+        "warmup_steps": config.warmup,
+        "min_lr": config.final_lr,
+        "dtype": next(name for name, known in DTYPES.items() if known == dtype),
+        "sample_prompt": prompt,
+    }
+    return from_settings(chosen, config)
+
+
+def build(
+    config: TrainConfig, data: TokenData, tokenizer: Tokenizer | None, device: torch.device, dtype: torch.dtype
+) -> Trainer:
+    """Model, optimizer and loss scaling, with the initial weights that the seed decides."""
+    keep_memory()
+    torch.manual_seed(config.seed)
+    model = GPT(config.model).to(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return Trainer(config, model, model, make_optimizer(model, config), scaler, data, tokenizer, device, dtype)
+
+
+def compile_forward(trainer: Trainer, say: Say) -> None:
+    """Train through torch.compile; where it cannot work here, say so in one line and go on without.
+
+    The hidden states are compiled; the loss stays as it is, since it is one product after another.
+    """
+    model, config = trainer.model, trainer.config
+    hidden = torch.compile(model.hidden)
+
+    def forward(idx: Tensor, targets: Tensor, seeds: Tensor) -> tuple[None, Tensor]:
+        return None, linear_cross_entropy(hidden(idx, seeds=seeds), model.lm_head.weight, targets)
+
+    ids = torch.zeros(config.batch_size, config.model.block_size, dtype=torch.int64, device=trainer.device)
+    try:
+        with precision(trainer.dtype, trainer.device):
+            loss: Any = forward(ids, ids, ids[:, 0].int())[1]
+        loss.backward()
+        trainer.forward = forward
+    except Exception as error:  # whatever a compiler can raise: the run does not depend on it
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        say(f"torch.compile does not work here, training without it ({reason})")
+    model.zero_grad(set_to_none=True)
+
+
+def disk_needed(model: GPT, config: TrainConfig) -> int:
+    """Bytes of a run at its largest: states of weights and two moments in fp32, and the two weight files."""
+    size = 4 * sum(p.numel() for p in model.parameters())
+    return size * (3 * (config.keep + 2) + 3)
+
+
+def write_environment(out_dir: Path, data: TokenData) -> None:
+    """Versions, machine, commit and data hashes, in env.json."""
+    here = Path(__file__).parent
+    asked = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ) if shutil.which("git") and (here.parent / ".git").exists() else None  # fmt: skip
+    facts = {"losscurve": __version__, "commit": asked.stdout.strip() if asked else None, "data": data.hashes}
+    storage.write_json(out_dir / "env.json", facts | environment())

@@ -40,7 +40,8 @@ def begun(
 ) -> Iterator[Training]:
     """A new run, ready to iterate over. The folder is locked until the block ends.
 
-    Everything is checked before anything is written. Raises UserError where it cannot work.
+    Everything is checked before the run folder is touched; the text may have been tokenized by then.
+    Raises UserError where it cannot work.
     """
     out_dir = Path(config.out_dir)
     device = choose_device(config.device)

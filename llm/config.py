@@ -100,7 +100,7 @@ class TrainConfig:
     max_steps: int = setting(5000, "updates in the run, and the length of the schedule", low=1, high=10**9)
     max_time: float | None = setting(
         None,
-        "stop after this long in all, resumed sessions included (90, 10m, 2h); the schedule is not bent",
+        "stop after this long, the time before a resume included (90, 10m, 2h); the schedule is not bent",
         above=0.0,
         unit="duration",
     )

@@ -183,7 +183,7 @@ class Training:
                 return
 
     def seconds(self) -> float:
-        """Since the start of the run, earlier sessions included."""
+        """Since the start of the run, what came before a resume included."""
         return time.perf_counter() - self._began
 
     def _stepping(self) -> float:

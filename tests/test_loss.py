@@ -27,28 +27,27 @@ def error(found, expected):
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
+def assert_matches_fp64(hidden, weight, targets):
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    expected, hidden_grad, weight_grad = reference(hidden, weight, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert error(hidden.grad, hidden_grad) < 1e-5
+    assert error(weight.grad, weight_grad) < 1e-5
+
+
 @pytest.mark.parametrize("rows", [1, 5, 10**6])
 @pytest.mark.parametrize(("n", "c", "v"), [(1, 8, 3), (7, 16, 65), (17, 128, 50257), (33, 4, 1000)])
 def test_fp32_matches_fp64_for_any_chunk(monkeypatch, n, c, v, rows):
     monkeypatch.setattr(loss_module, "ROWS_BYTES", rows * 4 * v)
     hidden, weight, targets = inputs(n, c, v, 0.3)
-    loss = linear_cross_entropy(hidden, weight, targets)
-    loss.backward()
-    expected, hidden_grad, weight_grad = reference(hidden, weight, targets)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert error(hidden.grad, hidden_grad) < 1e-5
-    assert error(weight.grad, weight_grad) < 1e-5
+    assert_matches_fp64(hidden, weight, targets)
 
 
 def test_one_token_repeated():
     hidden, weight, targets = inputs(50, 8, 11)
     targets.fill_(3)
-    loss = linear_cross_entropy(hidden, weight, targets)
-    loss.backward()
-    expected, hidden_grad, weight_grad = reference(hidden, weight, targets)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert error(hidden.grad, hidden_grad) < 1e-5
-    assert error(weight.grad, weight_grad) < 1e-5
+    assert_matches_fp64(hidden, weight, targets)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

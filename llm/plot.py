@@ -60,7 +60,6 @@ def draw_run(rows: list[Row], name: str, vocab_size: int | None = None) -> "Figu
     end = max([row["step"] for row in rows], default=0) or 1
     figure, axes = _canvas(plain(name, 50), _summary(rows), "loss (nats per token)", end)
     if turned is not None:
-        axes.axvspan(turned, end, facecolor="#f1f1f1", edgecolor="#dcdcdc", hatch="//", zorder=0)
         _text(axes, (turned + end) / 2, 0.02, "overfitting", ha="center", color=GREY, xycoords=_across(axes))
     _curve(axes, train, TRAIN, linewidth=1.2)
     _curve(axes, val, VAL, linewidth=2.4, marker="o")
@@ -77,7 +76,10 @@ def draw_run(rows: list[Row], name: str, vocab_size: int | None = None) -> "Figu
     if lowest is not None:
         _mark(axes, lowest["step"], lowest["loss"], f"best {spelled(lowest['loss'])} at step {lowest['step']:,}")
     _end_labels(axes, end, labels)
-    _learning_rate(axes, rows, end, low=max([y for y, *_ in labels], default=0.0) > sum(axes.get_ylim()) / 2)
+    low = max([y for y, *_ in labels], default=0.0) > sum(axes.get_ylim()) / 2
+    behind = _learning_rate(axes, rows, end, low) or axes
+    if turned is not None:
+        behind.axvspan(turned, end, facecolor="#f1f1f1", edgecolor="#dcdcdc", hatch="//", zorder=0)
     return figure
 
 
@@ -236,12 +238,12 @@ def _end_labels(axes: "Axes", end: float, labels: list[tuple[float, str, str, st
         _text(axes, end, height, text, dx=20 if marker else 9, color=colour, va="center", xycoords=_across(axes))
 
 
-def _learning_rate(axes: "Axes", rows: list[Row], end: int, low: bool) -> None:
-    """The learning rate on its own axis at the right: in the half of the picture the losses leave free."""
+def _learning_rate(axes: "Axes", rows: list[Row], end: int, low: bool) -> "Axes | None":
+    """The learning rate on its own axis at the right, in the half of the picture the losses leave free; the axis."""
     points = sorted((row["step"], row["lr"]) for row in rows if row["lr"] is not None)
     peak = max([lr for _, lr in points], default=0.0)
     if peak <= 0:
-        return
+        return None
     right = axes.twinx()
     axes.set_zorder(right.get_zorder() + 1)  # the labels lie over this curve
     axes.patch.set_visible(False)
@@ -256,6 +258,7 @@ def _learning_rate(axes: "Axes", rows: list[Row], end: int, low: bool) -> None:
     ticks = [0, peak / 2, peak]
     right.set_yticks(ticks, [f"{lr:.2g}" for lr in ticks], fontsize=11.5, color=GREY)
     _text(right, end, peak, "learning rate", dx=2, dy=12, color=GREY)
+    return right
 
 
 def _save(drawing: "Callable[[], Figure]", out: Path) -> None:

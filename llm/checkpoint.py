@@ -5,6 +5,8 @@
 are text files with a folder's name. Loading runs no code: safetensors and JSON only.
 """
 
+import itertools
+import os
 import re
 import shutil
 from pathlib import Path
@@ -36,7 +38,7 @@ def save_state(run_dir: Path, step: int, groups: Groups, facts: dict[str, Any], 
     """Write the state of `step`, point `latest` (and `best`) at it, then retire older states.
 
     The `keep` newest and the best stay. Nothing older is touched before the new state is on the disk.
-    States of later steps are those that a resume passed over: they do not count, and are left alone.
+    States of later steps, such as those of a schedule of kills, do not count and are left alone.
     """
     final = run_dir / folder_name(step)
     with storage.folder_in_place(final) as folder:
@@ -75,17 +77,27 @@ def load_state(folder: Path) -> tuple[Groups, dict[str, Any]]:
     return groups, facts
 
 
-def newest_state(run_dir: Path) -> tuple[Groups, dict[str, Any], list[str]]:
-    """The newest state that verifies, and a line for each newer one that was passed over.
+def newest_state(run_dir: Path) -> tuple[Groups, dict[str, Any], dict[Path, str]]:
+    """The newest state that verifies, and the newer folders that were passed over, each with its reason.
 
     Raises UserError where none does.
     """
-    passed_over: list[str] = []
+    passed_over: dict[Path, str] = {}
     for step in reversed(saved_steps(run_dir)):
+        folder = run_dir / folder_name(step)
         try:
-            groups, facts = load_state(run_dir / folder_name(step))
+            groups, facts = load_state(folder)
             return groups, facts, passed_over
         except (UserError, OSError) as error:
-            passed_over.append(str(error))
-    reason = f" ({'; '.join(passed_over)})" if passed_over else ""
+            passed_over[folder] = str(error)
+    reason = f" ({'; '.join(passed_over.values())})" if passed_over else ""
     raise UserError(f"{run_dir}: no saved state to resume from{reason}; start anew with --overwrite")
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a state that does not verify, so that it is never tried again and can still be looked at."""
+    names = (f"damaged-{folder.name}" + (f"-{n}" if n else "") for n in itertools.count())
+    aside = next(path for path in map(folder.with_name, names) if not path.exists())
+    os.replace(folder, aside)
+    storage.sync_folder(folder.parent)
+    return aside

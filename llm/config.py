@@ -107,7 +107,12 @@ class TrainConfig:
     eval_every: int = setting(250, "steps between evaluations", low=1)
     eval_tokens: int = setting(2**20, "validate on at most this many tokens, evenly spread", low=1)
     log_every: int = setting(10, "steps between training records in metrics.jsonl", low=1)
-    save_every: int | None = setting(None, "steps between saved states (default: as eval_every)", low=1)
+    save_every: int | float | None = setting(
+        None,
+        "steps between saved states, or with a unit the time: 500, 10m (default: as eval_every)",
+        low=1,
+        unit="steps or duration",
+    )
     keep: int = setting(2, "newest saved states kept, besides the best", low=1)
     patience: int | None = setting(None, "stop after this many evaluations without improvement", low=1)
 
@@ -208,6 +213,11 @@ def coerce(name: str, value: Any) -> Any:
             raise wrong
         if f.metadata["unit"] == "duration" and isinstance(value, str):
             return parse_duration(value)
+        if f.metadata["unit"] == "steps or duration":  # an int is steps, a float seconds
+            if isinstance(value, float):
+                return value
+            if isinstance(value, str) and value.strip()[-1:] in UNITS:
+                return parse_duration(value)
         if kind is int and isinstance(value, float) and value != int(value):
             raise wrong
         if kind is int and isinstance(value, str):
@@ -242,6 +252,8 @@ def describe(f: dataclasses.Field[Any]) -> str:
         return "one of " + ", ".join(get_args(kind))
     if f.metadata["unit"] == "duration":
         return "a duration such as 90, 10m or 2h"
+    if f.metadata["unit"] == "steps or duration":
+        return "a whole number of steps, or a duration such as 10m, at least 1 s"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text that is not empty"}.get(
         kind, "a list of paths"
     )
@@ -267,7 +279,7 @@ def validate(config: Any) -> None:
         elif kind in (int, float):
             good = isinstance(value, (int, float)) and not isinstance(value, bool)
             good = good and abs(value) <= sys.float_info.max  # neither NaN nor infinite, nor a whole number beyond
-            good = good and (kind is float or isinstance(value, int))
+            good = good and (isinstance(value, int) or kind is float or f.metadata["unit"] == "steps or duration")
             good = good and (low is None or value >= low) and (high is None or value <= high)
             good = good and (above is None or value > above)
         elif kind is bool:

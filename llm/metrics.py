@@ -1,40 +1,57 @@
 """A run's record, `metrics.jsonl`: one row a line, written as training goes, readable while it goes.
 
-A row holds `step` (updates done), `split` ("train" or "val") and, where they apply, `loss` (nats per token),
-`bits_per_byte` (val), `lr`, `grad_norm`, `tokens` (trained on so far), `seconds` (trained for so far) and
-`tokens_per_second`. Everything that shows a run (the picture, the page, a tracker) is a view of these rows.
+A row holds `step` (batches done), `split` ("train" or "val") and, where they apply, `loss` (nats per token),
+`bits_per_byte` (val), `lr`, `grad_norm`, `tokens` (in those batches), `seconds` (trained for so far) and
+`tokens_per_second`; only where there are any, `refused` (steps whose batch gave a number that is not finite, and
+made no update) and `spikes` (steps whose loss leapt). Everything that shows a run (the picture, the page, a
+tracker) is a view of these rows.
 """
 
+import errno
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llm.errors import Failure, UserError
-from llm.storage import write_bytes
+from llm import storage
+from llm.errors import UserError
 
 NAME = "metrics.jsonl"
+SPIKE_HISTORY = 50  # steps that a leap of the loss is judged by
 NUMBERS = ("loss", "bits_per_byte", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second")
 
 Row = dict[str, Any]
 
 
-def append(run_dir: Path, **row: Any) -> None:
-    """Add a row to the record of `run_dir`. A number that is not finite is written as null: JSON has no NaN.
+class Record:
+    """Writes the record of `run_dir`. Rows that a full disk refused wait, and go with the next."""
 
-    The row is one write of one line, in the hands of the system when this returns. Raises Failure if it
-    cannot be written.
-    """
-    plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-    line = json.dumps(plain, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    path = run_dir / NAME
-    try:
-        with open(path, "ab", buffering=0) as file:
-            if file.write(line) != len(line):
-                raise OSError(None, "the disk is full")
-    except OSError as error:
-        raise Failure(f"{path}: cannot be written ({error.strerror}); make room, then go on with --resume") from None
+    def __init__(self, run_dir: Path) -> None:
+        self.path, self._waiting = run_dir / NAME, b""
+
+    def add(self, **row: Any) -> None:
+        """A row to be written. A number that is not finite becomes null: JSON has no NaN."""
+        plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self._waiting += json.dumps(plain, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+    def catch_up(self) -> None:
+        """Write the rows that wait, all or none. Raises OSError."""
+        if self._waiting:
+            storage.append(self.path, self._waiting)
+            self._waiting = b""
+
+    def flush(self) -> None:
+        """Put the rows on the disk. Raises OSError, also if some still wait."""
+        if self._waiting:
+            raise OSError(errno.ENOSPC, "its record could not be written", str(self.path))
+        storage.flush(self.path)
+
+    def cut(self, step: int) -> None:
+        """Drop the rows of steps beyond `step`, as `cut` does, and those that wait."""
+        self.catch_up()
+        cut(self.path.parent, step)
 
 
 def cut(run_dir: Path, step: int) -> None:
@@ -45,7 +62,7 @@ def cut(run_dir: Path, step: int) -> None:
     """
     path = run_dir / NAME
     if path.exists():
-        write_bytes(path, b"".join(line + b"\n" for line, row in _lines(path) if row["step"] <= step))
+        storage.write_bytes(path, b"".join(line + b"\n" for line, row in _lines(path) if row["step"] <= step))
 
 
 def read_record(run_dir: Path) -> list[Row]:
@@ -95,6 +112,16 @@ def _parse(line: bytes) -> Row:
         if value is not None and (type(value) not in (int, float) or not abs(value) < 1e30):
             raise ValueError(f"{key} is not a number")
     return row
+
+
+def is_spike(loss: float, before: list[float]) -> bool:
+    """Whether a step's loss leaps out of those `before` it: above their median by half a nat and by
+    six times their spread (1.4826 times the median distance from the median, which leaps do not move)."""
+    if len(before) < SPIKE_HISTORY // 2:
+        return False
+    middle = statistics.median(before)
+    spread = 1.4826 * statistics.median(abs(x - middle) for x in before)
+    return loss - middle > max(0.5, 6 * spread)
 
 
 def losses(rows: list[Row], split: str) -> list[tuple[int, float]]:

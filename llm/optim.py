@@ -24,9 +24,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, split: bool) -> list
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over the model's parameters, as the config says; its learning rate is set at every step."""
-    device = next(model.parameters()).device.type
     groups = parameter_groups(model, config.weight_decay, config.weight_decay_split)
-    return torch.optim.AdamW(groups, lr=config.max_lr, betas=(config.beta1, config.beta2), fused=device != "mps")
+    return torch.optim.AdamW(groups, lr=config.max_lr, betas=(config.beta1, config.beta2), fused=True)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -49,5 +48,4 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         if name not in parameters or value.shape != (() if kind == "step" else parameters[name].shape):
             raise UserError(f"saved state: optimizer entry {key} does not fit the model; it belongs to another run")
         p = parameters[name]
-        on_device = kind != "step" or optimizer.param_groups[0]["fused"]
-        optimizer.state[p][kind] = value.to(p.device if on_device else "cpu", copy=True)
+        optimizer.state[p][kind] = value.to(p.device, copy=True)

@@ -1,6 +1,7 @@
 """What begins a run and what resumes one: everything checked, built and locked before the first step."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,8 +21,9 @@ from llm.loss import linear_cross_entropy
 from llm.model import GPT
 from llm.optim import make_optimizer
 from llm.prepare import default_folder, ensure
+from llm.state import Progress, Trainer, restore
 from llm.tokenizer import Tokenizer, gpt2, load_tokenizer, save_tokenizer
-from llm.train import Progress, Trainer, Training, restore
+from llm.train import Training
 from llm.weights import read_weights, run_config, weights_file
 
 # what a resumed run may change: none of it alters a batch, a draw or the shape of the model
@@ -29,7 +31,7 @@ RESUMABLE = {
     *("max_steps", "max_time", "patience", "eval_every", "eval_tokens", "log_every", "save_every", "keep"),
     *("data_dir", "out_dir", "device", "compile", "sample_prompt", "sample_tokens"),
 }
-OURS = ("config.toml", "metrics.jsonl", "env.json", "tokenizer.json", "samples.txt", "loss_curve.png")
+OURS = ("config.toml", "metrics.jsonl", "env.json", "tokenizer.json", "samples.txt", "loss_curve.png", "refused.json")
 WEIGHTS = ("model.pt", "best.pt")
 Say = Callable[[str], None]
 
@@ -127,9 +129,8 @@ def resumed(out_dir: Path, changes: dict[str, Any], say: Say = lambda _: None) -
     device = choose_device(config.device)
     with storage.locked(out_dir, "this run folder"):
         groups, facts, passed_over = checkpoint.newest_state(out_dir)
-        for reason in passed_over:
-            say(f"passed over a saved state: {reason}")
-        progress = facts["progress"]
+        progress = facts.get("progress", {})
+        check_same_settings(out_dir, before, facts)
         check_unfinished(config, progress)
         folder = Path(config.data_dir or "data")
         if not (folder / "train.bin").exists() and not storage.unfinished(folder):
@@ -139,6 +140,9 @@ def resumed(out_dir: Path, changes: dict[str, Any], say: Say = lambda _: None) -
         trainer = build(config, data, tokenizer, device, DTYPES[config.dtype])
         restored = restore(trainer, groups, facts)
         storage.check_writable(out_dir, disk_needed(trainer.model, config))
+        for folder, reason in passed_over.items():
+            say(f"passed over a saved state: {reason}; it is now {checkpoint.set_aside(folder).name}")
+        say_changes(out_dir, data, say)
         if config.max_steps != before.max_steps:
             say(f"max_steps was {before.max_steps} and is {config.max_steps}: the schedule changes from here on")
         if config != before:
@@ -147,6 +151,36 @@ def resumed(out_dir: Path, changes: dict[str, Any], say: Say = lambda _: None) -
         if config.compile:
             compile_forward(trainer, say)
         yield Training(trainer, out_dir, restored, config.sample_prompt or "\n")
+
+
+def check_same_settings(out_dir: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
+    """Raises UserError if config.toml is not what the saved state was trained with."""
+    saved, now = facts.get("settings"), json.loads(json.dumps(to_settings(config)))
+    if not isinstance(saved, dict):
+        raise UserError(f"{out_dir}: its saved state is of another version (no settings in state.json)")
+    for name in sorted((saved.keys() | now.keys()) - RESUMABLE):
+        if saved.get(name) != now.get(name):
+            raise UserError(
+                f"{out_dir / 'config.toml'}: {name} is {now.get(name)!r}, and the saved state was trained with "
+                f"{saved.get(name)!r}; put that back"
+            )
+
+
+def say_changes(out_dir: Path, data: TokenData, say: Say) -> None:
+    """Say what is not as it was when the run began (env.json): the last digits of its numbers may change with it."""
+    try:
+        then = storage.read_json(out_dir / "env.json")
+    except UserError:
+        then = None
+    now = json.loads(json.dumps(environment()))
+    if not isinstance(then, dict):
+        say(f"{out_dir / 'env.json'}: not readable, so nobody can tell if this machine is the one the run began on")
+        then = {}
+    changes = [f"{key} was {then.get(key)} and is {now[key]}" for key in now if then and then.get(key) != now[key]]
+    if changes:
+        say(f"{'; '.join(changes)}: from here on the run may differ in its last digits")
+    if changes or not then:
+        write_environment(out_dir, data)
 
 
 def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
@@ -163,6 +197,7 @@ def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 
 
 def check_unfinished(config: TrainConfig, progress: dict[str, Any]) -> None:
+    """Raises UserError where the run has nothing left to do."""
     step, seconds = progress["step"], progress["seconds"]
     if step >= config.max_steps:
         raise UserError(f"{config.out_dir}: complete at step {step}; give a larger --max_steps to go on")
@@ -185,8 +220,9 @@ def refuse_existing(out_dir: Path, overwrite: bool) -> None:
 
 def clear(out_dir: Path) -> None:
     """Remove the files of an earlier run, and nothing else."""
-    for step in checkpoint.saved_steps(out_dir):
-        shutil.rmtree(out_dir / checkpoint.folder_name(step))
+    states = [out_dir / checkpoint.folder_name(step) for step in checkpoint.saved_steps(out_dir)]
+    for folder in (*states, *out_dir.glob("damaged-step-*")):
+        shutil.rmtree(folder)
     for name in (*OURS, *WEIGHTS, "latest", "best"):
         (out_dir / name).unlink(missing_ok=True)
 

@@ -5,9 +5,11 @@ then the folder is flushed too. After a crash at any moment the old file or the 
 Several files that belong together are changed by a `Transaction`.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +48,29 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
+
+
+def append(path: Path, content: bytes) -> None:
+    """Add `content` to the end of a file, all of it or nothing: after an OSError the file is as it was.
+
+    It is in the hands of the system when this returns, which a kill of the process does not undo;
+    `flush` puts it on the disk.
+    """
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+def flush(path: Path) -> None:
+    """Put what was appended to a file on the disk, and its name too."""
+    with open(path, "ab") as file:
+        os.fsync(file.fileno())
     sync_folder(path.parent)
 
 
@@ -185,7 +210,8 @@ def unfinished(folder: Path) -> bool:
 def locked(folder: Path, what: str) -> Iterator[None]:
     """Hold `folder`'s lock; the system releases it when the process ends, however it ends.
 
-    Raises UserError if another process holds it. `what` names the folder's use in that message.
+    What an interrupted process left under temporary names is removed, or put back where it belongs.
+    Raises UserError if another process holds the lock. `what` names the folder's use in that message.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+b") as file:
@@ -195,7 +221,40 @@ def locked(folder: Path, what: str) -> Iterator[None]:
             raise UserError(
                 f"{folder}: {what} is in use by another process; wait for it, or choose another folder"
             ) from None
+        sweep(folder)
         yield
+
+
+_LEFT = re.compile(r"\.(.+)\.(tmp|old|probe)-(\d+)")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that are gone left in `folder` under temporary names.
+
+    A folder that was set aside for one that never came is put back. The caller holds the folder's lock.
+    """
+    for path in sorted(folder.iterdir()):
+        left = _LEFT.fullmatch(path.name)
+        if left is None or _alive(int(left[3])):
+            continue
+        if left[2] == "old" and not path.with_name(left[1]).exists():
+            os.replace(path, path.with_name(left[1]))
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid() or os.name == "nt":  # there, asking would end the process
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _lock(file: IO[bytes]) -> None:
@@ -217,7 +276,7 @@ def check_writable(folder: Path, needed: int = 0) -> None:
     """
     there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     try:
-        probe = there / f".probe-{os.getpid()}"
+        probe = there / f".x.probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -5,6 +5,7 @@ as JSON, so that a run needs no network. Ordinary text never produces the end-of
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -249,7 +250,13 @@ def train_bpe(text: Iterable[str], vocab_size: int = BPE_VOCAB_SIZE) -> BPE:
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    storage.write_json(path, tokenizer.to_json())
+    """Write `path`, with the SHA-256 of what is in it."""
+    content = tokenizer.to_json()
+    storage.write_json(path, {"sha256": _content_sha256(content), **content})
+
+
+def _content_sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -257,6 +264,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         saved = storage.read_json(path)
         tokenizer = _from_json(saved)
+        if saved.pop("sha256", None) != _content_sha256(saved):
+            raise ValueError("changed since it was written: its SHA-256 differs")
         if saved.get("vocab_size") != tokenizer.vocab_size:
             raise ValueError(f"vocab_size is {saved.get('vocab_size')!r}, but it has {tokenizer.vocab_size} tokens")
         return tokenizer

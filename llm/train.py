@@ -11,51 +11,39 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llm import checkpoint, metrics, storage
-from llm.config import TrainConfig
-from llm.data import TokenData, batch_at
+from llm.data import batch_at
 from llm.device import precision
 from llm.errors import Failure, UserError
 from llm.evaluate import Evaluation, evaluate
 from llm.generate import continue_text
-from llm.model import GPT
-from llm.optim import optimizer_tensors, restore_optimizer
 from llm.plot import plot_runs
+from llm.refused import describe_batch
+from llm.saver import Saver, not_finite
 from llm.schedule import lr_at
-from llm.tokenizer import Tokenizer
+from llm.state import Progress, Trainer, facts_of, restore, tensors_of, weights_of, write_state
 
 REMEDY = "start another run with a lower --max_lr, --grad_clip 1 or --dtype float32"
-
-
-@dataclass
-class Trainer:
-    """What a step works on. `forward` is the model, perhaps compiled or wrapped for many processes."""
-
-    config: TrainConfig
-    model: GPT
-    forward: Callable[..., Any]
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # for float16; lets everything through where it is not enabled
-    data: TokenData
-    tokenizer: Tokenizer | None  # None: its vocabulary is not to be had, so no samples and no bits per byte
-    device: torch.device
-    dtype: torch.dtype
+IN_A_ROW = 3  # refused batches after which a run goes back to its last saved state
+GO_BACK = 3  # times a run does so before it stops
+UNREAD = 50  # steps after which their losses are read off the device, if nothing else asked for them
 
 
 @dataclass(frozen=True)
 class Step:
-    """One finished step. `loss` (mean over the batch, nats per token) stays on the device until it is read."""
+    """One finished step. Its tensors stay on the device until they are read."""
 
-    step: int  # completed updates
-    loss: Tensor
-    grad_norm: Tensor | None
+    step: int  # batches done
+    loss: Tensor  # mean over the batch, nats per token
+    grad_norm: Tensor  # before clipping
+    refused: Tensor  # loss or gradient is not finite, so no update was made
 
 
 @dataclass(frozen=True)
@@ -82,23 +70,11 @@ class Saved:
     folder: Path
 
 
-@dataclass
-class Progress:
-    """Where a run stands: saved with the weights, so that a resumed run goes on as if never stopped."""
+@dataclass(frozen=True)
+class Notice:
+    """Something that the person who trains should know."""
 
-    step: int = 0  # completed updates
-    tokens: int = 0  # trained on
-    seconds: float = 0.0  # since the start, evaluations and all
-    bookkeeping: float = 0.0  # seconds of these spent on anything but steps
-    logged: int = 0  # step of the last training record
-    logged_loss: float = 0.0  # sum of the losses since then
-    told: int = 0  # step of the last evaluation
-    told_loss: float = 0.0  # sum of the losses from then to the last training record
-    best_step: int = 0
-    best_loss: float | None = None  # lowest validation loss, nats per token
-    last_loss: float | None = None  # newest validation loss
-    stale: int = 0  # evaluations since the best
-    samples_size: int = 0  # bytes of samples.txt
+    text: str
 
 
 def micro_batches(trainer: Trainer, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -111,8 +87,10 @@ def micro_batches(trainer: Trainer, step: int) -> Iterator[tuple[Tensor, Tensor,
         yield x, y, seeds
 
 
-def train_step(trainer: Trainer, step: int, want_norm: bool = False) -> Step:
-    """Update number `step`, counted from 0. The gradient's norm is taken if asked for, or to clip it."""
+def train_step(trainer: Trainer, step: int) -> Step:
+    """Update number `step`, counted from 0. If its loss or gradient is not finite, it leaves everything as it was;
+    that is decided on the device, so that nothing waits for it.
+    """
     config, optimizer, scaler = trainer.config, trainer.optimizer, trainer.scaler
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, config)
@@ -123,62 +101,91 @@ def train_step(trainer: Trainer, step: int, want_norm: bool = False) -> Step:
             loss = trainer.forward(x, y, seeds)[1] / config.gradient_accumulation_steps
         scaler.scale(loss).backward()
         total += loss.detach()
-    norm = None
-    if want_norm or config.grad_clip > 0:
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), config.grad_clip or math.inf)
+    scaler.unscale_(optimizer)
+    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if config.grad_clip > 0:
+        torch.nn.utils.clip_grads_with_norm_(trainer.model.parameters(), config.grad_clip, norm)
+    refused = ~torch.isfinite(total)
+    if not scaler.is_enabled():  # which has its own: a gradient that overflows only lowers its scale
+        refused = refused | ~torch.isfinite(norm)
+        optimizer.found_inf = refused.float()  # type: ignore[attr-defined]  # asked by fused optimizers
     scaler.step(optimizer)
     scaler.update()
-    return Step(step + 1, total, norm)
+    return Step(step + 1, total, norm, refused)
 
 
-def steps(trainer: Trainer, start: int) -> Iterator[Step]:
-    """Sample a batch, forward, backward, step, repeat: from `start` completed updates to `max_steps`."""
-    trainer.model.train()
-    for step in range(start, trainer.config.max_steps):
-        yield train_step(trainer, step, want_norm=(step + 1) % trainer.config.log_every == 0)
+def passed_over(trainer: Trainer, step: int) -> Step:
+    """What stands for a batch that is not tried again."""
+    nan = torch.full((), math.nan, device=trainer.device)
+    return Step(step + 1, nan, nan, torch.isnan(nan))
 
 
 class Training:
-    """A run under way: iterate over it, and it trains, yielding each step, evaluation and saved state.
+    """A run under way: iterating trains, and yields each `Step`, `Line`, `Saved` and `Notice` as it happens.
 
     `stop` is asked after each step; when it says so, the state is saved and the run ends in good order.
-    Afterwards `reason` says why it ended: "done", "max_time", "patience" or "interrupted".
-    Raises Failure, saving nothing, where the loss is no longer a finite number.
+    Afterwards `reason` says why it ended: "done", "max_time", "patience" or "interrupted"; `unsaved` says what
+    the last save could not keep and why, and is None if it succeeded.
+    Raises Failure, saving nothing, where the numbers of the model are no longer finite.
     """
 
     def __init__(self, trainer: Trainer, out_dir: Path, progress: Progress, prompt: str) -> None:
         self.trainer, self.out_dir, self.progress, self.prompt = trainer, out_dir, progress, prompt
         self.stop: Callable[[], bool] = lambda: False
         self.reason = "done"
+        self.unsaved: str | None = None
+        self.failed_saves = 0
         self.token_bytes = trainer.tokenizer.token_bytes() if trainer.tokenizer else None
-        self._running = torch.tensor(progress.logged_loss, device=trainer.device)  # losses not yet logged
-        self._began = time.perf_counter() - progress.seconds
+        self._record, self._samples, self._saver = metrics.Record(out_dir), "", Saver()
+        self._unread: list[Step] = []
+        self._said: set[str] = set()  # what went wrong and was said, and has not gone well since
+        self._began = self._saved_at = time.perf_counter()
+        self._began -= progress.seconds
         self._pace = (0.0, 0)  # seconds of steps and tokens at the last training record
 
-    def __iter__(self) -> Iterator[Step | Line | Saved]:
-        config, progress = self.trainer.config, self.progress
-        save_every = config.save_every or config.eval_every
-        self._pace = (self._stepping(), progress.tokens)
-        if progress.step == 0:
-            yield self._tell()
-            yield self._save()
-        for step in steps(self.trainer, progress.step):
+    def __iter__(self) -> Iterator[Step | Line | Saved | Notice]:
+        try:
+            yield from self._run()
+        finally:
+            self._saver.close()
+
+    def _run(self) -> Iterator[Step | Line | Saved | Notice]:
+        trainer, config = self.trainer, self.trainer.config
+        trainer.model.train()
+        self._pace = (self._stepping(), self.progress.tokens)
+        if self.progress.step == 0:
+            yield from self._tell()
+            yield from self._save()
+        while self.progress.step < config.max_steps:
+            progress = self.progress
+            skipped = progress.step + 1 in progress.passed_over
+            step = (passed_over if skipped else train_step)(trainer, progress.step)
             progress.step, progress.tokens = step.step, progress.tokens + config.tokens_per_step
-            self._running += step.loss
+            self._unread.append(step)
             yield step
+            yield from self._saved()
             done, late = step.step == config.max_steps, self.seconds() >= (config.max_time or math.inf)
             telling = step.step % config.eval_every == 0 or done or late
-            if telling or step.step % config.log_every == 0:
-                self._log(step)
+            logging = telling or step.step % config.log_every == 0
+            if logging or step.step % UNREAD == 0:
+                self._read()
+                if batches := self._refused_in_a_row():
+                    yield from self._go_back("loss or gradient is not a finite number", batches)
+                    continue
+            if logging:
+                yield from self._log(step)
             if telling:
-                yield self._tell()
+                yield from self._tell()
             worn = progress.stale >= (config.patience or math.inf)
             asked = self.stop()
-            improved = telling and progress.stale == 0
-            if done or late or worn or asked or improved or step.step % save_every == 0:
-                yield self._save()
-            if done or late or worn or asked:
+            ending = done or late or worn or asked
+            if ending or (telling and progress.stale == 0) or self._save_is_due():
+                if broken := not_finite(tensors_of(trainer)):
+                    yield from self._go_back(f"{broken} holds a number that is not finite", [])
+                    continue
+                yield from self._save(wait=ending)
+            if ending:
                 self.reason = "done" if done else "max_time" if late else "patience" if worn else "interrupted"
                 return
 
@@ -195,105 +202,183 @@ class Training:
         yield
         self.progress.bookkeeping += time.perf_counter() - start
 
-    def _log(self, step: Step) -> None:
-        """Record the mean loss since the last record; this is where the device is waited for."""
-        progress, loss = self.progress, self._running.item()
-        if not math.isfinite(loss):
-            raise Failure(f"the loss is not a finite number between steps {progress.logged} and {step.step}; {REMEDY}")
+    def _failed(self, what: str, error: Exception) -> Iterator[Notice]:
+        """Say once that something could not be written, until it could again."""
+        if what not in self._said:
+            self._said.add(what)
+            reason = getattr(error, "strerror", None) or error
+            yield Notice(f"{what} ({reason}); training goes on, and it is tried again later")
+
+    def _read(self) -> None:
+        """Read the losses of the steps off the device: the one place where it is waited for."""
+        if not self._unread:
+            return
+        progress = self.progress
+        losses = torch.stack([step.loss for step in self._unread]).tolist()
+        refused = torch.stack([step.refused for step in self._unread]).tolist()
+        for step, loss, bad in zip(self._unread, losses, refused, strict=True):
+            progress.losses.append(None if bad else loss)
+            if bad:
+                progress.refused.append(step.step)
+            else:
+                progress.told_loss, progress.told_count = progress.told_loss + loss, progress.told_count + 1
+        self._unread.clear()
+
+    def _refused_in_a_row(self) -> list[int]:
+        """The steps up to the last whose batches were tried and refused one after the other, if they are many."""
+        tried = set(self.progress.refused) - set(self.progress.passed_over)
+        count = next(n for n in range(len(tried) + 1) if self.progress.step - n not in tried)
+        steps = range(self.progress.step - count + 1, self.progress.step + 1)
+        return list(steps) if count >= IN_A_ROW else []
+
+    def _go_back(self, reason: str, batches: list[int]) -> Iterator[Notice | Saved]:
+        """To the newest saved state, to pass over the `batches` that were refused. Raises Failure if that was done
+        often enough, leaving `refused.json` to tell what was in the batch and where its numbers broke.
+        """
+        progress, step = self.progress, batches[0] if batches else self.progress.step
+        reason = f"step {step}: {reason}"
+        if progress.went_back == GO_BACK:
+            x, y, seeds = (torch.cat(parts) for parts in zip(*micro_batches(self.trainer, step - 1), strict=True))
+            facts = describe_batch(self.trainer, step, x, y, seeds)
+            storage.write_json(self.out_dir / "refused.json", facts)
+            raise Failure(
+                f"{reason}, first in {facts['first']}, and going back {GO_BACK} times did not help; "
+                f"the batch is in {self.out_dir / 'refused.json'}; {REMEDY}"
+            )
+        yield from self._saved(wait=True)
+        groups, facts, _ = checkpoint.newest_state(self.out_dir)
+        self.progress = restore(self.trainer, groups, facts)
+        self.progress.passed_over = sorted({*progress.passed_over, *self.progress.passed_over, *batches})
+        self.progress.went_back, self.progress.bookkeeping = progress.went_back + 1, progress.bookkeeping
+        self._record.cut(self.progress.step)
+        self._unread.clear()
+        self._pace = (self._stepping(), self.progress.tokens)
+        without = f", without the batches of steps {batches[0]} to {batches[-1]}" if batches else ""
+        yield Notice(f"{reason}; going on from the state of step {self.progress.step}{without}")
+
+    def _log(self, step: Step) -> Iterator[Notice]:
+        """Record the mean loss since the last record."""
+        progress = self.progress
         then, tokens = self._pace
         self._pace = (self._stepping(), progress.tokens)
-        with self._bookkeeping():
-            metrics.append(
-                self.out_dir,
-                step=step.step,
-                split="train",
-                loss=loss / (step.step - progress.logged),
-                lr=lr_at(step.step, self.trainer.config),
-                grad_norm=None if step.grad_norm is None else step.grad_norm.item(),
-                tokens=progress.tokens,
-                seconds=round(self.seconds(), 3),
-                tokens_per_second=round((progress.tokens - tokens) / (self._pace[0] - then), 1),
-            )
-        progress.told_loss += loss
-        progress.logged, progress.logged_loss = step.step, 0.0
-        self._running.zero_()
+        marks: dict[str, list[int]] = {"refused": [], "spikes": []}
+        for number, loss in enumerate(progress.losses, step.step - len(progress.losses) + 1):
+            if loss is None:
+                marks["refused"].append(number)
+                continue
+            if metrics.is_spike(loss, progress.recent):
+                marks["spikes"].append(number)
+            progress.recent = [*progress.recent[1 - metrics.SPIKE_HISTORY :], loss]
+        trained = [loss for loss in progress.losses if loss is not None]
+        progress.losses = []
+        self._record.add(
+            step=step.step,
+            split="train",
+            loss=math.fsum(trained) / len(trained) if trained else None,
+            lr=lr_at(step.step, self.trainer.config),
+            grad_norm=step.grad_norm.item(),
+            tokens=progress.tokens,
+            seconds=round(self.seconds(), 3),
+            tokens_per_second=round((progress.tokens - tokens) / (self._pace[0] - then), 1),
+            **{name: steps for name, steps in marks.items() if steps},
+        )
+        yield from self._write_record()
+        if marks["refused"]:
+            named = ", ".join(map(str, marks["refused"]))
+            yield Notice(f"no update at step {named}: loss or gradient is not a finite number")
 
-    def _tell(self) -> Line:
+    def _write_record(self) -> Iterator[Notice]:
+        what = "metrics.jsonl could not be written"
+        try:
+            with self._bookkeeping():
+                self._record.catch_up()
+            self._said.discard(what)
+        except OSError as error:
+            yield from self._failed(what, error)
+
+    def _tell(self) -> Iterator[Line | Notice]:
         """Evaluate, record, sample and draw."""
         with self._bookkeeping():
             trainer, config, progress = self.trainer, self.trainer.config, self.progress
             lr, facts = lr_at(progress.step, config), {"step": progress.step, "tokens": progress.tokens}
             if progress.step == 0:
                 train_loss = first_loss(trainer)
-                metrics.append(self.out_dir, split="train", loss=train_loss, lr=lr, seconds=0.0, **facts)
+                self._record.add(split="train", loss=train_loss, lr=lr, seconds=0.0, **facts)
             else:
-                train_loss = progress.told_loss / (progress.step - progress.told)
+                train_loss = progress.told_loss / progress.told_count if progress.told_count else math.nan
             with precision(trainer.dtype, trainer.device):
                 found = evaluate(
                     trainer.model, trainer.data.val, config.model.block_size, config.eval_tokens, self.token_bytes
                 )
-            if not math.isfinite(found.loss):
-                raise Failure(f"the validation loss is not a finite number at step {progress.step}; {REMEDY}")
-            progress.told, progress.told_loss, progress.last_loss = progress.step, 0.0, found.loss
-            if progress.best_loss is None or found.loss < progress.best_loss:
+            finite = math.isfinite(found.loss)
+            progress.told_loss, progress.told_count, progress.last_loss = 0.0, 0, found.loss if finite else None
+            if finite and (progress.best_loss is None or found.loss < progress.best_loss):
                 progress.best_step, progress.best_loss, progress.stale = progress.step, found.loss, 0
             else:
                 progress.stale += 1
             seconds = round(self.seconds(), 3)
-            metrics.append(
-                self.out_dir,
-                split="val",
-                loss=found.loss,
-                bits_per_byte=found.bits_per_byte,
-                lr=lr,
-                seconds=seconds,
-                **facts,
-            )
-            sample = sample_text(trainer, self.prompt)
+            bits = found.bits_per_byte
+            self._record.add(split="val", loss=found.loss, bits_per_byte=bits, lr=lr, seconds=seconds, **facts)
+            sample = sample_text(trainer, self.prompt) if finite else ""
             line = Line(progress.step, lr, train_loss, found, seconds, sample)
-            if sample:
-                progress.samples_size = keep_sample(self.out_dir, line, progress.samples_size)
-            plot_runs([self.out_dir], self.out_dir / "loss_curve.png")
-        return line
+            if line.sample:
+                self._samples += f"--- step {line.step} | val {found.loss:.4f} ---\n{line.sample}\n\n"
+        yield from self._write_record()
+        yield from self._show()
+        yield line
 
-    def _save(self) -> Saved:
-        """Write the state to resume from, and the weights as `model.pt` (`best.pt` where they are the best)."""
+    def _show(self) -> Iterator[Notice]:
+        """The samples to read and the picture to look at."""
+        what = "samples.txt and loss_curve.png could not be written"
+        try:
+            with self._bookkeeping():
+                self.progress.samples_size = keep_samples(self.out_dir, self._samples, self.progress.samples_size)
+                self._samples = ""
+                plot_runs([self.out_dir], self.out_dir / "loss_curve.png")
+            self._said.discard(what)
+        except (OSError, UserError) as error:  # a picture that cannot be written is a UserError
+            yield from self._failed(what, error)
+
+    def _save_is_due(self) -> bool:
+        every = self.trainer.config.save_every or self.trainer.config.eval_every
+        if isinstance(every, float):
+            return time.perf_counter() - self._saved_at >= every
+        return self.progress.step % every == 0
+
+    def _save(self, wait: bool = False) -> Iterator[Saved | Notice]:
+        """Copy the state, and have it written while training goes on: what to resume from, and the weights as
+        `model.pt` (`best.pt` where they are the best). With `wait`, until it is on the disk.
+        """
+        yield from self._saved(wait=True)
         trainer, progress = self.trainer, self.progress
+        self._read()
+        yield from self._write_record()
         with self._bookkeeping():
-            progress.seconds, progress.logged_loss = self.seconds(), self._running.item()
-            if not math.isfinite(progress.logged_loss):
-                raise Failure(f"the loss is not a finite number at step {progress.step}; {REMEDY}")
-            is_best = progress.best_step == progress.step
-            for name in ("model.pt", "best.pt") if is_best else ("model.pt",):
-                with storage.writing(self.out_dir / name) as file:
-                    torch.save(trainer.model.state_dict(), file)
-            groups: checkpoint.Groups = {
-                "model": dict(trainer.model.named_parameters()),
-                "optimizer": optimizer_tensors(trainer.model, trainer.optimizer),
-            }
-            facts = {"progress": asdict(progress), "scaler": trainer.scaler.state_dict(), "data": trainer.data.hashes}
-            folder = checkpoint.save_state(self.out_dir, progress.step, groups, facts, trainer.config.keep, is_best)
-        progress.seconds = self.seconds()
-        return Saved(progress.step, folder)
+            self._saved_at = time.perf_counter()
+            copies = self._saver.copy(tensors_of(trainer))
+            progress.seconds = self.seconds()
+            is_best = progress.best_loss is not None and progress.best_step == progress.step
+            weights, facts = weights_of(trainer, copies), facts_of(trainer, progress)
+            where = self.out_dir, self._record, progress.step
+            write = partial(write_state, *where, weights, copies, facts, trainer.config.keep, is_best)
+            self._saver.start(progress.step, write)
+        yield from self._saved(wait)
 
-
-def restore(trainer: Trainer, groups: checkpoint.Groups, facts: dict[str, Any]) -> Progress:
-    """Put a saved state into the trainer's parts; returns where the run stood.
-
-    Raises UserError where the state does not fit the model or the data.
-    """
-    if facts.get("data") != trainer.data.hashes:
-        raise UserError(f"{trainer.data.folder}: not the data this run was trained on; give the right --data_dir")
-    parameters = dict(trainer.model.named_parameters())
-    saved = groups.get("model", {})
-    if {k: v.shape for k, v in saved.items()} != {k: p.shape for k, p in parameters.items()}:
-        raise UserError("saved state: its weights do not fit the settings in config.toml")
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(saved[name])
-    restore_optimizer(trainer.model, trainer.optimizer, groups.get("optimizer", {}))
-    trainer.scaler.load_state_dict(facts["scaler"])
-    return Progress(**facts["progress"])
+    def _saved(self, wait: bool = False) -> Iterator[Saved | Notice]:
+        """What became of the state being written, once that is known."""
+        with self._bookkeeping():
+            result = self._saver.finished(wait)
+        if result is None:
+            return
+        self.progress.seconds = self.seconds()
+        (step, outcome), what = result, "the state could not be saved"
+        if isinstance(outcome, Path):
+            self.unsaved = None
+            self._said.discard(what)
+            yield Saved(step, outcome)
+        else:
+            self.unsaved, self.failed_saves = f"step {step} ({outcome.strerror or outcome})", self.failed_saves + 1
+            yield from self._failed(what, outcome)
 
 
 def first_loss(trainer: Trainer) -> float:
@@ -314,11 +399,10 @@ def sample_text(trainer: Trainer, prompt: str) -> str:
     return prompt + tokenizer.decode(drawn)
 
 
-def keep_sample(out_dir: Path, line: Line, size: int) -> int:
-    """Write the sample of an evaluation after the first `size` bytes of samples.txt; returns its new size."""
+def keep_samples(out_dir: Path, samples: str, size: int) -> int:
+    """Write samples after the first `size` bytes of samples.txt; returns its new size. Raises OSError."""
     path = out_dir / "samples.txt"
     before = path.read_bytes()[:size] if path.exists() else b""
-    head = f"--- step {line.step} | val {line.evaluation.loss:.4f} ---\n"
-    content = before + (head + line.sample + "\n\n").encode()
+    content = before + samples.encode()
     storage.write_bytes(path, content)
     return len(content)

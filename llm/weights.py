@@ -1,6 +1,7 @@
 """Weights in .pt files: which file is meant, and what shape of model is in it. Loading runs no code."""
 
 import dataclasses
+import zipfile
 from pathlib import Path
 
 import torch
@@ -36,16 +37,28 @@ def load_model(path: Path, device: torch.device, base: GPTConfig | None = None) 
     return model.to(device).eval()
 
 
+def check_sums(path: Path) -> None:
+    """Raises UserError if a byte of a .pt file changed: it is a zip archive, whose checksums torch does not look at."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; train a model first, or give the path of a .pt file") from None
+    except Exception as error:  # zipfile raises many kinds for a file that is not its own
+        raise UserError(f"{path}: not a state_dict saved by torch.save ({error})") from None
+    if damaged is not None:
+        raise UserError(f"{path}: changed since it was written ({damaged}: CRC-32 differs); use another of the run's")
+
+
 def read_weights(path: Path, base: GPTConfig) -> tuple[GPTConfig, dict[str, Tensor]]:
     """The shape and the state_dict in a .pt file. Sizes come from the tensors; what these do not tell
     (heads, GELU, dropout) from the config.toml beside the file, else from `base`.
 
     Raises UserError where the file is not a state_dict of a `GPT`. Loading runs no code.
     """
+    check_sums(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; train a model first, or give the path of a .pt file") from None
     except Exception as error:  # torch raises many kinds for a file that is not its own
         raise UserError(f"{path}: not a state_dict saved by torch.save ({type(error).__name__})") from None
     if (path.parent / "config.toml").exists():
@@ -72,4 +85,6 @@ def read_weights(path: Path, base: GPTConfig) -> tuple[GPTConfig, dict[str, Tens
         found = getattr(weights.get(name), "shape", None)
         if found != expected.get(name):
             raise UserError(f"{path}: {name} is {found and tuple(found)}, and this shape needs {expected.get(name)}")
+        if not torch.isfinite(weights[name]).all():
+            raise UserError(f"{path}: {name} holds a number that is not finite; use other weights")
     return config, weights

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llm.commands.main import main
+from llm.metrics import Record
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
 CACHE = os.environ.get("LOSSCURVE_CACHE", "")
@@ -39,6 +40,13 @@ def words(count: int, seed: int = 0) -> str:
     lexicon = ["".join(draw.choice(list("abcdefghij"), size=draw.integers(2, 7))) for _ in range(60)]
     ranks = np.minimum(draw.zipf(1.4, count) - 1, 59)
     return " ".join(lexicon[rank] + ("\n" if i % 9 == 8 else "") for i, rank in enumerate(ranks)) + "\n"
+
+
+def append(run_dir: Path, **row: object) -> None:
+    """A row at the end of a run's record."""
+    record = Record(run_dir)
+    record.add(**row)
+    record.catch_up()
 
 
 @pytest.fixture

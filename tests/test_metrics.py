@@ -1,13 +1,16 @@
 """The record of a run: rows survive, torn lines do not matter, damaged ones are named."""
 
+import contextlib
 import json
 import math
+import types
 
 import pytest
+from conftest import append
 
-from llm import metrics
-from llm.errors import Failure, UserError
-from llm.metrics import append, best, cut, overfits_since, read_record
+from llm import metrics, storage
+from llm.errors import UserError
+from llm.metrics import Record, best, cut, overfits_since, read_record
 
 
 def record(*evaluations, train=()):
@@ -88,11 +91,51 @@ def test_missing_run_and_full_disk(tmp_path, monkeypatch):
         read_record(tmp_path / "nowhere")
     cut(tmp_path, 5)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(Failure, match=r"metrics\.jsonl: cannot be written .*--resume"):
-        append(tmp_path / "nowhere", step=1, split="val", loss=1.0)
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match="cannot be read"):
         read_record(tmp_path)
+
+
+def test_rows_that_a_full_disk_refused_go_with_the_next(tmp_path, monkeypatch):
+    written = Record(tmp_path)
+    written.add(step=1, split="train", loss=1.0)
+    written.catch_up()
+    plain_open = open
+
+    @contextlib.contextmanager
+    def full(*args, **kwargs):
+        with plain_open(*args, **kwargs) as file:
+            short = types.SimpleNamespace(**{name: getattr(file, name) for name in ("tell", "truncate", "fileno")})
+            short.write = lambda content: file.write(content[:5])
+            yield short
+
+    monkeypatch.setattr(storage, "open", full, raising=False)
+    for step in (2, 3):
+        written.add(step=step, split="train", loss=1.0)
+        with pytest.raises(OSError, match="No space left"):
+            written.catch_up()
+        with pytest.raises(OSError, match="its record"):
+            written.flush()
+        assert [row["step"] for row in read_record(tmp_path)] == [1]
+    monkeypatch.undo()
+    written.add(step=4, split="train", loss=1.0)
+    written.catch_up()
+    written.flush()
+    assert [row["step"] for row in read_record(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_spike_is_a_leap_out_of_what_came_before():
+    noisy = [4.0 + 0.05 * (-1) ** i for i in range(50)]
+    assert metrics.is_spike(4.8, noisy)
+    assert not metrics.is_spike(4.4, noisy)  # less than half a nat
+    assert not metrics.is_spike(0.0, noisy)  # down
+    assert not metrics.is_spike(9.0, noisy[:10])  # too little to judge by
+    wide = [4.0 + 0.5 * (-1) ** i for i in range(50)]
+    assert not metrics.is_spike(6.0, wide)
+    assert metrics.is_spike(9.0, wide)
+    assert metrics.is_spike(5.0, [*noisy[:-3], 9.0, 9.0, 9.0])  # earlier leaps do not hide this one
+    falling = [10 - 0.1 * i for i in range(50)]
+    assert not metrics.is_spike(5.1, falling)
 
 
 def test_an_interrupted_cut_leaves_the_record_whole(tmp_path, monkeypatch):

@@ -8,11 +8,11 @@ import time
 from itertools import pairwise
 
 import pytest
+from conftest import append
 
 from llm.commands.main import main
 from llm.config import TrainConfig
 from llm.errors import UserError
-from llm.metrics import append
 from llm.plot import POINTS, _save, draw, draw_comparison, draw_run, plain, plot_runs, plot_schedule, thinned
 from llm.schedule import lr_at
 
@@ -215,3 +215,13 @@ assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_shading_of_overfitting_lies_behind_the_learning_rate():
+    """The axes of the losses are drawn over those of the learning rate: a shading in them would hide it."""
+    rows = [row(step, "val", loss, lr=0.1) for step, loss in [(0, 4.0), (10, 3.0), (20, 2.0), (30, 2.5), (40, 3.0)]]
+    rows += [row(step, "train", 4.0 - step / 20, lr=0.1) for step in range(0, 41, 10)]
+    losses, rate = draw_run(rows, "run", 65).axes
+    assert losses.get_zorder() > rate.get_zorder()
+    assert not losses.patches
+    assert len(rate.patches) == 1

@@ -1,6 +1,7 @@
 """The loop against a plain loop written here, and against itself: resumed, accumulated, repeated."""
 
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -12,15 +13,17 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL, words
 
-from llm import GPT, GPTConfig
+from llm import GPT, GPTConfig, storage
+from llm.checkpoint import newest_state
 from llm.config import from_settings
 from llm.data import batch_at
 from llm.errors import Failure, UserError
 from llm.metrics import read_record
 from llm.prepare import prepare
+from llm.refused import where_it_breaks
 from llm.run import Run, fit
 from llm.start import begun, resumed
-from llm.train import Line, Saved, Step, Training, train_step
+from llm.train import Line, Notice, Saved, Step, Training, micro_batches, train_step
 
 # Losses of 50 steps of `golden_settings`, on one machine, fp32. Another CPU may add up in another
 # order: a change of the mathematics shows at 1e-3 or more, rounding stays below 1e-4.
@@ -30,6 +33,10 @@ GOLDEN = {0: 2.48239, 1: 2.48314, 2: 2.42562, 5: 2.26572, 10: 2.01095, 20: 1.652
 def trained(config, **kwargs):
     with begun(config, **kwargs) as run:
         return run, list(run)
+
+
+def steps_in(events):
+    return [event for event in events if isinstance(event, Step)]
 
 
 def config_for(here, **settings):
@@ -169,9 +176,8 @@ def test_accumulation_changes_nothing_even_with_dropout(here, split):
     parts, second = trained(
         config_for(here, batch_size=size, gradient_accumulation_steps=steps, out_dir="b", **settings)
     )
-    for a, b in zip(first, second, strict=True):
-        if isinstance(a, Step):
-            assert a.loss.item() == pytest.approx(b.loss.item(), abs=1e-5)
+    for a, b in zip(steps_in(first), steps_in(second), strict=True):
+        assert a.loss.item() == pytest.approx(b.loss.item(), abs=1e-5)
     for a, b in zip(whole.trainer.model.parameters(), parts.trainer.model.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
 
@@ -214,19 +220,136 @@ def test_patience_stops_when_nothing_improves(here):
     assert Path("checkpoints/best").read_text() == f"step-{run.progress.best_step:06d}\n"
 
 
-def test_a_loss_that_is_not_finite_is_never_saved(here):
-    with begun(config_for(here, max_steps=40)) as run:
-        events = iter(run)
-        while next(events) != Saved(4, Path("checkpoints/step-000004")):
-            pass
+def plant(run, value, steps, where="loss", scale=1.0):
+    """Make the loss or the gradient of the batches of `steps` `value`, every time they are tried."""
+    plain, spoiled = run.trainer.forward, set()
+    for step in steps:
+        for x, _, _ in micro_batches(run.trainer, step - 1):
+            spoiled.add(x.numpy().tobytes())
+
+    def forward(x, y, seeds=None):
+        loss = plain(x, y, seeds)[1]
+        if x.numpy().tobytes() in spoiled and torch.is_grad_enabled():
+            if where == "loss":
+                return None, loss * value
+            loss.register_hook(lambda grad: grad * value)
+        return None, loss
+
+    run.trainer.forward = forward
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_batch_that_is_not_finite_makes_no_update(here, where, value):
+    with begun(config_for(here, max_steps=8, log_every=1)) as run:
+        plant(run, value, [3, 6], where)
+        before = []
+        events = []
+        for event in run:
+            events.append(event)
+            if isinstance(event, Step):
+                before.append([p.detach().clone() for p in run.trainer.model.parameters()])
+    same = [all(torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(before)]
+    assert same == [False, True, False, False, True, False, False]
+    said = [event.text for event in events if isinstance(event, Notice)]
+    assert said == [f"no update at step {n}: loss or gradient is not a finite number" for n in (3, 6)]
+    rows = [row for row in read_record(Path("checkpoints")) if row["split"] == "train"]
+    assert [row["step"] for row in rows if "refused" in row] == [3, 6]
+    assert [row["loss"] is None for row in rows] == [row["step"] in (3, 6) for row in rows]
+    assert run.progress.refused == [3, 6]
+    facts = storage.read_json(Path("checkpoints/step-000008/state.json"))
+    assert facts["progress"]["refused"] == [3, 6]
+    optimizer_step = next(iter(run.trainer.optimizer.state.values()))["step"]
+    assert optimizer_step.item() == 6
+
+
+def test_refused_batches_leave_the_logged_mean_to_the_others(here):
+    with begun(config_for(here, max_steps=8, log_every=4)) as run:
+        plant(run, math.nan, [2])
+        losses = [event.loss.item() for event in run if isinstance(event, Step)]
+    rows = [row for row in read_record(Path("checkpoints")) if row["split"] == "train"]
+    assert rows[1]["loss"] == pytest.approx(np.mean([losses[0], losses[2], losses[3]]))
+    assert rows[1]["refused"] == [2]
+    assert rows[2]["loss"] == pytest.approx(np.mean(losses[4:]))
+
+
+def test_several_refused_in_a_row_are_passed_over_from_the_last_saved_state(here):
+    with begun(config_for(here, max_steps=12, log_every=1)) as run:
+        plant(run, math.nan, [6, 7, 8])
+        events = list(run)
+    said = [event.text for event in events if isinstance(event, Notice) and "going on" in event.text]
+    assert said == [
+        "step 6: loss or gradient is not a finite number; going on from the state of step 4, "
+        "without the batches of steps 6 to 8"
+    ]
+    assert run.reason == "done"
+    assert run.progress.passed_over == run.progress.refused == [6, 7, 8]
+    assert [e.step for e in steps_in(events)] == [*range(1, 9), *range(5, 13)]
+    steps = [row["step"] for row in read_record(Path("checkpoints")) if row["split"] == "train"]
+    assert steps == list(range(13))
+    assert next(iter(run.trainer.optimizer.state.values()))["step"].item() == 9
+
+
+def test_a_run_that_only_gives_nonsense_stops_and_tells_the_batch(here):
+    with begun(config_for(here, max_steps=40, log_every=1)) as run:
+        plant(run, math.nan, range(6, 41))
+        with pytest.raises(Failure, match=r"step 15: .*going back 3 times did not help; .*refused\.json"):
+            list(run)
+    facts = storage.read_json(Path("checkpoints/refused.json"))
+    assert facts["step"] == 15
+    assert len(facts["windows"]) == 4
+    assert all(window in Path("text.txt").read_text() for window in facts["windows"])
+    found, _, _ = newest_state(Path("checkpoints"))
+    assert all(torch.isfinite(p).all() for p in found["model"].values())
+
+
+@pytest.mark.parametrize("name", ["h.0.mlp.c_fc.weight", "wpe.weight"])
+def test_a_spoiled_weight_is_never_saved(here, name):
+    """What spoils the memory of a run is undone by its last saved state: it ends as if nothing had been."""
+    trained(config_for(here, out_dir="whole"))
+    with begun(config_for(here, out_dir="spoiled")) as run:
+        for event in run:
+            if isinstance(event, Step) and event.step == 6 and run.progress.went_back == 0:
+                with torch.no_grad():
+                    run.trainer.model.get_parameter(name)[0, 0] = math.nan
+    assert run.reason == "done"
+    assert run.progress.went_back == 1
+    weights = [torch.load(f"{folder}/model.pt", weights_only=True) for folder in ("whole", "spoiled")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_weight_that_no_batch_uses_is_looked_at_before_a_save(here):
+    trained(config_for(here, out_dir="whole", vocab_size=200))
+    with begun(config_for(here, out_dir="spoiled", vocab_size=200)) as run:
+        for event in run:
+            if isinstance(event, Step) and event.step == 6 and run.progress.went_back == 0:
+                with torch.no_grad():
+                    run.trainer.model.wte.weight[199] = math.nan
+    assert run.progress.went_back == 1
+    assert run.progress.refused == []
+    weights = [torch.load(f"{folder}/model.pt", weights_only=True) for folder in ("whole", "spoiled")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_where_numbers_break_is_found(here):
+    with begun(config_for(here)) as run:
+        model = run.trainer.model
+        x, y, seeds = next(micro_batches(run.trainer, 0))
+
+        def loss():
+            return model(x, y, seeds)[1]
+
+        assert where_it_breaks(model, loss) == "nothing: it is finite now"
+        hook = model.h[1].mlp.gelu.register_forward_hook(lambda module, inputs, output: output * math.inf)
+        assert where_it_breaks(model, loss) == "output of h.1.mlp.gelu (GELU)"
+        hook.remove()
+        assert where_it_breaks(model, lambda: loss() * math.nan) == "the loss"
+        hook = model.h[0].ln_1.weight.register_hook(lambda grad: grad * math.nan)
+        assert where_it_breaks(model, loss) == "gradient of h.0.ln_1.weight"
+        hook.remove()
         with torch.no_grad():
-            run.trainer.model.wte.weight.fill_(torch.nan)
-        with pytest.raises(Failure, match="not a finite number between steps"):
-            list(events)
-    weights = torch.load("checkpoints/model.pt", weights_only=True)
-    assert all(torch.isfinite(p).all() for p in weights.values())
-    with resumed(Path("checkpoints"), {}) as run:
-        assert run.progress.step == 4
+            model.ln_f.bias[0] = math.inf
+        assert where_it_breaks(model, loss) == "weight ln_f.bias"
 
 
 def test_compile_gives_the_same_losses(here):
@@ -234,9 +357,8 @@ def test_compile_gives_the_same_losses(here):
     said = []
     _, compiled = trained(config_for(here, out_dir="b", max_steps=3, compile=True), say=said.append)
     assert not said
-    for a, b in zip(plain, compiled, strict=True):
-        if isinstance(a, Step):
-            assert a.loss.item() == pytest.approx(b.loss.item(), abs=1e-4)
+    for a, b in zip(steps_in(plain), steps_in(compiled), strict=True):
+        assert a.loss.item() == pytest.approx(b.loss.item(), abs=1e-4)
 
 
 def test_compile_that_fails_is_said_and_done_without(here, monkeypatch):

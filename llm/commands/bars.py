@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+from llm.commands.flags import warn
+
 
 def watched() -> bool:
     """Whether somebody sees stderr move."""
@@ -75,6 +77,13 @@ class StepBar:
             self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             tell(line)
+
+    def warn(self, text: str) -> None:
+        """A warning on stderr, above the bar."""
+        if self.bar:
+            self.bar.console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
+        else:
+            warn(text)
 
     def advance(self, step: int) -> None:
         """Show `step` completed steps."""

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from llm.commands.flags import Parser, add_settings, config_from, typed_settings, warn
 from llm.config import FIELDS, PRESETS
-from llm.errors import UserError
+from llm.errors import Failure, UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from llm.train import Training
 
 DESCRIPTION = "Train a small GPT from scratch. With no flags: the chapter's recipe on tiny Shakespeare."
@@ -36,7 +38,7 @@ def main(argv: list[str]) -> int:
     from llm.run import interrupts
     from llm.schedule import warmup_warning
     from llm.start import begun, resumed
-    from llm.train import Line, Step
+    from llm.train import Line, Notice, Step
 
     out_dir = Path(config.out_dir)
     with contextlib.ExitStack() as stack:
@@ -56,8 +58,15 @@ def main(argv: list[str]) -> int:
             for event in run:
                 if isinstance(event, Line):
                     shown.print(str(event))
+                elif isinstance(event, Notice):
+                    shown.warn(event.text)
                 elif isinstance(event, Step):
                     shown.advance(event.step)
+    if run.unsaved:
+        raise Failure(
+            f"the last save failed: {run.unsaved}; {last_saved(out_dir)}; make room, then go on with: "
+            f"losscurve train --out_dir {shlex.quote(str(out_dir))} --resume"
+        )
     if run.reason == "interrupted":
         again = f"losscurve train --out_dir {shlex.quote(str(out_dir))} --resume"
         tell(f"saved step {run.progress.step} in {out_dir}; go on with: {again}")
@@ -65,6 +74,14 @@ def main(argv: list[str]) -> int:
     tell("\n".join(ending(run)))
     tell(f"saved {out_dir / 'model.pt'}")
     return 0
+
+
+def last_saved(out_dir: "Path") -> str:
+    """The newest state of a run, in words."""
+    from llm.checkpoint import saved_steps
+
+    steps = saved_steps(out_dir)
+    return f"the last saved step is {steps[-1]}" if steps else "nothing was saved"
 
 
 def opening(run: "Training") -> str:

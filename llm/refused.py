@@ -1,0 +1,55 @@
+"""Why a batch cannot be trained on: where in the model its numbers stop being finite."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm.device import precision
+from llm.state import Trainer
+
+
+def where_it_breaks(model: nn.Module, loss_of: Callable[[], Tensor]) -> str:
+    """The first place with a number that is not finite: a weight, a module's output, the loss or a gradient.
+
+    `loss_of` runs the model on the batch. Gradients are left as None.
+    """
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            return f"weight {name}"
+    found: list[str] = []
+
+    def check(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not torch.isfinite(output).all():
+                found.append(f"output of {name} ({type(module).__name__})")
+
+        return hook
+
+    hooks = [module.register_forward_hook(check(name)) for name, module in model.named_modules() if name]
+    try:
+        loss = loss_of()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if found:
+        return found[0]
+    if not torch.isfinite(loss):
+        return "the loss"
+    loss.backward()  # type: ignore[no-untyped-call]
+    broken = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    model.zero_grad(set_to_none=True)
+    return f"gradient of {broken[-1]}" if broken else "nothing: it is finite now"
+
+
+def describe_batch(trainer: Trainer, step: int, x: Tensor, y: Tensor, seeds: Tensor) -> dict[str, Any]:
+    """The batch of the update that completes `step`: its windows as text, and where its numbers break first."""
+
+    def loss() -> Tensor:
+        with precision(trainer.dtype, trainer.device):
+            return trainer.model(x, y, seeds)[1]  # type: ignore[no-any-return]
+
+    first = where_it_breaks(trainer.model, loss)
+    decode = trainer.tokenizer.decode if trainer.tokenizer else str
+    return {"step": step, "first": first, "windows": [decode(ids.tolist()) for ids in x.cpu()]}

@@ -1,0 +1,119 @@
+"""The state of a run: what it is made of, where it stands, how both get on the disk and back."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm import checkpoint, metrics, storage
+from llm.config import TrainConfig, to_settings
+from llm.data import TokenData
+from llm.errors import UserError
+from llm.model import GPT
+from llm.optim import optimizer_tensors, restore_optimizer
+from llm.tokenizer import Tokenizer
+
+
+@dataclass
+class Trainer:
+    """What a step works on. `forward` is the model, perhaps compiled or wrapped for many processes."""
+
+    config: TrainConfig
+    model: GPT
+    forward: Callable[..., Any]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # for float16; lets everything through where it is not enabled
+    data: TokenData
+    tokenizer: Tokenizer | None  # None: its vocabulary is not to be had, so no samples and no bits per byte
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass
+class Progress:
+    """Where a run stands: saved with the weights, so that a resumed run goes on as if never stopped."""
+
+    step: int = 0  # batches done
+    tokens: int = 0  # in them
+    seconds: float = 0.0  # since the start, evaluations and all
+    bookkeeping: float = 0.0  # seconds of these spent on anything but steps
+    losses: list[float | None] = field(default_factory=list)  # of the steps since the last record; None: refused
+    recent: list[float] = field(default_factory=list)  # of the last steps, to judge a leap by
+    told_loss: float = 0.0  # sum of the losses since the last evaluation
+    told_count: int = 0  # and their number
+    refused: list[int] = field(default_factory=list)  # steps whose batch made no update
+    passed_over: list[int] = field(default_factory=list)  # those of them not tried again after going back
+    went_back: int = 0
+    best_step: int = 0
+    best_loss: float | None = None  # lowest validation loss, nats per token
+    last_loss: float | None = None  # newest validation loss
+    stale: int = 0  # evaluations since the best
+    samples_size: int = 0  # bytes of samples.txt
+
+
+def tensors_of(trainer: Trainer) -> checkpoint.Groups:
+    """The tensors to save, by group: the model's parameters (tied ones once) and the optimizer's state."""
+    return {
+        "model": dict(trainer.model.named_parameters()),
+        "optimizer": optimizer_tensors(trainer.model, trainer.optimizer),
+    }
+
+
+def weights_of(trainer: Trainer, copies: checkpoint.Groups) -> dict[str, Tensor]:
+    """The model's state_dict out of copies of its parameters; tied weights are one parameter of two names."""
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    whole = trainer.model.state_dict(keep_vars=True)
+    return {key: copies["model"][names[id(p)]] for key, p in whole.items()}
+
+
+def facts_of(trainer: Trainer, progress: Progress) -> dict[str, Any]:
+    """All of a state that is not a tensor."""
+    return {
+        "progress": asdict(progress),
+        "scaler": trainer.scaler.state_dict(),
+        "data": trainer.data.hashes,
+        "settings": to_settings(trainer.config),
+    }
+
+
+def write_state(
+    out_dir: Path,
+    record: metrics.Record,
+    step: int,
+    weights: dict[str, Tensor],
+    groups: checkpoint.Groups,
+    facts: dict[str, Any],
+    keep: int,
+    is_best: bool,
+) -> Path:
+    """Put a state on the disk, and all that it relies on before it. Raises OSError."""
+    record.flush()
+    for name in ("model.pt", "best.pt") if is_best else ("model.pt",):
+        with storage.writing(out_dir / name) as file:
+            torch.save(weights, file)
+    return checkpoint.save_state(out_dir, step, groups, facts, keep, is_best)
+
+
+def restore(trainer: Trainer, groups: checkpoint.Groups, facts: dict[str, Any]) -> Progress:
+    """Put a saved state into the trainer's parts; returns where the run stood.
+
+    Raises UserError where the state does not fit the model or the data.
+    """
+    if facts.get("data") != trainer.data.hashes:
+        raise UserError(f"{trainer.data.folder}: not the data this run was trained on; give the right --data_dir")
+    parameters = dict(trainer.model.named_parameters())
+    saved = groups.get("model", {})
+    if {k: v.shape for k, v in saved.items()} != {k: p.shape for k, p in parameters.items()}:
+        raise UserError("saved state: its weights do not fit the settings in config.toml")
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(saved[name])
+    restore_optimizer(trainer.model, trainer.optimizer, groups.get("optimizer", {}))
+    try:
+        trainer.scaler.load_state_dict(facts["scaler"])
+        return Progress(**facts["progress"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"saved state: state.json is of another version ({error}); start another run") from None

@@ -67,7 +67,7 @@ def open_data(folder: Path, block_size: int, vocab_size: int | None = None) -> T
     if storage.unfinished(folder):
         with storage.locked(folder, "this data folder"):
             storage.recover(folder)
-    meta = _read_meta(folder)
+    meta = read_meta(folder)
     dtype = np.dtype("<u4" if meta and meta["dtype"] == "uint32" else "<u2")
     limit = meta["vocab_size"] if meta else GPT2_VOCAB
     if vocab_size is not None and meta and vocab_size < limit:
@@ -89,7 +89,8 @@ def open_data(folder: Path, block_size: int, vocab_size: int | None = None) -> T
     )
 
 
-def _read_meta(folder: Path) -> dict[str, Any] | None:
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """What `meta.json` says; None where there is none. Raises UserError naming the field that is not as it should."""
     path = folder / "meta.json"
     if not path.exists():
         return None

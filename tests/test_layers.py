@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from llm.commands.main import COMMANDS
+
 LIBRARY = Path(__file__).parent.parent / "llm"
 ORDER = (
     *("errors", "config", "storage", "download", "cut", "tokenizer", "corpus", "data", "prepare", "loss", "model"),
@@ -24,6 +26,8 @@ ORDER = (
         "weights",
         "start",
         "run",
+        "verify",
+        "prove",
     ),
 )
 READING_PATH = ("model", "loss", "data", "schedule", "optim", "train")
@@ -56,7 +60,7 @@ def test_the_model_fits_in_200_lines_and_the_reading_path_in_1000():
 
 def test_importing_the_package_or_asking_for_help_loads_no_torch():
     heavy = {"torch", "numpy", "matplotlib", "tiktoken", "tokenizers", "rich"}
-    for command in ("prepare", "train", "sample", "plot", "schedule"):
+    for command in COMMANDS:
         code = (
             "import sys, contextlib, io\n"
             "import llm, llm.config\n"

@@ -12,17 +12,20 @@ COMMANDS = {
     "sample": "let a trained model continue a prompt",
     "plot": "draw the loss curve of one or several runs",
     "schedule": "show a learning-rate schedule before training",
+    "verify": "check every file of a run or data folder",
+    "show-batch": "print the text of any step",
+    "prove-resume": "kill and resume runs of your settings, and compare",
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<12} {what}" for name, what in COMMANDS.items()]
     return "\n".join(["usage: losscurve COMMAND [flags]   (losscurve COMMAND --help lists the flags)", "", *lines])
 
 
 def run_command(name: str, argv: list[str]) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage, 130/143 interrupted."""
-    module = importlib.import_module(f"llm.commands.{name}")
+    module = importlib.import_module(f"llm.commands.{name.replace('-', '_')}")
     try:
         code = module.main(argv)
         sys.stdout.flush()

@@ -1,0 +1,25 @@
+"""`verify`: whether a run, or a folder of token files, is still what was written."""
+
+from llm.commands.flags import Parser
+
+DESCRIPTION = "Check every file of runs and data folders against its checksum. Exit code 1 if any is damaged."
+WORDS = {True: "ok", False: "DAMAGED", None: "-"}
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("losscurve verify", DESCRIPTION)
+    parser.add_argument("folders", nargs="*", default=["checkpoints"], metavar="FOLDER", help="default: checkpoints")
+    args = parser.read(argv)
+
+    from pathlib import Path
+
+    from llm.commands.bars import tell
+    from llm.verify import verify
+
+    damaged = 0
+    for folder in args.folders:
+        for finding in verify(Path(folder)):
+            tell(f"{WORDS[finding.good]:<8} {finding.path}: {finding.words}")
+            damaged += finding.good is False
+    tell(f"{damaged} damaged" if damaged else "all that could be checked is as it was written")
+    return 1 if damaged else 0

@@ -1,0 +1,106 @@
+"""Whether every file of a run or of a data folder is still what was written: `losscurve verify`."""
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llm import checkpoint, metrics, storage
+from llm.data import read_meta
+from llm.errors import UserError
+from llm.tokenizer import load_tokenizer
+from llm.weights import read_weights, run_config
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one file or folder: `good` is None where there was nothing to check it against."""
+
+    path: Path
+    good: bool | None
+    words: str
+
+
+def verify(folder: Path) -> Iterator[Finding]:
+    """Everything in a run folder, or in a folder of token files. Raises UserError where it is neither."""
+    if (folder / "config.toml").exists() or checkpoint.saved_steps(folder):
+        yield from verify_run(folder)
+    elif (folder / "train.bin").exists():
+        yield from verify_data(folder, {})
+    else:
+        raise UserError(f"{folder}: neither a run (no config.toml) nor a folder of token files (no train.bin)")
+
+
+def verify_run(run_dir: Path) -> Iterator[Finding]:
+    """States by their SHA-256 sums, weights by their CRC-32, tokenizer by its own sum, the record by its rows,
+    and the token files the run was trained on, if they can be found.
+    """
+    config = yield from _try(run_dir / "config.toml", "settings", partial(run_config, run_dir))
+    newest: dict[str, Any] = {}
+    for step in checkpoint.saved_steps(run_dir):
+        path = run_dir / checkpoint.folder_name(step)
+        loaded = yield from _try(path, "a state to resume from", partial(checkpoint.load_state, path))
+        newest = loaded[1] if loaded else newest
+    for path in sorted(run_dir.glob("damaged-step-*")):
+        yield Finding(path, None, "set aside by a resume, and not used")
+    for name in ("latest", "best"):
+        if (run_dir / name).exists():
+            yield from _try(run_dir / name, "names a saved state", partial(_pointed_at, run_dir / name))
+    for name in ("model.pt", "best.pt"):
+        if (run_dir / name).exists() and config:
+            yield from _try(run_dir / name, "weights", partial(read_weights, run_dir / name, config.model))
+    if (run_dir / "tokenizer.json").exists():
+        yield from _try(run_dir / "tokenizer.json", "tokenizer", partial(load_tokenizer, run_dir / "tokenizer.json"))
+    yield from _try(run_dir / metrics.NAME, "record", partial(_reaches, run_dir, newest))
+    if config and config.data_dir and (Path(config.data_dir) / "train.bin").exists():
+        yield from verify_data(Path(config.data_dir), newest.get("data", {}))
+    elif config:
+        yield Finding(Path(config.data_dir or "data"), None, "the token files are not there (seen from here)")
+
+
+def verify_data(folder: Path, expected: dict[str, str]) -> Iterator[Finding]:
+    """Token files by their SHA-256, against `meta.json` and the hashes a run `expected` them to have, by name."""
+    meta = None
+    if (folder / "meta.json").exists():
+        meta = yield from _try(folder / "meta.json", "description of the token files", partial(read_meta, folder))
+    for split in ("train", "val"):
+        path = folder / f"{split}.bin"
+        known = [expected.get(path.name), meta["splits"][split]["sha256"] if meta else None]
+        sums = {value for value in known if value is not None}
+        if not sums:
+            yield Finding(path, None, "no meta.json says what it should be")
+            continue
+        yield from _try(path, "token ids", partial(_has_sum, path, sums))
+    if meta and (folder / "tokenizer.json").exists():
+        yield from _try(folder / "tokenizer.json", "tokenizer", partial(load_tokenizer, folder / "tokenizer.json"))
+
+
+def _try(path: Path, what: str, check: Callable[[], Any]) -> Generator[Finding, None, Any]:
+    """The finding about one check; the generator's value is what the check returned, None if it failed."""
+    try:
+        value = check()
+    except (UserError, OSError) as error:
+        yield Finding(path, False, str(error).removeprefix(f"{path}: "))
+        return None
+    yield Finding(path, True, what)
+    return value
+
+
+def _pointed_at(path: Path) -> None:
+    name = path.read_text(encoding="utf-8", errors="replace").strip()
+    if name not in {checkpoint.folder_name(step) for step in checkpoint.saved_steps(path.parent)}:
+        raise UserError(f"{path}: names {name[:80]!r}, and no such state is there")
+
+
+def _reaches(run_dir: Path, facts: dict[str, Any]) -> None:
+    """Raises UserError where the record is damaged or ends before the newest state."""
+    last = max((row["step"] for row in metrics.read_record(run_dir)), default=0)
+    progress = facts.get("progress", {"step": 0, "losses": []})
+    if last < (recorded := progress["step"] - len(progress["losses"])):
+        raise UserError(f"{run_dir / metrics.NAME}: ends at step {last}, and step {recorded} was recorded")
+
+
+def _has_sum(path: Path, sums: set[str]) -> None:
+    if {storage.sha256(path)} != sums:
+        raise UserError(f"{path}: changed since it was written (SHA-256 differs); prepare the data again")

@@ -1,7 +1,8 @@
 """Seconds of a training step: ours, the chapter's plain loop, and a transformers GPT-2 in a plain loop.
 
 Each round runs every side in a process of its own, one after the other, so that they share whatever
-else the machine is doing. Prints a table of medians and ratios; --json FILE keeps it.
+else the machine is doing. Prints a table of medians and ratios, and the floor: the step's products at the
+rate of a large product measured here in the same run. --json FILE keeps it all.
 
     python -m benchmarks.step [--rounds 3] [--steps 5] [--preset chapter] [--sides plain,ours] [--json FILE]
 """
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-SIDES = ("plain", "transformers", "ours")
+SIDES = ("plain", "reused", "transformers", "ours")  # reused: plain, with freed memory kept
 
 
 def main() -> None:
@@ -34,13 +35,16 @@ def main() -> None:
         return
     sides = args.sides.split(",")
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    rates: list[float] = []
     for _ in range(args.rounds):
+        rates.append(matrix_rate())
         for side in sides:
             words = ["--side", side, "--preset", args.preset, "--steps", str(args.steps)]
             shown = subprocess.run(
                 [sys.executable, "-m", "benchmarks.step", *words], stdout=subprocess.PIPE, text=True, check=True
             )
             found[side].append(json.loads(shown.stdout))
+    rates.append(matrix_rate())
     rows = [row(side, found[side]) for side in sides]
     reference = rows[0]["median_ms"]
     print(f"{'side':<14}{'ms a step':>10}{'spread':>14}{'ratio':>8}{'peak MiB':>10}{'loss':>9}")
@@ -48,10 +52,42 @@ def main() -> None:
         spread = f"{r['min_ms']:.0f}-{r['max_ms']:.0f}"
         ratio = f"{reference / r['median_ms']:.2f}x"
         print(f"{r['side']:<14}{r['median_ms']:>10.1f}{spread:>14}{ratio:>8}{r['peak_mib']:>10.0f}{r['loss']:>9.4f}")
+    rate, work = max(rates), step_flops(args.preset)
+    print(f"floor: {work / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s (float32): {1000 * work / rate:.0f} ms")
     if args.json:
-        facts = {"preset": args.preset, "machine": platform.processor() or platform.machine(), "rows": rows}
+        facts = {"floor_ms": 1000 * work / rate, "matrix_flops_per_second": rate, "step_flops": work}
+        facts |= {"preset": args.preset, "machine": platform.processor() or platform.machine(), "rows": rows}
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(facts, file, indent=2)
+
+
+def matrix_rate() -> float:
+    """Floating-point operations a second of a 2048 x 2048 x 2048 product in float32, the best of five."""
+    import torch
+
+    a, times = torch.ones(2048, 2048), []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(times)
+
+
+def step_flops(preset: str) -> float:
+    """Of the products of one step: 6 for each weight and token, 12 for each layer, channel and pair of positions."""
+    from llm import GPT
+
+    config = settings_of(preset)
+    shape, tokens = config.model, config.tokens_per_step
+    blocks = sum(p.numel() for p in GPT(shape).h.parameters() if p.dim() == 2)
+    weights = blocks + shape.vocab_size * shape.n_embd
+    return 6.0 * weights * tokens + 12.0 * shape.n_layer * shape.n_embd * shape.block_size * tokens
+
+
+def settings_of(preset: str) -> Any:
+    from llm.config import from_settings, read_toml
+
+    return from_settings(read_toml(preset) | {"vocab_size": 65 if "char" in preset else 50257})
 
 
 def row(side: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -71,13 +107,11 @@ def measure(side: str, preset: str, steps: int) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from llm.config import from_settings, read_toml
-
-    vocab_size = 65 if "char" in preset else 50257
-    config = from_settings(read_toml(preset) | {"vocab_size": vocab_size})
+    config = settings_of(preset)
+    vocab_size = config.model.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocab_size, 300_000).astype(np.uint16)
     torch.manual_seed(config.seed)
-    step = {"plain": plain, "transformers": transformers, "ours": ours}[side](config, tokens)
+    step = {"plain": plain, "reused": reused, "transformers": transformers, "ours": ours}[side](config, tokens)
     times, loss = [], float("nan")
     for number in range(2 + steps):
         start = time.perf_counter()
@@ -145,6 +179,14 @@ def plain(config: Any, tokens: Any) -> Callable[[int], float]:
         return torch.nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1))
 
     return plain_loop(config, tokens, loss_of, model.parameters())
+
+
+def reused(config: Any, tokens: Any) -> Callable[[int], float]:
+    """The plain loop with freed memory kept by the process, and nothing else of ours."""
+    from llm.device import keep_memory
+
+    keep_memory()
+    return plain(config, tokens)
 
 
 def transformers(config: Any, tokens: Any) -> Callable[[int], float]:

@@ -34,10 +34,19 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, each with its name flushed to the disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+    folder.mkdir(exist_ok=True)  # raises OSError where a file has its name
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes the name `path` only when the block ends without an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -57,14 +66,15 @@ def append(path: Path, content: bytes) -> None:
     It is in the hands of the system when this returns, which a kill of the process does not undo;
     `flush` puts it on the disk.
     """
-    with open(path, "ab", buffering=0) as file:
-        before = file.tell()
-        try:
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "ab", buffering=0) as file:
             if file.write(content) != len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        except OSError:
-            file.truncate(before)
-            raise
+    except OSError:
+        if path.exists():
+            os.truncate(path, before)
+        raise
 
 
 def flush(path: Path) -> None:
@@ -116,8 +126,10 @@ def folder_in_place(final: Path) -> Iterator[Path]:
     The manifest holds the size and SHA-256 of every file, so that `verify_folder` can tell whether
     the folder is still what was written. A folder of that name is set aside until the new one stands.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     temporary, aside = (final.with_name(f".{final.name}.{what}-{os.getpid()}") for what in ("tmp", "old"))
+    if aside.exists() and not final.exists():  # of an attempt that could not even be undone
+        os.replace(aside, final)
     for left in (temporary, aside):
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
@@ -167,7 +179,7 @@ def transaction(folder: Path) -> Iterator[Path]:
     Until the block ends, `folder` is untouched. Then the staging folder is renamed, the point of no
     return, and its files are moved into place. `recover` finishes or undoes what a crash left.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     recover(folder)
     staging = folder / STAGING
     staging.mkdir()
@@ -213,7 +225,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     What an interrupted process left under temporary names is removed, or put back where it belongs.
     Raises UserError if another process holds the lock. `what` names the folder's use in that message.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with open(folder / ".lock", "a+b") as file:
         try:
             _lock(file)
@@ -235,10 +247,12 @@ def sweep(folder: Path) -> None:
     """
     for path in sorted(folder.iterdir()):
         left = _LEFT.fullmatch(path.name)
-        if left is None or _alive(int(left[3])):
+        if left is None:
             continue
         if left[2] == "old" and not path.with_name(left[1]).exists():
             os.replace(path, path.with_name(left[1]))
+        elif _alive(int(left[3])):
+            continue
         elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -42,6 +42,8 @@ def check_sums(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
+            if marked := [info.filename for info in archive.infolist() if info.external_attr]:
+                raise ValueError(f"{marked[0]} is marked as no plain file")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; train a model first, or give the path of a .pt file") from None
     except Exception as error:  # zipfile raises many kinds for a file that is not its own
@@ -79,12 +81,23 @@ def read_weights(path: Path, base: GPTConfig) -> tuple[GPTConfig, dict[str, Tens
         )
         with torch.device("meta"):
             expected = {name: p.shape for name, p in GPT(config).state_dict().items()}
-    except (KeyError, ValueError, IndexError, AttributeError, TypeError, ZeroDivisionError) as error:
+    except (
+        KeyError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        TypeError,
+        ZeroDivisionError,
+        RuntimeError,
+        UserError,
+    ) as error:
         raise UserError(f"{path}: not the weights of a GPT of ours ({type(error).__name__}: {error})") from None
     for name in sorted(set(expected) | set(weights)):
         found = getattr(weights.get(name), "shape", None)
         if found != expected.get(name):
             raise UserError(f"{path}: {name} is {found and tuple(found)}, and this shape needs {expected.get(name)}")
+        if weights[name].layout != torch.strided:
+            raise UserError(f"{path}: {name} is a sparse tensor; save a plain state_dict")
         if not torch.isfinite(weights[name]).all():
             raise UserError(f"{path}: {name} holds a number that is not finite; use other weights")
     return config, weights

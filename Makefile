@@ -1,4 +1,4 @@
-# The habits: make setup, train, test, lint, bench. ARGS adds flags: make train ARGS="--max_steps 500"
+# The habits: make setup, train, test, torture, lint, bench. ARGS adds flags: make train ARGS="--max_steps 500"
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ export LOSSCURVE_CACHE ?= $(abspath ../shared/data)
 export LOSSCURVE_SPEC ?= $(abspath ../shared/spec)
 endif
 
-.PHONY: setup train test lint bench clean
+.PHONY: setup train test torture lint bench clean
 
 setup: $(VENV)/ready
 
@@ -25,6 +25,9 @@ train: setup
 
 test: setup
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+torture: setup
+	LOSSCURVE_TORTURE=1 $(BIN)/python -m pytest -n auto --dist load tests/faults $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -311,10 +311,11 @@ def mutated(monkeypatch: pytest.MonkeyPatch, mutant: Mutant) -> None:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.what for mutant in MUTANTS])
-def test_a_mutant_is_caught(tmp_path, monkeypatch, mutant):
+def test_a_mutant_is_caught(tmp_path, monkeypatch, mutant, record_property):
     mutated(monkeypatch, mutant)
     with pytest.raises(AssertionError):
         mutant.check(tmp_path)
+    record_property("mutants of the storage caught", 1)
 
 
 def test_the_same_checks_pass_where_nothing_is_changed(tmp_path, monkeypatch):

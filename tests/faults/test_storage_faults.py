@@ -31,8 +31,10 @@ def test_a_record_is_as_it_was_after_a_failure(tmp_path):
 
 
 @pytest.mark.parametrize("scenario", [*checks.STORAGE, checks.RECORD_FLUSHED, *checks.SAVES], ids=str)
-def test_the_power_may_go_at_any_moment(tmp_path, scenario):
-    assert checks.survives_power_cuts(scenario, tmp_path) >= 7
+def test_the_power_may_go_at_any_moment(tmp_path, scenario, record_property):
+    trees = checks.survives_power_cuts(scenario, tmp_path)
+    assert trees >= 7
+    record_property("trees after a power cut", trees)
 
 
 def test_only_one_holds_the_lock(tmp_path):

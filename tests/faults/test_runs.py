@@ -1,0 +1,324 @@
+"""Whole runs under kills, a full disk and signals; LOSSCURVE_TORTURE=1 (make torture) does more of each."""
+
+import errno
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, flags
+
+import llm.model
+import llm.state
+import llm.train
+from llm import checkpoint, storage
+from llm.config import from_settings
+from llm.metrics import read_record
+from llm.prove import fingerprint
+from llm.start import begun, resumed
+from llm.train import Notice, Saved, Step
+
+TORTURE = bool(os.environ.get("LOSSCURVE_TORTURE"))
+KINDS = {
+    "dropout": {"dropout": 0.2, "gradient_accumulation_steps": 2, "batch_size": 2, "grad_clip": 1.0},
+    "plain": {},
+    "float16": {"dtype": "float16"},
+    "bfloat16-tied": {"dtype": "bfloat16", "tied_lm_head": True, "weight_decay_split": True},
+}
+
+
+def config_for(here, out_dir, **settings):
+    small = SMALL | {"text": str(here / "text.txt"), "data_dir": str(here / "data"), "save_every": 3}
+    return from_settings(small | settings | {"out_dir": out_dir})
+
+
+def until(training, step):
+    """Iterate up to a step and leave the run there, as a crash would: nothing more is saved."""
+    for event in training:
+        if isinstance(event, Step) and event.step == step:
+            return
+
+
+@pytest.fixture
+def ledger(monkeypatch):
+    """The batches taken, by step: what they were each time."""
+    seen: dict[int, list[bytes]] = {}
+    plain = llm.train.batch_at
+
+    def batch_at(tokens, seed, step, *sizes):
+        batch = plain(tokens, seed, step, *sizes)
+        seen.setdefault(step, []).append(batch.x.tobytes() + batch.y.tobytes() + batch.seeds.tobytes())
+        return batch
+
+    monkeypatch.setattr(llm.train, "batch_at", batch_at)
+    return seen
+
+
+@pytest.mark.parametrize("kind", KINDS if TORTURE else ["dropout"])
+def test_stopped_at_any_step_and_resumed_it_is_the_same_run(here, kind, ledger, record_property):
+    settings = KINDS[kind]
+    with begun(config_for(here, "whole", **settings)) as run:
+        list(run)
+    expected, whole = fingerprint(Path("whole")), {step: set(batches) for step, batches in ledger.items()}
+    assert sorted(whole) == list(range(12))
+    for step in range(1, 12):
+        ledger.clear()
+        with begun(config_for(here, "parts", **settings), overwrite=True) as run:
+            until(run, step)
+        with resumed(Path("parts"), {}) as run:
+            assert run.progress.step <= step
+            list(run)
+        assert fingerprint(Path("parts")) == expected, f"stopped at step {step}"
+        assert {step: set(batches) for step, batches in ledger.items()} == whole
+    record_property("stopped and resumed", 11)
+
+
+MUTANTS = {
+    "another batch": lambda patch: patch.setattr(
+        llm.train,
+        "batch_at",
+        lambda tokens, seed, step, *n, plain=llm.train.batch_at: plain(tokens, seed, step + 1, *n),
+    ),
+    "one batch again": lambda patch: patch.setattr(
+        llm.train,
+        "batch_at",
+        lambda tokens, seed, step, *n, plain=llm.train.batch_at: plain(tokens, seed, 6 if step == 7 else step, *n),
+    ),
+    "another draw of dropout": lambda patch: patch.setattr(
+        llm.model.Dropout,
+        "__init__",
+        lambda self, p, seeds, plain=llm.model.Dropout.__init__: plain(self, p, seeds + 1),
+    ),
+    "another learning rate": lambda patch: patch.setattr(
+        llm.train, "lr_at", lambda step, config, plain=llm.train.lr_at: plain(step + 1, config)
+    ),
+    "moments forgotten": lambda patch: patch.setattr(llm.state, "restore_optimizer", lambda *_: None),
+    "losses forgotten": lambda patch: patch.setattr(
+        llm.state, "Progress", lambda plain=llm.state.Progress, **facts: plain(**facts | {"losses": []})
+    ),
+    "best forgotten": lambda patch: patch.setattr(
+        llm.state, "Progress", lambda plain=llm.state.Progress, **facts: plain(**facts | {"best_loss": None})
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_resume_that_is_not_exact_is_noticed(here, monkeypatch, mutant):
+    """The comparison above is worth something: each of these changes after the resume shows in it."""
+    settings = KINDS["dropout"] | {"save_every": 5, "log_every": 2}
+    with begun(config_for(here, "whole", **settings)) as run:
+        list(run)
+    with begun(config_for(here, "parts", **settings)) as run:
+        until(run, 7)
+    with monkeypatch.context() as patch:
+        MUTANTS[mutant](patch)
+        with resumed(Path("parts"), {}) as run:
+            assert run.progress.step == 5
+            list(run)
+    assert fingerprint(Path("parts")) != fingerprint(Path("whole"))
+
+
+@pytest.mark.parametrize("kind", KINDS if TORTURE else ["dropout"])
+def test_killed_at_random_moments_for_good(here, losscurve, kind, record_property):
+    """SIGKILL to real processes, five in a row."""
+    settings = KINDS[kind] | {
+        "max_steps": 120,
+        "eval_every": 30,
+        "save_every": 4,
+        "out_dir": "proof",
+        "text": "text.txt",
+    }
+    code, out, err = losscurve(f"prove-resume --kills 5 {flags(**settings)}")
+    assert code == 0, out + err
+    hits = sum(line.startswith("killed after step") for line in out.splitlines())
+    assert hits >= 3
+    assert f"{hits} kills: bit for bit" in out
+    record_property("real kills of training", hits)
+
+
+def start(words):
+    return subprocess.Popen(
+        [sys.executable, "-m", "llm", *words.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_preparing_survives_kills(here, record_property):
+    text = (here / "text.txt").read_text() * 300
+    (here / "long.txt").write_text(text)
+    luck, kills = random.Random(1), 0
+    for _ in range(12 if TORTURE else 4):
+        process = start("prepare long.txt --data_dir data --tokenizer byte")
+        time.sleep(luck.uniform(0.1, 1.2))
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+    process = start("prepare long.txt --data_dir data --tokenizer byte")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    process = start("verify data")
+    out, err = process.communicate()
+    assert process.returncode == 0, out + err
+    assert not [path for path in Path("data").iterdir() if ".tmp-" in path.name or path.name.startswith(".prepar")]
+    record_property("real kills of preparing", kills)
+
+
+@pytest.mark.parametrize("phase", ["evaluate", "sample_text", "plot_runs", "write_state", "_read"])
+def test_sigterm_in_any_phase_saves(here, monkeypatch, losscurve, phase, record_property):
+    owner = llm.train.Training if phase == "_read" else llm.train
+    plain, calls = getattr(owner, phase), []
+
+    def signalled(*args, **kwargs):
+        calls.append(phase)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(owner, phase, signalled)
+    code, out, _ = losscurve(f"train {flags(text='text.txt', max_steps=400)}")
+    assert code == 143
+    saved = int(out.split("saved step ")[1].split()[0])
+    assert checkpoint.newest_state(Path("checkpoints"))[1]["step"] == saved
+    monkeypatch.undo()
+    code, _, _ = losscurve("train --resume --max_steps 401")
+    assert code == 0
+    record_property("SIGTERM by phase", 1)
+
+
+@pytest.mark.parametrize("delay", [0.3, 1.0, 1.6, 2.2, 2.8, 3.5] if TORTURE else [1.0, 2.5])
+def test_sigterm_at_any_time_leaves_a_run_that_can_go_on(here, losscurve, delay, record_property):
+    process = start(f"train {flags(text='text.txt', max_steps=100000)}")
+    time.sleep(delay)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode in (143, -signal.SIGTERM), err
+    assert "Traceback" not in err
+    states = checkpoint.saved_steps(Path("checkpoints"))
+    if process.returncode == 143:
+        assert f"saved step {states[-1]}" in out
+    if states:
+        code, _, err = losscurve(f"train --resume --max_steps {states[-1] + 100001} --max_time 1000s --patience 1")
+    else:
+        code, _, err = losscurve(f"train --overwrite {flags(text='text.txt')}")
+    assert code == 0, err
+    record_property("SIGTERM by time", 1)
+
+
+def test_a_second_signal_leaves_at_once_with_the_last_state(here):
+    process = start(f"train {flags(text='text.txt', max_steps=10**6, eval_every=10**6, save_every=20)}")
+    while len(checkpoint.saved_steps(Path("checkpoints"))) < 2:
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode in (130, 143)
+    assert checkpoint.newest_state(Path("checkpoints"))[2] == {}
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(here, record_property):
+    """A real limit of the system on the size of files: what is there stays, training goes on, saving is tried again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said, saved, states = [], [], {}
+    with begun(config_for(here, "whole")) as run:
+        list(run)
+    try:
+        with begun(config_for(here, "full")) as run:
+            for event in run:
+                if isinstance(event, Step) and event.step == 5:
+                    states = {path: path.read_bytes() for path in Path("full").rglob("*") if path.is_file()}
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+                if isinstance(event, Step) and event.step == 8:
+                    for path in Path("full").glob("step-*"):
+                        checkpoint.load_state(path)
+                    assert Path("full/model.pt").read_bytes() in states.values()
+                if isinstance(event, Step) and event.step == 10:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+                said += [event.text for event in [event] if isinstance(event, Notice)]
+                saved += [event.step for event in [event] if isinstance(event, Saved)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert run.unsaved is None
+    assert run.failed_saves >= 1
+    assert sum("the state could not be saved (File too large)" in line for line in said) == 1
+    assert saved[-1] == 12
+    whole, full = (read_record(Path(name)) for name in ("whole", "full"))
+    assert [(row["step"], row["split"], row["loss"]) for row in full] == [
+        (row["step"], row["split"], row["loss"]) for row in whole
+    ]
+    assert Path("full/samples.txt").read_bytes() == Path("whole/samples.txt").read_bytes()
+    record_property("saves on a full disk", run.failed_saves)
+
+
+def test_a_last_save_that_fails_shows_in_the_exit_code(here, losscurve, monkeypatch):
+    plain = storage.writing
+
+    def full(path):
+        if path.name == "model.pt" and "step-000008" in {p.name for p in path.parent.iterdir()}:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(path)
+
+    monkeypatch.setattr(storage, "writing", full)
+    code, out, err = losscurve(f"train {flags(text='text.txt')}")
+    assert code == 1
+    assert "error: the last save failed: step 12 (No space left on device); the last saved step is 8" in err
+    assert "--resume" in err
+    assert "saved checkpoints/model.pt" not in out
+    monkeypatch.undo()
+    assert losscurve("train --resume")[0] == 0
+
+
+def test_a_changed_setting_or_machine_is_noticed(here, losscurve):
+    with begun(config_for(here, "checkpoints")) as run:
+        until(run, 6)
+    path = Path("checkpoints/config.toml")
+    text = path.read_text()
+    path.write_text(text.replace("seed = 1337", "seed = 1338"))
+    code, _, err = losscurve("train --resume")
+    assert code == 2
+    assert "seed is 1338, and the saved state was trained with 1337" in err
+    path.write_text(text)
+    env = storage.read_json(Path("checkpoints/env.json"))
+    storage.write_json(Path("checkpoints/env.json"), env | {"torch": "1.0", "threads": 99})
+    code, _, err = losscurve("train --resume")
+    assert code == 0
+    assert "torch was 1.0 and is" in err
+    assert "threads was 99 and is" in err
+
+
+def test_a_bad_state_is_set_aside_under_a_name_that_says_so(here, losscurve):
+    with begun(config_for(here, "checkpoints")) as run:
+        until(run, 8)
+    newest = checkpoint.saved_steps(Path("checkpoints"))[-1]
+    path = Path("checkpoints", checkpoint.folder_name(newest), "model.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    code, out, _ = losscurve("verify checkpoints")
+    assert code == 1
+    assert f"DAMAGED  checkpoints/step-{newest:06d}" in out
+    code, _, err = losscurve("train --resume")
+    assert code == 0
+    assert f"it is now damaged-step-{newest:06d}" in err
+    assert losscurve("verify checkpoints")[0] == 0
+
+
+def test_show_batch_prints_what_the_step_was_trained_on(here, losscurve, ledger):
+    with begun(config_for(here, "checkpoints")) as run:
+        list(run)
+        tokenizer = run.trainer.tokenizer
+    code, out, _ = losscurve("show-batch --step 5")
+    assert code == 0
+    windows = out.split("--- step 5, window ")[1:]
+    assert len(windows) == 4
+    import numpy as np
+
+    size = 4 * 16 * 8
+    x = np.frombuffer(ledger[4][0][:size], dtype=np.int64).reshape(4, 16)
+    for shown, ids in zip(windows, x, strict=True):
+        assert shown.split(" ---\n", 1)[1].startswith(tokenizer.decode(ids.tolist()))
+    assert losscurve("show-batch --step 0")[0] == 2

@@ -154,7 +154,7 @@ class Training:
         trainer, config = self.trainer, self.trainer.config
         trainer.model.train()
         self._pace = (self._stepping(), self.progress.tokens)
-        if self.progress.step == 0:
+        if not checkpoint.saved_steps(self.out_dir):
             yield from self._tell()
             yield from self._save()
         while self.progress.step < config.max_steps:

@@ -1,6 +1,7 @@
 """What several tests use: a small text, and the commands as a person types them."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -72,3 +73,17 @@ def losscurve(capsys):
 def flags(**settings: object) -> str:
     """The small settings as flags, with others over them."""
     return " ".join(f"--{name} {value}" for name, value in (SMALL | settings).items())
+
+
+def pytest_terminal_summary(terminalreporter):
+    """A table of the faults that tests injected (their `record_property`), and of those survived."""
+    counted, failed = Counter(), Counter()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for kind, number in getattr(report, "user_properties", []) if report.when == "call" else []:
+                counted[kind] += number
+                failed[kind] += number if outcome == "failed" else 0
+    if counted:
+        terminalreporter.section("faults injected and survived")
+        for kind, number in sorted(counted.items()):
+            terminalreporter.write_line(f"{kind:<32}{number:>8}{number - failed[kind]:>8}")

@@ -63,6 +63,10 @@ def _bf16_is_fast() -> bool:
         torch.mm(a, a)
         return time.perf_counter() - start
 
+    # a product that the processor has no instructions for takes a second to be set up; on x86 they came after AVX-512
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if x86 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
     # without hardware support a bf16 product is hundreds of times slower, so a small one goes first
     if seconds(torch.bfloat16, 64) > 20 * seconds(torch.float32, 64) + 1e-3:
         return False

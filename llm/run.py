@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from llm import metrics
 from llm.config import TrainConfig, from_settings, read_toml
 from llm.device import choose_device
-from llm.errors import UserError
+from llm.errors import Failure, UserError
 from llm.generate import continue_text
 from llm.metrics import Row
 from llm.model import GPT
 from llm.plot import draw, plot_runs
 from llm.start import Say, begun, resumed
 from llm.tokenizer import Tokenizer, gpt2, load_tokenizer
-from llm.train import Line
+from llm.train import Line, Notice
 from llm.weights import load_model, run_config
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def fit(
     """Train on a text (a path, several, or "shakespeare") and return the run; for notebooks.
 
     `settings` are the fields of `TrainConfig` and `GPTConfig`; each evaluation is told to `say`. An
-    interrupt saves; `resume=True` goes on. Raises UserError for settings that cannot work.
+    interrupt saves; `resume=True` goes on. Raises UserError for settings that cannot work, and Failure where
+    training cannot go on or the last state could not be saved.
     """
     given = settings | ({} if text is None else {"text": text}) | {"out_dir": out_dir}
     if resume:
@@ -115,6 +116,10 @@ def fit(
         for event in training:
             if isinstance(event, Line):
                 say(str(event))
+            elif isinstance(event, Notice):
+                say(f"warning: {event.text}")
+    if training.unsaved:
+        raise Failure(f"the last save failed: {training.unsaved}; make room, then go on with resume=True")
     if caught:
         say(f"saved step {training.progress.step}; go on with fit(out_dir={str(out_dir)!r}, resume=True)")
     return Run.open(out_dir)

@@ -127,7 +127,7 @@ class Training:
     `stop` is asked after each step; when it says so, the state is saved and the run ends in good order.
     Afterwards `reason` says why it ended: "done", "max_time", "patience" or "interrupted"; `unsaved` says what
     the last save could not keep and why, and is None if it succeeded.
-    Raises Failure, saving nothing, where the numbers of the model are no longer finite.
+    Raises Failure, with the last saved state as it was, where going back to it often enough did not help.
     """
 
     def __init__(self, trainer: Trainer, out_dir: Path, progress: Progress, prompt: str) -> None:
@@ -252,7 +252,7 @@ class Training:
         self.progress.went_back, self.progress.bookkeeping = progress.went_back + 1, progress.bookkeeping
         self._record.cut(self.progress.step)
         self._unread.clear()
-        self._pace = (self._stepping(), self.progress.tokens)
+        self._samples, self._pace = "", (self._stepping(), self.progress.tokens)
         without = f", without the batches of steps {batches[0]} to {batches[-1]}" if batches else ""
         yield Notice(f"{reason}; going on from the state of step {self.progress.step}{without}")
 

@@ -114,6 +114,7 @@ def test_the_probe_wants_twice_the_speed(monkeypatch, slow, fast):
         return a
 
     monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     assert module._bf16_is_fast() == fast
     monkeypatch.setattr(torch, "mm", real)
@@ -128,9 +129,21 @@ def test_a_machine_hopeless_at_bfloat16_is_found_out_by_a_small_product(monkeypa
         return a
 
     monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     assert not module._bf16_is_fast()
     assert set(sizes) == {64}
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "DEFAULT"])
+def test_an_x86_without_avx512_is_not_even_tried(monkeypatch, capability):
+    def mm(a, b):
+        raise AssertionError("a product of bfloat16 takes a second to be set up there")
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert not module._bf16_is_fast()
 
 
 def test_float32_is_left_as_it_is():

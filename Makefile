@@ -27,6 +27,7 @@ test: setup
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 torture: setup
+	-$(BIN)/pip install --quiet --disable-pip-version-check "atheris>=2.3"
 	LOSSCURVE_TORTURE=1 $(BIN)/python -m pytest -n auto --dist load tests/faults $(ARGS)
 
 lint: setup

@@ -20,6 +20,7 @@ from llm.data import batch_at
 from llm.errors import Failure, UserError
 from llm.metrics import read_record
 from llm.prepare import prepare
+from llm.prove import fingerprint
 from llm.refused import where_it_breaks
 from llm.run import Run, fit
 from llm.start import begun, resumed
@@ -261,6 +262,22 @@ def test_a_batch_that_is_not_finite_makes_no_update(here, where, value):
     assert facts["progress"]["refused"] == [3, 6]
     optimizer_step = next(iter(run.trainer.optimizer.state.values()))["step"]
     assert optimizer_step.item() == 6
+
+
+def test_a_replay_refuses_the_same_batches(here):
+    """Stopped between two refused batches, or before a run goes back, and resumed: as if never stopped."""
+    for folder, stop_at in (("whole", None), ("first", 4), ("second", 8)):
+        with begun(config_for(here, out_dir=folder, max_steps=16, log_every=2)) as run:
+            plant(run, math.nan, [3, 6, 9, 10, 11, 12])
+            run.stop = lambda run=run, stop_at=stop_at: run.progress.step == stop_at
+            list(run)
+        if stop_at:
+            with resumed(Path(folder), {}) as run:
+                assert run.progress.refused == ([3] if stop_at == 4 else [3, 6])
+                plant(run, math.nan, [3, 6, 9, 10, 11, 12])
+                list(run)
+        assert run.progress.went_back == 1
+        assert fingerprint(Path(folder)) == fingerprint(Path("whole"))
 
 
 def test_refused_batches_leave_the_logged_mean_to_the_others(here):

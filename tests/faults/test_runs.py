@@ -1,5 +1,6 @@
 """Whole runs under kills, a full disk and signals; LOSSCURVE_TORTURE=1 (make torture) does more of each."""
 
+import contextlib
 import errno
 import os
 import random
@@ -198,9 +199,13 @@ def test_sigterm_in_any_phase_saves(here, monkeypatch, losscurve, phase, record_
     record_property("SIGTERM by phase", 1)
 
 
-@pytest.mark.parametrize("delay", [0.3, 1.0, 1.6, 2.2, 2.8, 3.5] if TORTURE else [1.0, 2.5])
-def test_sigterm_at_any_time_leaves_a_run_that_can_go_on(here, losscurve, delay, record_property):
-    process = start(f"train {flags(text='text.txt', max_steps=100000)}")
+TIMES = [(1.0, {}), (2.5, {})]  # seconds after the start, with which settings
+MORE_TIMES = [(0.3, {}), (1.6, {}), (2.2, {}), (3.5, {}), *((delay, {"compile": True}) for delay in (3.0, 5.0, 8.0))]
+
+
+@pytest.mark.parametrize(("delay", "more"), TIMES + MORE_TIMES if TORTURE else TIMES)
+def test_sigterm_at_any_time_leaves_a_run_that_can_go_on(here, losscurve, delay, more, record_property):
+    process = start(f"train {flags(text='text.txt', max_steps=100000, **more)}")
     time.sleep(delay)
     process.terminate()
     out, err = process.communicate(timeout=60)
@@ -260,6 +265,42 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(here, record_property):
         (row["step"], row["split"], row["loss"]) for row in whole
     ]
     assert Path("full/samples.txt").read_bytes() == Path("whole/samples.txt").read_bytes()
+    record_property("saves on a full disk", run.failed_saves)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MiB; skipped where mounting one is not permitted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_small_file_system_that_is_really_full(here, small_disk, record_property):
+    """Filled up by somebody else during the run, and given room again later."""
+    out_dir, said = small_disk / "run", []
+    with begun(config_for(here, str(out_dir), max_steps=40)) as run:
+        for event in run:
+            if isinstance(event, Step) and event.step == 5:
+                with open(small_disk / "ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
+                    while ballast.write(bytes(4096)) == 4096:
+                        pass
+            if isinstance(event, Step) and event.step in (12, 20):
+                step = checkpoint.newest_state(out_dir)[1]["step"]
+                assert step <= 5
+            if isinstance(event, Step) and event.step == 30:
+                (small_disk / "ballast").unlink()
+            said += [event.text for event in [event] if isinstance(event, Notice)]
+    assert sum("the state could not be saved (No space left on device)" in line for line in said) == 1
+    assert run.unsaved is None
+    assert checkpoint.newest_state(out_dir)[1]["step"] == 40
+    assert [row["step"] for row in read_record(out_dir) if row["split"] == "val"] == list(range(0, 41, 4))
     record_property("saves on a full disk", run.failed_saves)
 
 

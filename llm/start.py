@@ -149,6 +149,7 @@ def resumed(out_dir: Path, changes: dict[str, Any], say: Say = lambda _: None) -
             storage.write_text(out_dir / "config.toml", write_toml(config))
         metrics.cut(out_dir, restored.step)
         if config.compile:
+            say("with --compile, a resumed run may differ from one never stopped in its last digits")
             compile_forward(trainer, say)
         yield Training(trainer, out_dir, restored, config.sample_prompt or "\n")
 

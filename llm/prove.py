@@ -56,7 +56,7 @@ def killed_run(flags: list[str], out_dir: Path, max_steps: int, kills: int, luck
 
     Yields the last recorded step at each kill.
     """
-    _clear_record(out_dir)
+    (out_dir / "metrics.jsonl").unlink(missing_ok=True)
     moments = sorted(luck.uniform(0, max_steps) for _ in range(kills))
     for moment in moments:
         process = _start(_go_on(flags, out_dir))
@@ -71,10 +71,6 @@ def killed_run(flags: list[str], out_dir: Path, max_steps: int, kills: int, luck
         process.communicate()
         yield max(before, _recorded(out_dir))
     _finish(_start(_go_on(flags, out_dir)))
-
-
-def _clear_record(out_dir: Path) -> None:
-    (out_dir / "metrics.jsonl").unlink(missing_ok=True)
 
 
 def _go_on(flags: list[str], out_dir: Path) -> list[str]:

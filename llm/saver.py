@@ -23,10 +23,9 @@ class Saver:
         assert self._writing is None
         for group, tensors in groups.items():
             for name, value in tensors.items():
-                kept = self._copies.get((group, name))
-                if kept is None or kept.shape != value.shape or kept.dtype != value.dtype:
-                    kept = self._copies[group, name] = torch.empty_like(value, device="cpu")
-                kept.copy_(value.detach())
+                if (group, name) not in self._copies:
+                    self._copies[group, name] = torch.empty_like(value, device="cpu")
+                self._copies[group, name].copy_(value.detach())
         return {group: {name: self._copies[group, name] for name in tensors} for group, tensors in groups.items()}
 
     def start(self, step: int, write: Callable[[], Path]) -> None:
@@ -54,8 +53,6 @@ class Saver:
 
 def not_finite(groups: Groups) -> str | None:
     """The name of the first tensor that holds a number which is not finite; None if all is well."""
-    for tensors in groups.values():
-        for name, value in tensors.items():
-            if value.is_floating_point() and value.numel() and not torch.isfinite(torch.stack(value.aminmax())).all():
-                return name
-    return None
+    named = [(name, value) for tensors in groups.values() for name, value in tensors.items()]
+    good = torch.stack([torch.isfinite(torch.stack(value.aminmax())).all() for _, value in named])
+    return next((name for (name, _), fine in zip(named, good.tolist(), strict=True) if not fine), None)  # one wait

@@ -159,12 +159,17 @@ def check_same_settings(out_dir: Path, config: TrainConfig, facts: dict[str, Any
     saved, now = facts.get("settings"), json.loads(json.dumps(to_settings(config)))
     if not isinstance(saved, dict):
         raise UserError(f"{out_dir}: its saved state is of another version (no settings in state.json)")
-    for name in sorted((saved.keys() | now.keys()) - RESUMABLE):
-        if saved.get(name) != now.get(name):
-            raise UserError(
-                f"{out_dir / 'config.toml'}: {name} is {now.get(name)!r}, and the saved state was trained with "
-                f"{saved.get(name)!r}; put that back"
-            )
+    if name := another_run(saved, now):
+        raise UserError(
+            f"{out_dir / 'config.toml'}: {name} is {now.get(name)!r}, and the saved state was trained with "
+            f"{saved.get(name)!r}; put that back"
+        )
+
+
+def another_run(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """The first setting that differs and that a resumed run may not change; None if there is none."""
+    names = sorted((before.keys() | after.keys()) - RESUMABLE)
+    return next((name for name in names if before.get(name) != after.get(name)), None)
 
 
 def say_changes(out_dir: Path, data: TokenData, say: Say) -> None:
@@ -188,12 +193,11 @@ def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
     """A run's settings with `changes` laid over them. Raises UserError for one that would be another run."""
     wanted = from_settings(changes, config)
     before, after = to_settings(config), to_settings(wanted)
-    for name in sorted(set(before) | set(after)):
-        if before.get(name) != after.get(name) and name not in RESUMABLE:
-            raise UserError(
-                f"{name} was {before.get(name)!r} in this run and cannot become {after.get(name)!r} on --resume; "
-                f"leave it out, or start another run with --init_from {config.out_dir} --out_dir NEW"
-            )
+    if name := another_run(before, after):
+        raise UserError(
+            f"{name} was {before.get(name)!r} in this run and cannot become {after.get(name)!r} on --resume; "
+            f"leave it out, or start another run with --init_from {config.out_dir} --out_dir NEW"
+        )
     return wanted
 
 

@@ -9,13 +9,15 @@ Gimelshein 2018).
 N tokens, C channels, V vocabulary.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ROWS_BYTES = 200 * 2**20  # of the exponentials of one chunk of rows, and
+ROWS_BYTES = 100 * 2**20  # of the exponentials of one chunk of rows, and
 COLUMNS = 2048  # in a block of them: both measured, see docs/decisions.md
+SAFE = 60.0  # exp of no logit up to this size leaves float32 or bfloat16, nor does the sum of all of them
 
 _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -26,11 +28,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     hidden (..., C), weight (V, C), targets (...) with ids below V. Products run in the autocast
     precision if one is on, else in that of `hidden`; softmax and loss are fp32 in any case.
     """
-    rows = hidden.reshape(-1, hidden.size(-1))
-    if torch.is_autocast_enabled(rows.device.type):
-        dtype = torch.get_autocast_dtype(rows.device.type)
-        rows, weight = rows.to(dtype), weight.to(dtype)
-    return _LinearCrossEntropy.apply(rows, weight, targets.reshape(-1))  # type: ignore[no-any-return, no-untyped-call]
+    rows, kind = hidden.reshape(-1, hidden.size(-1)), hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return _LinearCrossEntropy.apply(rows, weight, targets.reshape(-1), dtype)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _buffer(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -41,63 +41,78 @@ def _buffer(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return kept
 
 
+def _bounded(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether no logit can be above SAFE in size, by the lengths of the vectors; then none has to be shifted.
+
+    Asked on the CPU only: elsewhere the answer would have to be waited for.
+    """
+    if hidden.device.type != "cpu" or hidden.dtype == torch.float16:  # float16 ends at exp(11)
+        return False
+    longest = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).max() for x in (hidden, weight)]
+    return bool(longest[0] * longest[1] <= SAFE)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         """The loss, and at once its gradients, so that no logit is computed twice."""
         n, vocab = hidden.size(0), weight.size(0)
+        ctx.dtypes = hidden.dtype, weight.dtype
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
         # summed in fp32, whatever the products' precision
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         total = hidden.new_zeros((), dtype=torch.float32)
-        chunk = max(1, min(n, ROWS_BYTES // (hidden.element_size() * vocab)))
+        chunks = math.ceil(n * vocab * hidden.element_size() / ROWS_BYTES)
+        chunk = math.ceil(n / min(n, chunks))  # all about the same size
         blocks = [slice(start, min(start + COLUMNS, vocab)) for start in range(0, vocab, COLUMNS)]
-        columns = weight.t().contiguous()  # products of whole rows are faster
+        bounded = _bounded(hidden, weight)
         for start in range(0, n, chunk):
             rows, wanted = hidden[start : start + chunk], targets[start : start + chunk]
             kept = _buffer(len(rows) * (vocab if wants_weight else COLUMNS), hidden.device, hidden.dtype)
-            top, norm = rows.new_full((len(rows), 1), -torch.inf, dtype=torch.float32), total.new_zeros(len(rows), 1)
+            top, norm = total.new_full((len(rows), 1), 0.0 if bounded else -torch.inf), total.new_zeros(len(rows), 1)
             sums = torch.zeros_like(rows, dtype=torch.float32)
             parts = []
             for block in blocks:
                 at, width = block.start if wants_weight else 0, block.stop - block.start
                 logits = kept[len(rows) * at : len(rows) * (at + width)].view(len(rows), width)
-                torch.mm(rows, columns[:, block], out=logits)
-                # each block has its own shift, its largest logit: safe for logits of any size
-                shift = logits.amax(1, keepdim=True)
-                exponentials = logits.sub_(shift).exp_()
-                parts.append((block, exponentials, shift.float()))
-                higher = torch.maximum(top, shift.float())
-                before, now = (top - higher).exp_(), (shift - higher).exp_()
-                norm = norm * before + exponentials.sum(1, keepdim=True, dtype=torch.float32) * now
+                torch.mm(rows, weight[block].t(), out=logits)
+                shift = None
+                if not bounded:  # each block has its own shift, its largest logit: safe for logits of any size
+                    shift = logits.amax(1, keepdim=True)
+                    higher = torch.maximum(top, shift.float())
+                    norm, sums = norm * (top - higher).exp(), sums * (top - higher).exp()
+                    top = higher
+                    logits.sub_(shift)
+                exponentials = logits.exp_()
+                parts.append((block, exponentials, shift))
+                scale = 1 if shift is None else (shift - top).exp_()
+                norm += exponentials.sum(1, keepdim=True, dtype=torch.float32) * scale
                 if wants_hidden:
-                    sums = sums.mul_(before).add_(torch.mm(exponentials, weight[block]) * now)
-                top = higher
+                    sums += torch.mm(exponentials, weight[block]) * scale
             ours = weight[wanted].float()
             hit = (rows.float() * ours).sum(1, keepdim=True)
             total += (top + norm.log() - hit).sum()
             if grad_hidden is not None:
-                torch.sub(sums / norm, ours, out=grad_hidden[start : start + chunk])
+                torch.sub(sums / norm, ours, out=grad_hidden[start : start + chunk]).div_(n)
             if grad_weight is not None:
+                norm *= n
+                scaled = (rows / norm).to(dtype)
                 for block, exponentials, shift in parts:
-                    scaled = (rows * ((shift - top).exp_() / norm)).to(rows.dtype)
-                    if rows.dtype == torch.float32:
+                    if shift is not None:
+                        scaled = (rows * ((shift - top).exp_() / norm)).to(dtype)
+                    if dtype == torch.float32:
                         grad_weight[block].addmm_(exponentials.t(), scaled)
                     else:
                         grad_weight[block] += torch.mm(exponentials.t(), scaled)
-                grad_weight.index_add_(0, wanted, rows.float(), alpha=-1)
+                grad_weight.index_add_(0, wanted, rows.float(), alpha=-1 / n)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.n = n
         return total / n
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad / ctx.n
-        return (
-            None if grad_hidden is None else (grad_hidden * scale).to(ctx.dtypes[0]),
-            None if grad_weight is None else (grad_weight * scale).to(ctx.dtypes[1]),
-            None,
-        )
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        as_it_is = grad.device.type == "cpu" and grad.item() == 1  # the usual case, and a pass over 26 MB saved
+        found = (g if g is None or as_it_is else g * grad for g in ctx.saved_tensors)
+        grads = [g if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)]
+        return grads[0], grads[1], None, None

@@ -17,6 +17,8 @@ from llm.loss import linear_cross_entropy
 
 __all__ = ["GPT", "GPTConfig", "KVCache"]
 
+SHORT = 512  # positions up to which plain operations beat the fused attention in bfloat16 on a CPU
+
 
 class KVCache:
     """Keys and values of the tokens seen so far, so that a new token costs one position of work."""
@@ -74,15 +76,24 @@ class Attention(nn.Module):
         q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        past = k.size(2) - T
-        if drop is None:
-            mask = None if past == 0 or T == 1 else x.new_ones(T, past + T, dtype=torch.bool).tril(past)
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=past == 0 and T > 1)
-        else:  # written out, since the fused kernels draw their own dropout
-            hidden = x.new_ones(T, T, dtype=torch.bool).triu(1)
-            scores = (q @ k.transpose(2, 3) / math.sqrt(q.size(3))).masked_fill(hidden, -math.inf)
-            y = drop(torch.softmax(scores, 3)).to(v.dtype) @ v
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
+        return self.c_proj(attend(q, k, v, drop).transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, drop: Dropout | None) -> Tensor:
+    """Values (B, H, T, D) of the last T positions, which see themselves and those before; k and v (B, H, S, D), S >= T.
+
+    By PyTorch's fused kernel, except with dropout, of which it draws its own, and for short contexts on
+    a CPU in bfloat16, where it is slower than three plain operations (docs/decisions.md).
+    """
+    T, S, D = q.size(2), k.size(2), q.size(3)
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= SHORT
+    if drop is None and not slow:
+        mask = None if T in (1, S) else q.new_ones(T, S, dtype=torch.bool).tril(S - T)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1)
+    unseen = q.new_full((T, S), -math.inf).triu(S - T + 1).expand(q.size(0) * q.size(1), T, S)
+    scores = torch.baddbmm(unseen, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=1 / math.sqrt(D))
+    weights = torch.softmax(scores, 2).to(v.dtype).view(*q.shape[:2], T, S)
+    return (weights if drop is None else drop(weights)).to(v.dtype) @ v
 
 
 class MLP(nn.Module):

@@ -26,6 +26,7 @@ SMALL = {
     "max_lr": 1e-2,
     "sample_tokens": 5,
     "tokenizer": "char",
+    "dtype": "float32",  # the same on every machine
 }
 needs_shakespeare = pytest.mark.skipif(
     not (Path(CACHE) / "tinyshakespeare" / "input.txt").is_file(), reason="tiny Shakespeare is not in LOSSCURVE_CACHE"

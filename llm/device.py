@@ -1,6 +1,7 @@
 """Device, precision, threads, memory and random state: what differs between machines."""
 
 import ctypes
+import functools
 import os
 import platform
 import re
@@ -73,6 +74,25 @@ def _bf16_is_fast() -> bool:
     # in turn, the best of five: AVX512-BF16 gives twice the speed and AMX far more, and a neighbour may disturb any one
     trials = [(seconds(torch.bfloat16, 512), seconds(torch.float32, 512)) for _ in range(5)]
     return min(bf16 for bf16, _ in trials) * 1.4 < min(fp32 for _, fp32 in trials)
+
+
+@functools.cache
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of one square product here and now, the best of five, measured once.
+
+    What a step could reach if it were nothing but such products: model FLOP utilisation is counted against it.
+    The product grows until it is large enough for the device, or takes long enough to be measured.
+    """
+    size, large = 128, 8192 if device.type == "cuda" else 1024
+    while True:
+        a, times = torch.ones(size, size, device=device, dtype=dtype), []
+        for _ in range(6):  # the first sets up
+            start = time.perf_counter()
+            torch.mm(a, a)[0, 0].item()  # waits for the device
+            times.append(time.perf_counter() - start)
+        if size == large or min(times[1:]) > 0.01:
+            return 2 * size**3 / min(times[1:])
+        size *= 2
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:

@@ -8,11 +8,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llm.errors import UserError
 from llm.model import GPT, KVCache
 from llm.tokenizer import Tokenizer
+
+LIKELIEST = 1024  # tokens that top-p looks at before it sorts them all
+BLOCK = 256  # rows of the output matrix that one product takes, see `last_logits`
 
 
 def next_probabilities(
@@ -24,21 +28,49 @@ def next_probabilities(
     smallest set of most likely tokens whose probabilities reach `top_p` (Holtzman et al. 2020),
     renormalised. Temperature 0 puts everything on the largest logit.
     """
-    logits = logits.float()
+    probabilities, ids = candidates(logits, temperature, top_k, top_p)
+    return (
+        probabilities if ids is None else torch.zeros_like(logits, dtype=torch.float32).scatter_(1, ids, probabilities)
+    )
+
+
+def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor | None]:
+    """The tokens that the knobs leave: their probabilities (B, K) and ids (B, K); ids None: all tokens, in order."""
+    logits, ids = logits.float(), None
     if temperature == 0:
-        return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
+        ids = logits.argmax(1, keepdim=True)
+        return torch.ones_like(ids, dtype=torch.float32), ids
     # the largest at 0, so that a tiny temperature cannot overflow
     logits = (logits - logits.amax(1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k is not None and top_k < logits.size(1):
-        values, ids = logits.topk(top_k, dim=1)
-        logits = torch.full_like(logits, -torch.inf).scatter_(1, ids, values)
-    if top_p < 1:
-        ordered, ids = logits.sort(1, descending=True)
-        likely = torch.softmax(ordered, 1)
+        logits, ids = logits.topk(top_k, dim=1)
+    probabilities = torch.softmax(logits, 1)
+    if top_p == 1:
+        return probabilities, ids
+    count = probabilities.size(1)
+    for size in (min(LIKELIEST, count), count):
+        likely, order = probabilities.topk(size, dim=1)
         before = likely.cumsum(1) - likely  # probability of all that are likelier
-        ordered[before >= top_p] = -torch.inf
-        logits = torch.full_like(logits, -torch.inf).scatter_(1, ids, ordered)
-    return torch.softmax(logits, 1)
+        if size == count or bool((before[:, -1] >= top_p).all()):
+            break
+    likely = likely.masked_fill(before >= top_p, 0.0)
+    return likely / likely.sum(1, keepdim=True), order if ids is None else ids.gather(1, order)
+
+
+def last_logits(model: GPT, hidden: Tensor) -> Tensor:
+    """Logits (B, V) of the last position of `hidden` (B, T, C).
+
+    The output matrix times a few vectors is all reading; in float32 on a CPU, PyTorch does it on all cores only as
+    a batch of products.
+    """
+    last, weight = hidden[:, -1], model.lm_head.weight
+    V, C = weight.shape
+    if last.device.type != "cpu" or last.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or V < BLOCK:
+        return model.lm_head(last)  # type: ignore[no-any-return]
+    whole = V // BLOCK * BLOCK
+    blocks = weight[:whole].view(-1, BLOCK, C)
+    products = torch.bmm(blocks, last.t().expand(len(blocks), -1, -1)).view(whole, -1)
+    return torch.cat([products.t(), F.linear(last, weight[whole:])], 1)
 
 
 def check_knobs(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
@@ -83,12 +115,10 @@ def generate(
     for _ in range(max_new_tokens):
         fits = cache.length + new.size(1) <= limit
         hidden = model.hidden(new, cache) if fits else model.hidden(context)
-        logits = model.lm_head(hidden[:, -1])[:, :vocab_size]
-        probabilities = next_probabilities(logits, temperature, top_k, top_p)
-        if temperature == 0:
-            token = probabilities.argmax(1, keepdim=True)
-        else:
-            token = torch.multinomial(probabilities, 1, generator=generator)
+        logits = last_logits(model, hidden)[:, :vocab_size]
+        probabilities, ids = candidates(logits, temperature, top_k, top_p)
+        token = torch.multinomial(probabilities, 1, generator=generator)
+        token = token if ids is None else ids.gather(1, token)
         yield token[:, 0]
         new = token
         context = torch.cat([context, token], 1)[:, -limit:]

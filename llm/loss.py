@@ -30,6 +30,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """
     rows, kind = hidden.reshape(-1, hidden.size(-1)), hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    if not torch.is_grad_enabled():  # a Function is not told, and would make the gradients all the same
+        rows, weight = rows.detach(), weight.detach()
     return _LinearCrossEntropy.apply(rows, weight, targets.reshape(-1), dtype)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -1,10 +1,11 @@
 """A run's record, `metrics.jsonl`: one row a line, written as training goes, readable while it goes.
 
 A row holds `step` (batches done), `split` ("train" or "val") and, where they apply, `loss` (nats per token),
-`bits_per_byte` (val), `lr`, `grad_norm`, `tokens` (in those batches), `seconds` (trained for so far) and
-`tokens_per_second`; only where there are any, `refused` (steps whose batch gave a number that is not finite, and
-made no update) and `spikes` (steps whose loss leapt). Everything that shows a run (the picture, the page, a
-tracker) is a view of these rows.
+`bits_per_byte` (val), `lr`, `grad_norm`, `tokens` (in those batches), `seconds` (trained for so far),
+`tokens_per_second` and `mfu` (model FLOP utilisation: the share of the matrix rate measured on this machine);
+only where there are any, `refused` (steps whose batch gave a number that is not finite, and made no update) and
+`spikes` (steps whose loss leapt). Everything that shows a run (the picture, the page, a tracker) is a view of
+these rows.
 """
 
 import errno
@@ -20,7 +21,7 @@ from llm.errors import UserError
 
 NAME = "metrics.jsonl"
 SPIKE_HISTORY = 50  # steps that a leap of the loss is judged by
-NUMBERS = ("loss", "bits_per_byte", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second")
+NUMBERS = ("loss", "bits_per_byte", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second", "mfu")
 
 Row = dict[str, Any]
 

@@ -86,13 +86,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, drop: Dropout | None) -> Tensor:
     a CPU in bfloat16, where it is slower than three plain operations (docs/decisions.md).
     """
     T, S, D = q.size(2), k.size(2), q.size(3)
-    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= SHORT
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= SHORT
     if drop is None and not slow:
         mask = None if T in (1, S) else q.new_ones(T, S, dtype=torch.bool).tril(S - T)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1)
     unseen = q.new_full((T, S), -math.inf).triu(S - T + 1).expand(q.size(0) * q.size(1), T, S)
     scores = torch.baddbmm(unseen, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=1 / math.sqrt(D))
-    weights = torch.softmax(scores, 2).to(v.dtype).view(*q.shape[:2], T, S)
+    weights = torch.softmax(scores, 2).view(*q.shape[:2], T, S)
     return (weights if drop is None else drop(weights)).to(v.dtype) @ v
 
 
@@ -145,6 +145,13 @@ class GPT(nn.Module):
             elif p.dim() == 2:
                 branch = name.endswith("c_proj.weight")
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if branch else 0.02)
+
+    def flops_per_token(self) -> float:
+        """Floating-point operations of forward and backward for a token: 6 for each weight it is multiplied with, 12
+        for each layer, channel and position of its context (Chowdhery et al. 2022, appendix B)."""
+        config = self.config
+        weights = sum(p.numel() for p in self.h.parameters() if p.dim() == 2) + self.lm_head.weight.numel()
+        return 6.0 * weights + 12.0 * config.n_layer * config.n_embd * config.block_size
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None, seeds: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, C) of tokens `idx` (B, T), after those in `cache`.

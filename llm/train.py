@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llm import checkpoint, metrics, storage
 from llm.data import batch_at
-from llm.device import precision
+from llm.device import matrix_rate, precision
 from llm.errors import Failure, UserError
 from llm.evaluate import Evaluation, evaluate
 from llm.generate import continue_text
@@ -136,6 +136,7 @@ class Training:
         self.reason = "done"
         self.unsaved: str | None = None
         self.failed_saves = 0
+        self.matrix_rate = matrix_rate(trainer.device, trainer.dtype)
         self.token_bytes = trainer.tokenizer.token_bytes() if trainer.tokenizer else None
         self._record, self._samples, self._saver = metrics.Record(out_dir), "", Saver()
         self._unread: list[Step] = []
@@ -192,6 +193,10 @@ class Training:
     def seconds(self) -> float:
         """Since the start of the run, what came before a resume included."""
         return time.perf_counter() - self._began
+
+    def utilisation(self, tokens_per_second: float) -> float:
+        """Model FLOP utilisation: the share of the matrix rate measured here at the start."""
+        return tokens_per_second * self.trainer.model.flops_per_token() / self.matrix_rate
 
     def _stepping(self) -> float:
         return self.seconds() - self.progress.bookkeeping
@@ -271,6 +276,7 @@ class Training:
             progress.recent = [*progress.recent[1 - metrics.SPIKE_HISTORY :], loss]
         trained = [loss for loss in progress.losses if loss is not None]
         progress.losses = []
+        speed = (progress.tokens - tokens) / (self._pace[0] - then)
         self._record.add(
             step=step.step,
             split="train",
@@ -279,7 +285,8 @@ class Training:
             grad_norm=step.grad_norm.item(),
             tokens=progress.tokens,
             seconds=round(self.seconds(), 3),
-            tokens_per_second=round((progress.tokens - tokens) / (self._pace[0] - then), 1),
+            tokens_per_second=round(speed, 1),
+            mfu=round(self.utilisation(speed), 4),
             **{name: steps for name, steps in marks.items() if steps},
         )
         yield from self._write_record()
@@ -334,7 +341,8 @@ class Training:
             with self._bookkeeping():
                 self.progress.samples_size = keep_samples(self.out_dir, self._samples, self.progress.samples_size)
                 self._samples = ""
-                plot_runs([self.out_dir], self.out_dir / "loss_curve.png")
+                if self.progress.step > 0:  # before that there is no curve, and the first step waits
+                    plot_runs([self.out_dir], self.out_dir / "loss_curve.png")
             self._said.discard(what)
         except (OSError, UserError) as error:  # a picture that cannot be written is a UserError
             yield from self._failed(what, error)

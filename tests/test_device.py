@@ -189,3 +189,19 @@ def test_the_environment_can_be_written_as_json():
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == torch.get_num_threads()
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(1e9, {128, 256}), (1e15, {128, 256, 512, 1024})])
+def test_the_matrix_rate_is_that_of_a_product_large_enough(monkeypatch, rate, expected):
+    """A clock by which a machine does `rate` operations a second, and twice as long the first time."""
+    sizes, now = set(), [0.0]
+
+    def mm(a, b):
+        now[0] += 2 * len(a) ** 3 / rate * (1 if len(a) in sizes else 2)
+        sizes.add(len(a))
+        return a
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    assert module.matrix_rate.__wrapped__(CPU, torch.float32) == pytest.approx(rate)
+    assert sizes == expected

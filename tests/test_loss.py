@@ -111,3 +111,14 @@ def test_frozen_weight_or_hidden():
     assert error(weight.grad, weight_grad) < 1e-5
     with torch.no_grad():
         assert not linear_cross_entropy(hidden, weight, targets).requires_grad
+
+
+def test_without_gradients_none_is_made(monkeypatch):
+    """Evaluation: one product for each block of logits, and no more."""
+    hidden, weight, targets = inputs(6, 8, 30)
+    products, real = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **kw: products.append(a) or real(*a, **kw))
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, targets)
+    assert len(products) == 1
+    assert loss.item() == pytest.approx(linear_cross_entropy(hidden, weight, targets).item(), rel=1e-6)

@@ -139,3 +139,16 @@ def test_dropout_without_seeds_follows_torchs_generator():
     torch.manual_seed(5)
     assert torch.equal(first, model.hidden(ids))
     assert torch.equal(model.eval().hidden(ids), model.hidden(ids))
+
+
+def test_flops_are_those_that_pytorch_counts():
+    """Its counter has no attention of fused kernels and no causal saving, so: written out, and counted whole."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = GPTConfig(**SMALL | {"dropout": 0.1})
+    model = GPT(config)
+    x = torch.zeros(3, config.block_size, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counted:
+        logits, _ = model(x)
+        logits.sum().backward()
+    assert counted.get_total_flops() == pytest.approx(model.flops_per_token() * x.numel(), rel=0.01)

@@ -124,7 +124,9 @@ def ending(run: "Training") -> Iterator[str]:
         )
     speed = progress.tokens / (progress.seconds - progress.bookkeeping)
     share = progress.bookkeeping / progress.seconds
-    yield f"{speed:,.0f} tokens/s; evaluation, samples, pictures, saving: {share:.1%} of {progress.seconds:.0f} s"
+    rate, used = run.matrix_rate / 1e9, run.utilisation(speed)
+    yield f"{speed:,.0f} tokens/s: {used:.1%} of the {rate:,.0f} GFLOP/s that matrix products reach here"
+    yield f"evaluation, samples, pictures, saving: {share:.1%} of {progress.seconds:.0f} s"
     yield f"in {out_dir}: loss_curve.png, samples.txt, metrics.jsonl, best.pt, {folder_name(progress.step)}/"
     better = " --weights best" if since is not None else ""
     yield f"next: losscurve sample --out_dir {shlex.quote(str(out_dir))}{better}"

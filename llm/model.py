@@ -154,21 +154,25 @@ class GPT(nn.Module):
         return 6.0 * weights + 12.0 * config.n_layer * config.n_embd * config.block_size
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None, seeds: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, C) of tokens `idx` (B, T), after those in `cache`.
+        """Hidden states (B, T, C) of tokens `idx` (B, T), after those in `cache`; the rest as in `stream`."""
+        return self.stream(self.wte(idx), cache, seeds)
+
+    def stream(self, x: Tensor, cache: KVCache | None = None, seeds: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, C) out of the embeddings `x` (B, T, C) of tokens after those in `cache`.
 
         `seeds` (B,) int32 decide what dropout draws for each window; without them, in training,
         they are drawn from torch's own generator.
         Raises UserError where the context would be longer than block_size.
         """
-        T, past = idx.size(1), cache.length if cache is not None else 0
+        T, past = x.size(1), cache.length if cache is not None else 0
         if past + T > self.config.block_size:
             raise UserError(f"{past + T} tokens do not fit block_size = {self.config.block_size}; crop the context")
         drop = None
         if self.training and self.config.dropout > 0:
             if seeds is None:
-                seeds = torch.randint(2**31 - 1, (idx.size(0),), device=idx.device, dtype=torch.int32)
+                seeds = torch.randint(2**31 - 1, (x.size(0),), device=x.device, dtype=torch.int32)
             drop = Dropout(self.config.dropout, seeds)
-        x = self.wte(idx) + self.wpe.weight[past : past + T]
+        x = x + self.wpe.weight[past : past + T]
         if drop is not None:
             x = drop(x)
         for block in self.h:

@@ -149,7 +149,6 @@ def resumed(out_dir: Path, changes: dict[str, Any], say: Say = lambda _: None) -
             storage.write_text(out_dir / "config.toml", write_toml(config))
         metrics.cut(out_dir, restored.step)
         if config.compile:
-            say("with --compile, a resumed run may differ from one never stopped in its last digits")
             compile_forward(trainer, say)
         yield Training(trainer, out_dir, restored, config.sample_prompt or "\n")
 
@@ -303,13 +302,14 @@ def build(
 def compile_forward(trainer: Trainer, say: Say) -> None:
     """Train through torch.compile; where it cannot work here, say so in one line and go on without.
 
-    The hidden states are compiled; the loss stays as it is, since it is one product after another.
+    The blocks are compiled; the loss stays as it is, since it is one product after another, and so does the
+    embedding: compiled code adds up its gradient in the order in which threads happen to come.
     """
     model, config = trainer.model, trainer.config
-    hidden = torch.compile(model.hidden)
+    stream = torch.compile(model.stream)
 
     def forward(idx: Tensor, targets: Tensor, seeds: Tensor) -> tuple[None, Tensor]:
-        return None, linear_cross_entropy(hidden(idx, seeds=seeds), model.lm_head.weight, targets)
+        return None, linear_cross_entropy(stream(model.wte(idx), seeds=seeds), model.lm_head.weight, targets)
 
     ids = torch.zeros(config.batch_size, config.model.block_size, dtype=torch.int64, device=trainer.device)
     try:

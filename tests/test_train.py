@@ -380,6 +380,21 @@ def test_compile_gives_the_same_losses(here):
         assert a.loss.item() == pytest.approx(b.loss.item(), abs=1e-4)
 
 
+def test_compiled_gradients_repeat_themselves(here):
+    torch.set_num_threads(2)  # one alone has nothing to race with
+    try:
+        with begun(config_for(here, batch_size=32, n_embd=64, block_size=64, compile=True)) as run:
+            trainer, seen = run.trainer, set()
+        x, y, seeds = next(micro_batches(trainer, 0))
+        for _ in range(20):
+            trainer.optimizer.zero_grad()
+            trainer.forward(x, y, seeds)[1].backward()
+            seen.add(tuple(p.grad.sum().item() for p in trainer.model.parameters()))
+    finally:
+        torch.set_num_threads(1)
+    assert len(seen) == 1
+
+
 def test_compile_that_fails_is_said_and_done_without(here, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no compiler found\nmany more lines")

@@ -133,10 +133,10 @@ def test_a_resume_that_is_not_exact_is_noticed(here, monkeypatch, mutant, record
     record_property("mutants of a resume caught", 1)
 
 
-@pytest.mark.parametrize("kind", KINDS if TORTURE else ["dropout"])
+@pytest.mark.parametrize("kind", [*KINDS, "compiled"] if TORTURE else ["dropout"])
 def test_killed_at_random_moments_for_good(here, losscurve, kind, record_property):
     """SIGKILL to real processes, five in a row."""
-    settings = KINDS[kind] | {
+    settings = (KINDS | {"compiled": {"compile": True, "dropout": 0.2}})[kind] | {
         "max_steps": 120,
         "eval_every": 30,
         "save_every": 4,

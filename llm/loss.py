@@ -17,6 +17,7 @@ from torch import Tensor
 
 ROWS_BYTES = 100 * 2**20  # of the exponentials of one chunk of rows, and
 COLUMNS = 2048  # in a block of them: both measured, see docs/decisions.md
+GPU_ROWS_BYTES = 2**30  # elsewhere a block is a whole row: no cache to stay in, and every launch costs
 SAFE = 60.0  # exp of no logit up to this size leaves float32 or bfloat16, nor does the sum of all of them
 
 _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -66,13 +67,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         total = hidden.new_zeros((), dtype=torch.float32)
-        chunks = math.ceil(n * vocab * hidden.element_size() / ROWS_BYTES)
+        on_cpu = hidden.device.type == "cpu"
+        rows_bytes, wide = (ROWS_BYTES, COLUMNS) if on_cpu else (GPU_ROWS_BYTES, vocab)
+        chunks = math.ceil(n * vocab * hidden.element_size() / rows_bytes)
         chunk = math.ceil(n / min(n, chunks))  # all about the same size
-        blocks = [slice(start, min(start + COLUMNS, vocab)) for start in range(0, vocab, COLUMNS)]
+        blocks = [slice(start, min(start + wide, vocab)) for start in range(0, vocab, wide)]
         bounded = _bounded(hidden, weight)
         for start in range(0, n, chunk):
             rows, wanted = hidden[start : start + chunk], targets[start : start + chunk]
-            kept = _buffer(len(rows) * (vocab if wants_weight else COLUMNS), hidden.device, hidden.dtype)
+            kept = _buffer(len(rows) * (vocab if wants_weight else wide), hidden.device, hidden.dtype)
             top, norm = total.new_full((len(rows), 1), 0.0 if bounded else -torch.inf), total.new_zeros(len(rows), 1)
             sums = torch.zeros_like(rows, dtype=torch.float32)
             parts = []

@@ -15,7 +15,7 @@ from torch import Tensor
 from llm import __version__, checkpoint, metrics, storage
 from llm.config import MODEL_FIELDS, GPTConfig, TrainConfig, from_settings, to_settings, write_toml
 from llm.data import GPT2_VOCAB, TokenData, open_data
-from llm.device import DTYPES, choose_device, choose_dtype, environment, keep_memory, precision
+from llm.device import DTYPES, choose_device, choose_dtype, environment, fast_products, keep_memory, precision
 from llm.errors import Failure, UserError
 from llm.loss import linear_cross_entropy
 from llm.model import GPT
@@ -293,6 +293,7 @@ def build(
 ) -> Trainer:
     """Model, optimizer and loss scaling, with the initial weights that the seed decides."""
     keep_memory()
+    fast_products(device)
     torch.manual_seed(config.seed)
     model = GPT(config.model).to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llm import checkpoint, metrics, storage
 from llm.data import batch_at
-from llm.device import matrix_rate, precision
+from llm.device import matrix_rate, onto, precision
 from llm.errors import Failure, UserError
 from llm.evaluate import Evaluation, evaluate
 from llm.generate import continue_text
@@ -83,7 +83,7 @@ def micro_batches(trainer: Trainer, step: int) -> Iterator[tuple[Tensor, Tensor,
     batch = batch_at(trainer.data.train, config.seed, step, config.windows_per_step, config.model.block_size)
     for start in range(0, config.windows_per_step, config.batch_size):
         rows = slice(start, start + config.batch_size)
-        x, y, seeds = (torch.from_numpy(part[rows]).to(trainer.device) for part in (batch.x, batch.y, batch.seeds))
+        x, y, seeds = (onto(trainer.device, part[rows]) for part in (batch.x, batch.y, batch.seeds))
         yield x, y, seeds
 
 

@@ -36,10 +36,14 @@ def assert_matches_fp64(hidden, weight, targets):
     assert error(weight.grad, weight_grad) < 1e-5
 
 
+@pytest.mark.parametrize(("columns", "safe"), [(1000, 0.0), (1000, 60.0), (10**6, 0.0), (10**6, 60.0)])
 @pytest.mark.parametrize("rows", [1, 5, 10**6])
 @pytest.mark.parametrize(("n", "c", "v"), [(1, 8, 3), (7, 16, 65), (17, 128, 50257), (33, 4, 1000)])
-def test_fp32_matches_fp64_for_any_chunk(monkeypatch, n, c, v, rows):
+def test_fp32_matches_fp64_for_any_chunk(monkeypatch, n, c, v, rows, columns, safe):
+    """Chunks of rows, blocks of columns, with a shift (above `safe`) and without."""
     monkeypatch.setattr(loss_module, "ROWS_BYTES", rows * 4 * v)
+    monkeypatch.setattr(loss_module, "COLUMNS", columns)
+    monkeypatch.setattr(loss_module, "SAFE", safe)
     hidden, weight, targets = inputs(n, c, v, 0.3)
     assert_matches_fp64(hidden, weight, targets)
 
@@ -122,3 +126,22 @@ def test_without_gradients_none_is_made(monkeypatch):
         loss = linear_cross_entropy(hidden, weight, targets)
     assert len(products) == 1
     assert loss.item() == pytest.approx(linear_cross_entropy(hidden, weight, targets).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [59.9, 60.1, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_as_large_as_may_be(size, dtype):
+    """All of them at plus or minus `size`, below and above where a shift begins."""
+    torch.manual_seed(0)
+    direction = torch.nn.functional.normalize(torch.randn(16), dim=0)
+    hidden = (direction * torch.tensor([[size], [-size], [0.0]])).requires_grad_()
+    weight = (direction * torch.tensor([1.0, -1.0]).repeat(25000)[:, None]).requires_grad_()
+    targets = torch.tensor([0, 0, 1])
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    expected, hidden_grad, weight_grad = reference(hidden, weight, targets)
+    near = 1e-5 if dtype == torch.float32 else 1e-2
+    assert loss.item() == pytest.approx(expected.item(), rel=near)
+    assert error(hidden.grad, hidden_grad) < near
+    assert error(weight.grad, weight_grad) < near

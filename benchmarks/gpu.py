@@ -1,0 +1,167 @@
+"""Tokens a second of a training step on a GPU, and how much of the card's measured matrix rate that is.
+
+For each preset: ours, ours with --compile, and the chapter's plain loop, as it is (float32) and under bfloat16
+autocast; each in a process of its own, in turn, round after round. A side that the card's memory cannot hold says so.
+
+    python -m benchmarks.gpu [--presets chapter,gpt2-124m] [--batch_size 32] [--rounds 3] [--steps 20] [--json FILE]
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.step import plain_batch, settings_of
+
+SIDES = ("plain", "plain-bf16", "ours", "ours-compiled")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", default="chapter,gpt2-124m")
+    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of a side in a round, after 5 untimed")
+    parser.add_argument("--device", default="cuda", help="cpu only tries the program out")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--one", nargs=2, metavar=("PRESET", "SIDE"), help=argparse.SUPPRESS)  # in this process
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(*args.one, args.batch_size, args.steps, args.device)))
+        return
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for _ in range(args.rounds):
+        for preset in args.presets.split(","):
+            for side in args.sides.split(","):
+                words = ["--batch_size", str(args.batch_size), "--steps", str(args.steps), "--device", args.device]
+                run = subprocess.run(
+                    [sys.executable, "-m", "benchmarks.gpu", *words, "--one", preset, side],
+                    stdout=subprocess.PIPE, text=True, check=True,
+                )  # fmt: skip
+                found.setdefault((preset, side), []).append(json.loads(run.stdout))
+    rows = [row(preset, side, runs) for (preset, side), runs in found.items()]
+    print(f"{'preset':<22}{'side':<15}{'tokens/s':>12}{'spread':>22}{'of matrix rate':>16}{'peak GiB':>10}{'loss':>9}")
+    for r in rows:
+        if r["failed"]:
+            print(f"{r['preset']:<22}{r['side']:<15}  {r['failed']}")
+            continue
+        spread = f"{r['low']:,.0f}-{r['high']:,.0f}"
+        print(
+            f"{r['preset']:<22}{r['side']:<15}{r['tokens_per_second']:>12,.0f}{spread:>22}"
+            f"{r['mfu']:>16.1%}{r['peak_gib']:>10.2f}{r['loss']:>9.4f}"
+        )
+    good = [r for r in rows if not r["failed"]]
+    if good:
+        print(f"{good[0]['device']}: {max(r['matrix_rate'] for r in good) / 1e12:.1f} TFLOP/s in a bfloat16 product")
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=2)
+
+
+def row(preset: str, side: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the rounds of a side."""
+    failed = next((run["failed"] for run in runs if run["failed"]), None)
+    if failed:
+        return {"preset": preset, "side": side, "failed": failed}
+    speeds = sorted(run["tokens_per_second"] for run in runs)
+    middle = statistics.median(speeds)
+    rate = max(run["matrix_rate"] for run in runs)
+    return {
+        "preset": preset,
+        "side": side,
+        "failed": None,
+        "device": runs[0]["device"],
+        "tokens_per_second": middle,
+        "low": speeds[0],
+        "high": speeds[-1],
+        "matrix_rate": rate,
+        "mfu": middle * runs[0]["flops_per_token"] / rate,
+        "peak_gib": max(run["peak_gib"] for run in runs),
+        "loss": runs[0]["loss"],
+    }
+
+
+def measure(preset: str, side: str, batch_size: int, steps: int, name: str) -> dict[str, Any]:
+    """One side in this process: tokens a second over all `steps` together, waiting for the device only at the end."""
+    import numpy as np
+    import torch
+
+    from llm.config import from_settings, to_settings
+    from llm.device import describe_device, matrix_rate
+
+    changes = {"batch_size": batch_size, "gradient_accumulation_steps": 1, "compile": side == "ours-compiled"}
+    config = from_settings(to_settings(settings_of(preset)) | changes)
+    device, cuda = torch.device(name), name.startswith("cuda")
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 2_000_000).astype(np.uint16)
+    torch.manual_seed(config.seed)
+    try:
+        step, model = (ours if side.startswith("ours") else plain)(config, tokens, device, side)
+        for number in range(5):
+            loss = step(number)
+        loss.item()
+        start = time.perf_counter()
+        for number in range(steps):
+            loss = step(5 + number)
+        last = loss.item()
+        seconds = time.perf_counter() - start
+    except torch.OutOfMemoryError:
+        return {"failed": f"out of memory at batch {batch_size}"}
+    return {
+        "failed": None,
+        "device": describe_device(device, torch.bfloat16),
+        "tokens_per_second": steps * config.tokens_per_step / seconds,
+        "matrix_rate": matrix_rate(device, torch.bfloat16),
+        "flops_per_token": model.flops_per_token(),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan"),
+        "loss": last,
+    }
+
+
+def ours(config: Any, tokens: Any, device: Any, side: str) -> tuple[Callable[[int], Any], Any]:
+    from pathlib import Path
+
+    import torch
+
+    from llm.data import TokenData
+    from llm.start import build, compile_forward
+    from llm.train import train_step
+
+    data = TokenData(Path(), tokens, tokens, config.model.vocab_size, True, "random", {})
+    trainer = build(config, data, None, device, torch.bfloat16)
+    trainer.model.train()
+    if config.compile:
+        compile_forward(trainer, lambda reason: print(reason, file=sys.stderr))
+    return lambda number: train_step(trainer, number).loss, trainer.model
+
+
+def plain(config: Any, tokens: Any, device: Any, side: str) -> tuple[Callable[[int], Any], Any]:
+    """The chapter's loop: all logits at once, the usual cross-entropy, default AdamW."""
+    import torch
+
+    from llm import GPT
+
+    model = GPT(config.model).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.max_lr, betas=(config.beta1, config.beta2))
+
+    def step(number: int) -> Any:
+        for group in optimizer.param_groups:
+            group["lr"] = config.max_lr * min(1.0, number / 100)
+        x, y = (ids.to(device) for ids in plain_batch(config, tokens))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=side == "plain-bf16"):
+            logits, _ = model(x)
+            loss = torch.nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step, model
+
+
+if __name__ == "__main__":
+    main()

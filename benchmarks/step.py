@@ -35,16 +35,16 @@ def main() -> None:
         return
     sides = args.sides.split(",")
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    rates: list[float] = []
+    rates: dict[str, float] = {}
     for _ in range(args.rounds):
-        rates.append(matrix_rate())
+        keep_best(rates)
         for side in sides:
             words = ["--side", side, "--preset", args.preset, "--steps", str(args.steps)]
             shown = subprocess.run(
                 [sys.executable, "-m", "benchmarks.step", *words], stdout=subprocess.PIPE, text=True, check=True
             )
             found[side].append(json.loads(shown.stdout))
-    rates.append(matrix_rate())
+    keep_best(rates)
     rows = [row(side, found[side]) for side in sides]
     reference = rows[0]["median_ms"]
     print(f"{'side':<14}{'ms a step':>10}{'spread':>14}{'ratio':>8}{'peak MiB':>10}{'loss':>9}")
@@ -52,36 +52,37 @@ def main() -> None:
         spread = f"{r['min_ms']:.0f}-{r['max_ms']:.0f}"
         ratio = f"{reference / r['median_ms']:.2f}x"
         print(f"{r['side']:<14}{r['median_ms']:>10.1f}{spread:>14}{ratio:>8}{r['peak_mib']:>10.0f}{r['loss']:>9.4f}")
-    rate, work = max(rates), step_flops(args.preset)
-    print(f"floor: {work / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s (float32): {1000 * work / rate:.0f} ms")
+    work = step_flops(args.preset)
+    floors = {dtype: 1000 * work / rate for dtype, rate in rates.items()}
+    for dtype, floor in floors.items():
+        rate = f"{work / 1e9:.0f} GFLOP at {rates[dtype] / 1e9:.0f} GFLOP/s ({dtype})"
+        print(f"floor: {rate}: {floor:.0f} ms, {reference / floor:.2f}x")
     if args.json:
-        facts = {"floor_ms": 1000 * work / rate, "matrix_flops_per_second": rate, "step_flops": work}
+        facts: dict[str, Any] = {"floor_ms": floors, "matrix_flops_per_second": rates, "step_flops": work}
         facts |= {"preset": args.preset, "machine": platform.processor() or platform.machine(), "rows": rows}
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(facts, file, indent=2)
 
 
-def matrix_rate() -> float:
-    """Floating-point operations a second of a 2048 x 2048 x 2048 product in float32, the best of five."""
+def keep_best(rates: dict[str, float]) -> None:
+    """Measure a large product in float32 and in the precision that ours runs in; keep the best rate of each."""
     import torch
 
-    a, times = torch.ones(2048, 2048), []
-    for _ in range(5):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        times.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(times)
+    from llm.device import choose_dtype, matrix_rate
+
+    cpu = torch.device("cpu")
+    for dtype in dict.fromkeys((torch.float32, choose_dtype("auto", cpu))):
+        matrix_rate.cache_clear()
+        name = str(dtype).removeprefix("torch.")
+        rates[name] = max(rates.get(name, 0.0), matrix_rate(cpu, dtype))
 
 
 def step_flops(preset: str) -> float:
-    """Of the products of one step: 6 for each weight and token, 12 for each layer, channel and pair of positions."""
+    """Floating-point operations of the products of one step."""
     from llm import GPT
 
     config = settings_of(preset)
-    shape, tokens = config.model, config.tokens_per_step
-    blocks = sum(p.numel() for p in GPT(shape).h.parameters() if p.dim() == 2)
-    weights = blocks + shape.vocab_size * shape.n_embd
-    return 6.0 * weights * tokens + 12.0 * shape.n_layer * shape.n_embd * shape.block_size * tokens
+    return float(GPT(config.model).flops_per_token() * config.tokens_per_step)
 
 
 def settings_of(preset: str) -> Any:

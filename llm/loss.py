@@ -97,8 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if wants_hidden:
                     sums += torch.mm(exponentials, weight[block]) * scale
             ours = weight[wanted].float()
-            hit = (rows.float() * ours).sum(1, keepdim=True)
-            total += (top + norm.log() - hit).sum()
+            total += (top + norm.log() - (rows.float() * ours).sum(1, keepdim=True)).sum()
             if grad_hidden is not None:
                 torch.sub(sums / norm, ours, out=grad_hidden[start : start + chunk]).div_(n)
             if grad_weight is not None:

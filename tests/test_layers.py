@@ -19,6 +19,7 @@ ORDER = (
         "evaluate",
         "generate",
         "plot",
+        "explain",
         "state",
         "saver",
         "refused",
@@ -26,10 +27,12 @@ ORDER = (
         "weights",
         "start",
         "run",
+        "memorised",
         "verify",
         "prove",
     ),
 )
+OUTSIDE = {"explain"}  # what plugs in from outside: nothing in the library imports it
 READING_PATH = ("model", "loss", "data", "schedule", "optim", "train")
 
 
@@ -49,7 +52,7 @@ def test_a_file_imports_only_from_those_above_it():
     files = {path.stem for path in LIBRARY.glob("*.py")} - {"__init__", "__main__"}
     assert files == set(ORDER)
     for position, name in enumerate(ORDER):
-        assert imported(LIBRARY / f"{name}.py") <= set(ORDER[:position]), name
+        assert imported(LIBRARY / f"{name}.py") <= set(ORDER[:position]) - OUTSIDE, name
 
 
 def test_the_model_fits_in_200_lines_and_the_reading_path_in_1000():

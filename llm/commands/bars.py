@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
-from llm.commands.flags import warn
-
 
 def watched() -> bool:
     """Whether somebody sees stderr move."""
@@ -80,10 +78,17 @@ class StepBar:
 
     def warn(self, text: str) -> None:
         """A warning on stderr, above the bar."""
+        self._aside(f"warning: {text}")
+
+    def note(self, text: str) -> None:
+        """Something worth knowing, on stderr, above the bar."""
+        self._aside(f"note: {text}")
+
+    def _aside(self, line: str) -> None:
         if self.bar:
-            self.bar.console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
+            self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
-            warn(text)
+            print(line, file=sys.stderr)
 
     def advance(self, step: int) -> None:
         """Show `step` completed steps."""

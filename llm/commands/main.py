@@ -10,10 +10,12 @@ COMMANDS = {
     "prepare": "text to token files",
     "train": "train a model: batch, forward, backward, step, repeat",
     "sample": "let a trained model continue a prompt",
+    "explain": "what a run's record shows, and what to try",
     "plot": "draw the loss curve of one or several runs",
     "schedule": "show a learning-rate schedule before training",
     "verify": "check every file of a run or data folder",
     "show-batch": "print the text of any step",
+    "memorised": "how much of what a model writes stands in its training text",
     "prove-resume": "kill and resume runs of your settings, and compare",
 }
 

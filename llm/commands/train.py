@@ -1,7 +1,6 @@
 """`train`: the main job. Flags in, the chapter's lines out."""
 
 import contextlib
-import math
 import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -26,6 +25,7 @@ def main(argv: list[str]) -> int:
         "--resume", action="store_true", help="go on with the run in --out_dir from its last saved step"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out_dir")
+    parser.add_argument("--explain", action="store_true", help="say, on stderr, what the record shows as it shows it")
     args = parser.read(argv)
     if args.resume and (args.preset or args.overwrite):
         raise UserError("--resume takes the settings of the run itself; leave out --preset and --overwrite")
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
 
     from llm.commands.bars import StepBar, tell, tokenizing
     from llm.device import describe_device
+    from llm.explain import News
     from llm.run import interrupts
     from llm.schedule import warmup_warning
     from llm.start import begun, resumed
@@ -54,10 +55,13 @@ def main(argv: list[str]) -> int:
             warn(warning)
         tell(f"training on {describe_device(run.trainer.device, run.trainer.dtype)}")
         tell(opening(run))
+        news = News(out_dir, config) if args.explain else None
         with StepBar(config.max_steps, run.progress.step, config.tokens_per_step) as shown:
             for event in run:
                 if isinstance(event, Line):
                     shown.print(str(event))
+                    for line in news.at(event.step) if news else ():
+                        shown.note(line)
                 elif isinstance(event, Notice):
                     shown.warn(event.text)
                 elif isinstance(event, Step):
@@ -102,7 +106,8 @@ def opening(run: "Training") -> str:
 def ending(run: "Training") -> Iterator[str]:
     """How the run went, what it means and what to type next."""
     from llm.checkpoint import folder_name
-    from llm.metrics import best, overfits_since, read_record
+    from llm.explain import landmarks, overfits
+    from llm.metrics import best, read_record
 
     progress, config, out_dir, rows = run.progress, run.trainer.config, run.out_dir, read_record(run.out_dir)
     stopped = {"max_time": "max_time is used up", "patience": "no improvement within patience"}
@@ -116,26 +121,13 @@ def ending(run: "Training") -> Iterator[str]:
         f"last val {progress.last_loss:.4f} at step {progress.step}"
     )
     yield landmarks(lowest["loss"], config.model.vocab_size)
-    since = overfits_since(rows)
-    if since is not None:
-        yield (
-            f"overfits since step {since}: the validation loss rises while the training loss falls; "
-            f"the chapter's cures: --dropout 0.2, --weight_decay 0.1, more text; --patience 3 stops in time"
-        )
+    if overfitting := overfits(rows, config):
+        yield overfitting
     speed = progress.tokens / (progress.seconds - progress.bookkeeping)
     share = progress.bookkeeping / progress.seconds
     rate, used = run.matrix_rate / 1e9, run.utilisation(speed)
     yield f"{speed:,.0f} tokens/s: {used:.1%} of the {rate:,.0f} GFLOP/s that matrix products reach here"
     yield f"evaluation, samples, pictures, saving: {share:.1%} of {progress.seconds:.0f} s"
     yield f"in {out_dir}: loss_curve.png, samples.txt, metrics.jsonl, best.pt, {folder_name(progress.step)}/"
-    better = " --weights best" if since is not None else ""
+    better = " --weights best" if overfitting else ""
     yield f"next: losscurve sample --out_dir {shlex.quote(str(out_dir))}{better}"
-
-
-def landmarks(loss: float, vocab_size: int) -> str:
-    """Where a loss stands against the chapter's ln V, ln V / 2 and ln V / 4."""
-    named = (("ln V", "guessing", 1), ("ln V / 2", "token frequencies", 2), ("ln V / 4", "coherent text", 4))
-    marks = [(name, means, math.log(vocab_size) / part) for name, means, part in named]
-    return "landmarks: " + "; ".join(
-        f"{name} = {mark:.2f} ({means}) {'passed' if loss < mark else 'not reached'}" for name, means, mark in marks
-    )

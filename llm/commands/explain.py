@@ -1,0 +1,23 @@
+"""`explain RUN`: what the record of a run shows, and what to try."""
+
+from llm.commands.flags import Parser
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("losscurve explain", "Say what a run's record shows: what matters most first, and what to try.")
+    parser.add_argument(
+        "run", nargs="?", default="checkpoints", metavar="RUN", help="run folder (default: checkpoints)"
+    )
+    args = parser.read(argv)
+
+    from pathlib import Path
+
+    from llm.commands.bars import tell
+    from llm.explain import explain
+    from llm.metrics import read_record
+    from llm.weights import run_config
+
+    rows = read_record(Path(args.run))
+    lines = explain(rows, run_config(Path(args.run)))
+    tell("\n".join(lines) or f"nothing worth knowing in the {len(rows):,} rows of {args.run}")
+    return 0

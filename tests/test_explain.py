@@ -1,0 +1,296 @@
+"""What a run says of itself: each verdict on curves that deserve it and on curves that do not."""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import append, flags
+
+from llm import GPT, GPTConfig, explain
+from llm.config import TrainConfig
+from llm.explain import News
+from llm.schedule import lr_at
+
+CHAPTER = TrainConfig()
+# validation at steps, and what the training loss falls to: a run of the chapter's recipe, rounded
+STEPS = (0, 250, 500, 1000, 1750, 2500, 5000)
+VAL = (10.83, 5.83, 5.18, 4.90, 4.78, 4.81, 5.00)
+TRAIN = (10.83, 5.70, 4.85, 4.26, 3.82, 3.55, 3.02)
+
+
+def record(val, train, config=CHAPTER, end=None, norm=lambda step: 1.0, noise=0.03, beside=0.05):
+    """The rows of a run whose losses are functions of the step, the training loss with noise, up to step `end`.
+    A step takes a second, and a share `beside` of all time goes to other things."""
+    draw, rows = np.random.default_rng(0), []
+    for step in range(0, (config.max_steps if end is None else end) + 1, config.log_every):
+        shared = {"step": step, "lr": lr_at(step, config), "tokens": step * config.tokens_per_step}
+        shared |= {"seconds": step / (1 - beside), "grad_norm": None, "tokens_per_second": None}
+        logged = {"grad_norm": norm(step), "tokens_per_second": float(config.tokens_per_step)} if step else {}
+        rows.append(shared | {"split": "train", "loss": train(step) + noise * draw.normal()} | logged)
+        if step % config.eval_every == 0:
+            rows.append(shared | {"split": "val", "loss": val(step)})
+    return rows
+
+
+def chapter(end=None):
+    """The chapter's run: losses between its figures as straight lines over the logarithm of the step."""
+
+    def curve(points):
+        return lambda step: float(np.interp(math.log(step + 50), np.log(np.array(STEPS) + 50), points))
+
+    return record(curve(VAL), curve(TRAIN), end=end)
+
+
+def power(start, floor, exponent=0.5, scale=20):
+    """A healthy curve: what is left to the floor falls as a power of the step."""
+    return lambda step: floor + (start - floor) * (1 + step / scale) ** -exponent
+
+
+def healthy(config=CHAPTER, **changes):
+    curve = power(10.85, 3.0)
+    return record(**({"val": curve, "train": curve, "config": config} | changes))
+
+
+def heads(lines):
+    return [line.partition(":")[0] for line in lines]
+
+
+def test_the_chapters_run_overfits_and_nothing_else_is_alarming():
+    assert heads(explain.explain(chapter(), CHAPTER)) == ["overfits since step 1750", "passed ln V / 2 at step 500"]
+    line = explain.overfits(chapter(), CHAPTER)
+    assert "(4.78 to 5.00)" in line
+    assert "falls to 3.0" in line
+    assert all(cure in line for cure in ("--dropout 0.2", "--weight_decay 0.1", "smaller model", "more text"))
+    cured = replace(CHAPTER, weight_decay=0.1, model=replace(CHAPTER.model, dropout=0.2))
+    assert "--dropout" not in explain.overfits(chapter(), cured)
+    assert "--weight_decay" not in explain.overfits(chapter(), cured)
+
+
+@pytest.mark.parametrize("end", range(0, 5001, 250))
+def test_while_it_trains_a_healthy_run_hears_only_of_landmarks(end):
+    assert all(head.startswith("passed ") for head in heads(explain.explain(healthy(end=end), CHAPTER)))
+    if end <= 1750:
+        assert all(head.startswith("passed ") for head in heads(explain.explain(chapter(end), CHAPTER)))
+
+
+@pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("exponent", [0.1, 0.3, 1.0])
+def test_healthy_runs_of_other_shapes_are_left_alone(shape, exponent):
+    config, curve = replace(CHAPTER, schedule=shape), power(10.85, 2.0, exponent)
+    lines = explain.explain(record(curve, curve, config), config)
+    assert all(head.startswith("passed ") for head in heads(lines)), lines
+
+
+@pytest.mark.parametrize(("vocab_size", "n_embd", "tied"), [(97, 64, False), (97, 256, True), (2000, 512, False)])
+def test_the_first_loss_of_a_fresh_model_is_as_expected(vocab_size, n_embd, tied):
+    torch.manual_seed(0)
+    shape = GPTConfig(vocab_size=vocab_size, n_embd=n_embd, n_layer=2, block_size=32, tied_lm_head=tied)
+    model, config = GPT(shape), TrainConfig(model=shape)
+    ids = torch.multinomial(1 / torch.arange(1.0, vocab_size + 1), 4 * 33, replacement=True).view(4, 33)
+
+    def verdict():
+        with torch.no_grad():
+            loss = float(model(ids[:, :-1], ids[:, 1:])[1])
+        return explain.first_loss([{"step": 0, "split": "val", "loss": loss}], config)
+
+    assert verdict() is None
+    model.lm_head.weight.data.mul_(10)
+    assert "look at the initialisation" in verdict()
+
+
+def test_the_first_loss_is_judged_by_width_and_only_of_fresh_weights():
+    def verdict(loss, **settings):
+        config = TrainConfig(model=GPTConfig(n_embd=settings.pop("n_embd", 128)), **settings)
+        return explain.first_loss([{"step": 0, "split": "val", "loss": loss}], config)
+
+    assert verdict(10.85) is None
+    assert "ln 50257 + 0.0002 x 128 = 10.85 is expected" in verdict(11.3)
+    assert "nothing is learned yet" in verdict(8.0)
+    wide = math.log(50257) + 0.0002 * 8192
+    assert verdict(wide, n_embd=8192) is None
+    assert verdict(math.log(50257), n_embd=8192) is not None
+    assert verdict(4.0, init_from="run") is None
+    assert explain.first_loss([{"step": 0, "split": "val", "loss": None}], CHAPTER) is None
+    assert explain.first_loss([{"step": 250, "split": "val", "loss": 5.0}], CHAPTER) is None
+
+
+def test_landmarks_are_passed_one_by_one():
+    def verdict(*points):
+        return explain.landmark([{"step": s, "split": "val", "loss": loss} for s, loss in points], CHAPTER)
+
+    assert verdict((0, 10.7)) is None
+    assert verdict((0, 10.9), (250, 10.9)) is None
+    assert verdict((0, 10.9), (250, 9.0)).startswith("passed ln V at step 250: below 10.82 (guessing), at best 9.00; ")
+    assert "next is ln V / 2 = 5.41 (token frequencies)" in verdict((250, 9.0))
+    last = verdict((250, 9.0), (500, 5.0), (750, 2.6), (1000, 2.9))
+    assert last == "passed ln V / 4 at step 750: below 2.71 (coherent text), at best 2.60"
+    assert "5.41 (token frequencies) passed; ln V / 4 = 2.71 (coherent text) not reached" in explain.landmarks(4, 50257)
+
+
+def test_a_plateau_is_where_neither_loss_moves():
+    def curve(late):
+        return lambda step: 4.0 + 6.0 * math.exp(-step / 300) - late * step / 5000
+
+    def verdict(val, train):
+        return explain.plateau(record(val, train))
+
+    still, falling = curve(0), curve(0.3)
+    assert "stayed at 4.00 and the training loss at 4.00" in verdict(still, still)
+    assert verdict(falling, falling) is None
+    assert verdict(still, falling) is None  # on its way to overfitting
+    assert verdict(falling, still) is None
+    flat = record(lambda step: 4.0, lambda step: 4.0)
+    assert explain.plateau(flat) is not None
+    assert explain.plateau([row for row in flat if row["step"] <= 2000]) is None  # 2 evaluations in the last quarter
+    assert explain.plateau([]) is None
+
+
+def test_spikes_are_named_once_with_their_text():
+    rows = healthy()
+    assert explain.spikes(rows, CHAPTER) is None
+    rows[100]["spikes"] = [812]
+    line = explain.spikes(rows, CHAPTER)
+    assert line.startswith("spike: the loss of step 812 leapt; ")
+    assert "--step 812" in line
+    assert "--grad_clip 1" in line
+    rows[200]["spikes"] = [1500, 1502]
+    assert "leapt, 3 times in all, last at step 1502" in explain.spikes(rows, CHAPTER)
+    assert "--grad_clip" not in explain.spikes(rows, replace(CHAPTER, grad_clip=1.0))
+    rows[200]["spikes"] = 5  # a record from elsewhere
+    assert "812" in explain.spikes(rows, CHAPTER)
+
+
+def test_a_loss_that_rises_or_a_gradient_that_explodes_is_too_high_a_rate():
+    down = power(10.85, 3.0)
+
+    def rising(step):
+        return down(step) + max(0, step - 3000) / 1000
+
+    line = explain.diverges(record(rising, rising), CHAPTER)
+    assert "the training loss rises again, from 3." in line
+    assert "--max_lr 0.0001, --grad_clip 1" in line
+    assert explain.diverges(record(rising, down), CHAPTER) is None  # that overfits
+    assert explain.diverges(healthy(), CHAPTER) is None
+    assert explain.diverges(record(rising, rising, end=300), CHAPTER) is None  # too few rows
+    assert explain.diverges(healthy(noise=0.5), CHAPTER) is None
+
+    def leap(step):
+        return down(step) + (6.0 if step == 4990 else 0)
+
+    assert explain.diverges(record(down, leap), CHAPTER) is None  # a spike is not a rise
+    exploding = record(down, down, norm=lambda step: 0.5 * math.exp(max(0, step - 3000) / 500))
+    assert "the gradient norm grew from 0.5 to " in explain.diverges(exploding, CHAPTER)
+    assert explain.diverges(record(down, down, norm=lambda step: 1 + step / 1000), CHAPTER) is None
+    assert explain.diverges(record(rising, rising), replace(CHAPTER, max_steps=20000, warmup_steps=6000)) is None
+
+
+def test_a_loss_that_falls_in_a_straight_line_is_too_low_a_rate():
+    learned = np.cumsum([lr_at(step, CHAPTER) for step in range(5001)])
+
+    def verdict(curve, config=CHAPTER, **changes):  # `curve` is a function of the share of the learning done
+        rows = record(*[lambda step: curve(float(learned[step] / learned[-1]))] * 2, **changes)
+        return explain.too_slow(rows, config)
+
+    def straight(share):
+        return 10.8 - 4 * share
+
+    line = verdict(straight)
+    assert "fell from 10." in line
+    assert 44 <= int(re.search(r"(\d+)% of that in the later half", line)[1]) <= 50
+    assert "--max_lr 0.0009" in line
+    assert verdict(straight, end=2000) is not None
+    assert verdict(straight, end=450) is None  # not yet a tenth of the steps
+    assert verdict(straight, replace(CHAPTER, init_from="run")) is None
+    assert explain.too_slow(healthy(), CHAPTER) is None
+    assert verdict(lambda share: 10.8 if share < 0.6 else 6.0, noise=0.0) is None  # all at once
+    assert verdict(lambda share: 10.8 - 4 * min(1, 5 * share) - 3 * max(0, share - 0.75)) is None  # falls at its end
+    assert verdict(lambda share: 10.8) is None
+    assert verdict(lambda share: 10.8 - 0.09 * share, noise=0.001) is None  # hardly falls at all
+    assert verdict(lambda share: 10.8 + (30 - 39 * share if share > 0.01 else 0)) is None  # back from a divergence
+
+
+def test_a_leap_near_the_warmup_is_too_short_a_warmup():
+    down = power(10.85, 3.0)
+
+    def leaping(at):
+        return lambda step: down(step) + 3 * math.exp(-(((step - at) / 20) ** 2))
+
+    line = explain.short_warmup(record(down, leaping(130)), CHAPTER)
+    assert line.startswith("warm-up of 100 steps probably too short: the training loss leapt from ")
+    assert "--warmup_steps 200, --max_lr 0.0001" in line
+    assert explain.short_warmup(record(down, leaping(2000)), CHAPTER) is None  # long after it
+    assert explain.short_warmup(record(down, leaping(150), noise=0.8), CHAPTER) is None  # within the noise
+    assert explain.short_warmup(healthy(), CHAPTER) is None
+    bold = replace(CHAPTER, warmup_steps=0)
+    assert "--warmup_steps 100, " in explain.short_warmup(record(down, leaping(40), bold), bold)
+    slow = replace(CHAPTER, warmup_steps=400)
+    assert "--warmup_steps" not in explain.short_warmup(record(down, leaping(450), slow), slow)
+    norms = record(down, down, norm=lambda step: 50.0 if step == 120 else 1.5)
+    assert "the gradient norm leapt from 1.5 to 50 by step 120" in explain.short_warmup(norms, CHAPTER)
+    falling = record(down, down, norm=lambda step: 50.0 if step < 30 else 1.5)
+    assert explain.short_warmup(falling, CHAPTER) is None
+
+
+def test_time_beside_the_training_is_told_from_a_quarter_on():
+    assert explain.not_training(healthy(beside=0.2)) is None
+    assert explain.not_training(healthy(beside=0.4)).startswith("time beside the training: 40% of 8333 s went to ")
+    assert explain.not_training(healthy(beside=0.4, end=500)) is None  # 3 evaluations
+    often = replace(CHAPTER, eval_every=10)
+    assert explain.not_training(healthy(often, beside=0.4, end=60)) is not None
+    assert explain.not_training(healthy(often, beside=0.4, end=30)) is None  # less than a minute
+    silent = [row | {"tokens_per_second": None} for row in healthy(beside=0.4)]
+    assert explain.not_training(silent) is None  # a record without speeds
+
+
+def test_an_empty_record_and_one_without_losses_say_nothing():
+    assert explain.explain([], CHAPTER) == []
+    assert explain.explain([row | {"loss": None, "grad_norm": None} for row in healthy()], CHAPTER) == []
+
+
+def test_news_says_each_line_once_and_looks_ever_more_rarely(tmp_path, monkeypatch):
+    news, said, looks = News(tmp_path, CHAPTER), [], []
+    for now in range(0, 5001, 250):
+        monkeypatch.setattr(explain, "read_record", lambda path, now=now: chapter(now))
+        said += [(now, head) for head in heads(news.at(now))]
+    passed = [(250, "passed ln V at step 250"), (500, "passed ln V / 2 at step 500")]
+    assert [(step, head) for step, head in said if head.startswith("passed")] == passed
+    assert [head for _, head in said if not head.startswith("passed")] == ["overfits since step 1750"]
+
+    monkeypatch.setattr(explain, "read_record", lambda path: looks.append(path) or [])
+    looks.clear()
+    often = News(tmp_path, CHAPTER)
+    for number in range(1, 10_001):
+        often.at(10 * number)
+    assert 500 < len(looks) < 600  # 100, then one for each 1 %
+
+
+def test_a_damaged_record_ends_no_run_and_is_said_once(tmp_path):
+    append(tmp_path, step=0, split="val", loss=1.0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write("{\n")
+    news = News(tmp_path, CHAPTER)
+    assert "line 2 is damaged" in news.at(0)[0]
+    assert news.at(10) == []
+
+
+def test_the_commands_say_it(here, losscurve):
+    small = flags(max_steps=60, eval_every=10, log_every=1, max_lr=3e-2)
+    code, out, err = losscurve(f"train --text text.txt --data_dir data {small} --explain")
+    assert code == 0, err
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == len(set(notes)) >= 1
+    assert notes[0].startswith("note: passed ln V at step ")
+    assert "passed ln V at" not in out
+    code, out, err = losscurve("explain checkpoints")
+    assert (code, err) == (0, "")
+    assert "passed ln V" in out
+    assert losscurve("explain") == (code, out, err)
+    Path("checkpoints/metrics.jsonl").write_text('{"step": 0, "split": "train", "loss": 3.0}\n')
+    assert losscurve("explain checkpoints")[1] == "nothing worth knowing in the 1 rows of checkpoints\n"
+    code, out, err = losscurve("explain nowhere")
+    assert (code, out) == (2, "")
+    assert "nowhere: no run here" in err

@@ -51,9 +51,10 @@ class Dropout:
         """x (B, ...) with a share p of its elements zeroed, the others scaled by 1 / (1 - p)."""
         self.place += 1
         keys = _mix(self.seeds + self.place * 0x3C6EF372).view(-1, *[1] * (x.dim() - 1))
-        index = torch.arange(x[0].numel(), device=x.device, dtype=torch.int32).view(1, *x.shape[1:])
-        kept = _mix(keys ^ _mix(index)) >= int((self.p - 0.5) * 2**32)
-        return x * kept / (1 - self.p)
+        index = _mix(torch.arange(x[0].numel(), device=x.device, dtype=torch.int32)).view(1, *x.shape[1:])
+        bits = (keys ^ index).mul_(0x7FEB352D)  # both are mixed, so that one round more is enough to join them
+        bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - 2**32)
+        return x * (bits >= int((self.p - 0.5) * 2**32)).to(x.dtype).mul_(1 / (1 - self.p))
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -102,8 +102,7 @@ def train_step(trainer: Trainer, step: int) -> Step:
         scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
-    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters() if p.grad is not None])
     if config.grad_clip > 0:
         torch.nn.utils.clip_grads_with_norm_(trainer.model.parameters(), config.grad_clip, norm)
     refused = ~torch.isfinite(total)

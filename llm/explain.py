@@ -10,6 +10,7 @@ import statistics
 from itertools import accumulate, pairwise
 from pathlib import Path
 
+from llm.bands import Band, band_of_run, normal
 from llm.config import TrainConfig
 from llm.errors import UserError
 from llm.metrics import SPIKE_HISTORY, Row, best, losses, overfits_since, read_record
@@ -21,10 +22,11 @@ PARTS = 10  # of a record, compared by their medians
 STILL = 0.005  # a loss that moved by less than this share of itself stands still
 
 
-def explain(rows: list[Row], config: TrainConfig) -> list[str]:
-    """The lines worth knowing about a run, most important first."""
+def explain(rows: list[Row], config: TrainConfig, band: Band | None = None) -> list[str]:
+    """The lines worth knowing about a run, most important first. `band`: where such runs lie, if that is known."""
     found = (
         diverges(rows, config),
+        normal(rows, band),
         first_loss(rows, config),
         short_warmup(rows, config),
         overfits(rows, config),
@@ -45,7 +47,7 @@ class News:
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig) -> None:
-        self.run_dir, self.config = run_dir, config
+        self.run_dir, self.config, self.band = run_dir, config, band_of_run(run_dir)
         self._said: set[str] = set()
         self._looked = 0  # step of the last look
 
@@ -55,7 +57,7 @@ class News:
             return []
         self._looked = step
         try:
-            lines = explain(read_record(self.run_dir), self.config)
+            lines = explain(read_record(self.run_dir), self.config, self.band)
         except UserError as error:  # no reason to end a run
             lines = [str(error)]
         new = [line for line in lines if line.partition(":")[0] not in self._said]

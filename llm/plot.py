@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm import storage
+from llm.bands import Band, band_of_run, normal
 from llm.config import TrainConfig, read_toml
 from llm.errors import UserError
 from llm.metrics import Row, best, losses, overfits_since, read_record
@@ -50,15 +51,21 @@ def draw(run_dirs: Sequence[Path]) -> "Figure":
     records = [read_record(run_dir) for run_dir in run_dirs]
     vocab_sizes = [_vocab_size(run_dir) for run_dir in run_dirs]
     if len(run_dirs) == 1:
-        return draw_run(records[0], names[0], vocab_sizes[0])
+        return draw_run(records[0], names[0], vocab_sizes[0], band_of_run(run_dirs[0]))
     return draw_comparison(records, names, comparable=len(set(vocab_sizes)) == 1)
 
 
-def draw_run(rows: list[Row], name: str, vocab_size: int | None = None) -> "Figure":
-    """Losses, landmarks and learning rate of one run. Without a vocabulary size there are no landmarks."""
+def draw_run(rows: list[Row], name: str, vocab_size: int | None = None, band: Band | None = None) -> "Figure":
+    """Losses, landmarks and learning rate of one run, and the band where such runs lie. Without a vocabulary size
+    there are no landmarks.
+    """
     lowest, turned, val, train = best(rows), overfits_since(rows), losses(rows, "val"), thinned(losses(rows, "train"))
     end = max([row["step"] for row in rows], default=0) or 1
-    figure, axes = _canvas(plain(name, 50), _summary(rows), "loss (nats per token)", end)
+    figure, axes = _canvas(plain(name, 50), _summary(rows, band), "loss (nats per token)", end)
+    if band is not None:
+        steps = [step for step in band.steps if step <= end]
+        lower, upper = ([ends[side] for step in steps if (ends := band.at(step))] for side in (0, 1))
+        axes.fill_between(steps, lower, upper, facecolor=GREY, alpha=0.5, edgecolor=GREY, zorder=1)
     if turned is not None:
         _text(axes, (turned + end) / 2, 0.02, "overfitting", ha="center", color=GREY, xycoords=_across(axes))
     _curve(axes, train, TRAIN, linewidth=1.2)
@@ -83,7 +90,7 @@ def draw_run(rows: list[Row], name: str, vocab_size: int | None = None) -> "Figu
     return figure
 
 
-def _summary(rows: list[Row]) -> str:
+def _summary(rows: list[Row], band: Band | None) -> str:
     """What a run came to, in one line."""
     lowest, turned = best(rows), overfits_since(rows)
     if lowest is None:
@@ -91,6 +98,8 @@ def _summary(rows: list[Row]) -> str:
     line = f"best validation loss {spelled(lowest['loss'])} at step {lowest['step']:,}"
     line += f" ({lowest['bits_per_byte']:.2f} bits per byte)" if lowest["bits_per_byte"] is not None else ""
     line += f"; overfits since step {turned:,}" if turned is not None else ""
+    verdict = normal(rows, band)
+    line += f"; {verdict.partition(':')[0]}" if verdict else ""
     lost = sum(row["loss"] is None for row in rows)
     return line + (f"; {lost:,} losses not finite" if lost else "")
 

@@ -18,6 +18,7 @@ ORDER = (
         "metrics",
         "evaluate",
         "generate",
+        "bands",
         "plot",
         "explain",
         "state",

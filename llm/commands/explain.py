@@ -12,12 +12,13 @@ def main(argv: list[str]) -> int:
 
     from pathlib import Path
 
+    from llm.bands import band_of_run
     from llm.commands.bars import tell
     from llm.explain import explain
     from llm.metrics import read_record
     from llm.weights import run_config
 
     rows = read_record(Path(args.run))
-    lines = explain(rows, run_config(Path(args.run)))
+    lines = explain(rows, run_config(Path(args.run)), band_of_run(Path(args.run)))
     tell("\n".join(lines) or f"nothing worth knowing in the {len(rows):,} rows of {args.run}")
     return 0

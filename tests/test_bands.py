@@ -1,0 +1,144 @@
+"""Reference bands: that they cover what they say, and speak only of runs that are theirs."""
+
+import json
+from dataclasses import replace
+from importlib import resources
+
+import numpy as np
+import pytest
+from conftest import append, flags
+
+from benchmarks.bands import collected, spelled
+from llm import bands, storage
+from llm.bands import STUDENT, Band, band_from, band_of, band_of_run, normal, shaping
+from llm.config import TrainConfig, from_settings, read_toml
+from llm.explain import News, explain
+from llm.plot import draw_run
+
+BAND = Band("chapter", 3, (0, 250, 500), (10.8, 5.8, 5.1), (0.01, 0.05, 0.02))
+SHIPPED = [file.name for file in resources.files("llm").joinpath("reference").iterdir() if file.name.endswith(".json")]
+
+
+def rows(*losses, every=250):
+    return [
+        {"step": i * every, "split": "val", "loss": x, "bits_per_byte": None, "lr": None} for i, x in enumerate(losses)
+    ]
+
+
+@pytest.mark.parametrize("runs", sorted(STUDENT))
+def test_one_more_run_lies_inside_19_times_of_20_or_more(runs):
+    draw, inside, trials = np.random.default_rng(runs), 0, 2000
+    for _ in range(trials):
+        losses = draw.normal(5, 0.1, (runs + 1, 1))
+        facts = {"preset": "p", "steps": [0], "val": {str(i): list(row) for i, row in enumerate(losses[:-1])}}
+        low, high = band_from(facts).at(0)
+        inside += low <= losses[-1, 0] <= high
+    assert abs(inside / trials - 0.95) < 0.016  # 3.3 standard errors
+
+
+def test_the_quantile_of_three_runs_is_that_of_student_in_closed_form():
+    p = 0.975  # two degrees of freedom: t = (2p - 1) √(2 / (4 p (1 - p)))
+    assert STUDENT[3] == pytest.approx((2 * p - 1) * (2 / (4 * p * (1 - p))) ** 0.5, abs=1e-3)
+
+
+def test_the_spread_is_averaged_with_the_neighbours():
+    facts = {"preset": "p", "steps": [0, 1, 2], "val": {"1": [1.0, 1.0, 1.0], "2": [1, 1, 1], "3": [1, 1, 1.3]}}
+    band = band_from(facts)
+    variance = np.var([1, 1, 1.3], ddof=1)
+    factor = STUDENT[3] * (1 + 1 / 3) ** 0.5
+    assert band.half == pytest.approx([0, factor * (variance / 3) ** 0.5, factor * (variance / 2) ** 0.5])
+    assert band.mean == pytest.approx([1, 1, 1.1])
+
+
+@pytest.mark.parametrize(
+    ("losses", "word"),
+    [
+        ((10.8, 5.8), "as usual"),
+        ((10.8, 5.8, 5.119), "as usual"),
+        ((10.8, 5.8, 5.13), None),  # once
+        ((10.8, 6.0, 5.13), "not as usual"),
+        ((10.8, 5.0, 4.0), "not as usual"),
+        ((10.8, 6.0, 5.1), "as usual"),  # came back
+        ((10.9,), "not as usual"),
+        ((), None),
+    ],
+)
+def test_a_run_is_judged_by_its_last_evaluations(losses, word):
+    line = normal(rows(*losses), BAND)
+    assert line is None if word is None else line.startswith(f"{word}: ")
+    if word == "not as usual":
+        assert ("above" in line) == (losses[-1] > 5.1)
+
+
+def test_evaluations_that_the_band_has_not_are_passed_over():
+    assert normal(rows(10.8, 99, 5.8, 99, 5.1, every=125), BAND).startswith("as usual: validation loss 5.100")
+    assert normal(rows(10.8), None) is None
+
+
+def test_only_runs_of_the_same_settings_and_data_have_a_band(tmp_path, monkeypatch):
+    config = TrainConfig(seed=5, dtype="bfloat16", warmup_steps=100)  # what 2 % of 5,000 is
+    facts = {"preset": "chapter", "steps": [0], "val": {"1": [1.0], "2": [2.0], "3": [3.0]}}
+    facts |= {"settings": shaping(TrainConfig()), "data": {"train.bin": "a", "val.bin": "b"}}
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference" / "chapter.json").write_text(json.dumps(facts))
+    monkeypatch.setattr(bands.resources, "files", lambda package: tmp_path)
+    assert band_of(config, {"train.bin": "a", "val.bin": "b"}).mean == (2.0,)
+    assert band_of(config, {"train.bin": "a", "val.bin": "c"}) is None
+    assert band_of(config, None) is None
+    for change in ({"max_lr": 1e-3}, {"batch_size": 16}, {"weight_decay": 0.1}, {"init_from": "x.pt"}):
+        assert band_of(replace(config, **change), facts["data"]) is None
+    assert band_of(replace(config, model=replace(config.model, dropout=0.1)), facts["data"]) is None
+
+
+def test_a_folder_without_its_settings_or_hashes_has_no_band(tmp_path):
+    assert band_of_run(tmp_path) is None
+    (tmp_path / "config.toml").write_text("")
+    assert band_of_run(tmp_path) is None
+    storage.write_json(tmp_path / "env.json", [])
+    assert band_of_run(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_ships_fits_the_preset_and_each_of_its_runs_lies_inside(name):
+    facts = json.loads(resources.files("llm").joinpath("reference", name).read_text())
+    band = band_from(facts)
+    preset = from_settings(read_toml(facts["preset"]) | {"vocab_size": facts["settings"].get("vocab_size")})
+    assert shaping(preset) == facts["settings"]
+    assert band.runs >= 3
+    for losses in facts["val"].values():
+        points = rows(*losses, every=band.steps[1])
+        assert all(low <= row["loss"] <= high for row in points for low, high in [band.at(row["step"])])
+        assert normal(points, band).startswith("as usual")
+
+
+def test_the_line_is_explained_and_drawn_and_comes_from_runs_that_were_made(here, losscurve, monkeypatch):
+    runs = [here / str(seed) for seed in (1, 2, 3, 4)]
+    for run in runs:
+        assert losscurve(f"train --text text.txt --out_dir {run} --seed {run.name} {flags()}")[0] == 0
+    facts = collected("small", runs[:3])
+    assert json.loads(spelled(facts)) == facts
+    assert facts["steps"] == [0, 4, 8, 12]
+    (here / "reference").mkdir()
+    (here / "reference" / "small.json").write_text(spelled(facts))
+    monkeypatch.setattr(bands.resources, "files", lambda package: here)
+    band = band_of_run(runs[3])
+    for end in (facts["val"]["1"][-1], 99.0):
+        word = "as usual" if end < 99 else "not as usual"
+        found = rows(*[facts["val"]["1"][0], end, end, end], every=4)
+        assert any(line.startswith(f"{word}: ") for line in explain(found, run_settings(runs[3]), band))
+        assert any(f"; {word}" in text.get_text() for text in draw_run(found, "run", None, band).texts)
+    assert any("usual: " in line for line in losscurve(f"explain {runs[3]}")[1].splitlines())
+    for _ in range(2):
+        append(runs[3], step=12, split="val", loss=99.0)
+    assert any("not as usual: " in line for line in News(runs[3], run_settings(runs[3])).at(12))
+
+
+def run_settings(run):
+    return from_settings(read_toml(str(run / "config.toml")))
+
+
+def test_runs_of_other_settings_are_not_put_into_one_band(here, losscurve):
+    assert losscurve(f"train --text text.txt --out_dir a {flags()}")[0] == 0
+    assert losscurve(f"train --text text.txt --out_dir b {flags(batch_size=2)}")[0] == 0
+    with pytest.raises(ValueError, match="differ in settings"):
+        collected("small", [here / "a", here / "b"])

@@ -1,0 +1,84 @@
+"""What `losscurve plan` predicts against what a real run then takes: peak memory and wall time.
+
+Each run is a process of its own; its peak is the resident memory that the system reports when it ends. The plan is made
+just before, in another process. TUNED were looked at while the constants of llm/plan.py were set; HELD_OUT were not.
+
+    python -m benchmarks.plan [--which held_out|tuned] [--rounds 2] [--json FILE]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+TUNED = {
+    "chapter, 40 steps": "--max_steps 40 --eval_every 20",
+    "bytes, 6 x 192, 60 steps": "--text shakespeare --tokenizer byte --n_layer 6 --n_embd 192 --n_head 6 "
+    "--block_size 128 --batch_size 16 --max_steps 60 --eval_every 30 --warmup_steps 5 --eval_tokens 20000",
+}
+HELD_OUT = {
+    "shakespeare-char-cpu, 300 steps": "--preset shakespeare-char-cpu --max_steps 300 --eval_every 150",
+    "characters, 4 x 256, 60 steps": "--text shakespeare --tokenizer char --n_layer 4 --n_embd 256 --n_head 4 "
+    "--block_size 64 --batch_size 24 --max_steps 60 --eval_every 30 --eval_tokens 20000",
+    "gpt2 tokens, tied 2 x 192, 30 steps": "--text shakespeare --tokenizer gpt2 --n_layer 2 --n_embd 192 --n_head 6 "
+    "--tied_lm_head --batch_size 16 --max_steps 30 --eval_every 15",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--which", choices=("held_out", "tuned"), default="held_out")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    rows = []
+    print(f"{'run':<38}{'MiB: plan':>10}{'run':>7}{'error':>7}{'s: plan':>10}{'run':>7}{'error':>7}", flush=True)
+    for name, flags in {"held_out": HELD_OUT, "tuned": TUNED}[args.which].items():
+        for _ in range(args.rounds):
+            rows.append(row := compared(name, flags.split()))
+            space = f"{row['mib_predicted']:>10.0f}{row['mib']:>7.0f}{row['mib_error']:>+7.0%}"
+            print(f"{name:<38}{space}{row['s_predicted']:>10.1f}{row['s']:>7.1f}{row['s_error']:>+7.0%}", flush=True)
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=2)
+
+
+def compared(name: str, flags: list[str]) -> dict[str, Any]:
+    """Prediction, truth and (prediction - truth) / truth of one run, in MiB and seconds."""
+    code = "import sys; from llm.commands.plan import main; sys.exit(main(sys.argv[1:]))"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    around = os.environ | {"PYTHONPATH": root}
+    with tempfile.TemporaryDirectory() as folder:
+        shared: dict[str, Any] = {"cwd": folder, "env": around}
+        shown = subprocess.run(
+            [sys.executable, "-c", code, *flags, "--json"], capture_output=True, check=True, **shared
+        )
+        facts = json.loads(shown.stdout)
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "llm", "train", *flags, "--out_dir", "run"]
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, **shared)
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+    if child.returncode:
+        raise SystemExit(f"{name}: train ended with {child.returncode}")
+    mib, planned = used.ru_maxrss / 1024, sum(facts["memory"].values()) / 2**20
+    planned_seconds = sum(facts["seconds"].values())
+    return {
+        "run": name,
+        "mib_predicted": planned,
+        "mib": mib,
+        "mib_error": planned / mib - 1,
+        "s_predicted": planned_seconds,
+        "s": seconds,
+        "s_error": planned_seconds / seconds - 1,
+        "plan": facts,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -31,9 +31,10 @@ ORDER = (
         "memorised",
         "verify",
         "prove",
+        "plan",
     ),
 )
-OUTSIDE = {"explain"}  # what plugs in from outside: nothing in the library imports it
+OUTSIDE = {"explain", "plan"}  # what plugs in from outside: nothing in the library imports it
 READING_PATH = ("model", "loss", "data", "schedule", "optim", "train")
 
 

@@ -8,6 +8,7 @@ from llm.errors import Failure, UserError
 
 COMMANDS = {
     "prepare": "text to token files",
+    "plan": "what a run will take here, or what to run in a given time",
     "train": "train a model: batch, forward, backward, step, repeat",
     "sample": "let a trained model continue a prompt",
     "explain": "what a run's record shows, and what to try",

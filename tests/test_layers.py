@@ -57,6 +57,14 @@ def test_a_file_imports_only_from_those_above_it():
         assert imported(LIBRARY / f"{name}.py") <= set(ORDER[:position]) - OUTSIDE, name
 
 
+def test_the_page_and_the_commands_plug_in_from_outside():
+    for path in LIBRARY.glob("*.py"):
+        if path.stem != "__main__":
+            assert not imported(path) & {"page", "commands"}, path
+    for path in (LIBRARY / "page").glob("*.py"):
+        assert "commands" not in imported(path), path
+
+
 def test_the_model_fits_in_200_lines_and_the_reading_path_in_1000():
     lines = {name: len((LIBRARY / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in READING_PATH}
     assert lines["model"] < 200

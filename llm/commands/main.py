@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a model: batch, forward, backward, step, repeat",
     "sample": "let a trained model continue a prompt",
     "explain": "what a run's record shows, and what to try",
+    "watch": "a page in the browser that follows runs as they go",
     "plot": "draw the loss curve of one or several runs",
     "schedule": "show a learning-rate schedule before training",
     "verify": "check every file of a run or data folder",

@@ -32,9 +32,10 @@ ORDER = (
         "verify",
         "prove",
         "plan",
+        "doctor",
     ),
 )
-OUTSIDE = {"explain", "plan"}  # what plugs in from outside: nothing in the library imports it
+OUTSIDE = {"explain", "plan", "doctor"}  # what plugs in from outside: nothing in the library imports it
 READING_PATH = ("model", "loss", "data", "schedule", "optim", "train")
 
 

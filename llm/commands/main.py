@@ -18,6 +18,7 @@ COMMANDS = {
     "verify": "check every file of a run or data folder",
     "show-batch": "print the text of any step",
     "memorised": "how much of what a model writes stands in its training text",
+    "doctor": "what of this machine works, and how to mend what does not",
     "prove-resume": "kill and resume runs of your settings, and compare",
 }
 

@@ -1,0 +1,357 @@
+"""The doctor: every check finds what is broken, says how to mend it, and ends."""
+
+import http.server
+import io
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm import doctor, download, tokenizer
+from llm.commands.doctor import MARKS
+from llm.commands.main import main
+from llm.config import from_settings
+from llm.data import batch_at
+from llm.doctor import Check, Outcome, bounded, cached, differences, one_step, parity, silence
+from llm.errors import Failure
+from llm.model import GPT
+
+CPU = torch.device("cpu")
+LIMITS = (doctor.LOSS_TOLERANCE, doctor.GRADIENT_TOLERANCE, doctor.UPDATE_TOLERANCE)
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """An empty folder, empty caches, no network, and nothing imported or asked for that takes long."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOSSCURVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    monkeypatch.setattr(doctor, "silence", lambda url: "no network")
+    return tmp_path
+
+
+def test_the_packages_are_those_of_the_project():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert dict(line.split(">=") for line in project["dependencies"]) == doctor.NEEDED
+    for name, (packages, _) in doctor.EXTRAS.items():
+        assert [line.split(">=")[0] for line in project["optional-dependencies"][name]] == list(packages)
+
+
+def test_a_line_for_each_check_and_0_where_nothing_needed_is_broken(alone, losscurve):
+    code, out, err = losscurve("doctor")
+    lines = out.splitlines()
+    assert (code, err, lines[-1]) == (0, "", "all that is needed works")
+    assert {line[0] for line in lines[:-1]} <= set(MARKS.values())
+    names = [line[2:14].strip() for line in lines[:-1]]
+    assert names[:3] == ["packages", "threads", "bfloat16"]
+    assert names[5:] == ["one step", "disk", "text", "vocabulary", "dashboard", "tensorboard", "wandb"]
+    assert f"torch {torch.__version__}" in lines[0]
+    missing = next(line for line in lines if line[2:].startswith("text"))
+    assert missing.startswith("–")
+    assert re.search(r"no network\): runs without .*; try: curl .*input\.txt", missing)
+    assert [path.name for path in alone.iterdir()] == []  # it leaves nothing behind
+
+
+def test_a_package_that_is_missing_or_too_old_ends_the_list(alone, losscurve, monkeypatch):
+    monkeypatch.setattr(doctor, "NEEDED", {"numpy": "99.1", "nosuchpackage": "1", "rich": "1"})
+    code, out, _ = losscurve("doctor")
+    assert code == 1
+    assert len(out.splitlines()) == 2
+    assert out.startswith("✗ packages")
+    assert "is older than 99.1; nosuchpackage cannot be imported" in out
+    assert 'try: pip install --upgrade "numpy>=99.1" "nosuchpackage>=1"\n1 to mend' in out
+
+
+def test_versions_are_compared_as_numbers():
+    assert doctor.numbers("2.13.0+cpu") == [2, 13, 0]
+    assert doctor.numbers("2.6") <= doctor.numbers("2.13.0a0")
+
+
+def reference_step(dropout: float) -> Outcome:
+    """The same update in float64, by logits, torch's cross-entropy and AdamW's formula."""
+    shape = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 64, "dropout": dropout}
+    config = from_settings(shape)
+    torch.manual_seed(config.seed)
+    model = GPT(config.model).double().train()
+    tokens = doctor_tokens()
+    batch = batch_at(tokens, config.seed, 0, 8, 32)
+    x, y, seeds = (torch.from_numpy(part) for part in (batch.x, batch.y, batch.seeds))
+    logits = model(x, seeds=seeds)[0]
+    loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    # the first step of AdamW: both moments are corrected to the gradient and its square
+    update = -config.max_lr * (gradient / (gradient.abs() + 1e-8) + config.weight_decay * weights)
+    return Outcome(loss.item(), gradient, update)
+
+
+def doctor_tokens():
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, 257, 4096).astype(np.uint16)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_step_is_that_of_an_independent_reference_well_within_the_tolerances(dropout):
+    found = differences(reference_step(dropout), one_step(CPU, dropout))
+    assert found[0] < doctor.LOSS_TOLERANCE / 10
+    assert found[1] < doctor.GRADIENT_TOLERANCE / 10
+    assert found[2] < doctor.UPDATE_TOLERANCE / 2
+
+
+def test_the_same_step_twice_is_the_same():
+    before = torch.random.get_rng_state()
+    assert differences(one_step(CPU), one_step(CPU)) == (0.0, 0.0, 0.0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def gelu_of_another(monkeypatch):
+    monkeypatch.setattr("torch.nn.GELU.forward", lambda self, x: x * torch.sigmoid(1.702 * x))
+
+
+def attention_that_sees_ahead(monkeypatch):
+    whole = F.scaled_dot_product_attention
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", lambda q, k, v, *_, **__: whole(q, k, v))
+
+
+def half_a_gradient(monkeypatch):
+    monkeypatch.setattr(
+        "torch.nn.utils.get_total_norm", lambda grads: torch.stack([g.mul_(0.5).norm() for g in grads]).norm()
+    )
+
+
+def another_rate(monkeypatch):
+    monkeypatch.setattr("llm.train.lr_at", lambda step, config: 1.05 * config.max_lr)
+
+
+def one_weight_not_updated(monkeypatch):
+    whole = torch.optim.AdamW.step
+
+    def step(self, *more):
+        self.param_groups[0]["params"][2].grad = None
+        return whole(self, *more)
+
+    monkeypatch.setattr("torch.optim.AdamW.step", step)
+
+
+def a_loss_that_is_no_number(monkeypatch):
+    monkeypatch.setattr("llm.model.linear_cross_entropy", lambda x, w, y: (x.sum() + w.sum()) * float("nan"))
+
+
+BREAKS = (
+    gelu_of_another,
+    attention_that_sees_ahead,
+    half_a_gradient,
+    another_rate,
+    one_weight_not_updated,
+    a_loss_that_is_no_number,
+)
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_a_step_that_is_deliberately_broken_is_found(broken, monkeypatch):
+    right = {dropout: one_step(CPU, dropout) for dropout in (0.0, 0.1)}
+    with monkeypatch.context() as patch:
+        broken(patch)
+        wrong = {dropout: one_step(CPU, dropout) for dropout in (0.0, 0.1)}
+    found = differences(right[0.0], wrong[0.0])
+    assert not all(value <= limit for value, limit in zip(found, LIMITS, strict=True)), found
+    monkeypatch.setattr("llm.device.choose_device", lambda name: torch.device("cuda"))  # told apart by its type only
+    monkeypatch.setattr(doctor, "one_step", lambda on, dropout: (right if on.type == "cpu" else wrong)[dropout])
+    check = parity()
+    assert check.good is False
+    assert check.remedy == "losscurve train --device cpu"
+    assert "at most 0.0001, 0.001, 0.02 is rounding" in check.words
+
+
+def test_a_check_that_hangs_or_raises_is_broken_and_the_list_goes_on():
+    never = threading.Event()
+    check = bounded("slow", lambda: never.wait() and None, "try this", seconds=0.1)
+    assert check == Check("slow", False, "no answer in 0.1 s", "try this")
+    never.set()
+
+    def raises():
+        raise RuntimeError("CUDA error:\n  unspecified\n")
+
+    assert bounded("bad", raises, "try this") == Check(
+        "bad", False, "RuntimeError: CUDA error: unspecified", "try this"
+    )
+
+
+def test_a_host_that_accepts_and_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr(download, "CONNECT_SECONDS", 0.3)
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        url, start = f"http://127.0.0.1:{mute.getsockname()[1]}/file", time.monotonic()
+        reason = silence(url)
+        assert time.monotonic() - start < 2
+    assert reason == "no answer in 0.3 s" or "timed out" in reason
+    assert "refused" in silence(url)
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.send_response(200 if self.path == "/file" else 404)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_download_is_there_or_can_be_had_or_says_why_not(tmp_path, monkeypatch):
+    path = tmp_path / "cache" / "file"
+    known = b"abc"
+    sum_of_it = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with http.server.HTTPServer(("127.0.0.1", 0), Answers) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        place = f"http://127.0.0.1:{server.server_port}"
+
+        def look(url: str = "/file") -> Check:
+            return cached("text", "the text", place + url, path, sum_of_it, "mend", "nothing")
+
+        assert look().good is True
+        assert "is not in" in look().words
+        assert "answers, so it is fetched" in look().words
+        assert not path.parent.exists()
+        path.parent.mkdir()
+        path.write_bytes(b"abd")
+        assert "is damaged in" in look().words
+        lost = look("/other")
+        assert lost.good is None
+        assert "(Not Found): nothing" in lost.words
+        path.write_bytes(known)
+        assert look("/other") == Check("text", True, f"the text is in {path.parent}")
+        server.shutdown()
+        serving.join()
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.write_bytes(b"a file where the cache should be")
+    check = cached("text", "the text", "http://127.0.0.1:9/", path / "x" / "y", sum_of_it, "mend", "nothing")
+    assert (check.good, check.remedy) == (False, "mend")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_caches_are_those_that_training_reads(own, alone, monkeypatch):
+    if own:
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(alone / "own"))
+    asked = []
+
+    def fetch(url, path, sha256, what, offline=False):
+        asked.append((url, path, sha256))
+        raise Failure("not here")
+
+    monkeypatch.setattr(download, "fetch", fetch)
+    looked = []
+    monkeypatch.setattr(doctor, "cached", lambda name, what, *known: looked.append(known[:3]))
+    from llm import corpus
+
+    with pytest.raises(Failure):
+        corpus._shakespeare(offline=True)
+    with pytest.raises(Failure):
+        tokenizer.gpt2(offline=True)
+    doctor.text()
+    doctor.vocabulary()
+    assert looked == asked
+
+
+def test_more_threads_than_processors_is_said(monkeypatch, tmp_path):
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    monkeypatch.setattr(doctor, "CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    assert doctor.processors() == 1.5
+    check = doctor.threads()
+    assert (check.good, check.remedy) == (None, 'export OMP_NUM_THREADS="1"')
+    assert "8 on 1.5 processors" in check.words
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert doctor.processors() == 64
+    assert doctor.threads().good is True
+
+
+def test_a_compiler_that_is_absent_or_cannot_compile_is_no_failure(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "nowhere"))
+    assert doctor.compiler().good is None
+    fake = tmp_path / "c++"
+    fake.write_text("#!/bin/sh\necho 'fatal error: Python.h: No such file' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    check = doctor.compiler()
+    assert check.good is None
+    assert "cannot compile (fatal error: Python.h" in check.words
+    assert check.remedy
+
+
+def test_a_gpu_that_cannot_be_used_is_found(monkeypatch, tmp_path):
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("there is a GPU that can be used")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100'\n")
+    tool.chmod(0o755)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    check = doctor.device()
+    assert (check.good, check.remedy) == (None, "pip install --force-reinstall torch")
+    assert "built without CUDA" in check.words
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert doctor.device() == Check(
+        "device",
+        False,
+        "the CPU trains, though an NVIDIA GPU is here: PyTorch's CUDA 12.8 does not work with its driver; "
+        "look which CUDA that has",
+        "nvidia-smi",
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert doctor.device().remedy == "unset CUDA_VISIBLE_DEVICES"
+    tool.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
+    assert doctor.device().words.startswith("no GPU")
+
+
+def test_a_disk_that_is_full_is_broken(alone, monkeypatch):
+    assert doctor.disk().good is True
+    monkeypatch.setattr("llm.start.disk_needed", lambda model, config: 2**80)
+    check = doctor.disk()
+    assert check.good is False
+    assert "MiB free" in check.words
+    assert check.remedy.startswith("losscurve train --out_dir")
+
+
+def test_an_extra_that_is_missing_says_what_it_would_bring(monkeypatch):
+    monkeypatch.setattr(doctor, "EXTRAS", {"wandb": (("nosuchpackage", "numpy"), "a view of runs")})
+    expected = Check("wandb", None, "no nosuchpackage; for a view of runs", 'pip install "losscurve[wandb]"')
+    assert doctor.extra("wandb") == expected
+
+
+def test_an_output_without_such_characters_gets_words(alone, monkeypatch):
+    found = [Check("packages", True, "fine"), Check("disk", False, "in /tmp/ö\x1b[2J", "mend")]
+    monkeypatch.setattr(doctor, "examine", lambda: iter(found))
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", output)
+    assert main(["doctor"]) == 1
+    shown = output.buffer.getvalue().decode("ascii").splitlines()
+    assert shown == ["ok packages    fine", "NO disk        in /tmp/??[2J; try: mend", "1 to mend"]
+
+
+def test_examining_imports_no_torch_before_the_packages_are_looked_at():
+    code = (
+        "import sys; from llm import doctor; doctor.NEEDED = {'nosuchpackage': '1'}\n"
+        "assert [check.good for check in doctor.examine()] == [False]\n"
+        "print(sorted({'torch', 'numpy', 'tiktoken'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"

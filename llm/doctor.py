@@ -141,6 +141,8 @@ def threads() -> Check:
     if count > max(1, cores):
         best = setting("OMP_NUM_THREADS", str(max(1, int(cores))))
         return Check("threads", None, f"{words}: more than there are processors slow a step down", best)
+    if count < cores and "OMP_NUM_THREADS" in os.environ:
+        return Check("threads", None, f"{words}: OMP_NUM_THREADS keeps it from more", "unset OMP_NUM_THREADS")
     return Check("threads", True, words)
 
 

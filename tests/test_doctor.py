@@ -280,7 +280,10 @@ def test_more_threads_than_processors_is_said(monkeypatch, tmp_path):
     assert "8 on 1.5 processors" in check.words
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert doctor.processors() == 64
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert doctor.threads().good is True
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert doctor.threads().remedy == "unset OMP_NUM_THREADS"
 
 
 def test_a_compiler_that_is_absent_or_cannot_compile_is_no_failure(monkeypatch, tmp_path):

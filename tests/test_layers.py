@@ -32,10 +32,15 @@ ORDER = (
         "verify",
         "prove",
         "plan",
+        "chart",
+        "report",
+        "report_page",
+        "report_markdown",
         "doctor",
     ),
 )
-OUTSIDE = {"explain", "plan", "doctor"}  # what plugs in from outside: nothing in the library imports it
+# what plugs in from outside: nothing in the library imports it
+OUTSIDE = {"explain", "plan", "chart", "report", "report_page", "report_markdown", "doctor"}
 READING_PATH = ("model", "loss", "data", "schedule", "optim", "train")
 
 
@@ -55,7 +60,8 @@ def test_a_file_imports_only_from_those_above_it():
     files = {path.stem for path in LIBRARY.glob("*.py")} - {"__init__", "__main__"}
     assert files == set(ORDER)
     for position, name in enumerate(ORDER):
-        assert imported(LIBRARY / f"{name}.py") <= set(ORDER[:position]) - OUTSIDE, name
+        outside = set() if name in OUTSIDE else OUTSIDE
+        assert imported(LIBRARY / f"{name}.py") <= set(ORDER[:position]) - outside, name
 
 
 def test_the_page_and_the_commands_plug_in_from_outside():

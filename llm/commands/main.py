@@ -13,6 +13,7 @@ COMMANDS = {
     "sample": "let a trained model continue a prompt",
     "explain": "what a run's record shows, and what to try",
     "watch": "a page in the browser that follows runs as they go",
+    "report": "a run as one file to share: curves, samples, data, settings",
     "plot": "draw the loss curve of one or several runs",
     "schedule": "show a learning-rate schedule before training",
     "verify": "check every file of a run or data folder",

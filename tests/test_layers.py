@@ -37,6 +37,7 @@ ORDER = (
         "report_page",
         "report_markdown",
         "doctor",
+        "runs",
     ),
 )
 # what plugs in from outside: nothing in the library imports it

@@ -41,7 +41,7 @@ ORDER = (
     ),
 )
 # what plugs in from outside: nothing in the library imports it
-OUTSIDE = {"explain", "plan", "chart", "report", "report_page", "report_markdown", "doctor"}
+OUTSIDE = {"explain", "plan", "chart", "report", "report_page", "report_markdown", "doctor", "runs"}
 READING_PATH = ("model", "loss", "data", "schedule", "optim", "train")
 
 

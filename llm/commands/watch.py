@@ -1,10 +1,19 @@
-"""`watch [RUN …]`: a page in the browser that follows runs as they go."""
+"""`watch [RUN …]`: a page in the browser that follows runs as they go. `train --watch` has it beside the training."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from llm.commands.flags import Parser
 from llm.errors import Failure, UserError
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 DESCRIPTION = "Serve a page on this machine that follows one or several runs as they go: curves, samples, the \
 learning-rate slider and a playground. It only reads the run folders; a folder without a run is waited for."
+PATIENCE = 10  # seconds that a training run waits for the page's address
 
 
 def main(argv: list[str]) -> int:
@@ -13,27 +22,27 @@ def main(argv: list[str]) -> int:
         "runs", nargs="*", default=["checkpoints"], metavar="RUN", help="run folders (default: checkpoints)"
     )
     parser.add_argument("--port", type=int, default=0, metavar="PORT", help="on 127.0.0.1 (default: a free one)")
-    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    parser.add_argument("--until_eof", action="store_true", help="end where standard input ends (for other programs)")
     args = parser.read(argv)
     if not 0 <= args.port < 65536:
         raise UserError(f"port = {args.port}: expected 0 to 65535")
 
     import secrets
     import socket
+    import threading
     from pathlib import Path
 
     from llm.commands.bars import tell
 
     try:
-        import uvicorn
-
-        from llm.page.server import app, plotly_script
+        from llm.page.server import Server, plotly_script
     except ModuleNotFoundError as error:
         raise UserError(f'the page needs {error.name}; pip install "losscurve[dashboard]"') from None
     plotly_script()
     for name in args.runs:
         if Path(name).exists() and not Path(name).is_dir():
             raise UserError(f"{name}: not a folder; give the --out_dir of a training run")
+    give_way()
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -41,19 +50,78 @@ def main(argv: list[str]) -> int:
         except OSError as error:
             raise Failure(f"port {args.port}: {error.strerror}; give another --port, or none") from None
         port, token = listener.getsockname()[1], secrets.token_urlsafe(24)
-        address = f"http://127.0.0.1:{port}/?token={token}"
-        tell(f"watching {', '.join(args.runs)} at {address} (Ctrl-C ends)")
-        if args.open:
-            import webbrowser
+        server = Server([Path(name) for name in args.runs], token, port)
 
-            webbrowser.open(address)
-        settings = uvicorn.Config(
-            app([Path(name) for name in args.runs], token, port),
-            log_level="critical",  # open streams that are cut off at the end are no news
-            access_log=False,
-            lifespan="off",
-            server_header=False,
-            timeout_graceful_shutdown=1,
-        )
-        uvicorn.Server(settings).run(sockets=[listener])
+        def wait_for_eof() -> None:
+            sys.stdin.buffer.read()
+            server.should_exit = True
+
+        if args.until_eof:
+            threading.Thread(target=wait_for_eof, daemon=True).start()
+        end = "it ends with this run" if args.until_eof else "Ctrl-C ends it"
+        tell(f"watching {', '.join(args.runs)} at http://127.0.0.1:{port}/{token}/ ({end})")
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
     return 0
+
+
+def give_way() -> None:
+    """Let a training run go first: for the processor, and where memory runs out (Linux)."""
+    import os
+
+    with contextlib.suppress(AttributeError, OSError):
+        os.nice(10)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+
+
+@contextlib.contextmanager
+def beside(out_dir: "Path") -> Iterator[Callable[[], str]]:
+    """The page of the run in `out_dir`, served by a process of its own until the block ends, or this process, however
+    it ends. What it yields waits for the line with the address, or with the reason why there is none.
+    """
+    import queue
+    import subprocess
+    import threading
+
+    command = [sys.executable, "-m", "llm", "watch", "--until_eof", "--", str(out_dir)]
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    try:
+        page = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the training
+        )
+    except OSError as error:
+        yield lambda: f"error: no page: {error.strerror}"
+        return
+
+    def listen() -> None:
+        assert page.stdout
+        with page.stdout:
+            for line in page.stdout:  # to the end, so that it never waits to be heard
+                lines.put(line.decode(errors="replace").strip())
+        lines.put("error: the page's server ended at once")
+
+    threading.Thread(target=listen, daemon=True).start()
+
+    def said() -> str:
+        try:
+            while not (line := lines.get(timeout=PATIENCE)).startswith(("watching ", "error: ")):
+                pass  # a warning of some library
+        except queue.Empty:
+            line = f"error: the page's server said nothing within {PATIENCE} s"
+        return line
+
+    try:
+        yield said
+    finally:
+        assert page.stdin
+        page.stdin.close()
+        try:
+            page.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            page.kill()
+            page.wait()

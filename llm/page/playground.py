@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.errors import UserError
+from llm.page.follow import WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 PROMPT = 20_000  # characters
 TOKENS = 2_000  # that follow the prompt, at most
 SHOWN = 20  # candidates
-FILES = {"last": "model.pt", "best": "best.pt"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def question(body: bytes) -> Question:
         raise UserError(f"prompt: give 1 to {PROMPT:,} characters")
     if not isinstance(ids, list) or len(ids) > TOKENS or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise UserError(f"ids: expected at most {TOKENS:,} tokens; start anew")
-    if weights not in tuple(FILES):
+    if weights not in tuple(WEIGHTS):
         raise UserError("weights: expected last or best")
     top_k = None if given.get("top_k") is None else whole(given, "top_k", 1, 2**31)
     temperature, top_p = number(given, "temperature", 1.0), number(given, "top_p", 1.0)
@@ -90,11 +90,11 @@ class Playground:
 
         from llm.run import Run
 
-        file = path / FILES[weights]
+        file = path / WEIGHTS[weights]
         try:
             found = file.stat()
         except OSError:
-            raise UserError(f"{FILES[weights]}: not saved yet; the first save comes with an evaluation") from None
+            raise UserError(f"{WEIGHTS[weights]}: not saved yet; the first save comes with an evaluation") from None
         key = (file, found.st_mtime_ns, found.st_size, found.st_ino)
         if key != self._key or self._model is None or self._tokenizer is None:
             self._key, self._model = (), None  # the old one's memory goes first

@@ -131,7 +131,7 @@
       let from = null;
       const picked = element("rect", { class: "picked", height: "100%", width: 0 });
       const stepAt = (event) => {
-        const box = chart.curves.getBoundingClientRect();
+        const box = chart.frame.getBoundingClientRect();
         const share = Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1);
         return view[0] + share * (view[1] - view[0]);
       };

@@ -1,104 +1,38 @@
-"""The live page's server: on loopback, for who has the token, of the run folders it was started with.
+"""The live page's server: what its addresses answer, of the run folders it was started with.
 
-Every request needs the token (once in the address, then in a cookie), a Host that is this server's and, where the
-browser names one, an Origin that is too. A run is asked for by its number; no path comes from a request.
+A run is asked for by its number; no path comes from a request. Who may ask at all: see `guard`.
 """
 
 import asyncio
-import hmac
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Sequence
-from http.cookies import CookieError, SimpleCookie
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm.config import TrainConfig, from_settings
 from llm.errors import Failure, UserError
-from llm.page.follow import RECENT, Follower, names_of, schedule_points
+from llm.page.follow import Follower
+from llm.page.guard import Guard
 from llm.page.playground import Playground, Question, question
+from llm.page.shown import Viewer, names_of, schedule_points
 from llm.schedule import lr_at, warmup_warning
 
 LOOK_EVERY = 1.0  # seconds
 BODY = 2**18  # bytes of a request, at most
 KNOBS = ("warmup_steps", "max_lr", "min_lr", "max_steps", "schedule")
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)  # styles: plotly sets its own
-HEADERS = {
-    "Content-Security-Policy": POLICY,
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
-FILES = {"/page.js": "text/javascript", "/page.css": "text/css"}
-
-
-class Guard:
-    """Lets through only who may ask; every other request is answered with 403."""
-
-    def __init__(self, app: ASGIApp, token: str, port: int) -> None:
-        self.app, self.token, self.cookie = app, token, f"losscurve-{port}"
-        self.hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            return await self.app(scope, receive, send)
-        if scope["type"] != "http":
-            return
-        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                extra = [(key.lower().encode(), value.encode()) for key, value in HEADERS.items()]
-                message["headers"] = [*message.get("headers", []), *extra]
-            await send(message)
-
-        response: ASGIApp = self.app
-        if not self._from_here(headers):
-            response = Response("refused: not from this page\n", 403)
-        elif self._is_token(asked_token(scope)) and scope["path"] == "/" and scope["method"] == "GET":
-            response = RedirectResponse("/", 303)  # the token leaves the address bar and the history
-            response.set_cookie(self.cookie, self.token, httponly=True, samesite="strict", path="/")
-        elif not self._is_token(self._cookie_token(headers)):
-            response = Response("refused: open the address that losscurve watch printed\n", 403)
-        await response(scope, receive, send_with_headers)
-
-    def _from_here(self, headers: dict[str, str]) -> bool:
-        origin = headers.get("origin")
-        site = headers.get("sec-fetch-site", "none")
-        return (
-            headers.get("host") in self.hosts
-            and (origin is None or origin in {f"http://{host}" for host in self.hosts})
-            and site in ("same-origin", "none")
-        )
-
-    def _is_token(self, given: str) -> bool:
-        return hmac.compare_digest(given.encode(), self.token.encode())
-
-    def _cookie_token(self, headers: dict[str, str]) -> str:
-        try:
-            morsel = SimpleCookie(headers.get("cookie", "")).get(self.cookie)
-        except CookieError:
-            return ""
-        return str(morsel.value) if morsel else ""
-
-
-def asked_token(scope: Scope) -> str:
-    """The token in the address, if there is one."""
-    return str(parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0])
+SCRIPTS = ("page.js", "words.js", "charts.js", "slider.js", "playground.js")
+ERRORS = (UserError, Failure, OSError, RuntimeError, MemoryError)  # what a run folder that changes can cause
 
 
 class Page:
@@ -106,45 +40,85 @@ class Page:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.runs = [Follower(path, name) for path, name in zip(paths, names_of(paths), strict=True)]
-        self.playground = Playground()
-        self.playing = asyncio.Lock()
-        self.looking = asyncio.Lock()
-        self.looked_at = -LOOK_EVERY
+        self.ended = asyncio.Event()  # set where the server is about to end
+        self._playground = Playground()
+        self._playing, self._looking = asyncio.Lock(), asyncio.Lock()
+        self._looked_at = -LOOK_EVERY
 
-    async def look(self) -> None:
-        """Read what is new in every folder, at most once a second; in a thread, since the first is long."""
-        async with self.looking:
-            if time.monotonic() - self.looked_at < 0.9 * LOOK_EVERY:
-                return
-            for run in self.runs:
-                await run_in_threadpool(run.look)
-            self.looked_at = time.monotonic()
+    def app(self) -> Starlette:
+        routes = [
+            Route("/", self.file("page.html", "text/html")),
+            Route("/page.css", self.file("page.css", "text/css")),
+            *(Route(f"/{name}", self.file(name, "text/javascript")) for name in SCRIPTS),
+            Route("/plotly.js", self.plotly),
+            Route("/events", self.events),
+            Route("/schedule", self.schedule),
+            Route("/runs/{run:int}/samples/{step:int}", self.sample),
+            Route("/runs/{run:int}/next", self.next, methods=["POST"]),
+            Route("/runs/{run:int}/stream", self.stream, methods=["POST"]),
+        ]
+        return Starlette(routes=routes)
+
+    @staticmethod
+    def file(name: str, kind: str) -> Any:
+        """What answers with a file of this package."""
+
+        def answer(request: Request) -> Response:
+            return Response(resources.files("llm.page").joinpath(name).read_bytes(), media_type=kind)
+
+        return answer
+
+    def plotly(self, request: Request) -> Response:
+        return Response(plotly_script().read_bytes(), media_type="text/javascript")
 
     async def events(self, request: Request) -> Response:
         return StreamingResponse(self.changes(), media_type="text/event-stream")
 
     async def changes(self) -> AsyncIterator[str]:
-        """Server-sent events: of each run all there is, then what is new, once a second."""
-        seen: list[Seen] = [Seen() for _ in self.runs]
+        """Server-sent events: of each run all there is, then what is new, once a second; at last that it ends."""
+        viewers = [Viewer() for _ in self.runs]
         yield f"retry: 1000\nevent: hello\ndata: {json.dumps({'runs': len(self.runs)})}\n\n"
         quiet = 0
         while True:
+            last = self.ended.is_set()
             await self.look()
-            told = [news(number, run, seen[number]) for number, run in enumerate(self.runs)]
-            for message in told:
-                if message:
-                    yield f"event: run\ndata: {json.dumps(message, allow_nan=False)}\n\n"
-            quiet = 0 if any(told) else quiet + 1
+            quiet += 1
+            for number, (run, viewer) in enumerate(zip(self.runs, viewers, strict=True)):
+                if message := viewer.news(run):
+                    quiet = 0
+                    yield f"event: run\ndata: {json.dumps({'run': number} | message, allow_nan=False)}\n\n"
+            if last:
+                yield "event: ended\ndata: {}\n\n"
+                return
             if quiet >= 15:  # so that either side notices when the other is gone
                 quiet = 0
                 yield ": here\n\n"
-            await asyncio.sleep(LOOK_EVERY)
+            behind = any(run.behind for run in self.runs)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.ended.wait(), 0.01 if behind else LOOK_EVERY)
 
-    async def schedule(self, request: Request) -> Response:
+    async def look(self) -> None:
+        """Read what is new in every folder, at most once a second; in a thread, since there may be much."""
+        async with self._looking:
+            fresh = time.monotonic() - self._looked_at < 0.9 * LOOK_EVERY
+            if fresh and not self.ended.is_set() and not any(run.behind for run in self.runs):
+                return
+            for run in self.runs:
+                await run_in_threadpool(run.look)
+            self._looked_at = time.monotonic()
+
+    def schedule(self, request: Request) -> Response:
         try:
             return JSONResponse(schedule_answer(dict(request.query_params)))
         except UserError as error:
             return JSONResponse({"error": str(error)}, 400)
+
+    def sample(self, request: Request) -> Response:
+        run, step = request.path_params["run"], request.path_params["step"]
+        text = self.runs[run].sample(step) if run < len(self.runs) else None
+        if text is None:
+            return JSONResponse({"error": "no such sample any more"}, 404)
+        return JSONResponse({"text": text})
 
     async def next(self, request: Request) -> Response:
         return await self.answered(request, stream=False)
@@ -155,11 +129,12 @@ class Page:
     async def answered(self, request: Request, stream: bool) -> Response:
         """The playground's answer, or the one line that says why there is none."""
         try:
-            run, asked = self.runs[request.path_params["run"]], question(await body_of(request))
+            run, body = self.runs[request.path_params["run"]], await body_of(request)
+            asked = await run_in_threadpool(question, body)  # the first loads torch
             if stream:
                 return StreamingResponse(self.tokens(run, asked), media_type="text/event-stream")
-            async with self.playing:
-                return JSONResponse(await run_in_threadpool(self.playground.next, run.path, asked))
+            async with self._playing:
+                return JSONResponse(await run_in_threadpool(self._playground.next, run.path, asked))
         except IndexError:
             return JSONResponse({"error": "no such run"}, 404)
         except ERRORS as error:
@@ -167,32 +142,36 @@ class Page:
 
     async def tokens(self, run: Follower, asked: Question) -> AsyncIterator[str]:
         """Server-sent events, one for each token."""
-        async with self.playing:
+        async with self._playing:
             try:
-                tokens = self.playground.stream(run.path, asked)
+                tokens = self._playground.stream(run.path, asked)
                 while (token := await run_in_threadpool(next, tokens, None)) is not None:
                     yield f"data: {json.dumps(token)}\n\n"
                 yield "event: done\ndata: {}\n\n"
             except ERRORS as error:
                 yield f"event: failed\ndata: {json.dumps({'error': one_line(error)})}\n\n"
 
-    async def file(self, request: Request) -> Response:
-        name = request.url.path
-        text = resources.files("llm.page").joinpath(name[1:]).read_bytes()
-        return Response(text, media_type=FILES[name])
 
-    async def html(self, request: Request) -> Response:
-        return Response(resources.files("llm.page").joinpath("page.html").read_bytes(), media_type="text/html")
+class Server(uvicorn.Server):
+    """Serves the page of the run folders `paths` on 127.0.0.1:`port`, and tells open pages that it ends before it does."""
 
-    async def plotly(self, request: Request) -> Response:
-        return Response(plotly_script().read_bytes(), media_type="text/javascript")
+    def __init__(self, paths: Sequence[Path], token: str, port: int) -> None:
+        self.page = Page(paths)
+        super().__init__(
+            uvicorn.Config(
+                Guard(self.page.app(), token, port),
+                log_level="critical",  # streams that are cut off are no news
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                server_header=False,
+                timeout_graceful_shutdown=3,
+            )
+        )
 
-
-ERRORS = (UserError, Failure, OSError, RuntimeError, MemoryError)  # what a run folder that changes can cause
-
-
-def one_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:500]
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.page.ended.set()
+        await super().shutdown(sockets)
 
 
 async def body_of(request: Request) -> bytes:
@@ -205,31 +184,8 @@ async def body_of(request: Request) -> bytes:
     return body
 
 
-class Seen:
-    """What one viewer knows of a run."""
-
-    def __init__(self) -> None:
-        self.generation, self.count, self.slow_version, self.appended = -1, 0, -1, 0
-
-
-def news(number: int, run: Follower, seen: Seen) -> dict[str, Any] | None:
-    """What a viewer does not know yet of run `number`; None if that is nothing.
-
-    `all`: the curves anew; `more`: rows to append to them. After `RECENT` appended rows come the curves anew, so that
-    a page left open does not grow.
-    """
-    message: dict[str, Any] = {}
-    new = run.count - seen.count
-    if run.generation != seen.generation or new + seen.appended > RECENT:
-        message["all"] = run.fast()
-        seen.appended = 0
-    elif new:
-        message["more"] = run.newest(new)
-        seen.appended += new
-    if run.slow_version != seen.slow_version:
-        message["slow"] = run.slow()
-    seen.generation, seen.count, seen.slow_version = run.generation, run.count, run.slow_version
-    return {"run": number, "pace": run.pace(), **message} if message else None
+def one_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:500]
 
 
 def schedule_answer(given: dict[str, str]) -> dict[str, Any]:
@@ -261,18 +217,3 @@ def plotly_script() -> Any:
     if script is None or not script.is_file():
         raise UserError('the page needs plotly; pip install "losscurve[dashboard]"')
     return script
-
-
-def app(paths: Sequence[Path], token: str, port: int) -> ASGIApp:
-    """The page's application for the run folders `paths`, on 127.0.0.1:`port`."""
-    page = Page(paths)
-    routes = [
-        Route("/", page.html),
-        *(Route(name, page.file) for name in FILES),
-        Route("/plotly.js", page.plotly),
-        Route("/events", page.events),
-        Route("/schedule", page.schedule),
-        Route("/runs/{run:int}/next", page.next, methods=["POST"]),
-        Route("/runs/{run:int}/stream", page.stream, methods=["POST"]),
-    ]
-    return Guard(Starlette(routes=routes), token, port)

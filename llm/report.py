@@ -21,17 +21,16 @@ import torch
 from llm import __version__, storage
 from llm.bands import Band, band_of_run
 from llm.config import FIELDS, TrainConfig, from_settings, to_settings
-from llm.data import TokenData, Tokens, read_meta
+from llm.data import GPT2_VOCAB, TokenData, Tokens, read_meta
 from llm.device import choose_device, choose_dtype, precision
-from llm.errors import UserError
+from llm.errors import Failure, UserError
 from llm.explain import explain
 from llm.memorised import draw, longest_seen, run_tokens, share_seen, spread_windows
 from llm.metrics import Row, best, losses, read_record
 from llm.model import GPT
 from llm.plot import plain, thinned
 from llm.run import Run
-from llm.start import run_tokenizer
-from llm.tokenizer import Tokenizer
+from llm.tokenizer import Tokenizer, gpt2, load_tokenizer
 
 SAMPLES, SAMPLE_LENGTH = 24, 4000  # samples shown, and characters of each: they keep a report small
 EVALUATIONS = 60  # rows of the table of evaluations
@@ -44,7 +43,7 @@ DRAWN = 2000  # tokens drawn at each temperature
 QUICK = 10**8  # training tokens; to look through more takes longer than a report should
 PASSAGE = 300  # characters of the longest passage shown
 FOLDERS = ("data_dir", "out_dir", "init_from", "text")  # settings that are paths
-OWN = ("data_dir", "out_dir", "vocab_size", "sample_prompt", "device")  # settings that another run would find itself
+OWN = ("data_dir", "out_dir", "vocab_size", "sample_prompt", "dtype", "device")  # what another run would find itself
 VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 MISLEADING = {*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)}
 SHOWN = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | dict.fromkeys((*MISLEADING, 0xFFFE, 0xFFFF), "�")
@@ -190,7 +189,7 @@ class Report:
     def command(self) -> str:
         """What to type for such a run."""
         values = differing_settings(self.config)
-        values = {name: value for name, value in differing_settings(self.config).items() if name not in OWN}
+        values = differing_settings(self.config)
         flags = [f"--{name} {shlex.join(spelled_words(name, value))}" for name, value in values.items()]
         return " ".join(["losscurve train", *flags])
 
@@ -234,12 +233,19 @@ def gather(run_dir: Path, data_dir: str | None = None, memorised: bool = True) -
 
 
 def tokenizer_of(run: Run, trouble: list[str]) -> Tokenizer | None:
-    """The run's tokenizer; None, with the reason in `trouble`, where it has none or one that is damaged."""
+    """The run's tokenizer, for tokens of unknown origin GPT-2's if it is on this machine; None, with the reason in
+    `trouble`, where there is none or it is damaged."""
     try:
-        return run_tokenizer(run.path, run.config.model.vocab_size, trouble.append)
+        if (run.path / "tokenizer.json").exists():
+            return load_tokenizer(run.path / "tokenizer.json")
+        if run.config.model.vocab_size >= GPT2_VOCAB:
+            return gpt2(offline=True)
+        trouble.append("the run has no tokenizer.json, so tokens are shown by their ids")
     except UserError as error:
         trouble.append(without_folders(str(error), run))
-        return None
+    except Failure:
+        trouble.append("the run has no tokenizer.json and GPT-2's is not here, so tokens are shown by their ids")
+    return None
 
 
 def samples_of(run: Run, rows: list[Row]) -> list[Sample]:
@@ -310,8 +316,8 @@ def card_of(run: Run, data: TokenData | str, tokenizer: Tokenizer | None, troubl
     kind = f"{kinds[tokenizer.kind]}, {tokenizer.vocab_size:,} tokens" if tokenizer else "not known: ids only"
     facts = [("tokenizer", kind)]
     if isinstance(data, str):
-        return Card(facts, "; ".join([*trouble, data]))
-    facts = [("text", plain(data.source, 60)), *facts, *prepared(data)]
+        return Card(facts, "; ".join([data, *trouble]))
+    facts = [("text", plain(data.source, 60)), *facts]
     facts += [("training tokens", f"{len(data.train):,}"), ("validation tokens", f"{len(data.val):,}")]
     counts, counted = count(data.train, max(data.vocab_size, run.config.model.vocab_size))
     order = np.argsort(-counts, kind="stable")
@@ -322,8 +328,8 @@ def card_of(run: Run, data: TokenData | str, tokenizer: Tokenizer | None, troubl
 
     vocabulary = tokenizer.vocab_size if tokenizer else data.vocab_size
     entropy = -math.fsum(p * math.log(p) for p in (counts[used] / counted).tolist())
-    facts += [("tokens of the vocabulary in the training text", f"{len(used):,} of {vocabulary:,}")]
-    facts += [("entropy of the token frequencies", f"{entropy:.3f} nats")]
+    facts += [("vocabulary found in the training text", f"{len(used):,} of {vocabulary:,}")]
+    facts += [("entropy of the token frequencies", f"{entropy:.3f} nats"), *prepared(data)]
     least = used[::-1][: min(TOKENS, max(0, len(used) - TOKENS))]
     return Card(
         facts,
@@ -346,7 +352,9 @@ def prepared(data: TokenData) -> list[tuple[str, str]]:
     facts = [(what, source.get(what)) for what in ("documents", "characters", "bytes")]
     facts += [("bytes per training token", _ratio(splits["train"].get("bytes"), len(data.train)))]
     named = [(what, f"{n:,}" if type(n) is int else f"{n:.2f}") for what, n in facts if type(n) in (int, float)]
-    return named + ([("SHA-256", plain(source["sha256"], 80))] if isinstance(source.get("sha256"), str) else [])
+    return named + (
+        [("SHA-256 of the text", plain(source["sha256"], 80))] if isinstance(source.get("sha256"), str) else []
+    )
 
 
 def _ratio(size: Any, tokens: int) -> float | None:
@@ -397,7 +405,8 @@ def seen(what: str, samples: Tokens, tokens: Tokens, tokenizer: Tokenizer | None
     share, longest = share_seen(samples, tokens, N), longest_seen(samples, tokens)
     ids = tokens[longest.place : longest.place + longest.length]
     text = tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids.tolist()))
-    return Seen(what, share, longest.length, visible(text[:PASSAGE] + ("…" if len(text) > PASSAGE else "")))
+    line = visible(text[:PASSAGE]).replace("\n", VISIBLE["\n"])
+    return Seen(what, share, longest.length, line + ("…" if len(text) > PASSAGE else ""))
 
 
 def shown(token: int, tokenizer: Tokenizer | None) -> str:
@@ -418,8 +427,8 @@ def visible(text: str) -> str:
 
 
 def differing_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that are not those of the chapter's recipe, nor what would follow from the others."""
-    given = to_settings(config)
+    """The settings that are not those of the chapter's recipe, nor what another run would find itself."""
+    given = {name: value for name, value in to_settings(config).items() if name not in OWN}
     if replace(config, warmup_steps=None).warmup == config.warmup:
         given.pop("warmup_steps", None)
     if replace(config, min_lr=None).final_lr == config.final_lr:

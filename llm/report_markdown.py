@@ -12,7 +12,7 @@ from llm.report_page import duration
 
 MARK = "<!-- losscurve report -->\n"  # how an earlier report is known
 # what could begin a link, code, emphasis, HTML, a cell or a list
-ACTIVE = re.compile(r"[\\`*\[\]|~$<>&]|(?<!\w)_|_(?!\w)|^[-+#=]|:(?=//)|(?<=www)\.|(?<=^\d)[.)]", re.IGNORECASE)
+ACTIVE = re.compile(r"[\\`*\[\]|~$<>&]|(?<!\w)_|_(?!\w)|^[-+#=]|:(?=//)|(?<=www)\.|(?<=^\d)[.)](?= )", re.IGNORECASE)
 
 
 def write_markdown(report: Report, out: Path) -> None:

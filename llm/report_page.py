@@ -146,7 +146,7 @@ def duration(seconds: float) -> str:
 
 def rounded(count: int) -> str:
     """A large number in three digits."""
-    for size, unit in ((10**9, "billion"), (10**6, "million")):
+    for size, unit in ((10**9, "G"), (10**6, "M")):
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count:,}"

@@ -22,12 +22,15 @@ def main(argv: list[str]) -> int:
     args = parser.read(argv)
 
     from llm.commands.bars import tell
+    from llm.commands.flags import warn
     from llm.report import gather
     from llm.report_markdown import write_markdown
     from llm.report_page import write_html
 
     write, usual = (write_html, "report.html") if args.format == "html" else (write_markdown, "report/report.md")
     report = gather(args.run, args.data_dir, memorised=not args.no_memorised)
+    if report.card.trouble:
+        warn(report.card.trouble)
     out = args.out or args.run / usual
     write(report, out)
     tell(f"wrote {out} ({out.stat().st_size / 2**20:.2f} MiB)")

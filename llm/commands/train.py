@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out_dir")
     parser.add_argument("--explain", action="store_true", help="say, on stderr, what the record shows as it shows it")
+    parser.add_argument("--watch", action="store_true", help="serve the page of losscurve watch until the run ends")
     args = parser.read(argv)
     if args.resume and (args.preset or args.overwrite):
         raise UserError("--resume takes the settings of the run itself; leave out --preset and --overwrite")
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> int:
     from pathlib import Path
 
     from llm.commands.bars import StepBar, tell, tokenizing
+    from llm.commands.watch import beside
     from llm.device import describe_device
     from llm.explain import News
     from llm.run import interrupts
@@ -43,6 +45,7 @@ def main(argv: list[str]) -> int:
 
     out_dir = Path(config.out_dir)
     with contextlib.ExitStack() as stack:
+        tell_address = stack.enter_context(beside(out_dir)) if args.watch else None
         if args.resume:
             run = stack.enter_context(resumed(out_dir, typed_settings(args), say=warn))
         else:
@@ -55,6 +58,8 @@ def main(argv: list[str]) -> int:
             warn(warning)
         tell(f"training on {describe_device(run.trainer.device, run.trainer.dtype)}")
         tell(opening(run))
+        if tell_address:
+            tell_address()
         news = News(out_dir, config) if args.explain else None
         with StepBar(config.max_steps, run.progress.step, config.tokens_per_step) as shown:
             for event in run:

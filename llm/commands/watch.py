@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from llm.commands.flags import Parser
+from llm.commands.flags import Parser, warn
 from llm.errors import Failure, UserError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
 
         if args.until_eof:
             threading.Thread(target=wait_for_eof, daemon=True).start()
-        end = "it ends with this run" if args.until_eof else "Ctrl-C ends it"
+        end = "it ends with the run; losscurve watch opens it again" if args.until_eof else "Ctrl-C ends it"
         tell(f"watching {', '.join(args.runs)} at http://127.0.0.1:{port}/{token}/ ({end})")
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
@@ -76,52 +76,58 @@ def give_way() -> None:
 
 
 @contextlib.contextmanager
-def beside(out_dir: "Path") -> Iterator[Callable[[], str]]:
-    """The page of the run in `out_dir`, served by a process of its own until the block ends, or this process, however
-    it ends. What it yields waits for the line with the address, or with the reason why there is none.
+def beside(out_dir: "Path") -> Iterator[Callable[[], None]]:
+    """The page of the run in `out_dir`, served by a process of its own until the block ends, or this process does,
+    however it ends. Yields what tells its address, or in one line why there is none; that is no error of the run.
     """
     import queue
     import subprocess
     import threading
 
+    from llm.commands.bars import tell
+
     command = [sys.executable, "-m", "llm", "watch", "--until_eof", "--", str(out_dir)]
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    try:
-        page = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the training
-        )
+    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    try:  # in a session of its own: Ctrl-C is for the training
+        page = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=both, start_new_session=True)
     except OSError as error:
-        yield lambda: f"error: no page: {error.strerror}"
+        reason = str(error.strerror)
+        yield lambda: no_page(reason)
         return
+    assert page.stdin
+    assert page.stdout
+    said = page.stdout
 
     def listen() -> None:
-        assert page.stdout
-        with page.stdout:
-            for line in page.stdout:  # to the end, so that it never waits to be heard
+        with said:
+            for line in said:  # to the end, so that it never waits to be heard
                 lines.put(line.decode(errors="replace").strip())
-        lines.put("error: the page's server ended at once")
+        lines.put("error: its server ended at once")
 
     threading.Thread(target=listen, daemon=True).start()
 
-    def said() -> str:
+    def tell_address() -> None:
         try:
             while not (line := lines.get(timeout=PATIENCE)).startswith(("watching ", "error: ")):
                 pass  # a warning of some library
         except queue.Empty:
-            line = f"error: the page's server said nothing within {PATIENCE} s"
-        return line
+            line = f"error: its server said nothing within {PATIENCE} s"
+        if line.startswith("watching "):
+            tell(line)
+        else:
+            no_page(line.removeprefix("error: "))
 
     try:
-        yield said
+        yield tell_address
     finally:
-        assert page.stdin
         page.stdin.close()
         try:
             page.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             page.kill()
             page.wait()
+
+
+def no_page(reason: str) -> None:
+    warn(f"no page: {reason}; training goes on without it")

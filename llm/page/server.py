@@ -153,7 +153,7 @@ class Page:
 
 
 class Server(uvicorn.Server):
-    """Serves the page of the run folders `paths` on 127.0.0.1:`port`, and tells open pages that it ends before it does."""
+    """Serves the page of run folders on 127.0.0.1:`port`; pages that are open are told when it ends."""
 
     def __init__(self, paths: Sequence[Path], token: str, port: int) -> None:
         self.page = Page(paths)

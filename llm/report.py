@@ -264,9 +264,9 @@ def samples_of(run: Run, rows: list[Row]) -> list[Sample]:
             at = found + len(head)
             heads.append((step, loss, found, at))
     low, prompt, samples = best(rows), visible(run.config.sample_prompt or ""), []
-    ends = [found for _, _, found, _ in heads[1:]] + [len(text)]
-    for place, ((step, loss, _, start), end) in enumerate(zip(heads, ends, strict=True)):
-        body = text[start:end].removesuffix("\n\n")
+    ends = [*(found for _, _, found, _ in heads[1:]), len(text)]
+    for place, (step, loss, _, start) in enumerate(heads):
+        body = text[start : ends[place]].removesuffix("\n\n")
         kept = visible(body[:SAMPLE_LENGTH])
         begins = prompt if kept.startswith(prompt) else ""
         notable = place in (0, len(heads) - 1) or (low is not None and step == low["step"])

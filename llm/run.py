@@ -89,6 +89,23 @@ class Run:
         return draw([self.path])
 
 
+def samples_in(text: str, rows: list[Row]) -> list[tuple[int, str]]:
+    """(step, sample) of what stands in a samples.txt, by the headings that the evaluations in `rows` gave: a sample
+    may hold a line that looks like one.
+    """
+    heads, at = [], 0
+    for step, loss in metrics.losses(rows, "val"):
+        head = f"--- step {step} | val {loss:.4f} ---\n"
+        found = text.find(head, at)
+        while found > 0 and text[found - 2 : found] != "\n\n":
+            found = text.find(head, found + 1)
+        if found >= 0:
+            at = found + len(head)
+            heads.append((step, found, at))
+    ends = [found for _, found, _ in heads[1:]] + [len(text)]
+    return [(step, text[at:end].removesuffix("\n\n")) for (step, _, at), end in zip(heads, ends, strict=True)]
+
+
 def fit(
     text: str | Path | list[str | Path] | None = None,
     *,

@@ -38,10 +38,11 @@ ORDER = (
         "report_markdown",
         "doctor",
         "runs",
+        "trackers",
     ),
 )
 # what plugs in from outside: nothing in the library imports it
-OUTSIDE = {"explain", "plan", "chart", "report", "report_page", "report_markdown", "doctor", "runs"}
+OUTSIDE = {"explain", "plan", "chart", "report", "report_page", "report_markdown", "doctor", "runs", "trackers"}
 READING_PATH = ("model", "loss", "data", "schedule", "optim", "train")
 
 

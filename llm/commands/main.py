@@ -15,6 +15,7 @@ COMMANDS = {
     "watch": "a page in the browser that follows runs as they go",
     "report": "a run as one file to share: curves, samples, data, settings",
     "plot": "draw the loss curve of one or several runs",
+    "track": "show a recorded run in TensorBoard or W&B",
     "runs": "a table of the runs below a folder, with their best losses",
     "schedule": "show a learning-rate schedule before training",
     "verify": "check every file of a run or data folder",

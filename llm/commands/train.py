@@ -27,6 +27,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out_dir")
     parser.add_argument("--explain", action="store_true", help="say, on stderr, what the record shows as it shows it")
     parser.add_argument("--watch", action="store_true", help="serve the page of losscurve watch until the run ends")
+    parser.add_argument(
+        "--track", action="append", default=[], metavar="tensorboard|wandb", help="follow the run there too"
+    )
     args = parser.read(argv)
     if args.resume and (args.preset or args.overwrite):
         raise UserError("--resume takes the settings of the run itself; leave out --preset and --overwrite")
@@ -41,9 +44,10 @@ def main(argv: list[str]) -> int:
     from llm.run import interrupts
     from llm.schedule import warmup_warning
     from llm.start import begun, resumed
+    from llm.trackers import following, starts
     from llm.train import Line, Notice, Step
 
-    out_dir = Path(config.out_dir)
+    out_dir, trackers = Path(config.out_dir), starts(args.track, warn)
     with contextlib.ExitStack() as stack:
         tell_address = stack.enter_context(beside(out_dir)) if args.watch else None
         if args.resume:
@@ -61,7 +65,10 @@ def main(argv: list[str]) -> int:
         if tell_address:
             tell_address()
         news = News(out_dir, config) if args.explain else None
-        with StepBar(config.max_steps, run.progress.step, config.tokens_per_step) as shown:
+        with (
+            StepBar(config.max_steps, run.progress.step, config.tokens_per_step) as shown,
+            following(trackers, out_dir, config, shown.warn, shown.note),
+        ):
             for event in run:
                 if isinstance(event, Line):
                     shown.print(str(event))

@@ -1,12 +1,15 @@
 """Before the first step: what a run will take, and what to run in a given time.
 
 The arithmetic (parameters, memory, disk, FLOPs, Chinchilla) touches no machine; `probe` times this one, and `propose`
-uses both. N parameters, V vocabulary, C n_embd, L n_layer, T block_size, n tokens of a micro-batch.
+uses both. docs/plan.md says where each number comes from and how far off it was. n: tokens of a micro-batch.
 """
 
 import dataclasses
 import math
+import os
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm import storage
+from llm import corpus, storage
 from llm.config import GPTConfig, TrainConfig, from_settings, write_toml
-from llm.data import TokenData, read_meta
+from llm.data import GPT2_VOCAB, TokenData, read_meta
 from llm.device import choose_device, choose_dtype, precision
 from llm.errors import UserError
 from llm.evaluate import WINDOW_TOKENS, evaluate
 from llm.generate import generate
-from llm.loss import ROWS_BYTES
+from llm.loss import GPU_ROWS_BYTES, ROWS_BYTES
 from llm.model import SHORT
 from llm.prepare import default_folder
 from llm.start import build
@@ -30,19 +33,32 @@ from llm.state import Trainer
 from llm.train import train_step
 
 MIB = 2**20
-TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal for text that is not seen twice
-PROCESS = 450 * MIB  # Python, PyTorch, Matplotlib and their scratch space, of a run of a tiny model
-STARTING = 4.0  # seconds of imports, opening the text and the first save
+TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal for text that is read once
+# measured, on the configurations that benchmarks/plan.py calls tuned
+PROCESS = 420 * MIB  # Python, PyTorch, Matplotlib, the tokenizer and their scratch space
+STARTING = 4.0  # seconds of imports, opening the text and the first step's setting up
 PICTURE = 0.35  # seconds of drawing the curve, at each evaluation
 WRITING = 500 * MIB  # bytes a second of copying, hashing and writing a state
-PROBE_SECONDS = 6.0
-EPOCHS = 8  # times a proposal reads its text: beyond about 4 each pass gives less (Muennighoff et al. 2023)
-SHARE = 0.85  # of the time given that a proposal fills: a machine has other things to do
+READING = 10 * MIB  # bytes a second of text to token files
+BYTES_PER_TOKEN = {"gpt2": 3.3, "auto": 3.3, "bpe": 3.2, "byte": 1.0, "char": 1.0}  # of tiny Shakespeare
+VOCABULARY = {"gpt2": GPT2_VOCAB, "auto": GPT2_VOCAB, "bpe": 4096, "byte": 257, "char": 65}
 TEXT_BYTES = 1_115_394  # of tiny Shakespeare, the default text
-BYTES_PER_TOKEN = {"gpt2": 3.3, "auto": 3.3, "bpe": 3.0, "byte": 1.0, "char": 1.0}
-VOCABULARY = {"gpt2": 50257, "auto": 50257, "bpe": 4096, "byte": 257, "char": 65}
-# shapes a proposal chooses from, (n_layer, n_embd, n_head): heads of 32 or 64, depth growing with width
-SHAPES = ((2, 64, 2), (4, 128, 4), (6, 192, 6), (6, 256, 8), (6, 384, 6), (8, 512, 8), (12, 768, 12))
+# what a proposal is made of
+PROBE_SECONDS = 3.0
+SHAPES = (
+    (2, 64, 2),
+    (4, 128, 4),
+    (6, 192, 6),
+    (6, 256, 8),
+    (6, 384, 6),
+    (8, 512, 8),
+    (12, 768, 12),
+)  # layers, C, heads
+STEP_TOKENS = 2048  # in a batch: the chapter's
+EVALUATIONS = 10  # besides the one at the start
+EPOCHS = 16  # passes over the text after which more give little (Muennighoff et al. 2023)
+SHARE = 0.9  # of the time given that a proposal fills
+LEAST = 20  # steps
 
 
 def parameters(config: GPTConfig) -> dict[str, int]:
@@ -70,45 +86,72 @@ def run_flops(config: TrainConfig) -> float:
     return flops_per_token(config.model) * config.tokens_per_step * config.max_steps
 
 
-def memory(config: TrainConfig, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes at peak by part, on a CPU, with products in `dtype`."""
-    model, size = config.model, dtype.itemsize
+def memory(config: TrainConfig) -> dict[str, int]:
+    """Bytes at peak by part: of the process on a CPU, else what lies on the card.
+
+    Raises UserError for a device that is not there.
+    """
+    device = choose_device(config.device)
+    size, on_cpu = choose_dtype(config.dtype, device).itemsize, device.type == "cpu"
+    model, low = config.model, size != 4
     count, table = sum(parameters(model).values()), model.vocab_size * model.n_embd
     n = config.batch_size * model.block_size
-    low = size != 4
-    chunks = math.ceil(n * model.vocab_size * size / ROWS_BYTES)
+    chunks = math.ceil(n * model.vocab_size * size / (ROWS_BYTES if on_cpu else GPU_ROWS_BYTES))
     rows = math.ceil(n / min(n, chunks))  # as llm.loss cuts them
     loss = rows * model.vocab_size * size + n * model.n_embd * 8  # and the hidden states' gradient, and sums
     loss += 4 * table if model.tied_lm_head else 0  # the head's own gradient, before it joins the embedding's
-    # kept for the backward pass: two streams and two norms in float32; in `dtype` the queries, keys, values, what
-    # attention gives (twice: it is laid out anew) and the feed-forward layer before and after its GELU
-    wide = 2 * model.ffn_mult + 5
-    layer = n * model.n_embd * (16 + size * wide + (2 * size if low else 0))
-    if (low and 1 < model.block_size <= SHORT) or model.dropout > 0:  # attention by plain operations
-        layer += (1 if model.dropout == 0 else 3) * n * model.block_size * model.n_head * size
+    # kept for the backward pass: two streams and two norms in float32; in the products' precision the queries, keys,
+    # values, what attention gives (twice: it is laid out anew) and the feed-forward layer before and after its GELU
+    layer = n * model.n_embd * (16 + size * (2 * model.ffn_mult + (7 if low else 5)))
+    if (on_cpu and low and 1 < model.block_size <= SHORT) or model.dropout > 0:  # attention by plain operations
+        layer += (3 if model.dropout > 0 else 1) * n * model.block_size * model.n_head * size
     if model.dropout > 0:
         layer += 2 * 2 * n * model.n_embd * 4
-    return {
+    found = {
         "weights": 4 * count,
         "gradients": 4 * count,
         "optimizer state": 8 * count,
-        "copies being saved": 20 * count,  # of weights and moments, and the moments once more as a file's bytes
         "low-precision copies": size * count if low else 0,
         "loss": loss,
         "activations": model.n_layer * layer + 4 * n * model.n_embd * 4,
-        "process": PROCESS,
     }
+    if on_cpu:  # copies of weights and moments, and the moments twice more as they become a file
+        found |= {"copies being saved": 28 * count, "process": PROCESS}
+    return found
+
+
+def machine_memory() -> int | None:
+    """Bytes of memory of this machine, or of the container it is; None where the system does not say."""
+    try:
+        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
+    try:
+        return min(found, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return found
+
+
+def peak_memory() -> int | None:
+    """Bytes that this process held at most; None where the system does not say."""
+    try:
+        if sys.platform == "linux":  # whose getrusage counts what a parent held before it became this process
+            status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+            return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    except (ImportError, OSError, IndexError):
+        return None
 
 
 def disk(config: TrainConfig, tokens: int) -> dict[str, int]:
-    """Bytes of a run when it is done, by part; `tokens` of training text (0: not known)."""
+    """Bytes of a run when it is done, by part; `tokens` are those of the training split."""
     count = sum(parameters(config.model).values())
-    state = 12 * count  # weights and two moments, float32
-    saves = 2 + evaluations(config)
-    kept = min(config.keep + 1, saves)  # the newest and the best
+    kept = min(config.keep + 1, 1 + evaluations(config))  # the newest and the best
     each = 4 if config.model.vocab_size > 2**16 else 2
     return {
-        "states": kept * state,
+        "states": kept * 12 * count,  # weights and two moments, float32
         "model.pt and best.pt": 2 * 4 * count,
         "token files": round(each * tokens / (1 - config.val_fraction)),
     }
@@ -119,55 +162,65 @@ def evaluations(config: TrainConfig) -> int:
     return 1 + math.ceil(config.max_steps / config.eval_every)
 
 
+def optimal_parameters(flops: float) -> float:
+    """The size that is best for so much work, by Hoffmann et al. 2022: flops = 6 N D with D = 20 N tokens."""
+    return math.sqrt(flops / (6 * TOKENS_PER_PARAMETER))
+
+
 @dataclass(frozen=True)
-class Chinchilla:
-    """What Hoffmann et al. 2022 find best: parameters N and tokens D with D = 20 N, and compute 6 N D."""
+class Text:
+    """What a run would be trained on."""
 
-    parameters: float
-    tokens: float
-
-
-def optimal_for_tokens(tokens: float) -> Chinchilla:
-    return Chinchilla(tokens / TOKENS_PER_PARAMETER, tokens)
+    tokens: int  # of the training split
+    vocabulary: int
+    unprepared: int = 0  # bytes still to be tokenized, so that the tokens are an estimate; 0: they were counted
 
 
-def optimal_for_flops(flops: float) -> Chinchilla:
-    """Of `flops` = 6 N D and D = 20 N."""
-    count = math.sqrt(flops / (6 * TOKENS_PER_PARAMETER))
-    return Chinchilla(count, TOKENS_PER_PARAMETER * count)
+def text_of(config: TrainConfig) -> Text:
+    """The text of a run: counted where its token files are there, else estimated by the size of what they would be
+    made from (a character tokenizer's exactly: it is read).
 
-
-def text_tokens(config: TrainConfig) -> tuple[int | None, int, bool]:
-    """(training tokens, vocabulary, whether both were read from prepared files rather than estimated).
-
-    Estimates are by the size of the text's files; None where that is not known. Raises UserError for a text that
-    is not there, and for a meta.json that is damaged.
+    Raises UserError for a text that is not there, is empty or cannot be read, and for a meta.json that is damaged.
     """
-    folder = Path(config.data_dir or default_folder(config))
+    folder, given = Path(config.data_dir or default_folder(config)), config.vocab_size
     if (folder / "train.bin").is_file():
         meta = read_meta(folder)
         each = 4 if meta and meta["dtype"] == "uint32" else 2
-        vocabulary = meta["vocab_size"] if meta else VOCABULARY["gpt2"]
-        return (folder / "train.bin").stat().st_size // each, config.vocab_size or vocabulary, True
-    size = 0
-    for name in config.text or ("shakespeare",):
-        path = Path(name)
-        if name == "-":
-            return None, config.vocab_size or VOCABULARY[config.tokenizer], False
-        if path.is_dir():
-            size += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        elif path.is_file():
-            size += path.stat().st_size
-        elif name == "shakespeare":
-            size += TEXT_BYTES
-        else:
-            raise UserError(f"text = {name}: no such file or folder")
-    tokens = int(size * (1 - config.val_fraction) / BYTES_PER_TOKEN[config.tokenizer])
-    return tokens, config.vocab_size or VOCABULARY[config.tokenizer], False
+        tokens = (folder / "train.bin").stat().st_size // each
+        return _not_empty(Text(tokens, given or (meta["vocab_size"] if meta else GPT2_VOCAB)))
+    if config.data_dir and not config.text:
+        raise UserError(f"data_dir = {config.data_dir}: no train.bin there; name a text with --text")
+    words = config.text or (corpus.SHAKESPEARE,)
+    files = tuple(word for word in words if word != corpus.SHAKESPEARE)  # which need not be downloaded for this
+    size = count = TEXT_BYTES * (len(words) - len(files))
+    vocabulary = VOCABULARY[config.tokenizer]
+    if files:
+        with corpus.opened(files) as source:
+            size += sum(document.size for document in source.documents)
+            if config.tokenizer == "char":
+                survey = corpus.look(source, alphabet=True)
+                count, vocabulary = count + survey.total, len(survey.alphabet)
+    if config.tokenizer != "char":
+        count = int(size / BYTES_PER_TOKEN[config.tokenizer])
+    return _not_empty(Text(int(count * (1 - config.val_fraction)), given or vocabulary, size))
+
+
+def _not_empty(text: Text) -> Text:
+    if text.tokens == 0:
+        raise UserError("text: there is nothing in it to train on; give more")
+    return text
 
 
 def with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def fits(config: TrainConfig) -> bool:
+    """Whether a probe of one window finds room in this machine's memory; that of a GPU is not asked."""
+    if choose_device(config.device).type != "cpu":
+        return True
+    held = memory(from_settings({"batch_size": 1}, config))
+    return sum(held.values()) - held["copies being saved"] < (machine_memory() or math.inf)
 
 
 @dataclass(frozen=True)
@@ -179,30 +232,50 @@ class Pace:
     sampled_token: float
 
 
-def probe(config: TrainConfig, seconds: float = PROBE_SECONDS) -> Pace:
-    """Time real steps, windows of an evaluation and sampled tokens of `config` on random tokens, for about `seconds`.
+def probe(config: TrainConfig) -> Pace:
+    """Time real steps, windows of an evaluation and sampled tokens of `config` on random tokens, for a few seconds.
 
-    The first step, which sets up, is not counted; at least one more is made, however long it takes.
+    Without torch.compile, which takes longer than the probe.
     """
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
     block, vocabulary = config.model.block_size, config.model.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocabulary, max(100_000, 2 * block)).astype(np.uint32)
     data = TokenData(Path(), tokens, tokens[: max(WINDOW_TOKENS, block) + 1], vocabulary, True, "random", {})
-    trainer = build(config, data, None, device, dtype)
-    trainer.model.train()
-    train_step(trainer, 0).loss.item()
-    step = _median(lambda number: train_step(trainer, number).loss.item(), seconds)
-    return Pace(step, _evaluating(trainer), _sampling(trainer))
+    trainer = build(config, data, None, device, choose_dtype(config.dtype, device))
+    return Pace(_stepping(trainer), _evaluating(trainer), _sampling(trainer))
 
 
 def _median(work: Callable[[int], object], seconds: float) -> float:
+    """Seconds of `work`, which is given 1, 2, …, repeated for about so long and at least once."""
     times: list[float] = []
-    while not times or (sum(times) < seconds and len(times) < 200):
+    while not times or (sum(times) < seconds and len(times) < 500):
         start = time.perf_counter()
         work(len(times) + 1)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def _stepping(trainer: Trainer) -> float:
+    """Seconds of a step. A long one is counted up from fewer windows and micro-batches: the time of a step is that of
+    its optimizer, and as many times that of a window as there are windows.
+    """
+    config = trainer.config
+
+    def timed(windows: int, micro_batches: int, seconds: float) -> float:
+        few = from_settings({"batch_size": windows, "gradient_accumulation_steps": micro_batches}, config)
+        smaller = dataclasses.replace(trainer, config=few)
+        train_step(smaller, 0).loss.item()  # sets up
+        return _median(lambda number: train_step(smaller, number).loss.item(), seconds)
+
+    trainer.model.train()
+    windows, one = 1, timed(1, 1, 0.0)
+    while windows < config.batch_size and one < PROBE_SECONDS / 10:
+        windows = min(4 * windows, config.batch_size)
+        one = timed(windows, 1, 0.0)
+    if windows == config.batch_size and one * config.gradient_accumulation_steps < PROBE_SECONDS / 2:
+        return timed(windows, config.gradient_accumulation_steps, PROBE_SECONDS)
+    one, two = (timed(windows, count, PROBE_SECONDS / 2) for count in (1, 2))
+    return one + max(two - one, 0.0) * (config.windows_per_step / windows - 1)
 
 
 def _evaluating(trainer: Trainer) -> float:
@@ -213,128 +286,182 @@ def _evaluating(trainer: Trainer) -> float:
 
 
 def _sampling(trainer: Trainer) -> float:
-    if trainer.config.sample_tokens == 0:
-        return 0.0
-    count, prompt = min(trainer.config.sample_tokens, 30), torch.zeros(1, 1, dtype=torch.int64, device=trainer.device)
+    count, prompt = 30, torch.zeros(1, 1, dtype=torch.int64, device=trainer.device)
     with precision(trainer.dtype, trainer.device):
         return _median(lambda _: list(generate(trainer.model, prompt, count)), 0.5) / count
 
 
-def run_seconds(config: TrainConfig, tokens: int | None, pace: Pace) -> dict[str, float]:
-    """Seconds of a run by part, at a measured pace; `tokens` of training text."""
-    times = evaluations(config)
-    text = (tokens or config.eval_tokens) * config.val_fraction / (1 - config.val_fraction)
+def run_seconds(config: TrainConfig, text: Text, pace: Pace) -> dict[str, float]:
+    """Seconds of a run by part, at a measured pace."""
+    times, steps = evaluations(config), config.max_steps * pace.step
+    validated = min(text.tokens * config.val_fraction / (1 - config.val_fraction), config.eval_tokens)
     every = config.save_every or config.eval_every
-    steps = config.max_steps * pace.step
     saves = 2 + (steps / every if isinstance(every, float) else config.max_steps / every)
-    size = 16 * sum(parameters(config.model).values())
     return {
         "steps": steps,
-        "evaluation": times * min(text, config.eval_tokens) * pace.evaluated_token,
+        "evaluation": times * validated * pace.evaluated_token,
         "samples": times * config.sample_tokens * pace.sampled_token,
         "pictures": times * PICTURE,
-        "saving": saves * size / WRITING,
-        "starting": STARTING,
+        "saving": saves * 16 * sum(parameters(config.model).values()) / WRITING,
+        "starting": STARTING + text.unprepared / READING,
     }
 
 
+def expected_loss(blocks: float, tokens: float, text: float) -> float:
+    """What `tokens` of training, drawn from `text` distinct ones, leave to learn for a model of so many parameters, in
+    nats per token above the entropy of the text.
+
+    By the law that Muennighoff et al. 2023 fitted to models of 7 M to 9 B parameters. Only which of two is lower is
+    asked of it here: its level belongs to their texts and tokens.
+    """
+    fresh = min(text, tokens)
+    suited = min(blocks, 0.051 * fresh)  # the parameters that so much text is compute-optimal for
+    worth = fresh * (1 + 15.4 * -math.expm1(-(tokens / fresh - 1) / 15.4))  # a token read again is worth less, and
+    size = suited * (1 + 5.3 * -math.expm1(-(blocks / suited - 1) / 5.3))  # so are more parameters than it suits
+    return float(521 / size**0.353 + 1488 / worth**0.353)
+
+
 def propose(
-    config: TrainConfig, tokens: int | None, seconds: float, measure: Callable[[TrainConfig], Pace] = probe
+    config: TrainConfig, text: Text, seconds: float, measure: Callable[[TrainConfig], Pace] = probe
 ) -> tuple[TrainConfig, Pace]:
     """A run of `config`'s text that fits `seconds`: its shape, batch, steps and rates, and the pace measured for it.
 
-    1. A pace is measured once, and the work of another shape scaled by its FLOPs.
-    2. A run reads its text at most EPOCHS times: more is learned by heart.
-    3. Of SHAPES the largest whose blocks still get 20 tokens a parameter; embeddings, only looked up, do not count.
-    4. About 2,048 tokens a step, the chapter's: small models gain from more steps rather than larger ones.
-    5. The peak rate is 1e-3 up to a width of 384 and falls as 1 / width beyond it, near what GPT-3 used (Brown et al.
-       2020, table 2.1).
-    6. The shape that was chosen is measured itself, and its steps are counted by that; SHARE of the time is filled.
-    Raises UserError where not even ten steps fit.
+    From the smallest on, a shape of SHAPES is measured and given as many steps as fit; the next one is taken while it
+    promises an `expected_loss` at least 1 % lower. Only the parameters of the blocks count: embeddings are looked up.
+    Raises UserError where not even LEAST steps of the smallest fit.
     """
-    limit = math.inf if tokens is None else float(EPOCHS * tokens)
-    first = shaped(config, SHAPES[1])
-    rate = flops_per_token(first.model) * first.tokens_per_step / measure(first).step
-    chosen = shaped(config, SHAPES[0])
+    chosen, lowest = None, math.inf
     for shape in SHAPES:
         trial = shaped(config, shape)
-        affordable = min(limit, rate * seconds * SHARE / flops_per_token(trial.model))
-        if affordable >= TOKENS_PER_PARAMETER * parameters(trial.model)["blocks"]:
-            chosen = trial
-    pace = measure(chosen)
-    most = max(10, int(min(limit / chosen.tokens_per_step, seconds * SHARE / pace.step, 10**9)))
-    for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0):  # evaluations and the rest need room
-        steps = max(10, int(most * share))
-        fitted = from_settings({"max_steps": steps, "eval_every": max(1, steps // 10)}, chosen)
-        if sum(run_seconds(fitted, tokens, pace).values()) <= seconds * max(SHARE, 0.9):
-            return fitted, pace
-    need = sum(run_seconds(fitted, tokens, pace).values())
-    raise UserError(f"time = {seconds:g} s: ten steps of the smallest model take {need:.0f} s here; give more time")
+        if not fits(trial):
+            break
+        pace = measure(trial)
+        fitted = with_steps(trial, text, seconds, pace)
+        if fitted.max_steps < LEAST:
+            break
+        tokens = fitted.max_steps * fitted.tokens_per_step
+        loss = expected_loss(parameters(fitted.model)["blocks"], tokens, text.tokens)
+        if loss > 0.99 * lowest:
+            break
+        chosen, lowest = (fitted, pace), loss
+    if chosen is None:
+        raise UserError(f"time = {seconds:g} s: too short for {LEAST} steps of the smallest model here; give more time")
+    return chosen
 
 
 def shaped(config: TrainConfig, shape: tuple[int, int, int]) -> TrainConfig:
-    """`config` with a shape of SHAPES, and the batch and rate that go with it."""
+    """`config` with a shape of SHAPES, and the batch and rate that go with it.
+
+    The peak rate falls as 1 / width (Yang et al. 2022) through the 1e-3 that nanoGPT takes for a width of 384, and
+    near the 6e-4 of Brown et al. 2020 for 768; 3e-3 at most.
+    """
     layers, width, heads = shape
     settings: dict[str, float | None] = {
         "n_layer": layers,
         "n_embd": width,
         "n_head": heads,
+        "batch_size": max(1, STEP_TOKENS // config.model.block_size),
         "gradient_accumulation_steps": 1,
+        "max_lr": min(3e-3, float(f"{0.384 / width:.2g}")),
+        "min_lr": None,
+        "warmup_steps": None,
     }
-    settings |= {"batch_size": max(1, 2048 // config.model.block_size), "warmup_steps": None, "min_lr": None}
-    return from_settings(settings | {"max_lr": float(f"{1e-3 * min(1.0, 384 / width):.2g}")}, config)
+    return from_settings(settings, config)
+
+
+def with_steps(config: TrainConfig, text: Text, seconds: float, pace: Pace) -> TrainConfig:
+    """`config` with as many steps as fit at that pace, or EPOCHS passes over the text if those are fewer.
+
+    Validation takes a tenth of the time at most, by `eval_tokens`.
+    """
+    validated = 0.1 * seconds / ((1 + EVALUATIONS) * pace.evaluated_token)
+    config = from_settings({"eval_tokens": max(1, min(config.eval_tokens, int(validated)))}, config)
+
+    def steps(count: int) -> TrainConfig:
+        return from_settings({"max_steps": count, "eval_every": math.ceil(count / EVALUATIONS)}, config)
+
+    parts = run_seconds(steps(EVALUATIONS), text, pace)
+    left = SHARE * seconds - (sum(parts.values()) - parts["steps"])
+    enough = max(LEAST, EPOCHS * text.tokens / config.tokens_per_step)
+    return steps(max(1, int(min(left / pace.step, enough, 1e9))))
 
 
 def write(config: TrainConfig, path: Path) -> None:
-    """The settings as a file that `--preset` takes. Raises UserError where it cannot be written."""
-    if path.suffix != ".toml":
-        raise UserError(f"out = {path}: give it the ending .toml, which --preset asks for")
+    """The settings as a new file that `--preset` takes. Raises UserError where it cannot be written."""
+    check_new(path)
     try:
         storage.write_text(path, write_toml(config))
     except OSError as error:
         raise UserError(f"out = {path}: cannot be written ({error.strerror}); choose another place") from None
 
 
+def check_new(path: Path) -> None:
+    """Raises UserError if `write` would refuse the name."""
+    if path.suffix != ".toml":
+        raise UserError(f"out = {path}: give it the ending .toml, which --preset asks for")
+    if path.exists():
+        raise UserError(f"out = {path}: is there already; remove it, or choose another name")
+
+
+def spoken(seconds: float) -> str:
+    """'48 s', '16.5 min', '3.4 h' or '12.1 days'."""
+    for unit, size, limit in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
+        if seconds < limit * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 86400:,.1f} days"
+
+
 def outline(config: TrainConfig, tokens: int) -> str:
     """Two lines for the start of a run, without a probe: its memory, disk, work and tokens per parameter."""
-    count = sum(parameters(config.model).values())
-    dtype = choose_dtype(config.dtype, choose_device(config.device))
-    space, files = sum(memory(config, dtype).values()), sum(disk(config, tokens).values())
-    ratio = config.max_steps * config.tokens_per_step / count
+    space, files = sum(memory(config).values()), sum(disk(config, tokens).values())
+    ratio = config.max_steps * config.tokens_per_step / sum(parameters(config.model).values())
     return (
         f"about {space / MIB:,.0f} MiB of memory and {files / MIB:,.0f} MiB of disk; {run_flops(config):.2g} FLOPs\n"
-        f"{ratio:.2g} tokens per parameter, text counted each time it is read (Chinchilla: {TOKENS_PER_PARAMETER}; "
-        f"this text alone suits {optimal_for_tokens(tokens).parameters / 1e6:.2g} M parameters)"
+        f"{ratio:.2g} tokens per parameter (Chinchilla: {TOKENS_PER_PARAMETER}); "
+        f"read once, the text suits {tokens / TOKENS_PER_PARAMETER / 1e6:.2g} M parameters"
     )
 
 
 class Forecast:
-    """A run's own prediction: after SETTLED steps of its own it says how long the whole will take, and at the end how
-    far off that was. `at` is given each finished step with the seconds since the run began."""
+    """A run's own prediction: once its pace is known it says how long the whole will take, and at the end how far off
+    that and the memory of its plan were.
+    """
 
-    SETTLED = 20
+    STEPS, SECONDS = 20, 5.0  # after which the pace counts as known
 
-    def __init__(self, config: TrainConfig, step: int = 0, seconds: float = 0.0) -> None:
-        self.config, self.began = config, (step, seconds)
-        self.first: tuple[int, float] | None = None
-        self.predicted: float | None = None
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.first: tuple[int, float] | None = None  # step, and seconds of steps until then
+        self.predicted: float | None = None  # seconds
 
     def at(self, step: int, seconds: float, bookkeeping: float) -> str | None:
-        """A line once the pace is known, else None. `bookkeeping`: seconds of these spent on anything but steps."""
+        """A line once the pace is known, else None; to be asked after each step, with the seconds since the run began
+        and those of them that were spent on anything but steps.
+        """
+        stepping, config = seconds - bookkeeping, self.config
         if self.first is None:
-            self.first = step, seconds - bookkeeping  # the first step sets up
+            self.first = step, stepping  # the first step sets up
+        done, took = step - self.first[0], stepping - self.first[1]
+        if self.predicted is not None or done < self.STEPS or took < self.SECONDS:
             return None
-        if self.predicted is not None or step < self.first[0] + self.SETTLED:
-            return None
-        pace = (seconds - bookkeeping - self.first[1]) / (step - self.first[0])
-        told = 1 + (step - self.began[0]) // self.config.eval_every
-        left = math.ceil(self.config.max_steps / self.config.eval_every) - step // self.config.eval_every
-        self.predicted = seconds + (self.config.max_steps - step) * pace + left * bookkeeping / told
-        return f"at {pace:.3g} s a step this run will take about {self.predicted:.0f} s"
+        told = 1 + (step - 1) // config.eval_every
+        aside = (evaluations(config) - told) * bookkeeping / told
+        whole = seconds + (config.max_steps - step) * took / done + aside
+        self.predicted = min(whole, config.max_time or math.inf)
+        return f"at {took / done:.2g} s a step, this run will take about {spoken(self.predicted)}"
 
     def ended(self, seconds: float) -> str | None:
-        """What became of the prediction; None if there was none."""
+        """What became of the prediction, for a run that came to its end; None if it was too short for one."""
         if self.predicted is None:
             return None
-        error = seconds / self.predicted - 1
-        return f"predicted {self.predicted:.0f} s, took {seconds:.0f} s ({error:+.0%})"
+        found = f"predicted {spoken(self.predicted)}, took {spoken(seconds)}: {_off(self.predicted, seconds)}"
+        held = memory(self.config)
+        if "process" in held and (peak := peak_memory()):
+            space = sum(held.values())
+            found += f"; {space / MIB:,.0f} MiB, took {peak / MIB:,.0f} MiB: {_off(space, peak)}"
+        return found
+
+
+def _off(predicted: float, truth: float) -> str:
+    error = predicted / truth - 1
+    return f"{abs(error):.0%} too {'high' if error > 0 else 'low'}"

@@ -2,14 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-from llm.commands.flags import Parser, add_settings, config_from
-from llm.config import FIELDS, PRESETS, TrainConfig, coerce
+from llm.commands.flags import Parser, add_settings, config_from, typed_settings, warn
+from llm.config import FIELDS, PRESETS, TrainConfig, parse_duration
 from llm.errors import UserError
 
 if TYPE_CHECKING:
-    from llm.plan import Pace
+    from llm.plan import Pace, Text
 
 DESCRIPTION = "Say what a run will take here: memory, disk, time; or, with --time, what to run in that time."
+PROPOSED = (
+    *("n_layer", "n_embd", "n_head", "batch_size", "gradient_accumulation_steps", "max_steps"),
+    *("eval_every", "eval_tokens", "warmup_steps", "max_lr", "min_lr"),
+)  # what --time decides
 
 
 def main(argv: list[str]) -> int:
@@ -20,28 +24,33 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", metavar="FILE.toml", help="write the settings there, for train --preset")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     args = parser.read(argv)
-    config = config_from(args)
-    budget = None if args.time is None else duration(args.time)
-    if args.out and not args.out.endswith(".toml"):
-        raise UserError(f"out = {args.out}: give it the ending .toml, which --preset asks for")
+    config, budget = config_from(args), None if args.time is None else duration(args.time)
+    typed = [name for name in PROPOSED if name in typed_settings(args)] + ["init_from"] * bool(config.init_from)
+    if budget and typed:
+        raise UserError(f"{typed[0]}: --time decides that; leave one of the two out")
 
     import json
     from pathlib import Path
 
     from llm.commands.bars import tell
-    from llm.plan import probe, propose, text_tokens, with_vocabulary, write
+    from llm.plan import check_new, fits, probe, propose, text_of, with_vocabulary, write
+    from llm.start import starting_point
 
-    tokens, vocabulary, known = text_tokens(config)
-    config = with_vocabulary(config, vocabulary)
-    if budget is None:
+    if args.out:
+        check_new(Path(args.out))
+    if config.init_from:
+        config = starting_point(config, warn)[0]
+        text = text_of(config)
+    else:
+        text = text_of(config)
+        config = with_vocabulary(config, text.vocabulary)
+    pace = None
+    if budget:
+        config, pace = propose(config, text, budget)
+    elif fits(config):
         pace = probe(config)
-    else:
-        config, pace = propose(config, tokens, budget)
-    facts = planned(config, tokens, pace)
-    if args.json:
-        tell(json.dumps(facts))
-    else:
-        tell("\n".join(lines(config, facts, known, budget)))
+    facts = planned(config, text, pace)
+    tell(json.dumps(facts) if args.json else "\n".join(lines(config, facts, text, budget)))
     if args.out:
         write(config, Path(args.out))
         if not args.json:
@@ -52,67 +61,79 @@ def main(argv: list[str]) -> int:
 def duration(text: str) -> float:
     """Seconds of --time. Raises UserError."""
     try:
-        seconds = coerce("max_time", text)
-    except UserError:
+        seconds = parse_duration(text)
+    except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e9:
         raise UserError(f"time = {text!r}: expected a duration such as 90, 10m or 2h")
-    return float(seconds)
+    return seconds
 
 
-def planned(config: TrainConfig, tokens: int | None, pace: "Pace") -> dict[str, Any]:
-    """All of a plan in numbers: parameters, bytes, FLOPs and seconds, each by part."""
+def planned(config: TrainConfig, text: "Text", pace: "Pace | None") -> dict[str, Any]:
+    """All of a plan in numbers: parameters, bytes, FLOPs and seconds, each by part. What is not known is None."""
     from llm import plan
-    from llm.device import choose_device, choose_dtype
 
-    dtype = choose_dtype(config.dtype, choose_device(config.device))
     step = plan.flops_per_token(config.model) * config.tokens_per_step
     return {
         "parameters": plan.parameters(config.model),
-        "memory": plan.memory(config, dtype),
-        "disk": plan.disk(config, tokens or 0),
+        "memory": plan.memory(config),
+        "machine_memory": plan.machine_memory(),
+        "disk": plan.disk(config, text.tokens),
         "step_flops": step,
         "run_flops": plan.run_flops(config),
-        "flops_per_second": step / pace.step,
-        "step_seconds": pace.step,
-        "seconds": plan.run_seconds(config, tokens, pace),
-        "text_tokens": tokens,
+        "flops_per_second": step / pace.step if pace else None,
+        "step_seconds": pace.step if pace else None,
+        "seconds": plan.run_seconds(config, text, pace) if pace else None,
+        "text_tokens": text.tokens,
     }
 
 
-def lines(config: TrainConfig, facts: dict[str, Any], known: bool, budget: float | None) -> list[str]:
+def lines(config: TrainConfig, facts: dict[str, Any], text: "Text", budget: float | None) -> list[str]:
     """The plan in words."""
-    from llm.plan import TOKENS_PER_PARAMETER, optimal_for_flops, optimal_for_tokens
+    from llm.plan import TOKENS_PER_PARAMETER, optimal_parameters, spoken
 
-    def parts(title: str, unit: str, scale: float, values: dict[str, float]) -> str:
-        named = ", ".join(f"{name} {value / scale:,.1f}" for name, value in values.items() if value)
-        return f"{title:<11}{sum(values.values()) / scale:,.1f} {unit}: {named}"
+    def parts(values: dict[str, float], scale: float) -> str:
+        shown = {name: f"{value / scale:,.1f}" for name, value in values.items()}
+        return ", ".join(f"{name} {value}" for name, value in shown.items() if value != "0.0")
 
-    tokens, count = facts["text_tokens"], sum(facts["parameters"].values())
-    trained = config.max_steps * config.tokens_per_step
-    shape = f"n_layer {config.model.n_layer}, n_embd {config.model.n_embd}, n_head {config.model.n_head}"
-    found = [
-        f"{'run':<11}{shape}, block_size {config.model.block_size}, vocabulary {config.model.vocab_size:,}; "
-        f"{config.max_steps:,} steps of {config.windows_per_step} windows, max_lr {config.max_lr:g}",
-        parts("parameters", "M", 1e6, facts["parameters"]),
-        parts("memory", "MiB", 2**20, facts["memory"]),
-        parts("disk", "MiB", 2**20, facts["disk"]),
-        f"{'work':<11}{facts['step_flops'] / 1e9:,.1f} GFLOP a step, {facts['run_flops']:.3g} FLOP in all; "
-        f"{facts['flops_per_second'] / 1e9:,.0f} GFLOP/s and {facts['step_seconds']:.3g} s a step measured here",
-        parts("time", "s", 1, facts["seconds"]),
-    ]
-    if tokens is None:
-        found.append(f"{'text':<11}its size is not known before it is read, so neither are the epochs")
-    else:
-        how = "prepared" if known else "estimated from the size of the text, which is not prepared"
-        found.append(f"{'text':<11}{tokens:,} training tokens ({how}), read {trained / tokens:.1f} times")
-        best = optimal_for_tokens(tokens).parameters / 1e6
-        found.append(f"{'':<11}read once, it suits a model of {best:.3g} M parameters")
-    seconds = budget or sum(facts["seconds"].values())
-    best_here = optimal_for_flops(seconds * facts["flops_per_second"])
-    found.append(
-        f"{'Chinchilla':<11}{trained / count:.2g} tokens per parameter, {TOKENS_PER_PARAMETER} are compute-optimal; "
-        f"{seconds:,.0f} s here suit {best_here.parameters / 1e6:.3g} M parameters and {best_here.tokens / 1e6:.3g} M "
-        "tokens of fresh text (Hoffmann et al. 2022)"
+    model, count = config.model, sum(facts["parameters"].values())
+    trained, space, has = (
+        config.max_steps * config.tokens_per_step,
+        sum(facts["memory"].values()),
+        facts["machine_memory"],
     )
-    return found
+    head = 6 * model.vocab_size * model.n_embd * config.tokens_per_step / facts["step_flops"]
+    here = "" if not has or "process" not in facts["memory"] else f" of the {has / 2**20:,.0f} here"
+    found = {
+        "run": f"{model.n_layer} layers of width {model.n_embd}, {model.n_head} heads, context {model.block_size}, "
+        f"vocabulary {model.vocab_size:,}; {config.max_steps:,} steps of {config.windows_per_step} windows, "
+        f"peak learning rate {config.max_lr:g}",
+        "text": f"{text.tokens:,} training tokens{' (estimated)' if text.unprepared else ''}, "
+        f"read {trained / text.tokens:.3g} times",
+        "parameters": f"{count / 1e6:,.2f} M: {parts(facts['parameters'], 1e6)}",
+        "memory": f"{space / 2**20:,.0f} MiB{here} at peak: {parts(facts['memory'], 2**20)}",
+        "disk": f"{sum(facts['disk'].values()) / 2**20:,.0f} MiB: {parts(facts['disk'], 2**20)}",
+        "work": f"{facts['step_flops'] / 1e9:,.3g} GFLOP a step, {head:.0%} of it for the vocabulary; "
+        f"{facts['run_flops']:.3g} FLOP in all",
+    }
+    chinchilla = (
+        f"{trained / count:.2g} tokens per parameter, where {TOKENS_PER_PARAMETER} are best (Hoffmann et al. 2022); "
+        f"read once, the text suits {text.tokens / TOKENS_PER_PARAMETER / 1e6:.2g} M parameters"
+    )
+    if facts["seconds"] is None:
+        found["time"] = "not known: a step of one window does not fit in the memory here"
+    else:
+        seconds = sum(facts["seconds"].values())
+        found["speed"] = (
+            f"{facts['step_seconds']:.3g} s a step, {facts['flops_per_second'] / 1e9:,.0f} GFLOP/s: measured just now"
+        )
+        spent = ", ".join(f"{name} {spoken(value)}" for name, value in facts["seconds"].items())
+        found["time"] = f"{spoken(seconds)}: {spent}"
+        if config.max_time and config.max_time < seconds:
+            found["time"] += f"; max_time ends it after {spoken(config.max_time)}"
+        best = optimal_parameters((budget or seconds) * facts["flops_per_second"])
+        chinchilla += (
+            f", and {spoken(budget or seconds)} here {best / 1e6:.2g} M and {TOKENS_PER_PARAMETER * best / 1e6:.2g} M "
+            "tokens of fresh text"
+        )
+    return [f"{title:<11}{words}" for title, words in (found | {"Chinchilla": chinchilla}).items()]

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from llm import kernel
 from llm.errors import UserError
 
 DTYPES = {
@@ -146,4 +147,5 @@ def environment() -> dict[str, Any]:
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
+        "compiler": kernel.compiler() is not None,
     }

@@ -1,10 +1,9 @@
 """Next-token cross-entropy from hidden states and the output matrix, without ever holding all logits.
 
-With a vocabulary of 50,257 the logits of a batch are by far the largest tensor of a training step
-(412 MB for 2,048 tokens). They are made here for some rows at a time, in blocks of columns that stay in
-the processor's cache, and turned into exponentials at once. Softmax is a row scaling of these, so they are
-never divided: the scale goes onto the sums of products instead (as in online softmax, Milakov &
-Gimelshein 2018).
+With a vocabulary of 50,257 the logits of a batch are by far the largest tensor of a training step (412 MB for 2,048
+tokens). They are made here for some rows at a time, in blocks of columns that stay in the processor's cache, and turned
+into exponentials at once. Softmax is a row scaling of these, so they are never divided: the scale goes onto the sums of
+products instead (as in online softmax, Milakov & Gimelshein 2018).
 
 N tokens, C channels, V vocabulary.
 """
@@ -14,9 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-ROWS_BYTES = 100 * 2**20  # of the exponentials of one chunk of rows, and
-COLUMNS = 2048  # in a block of them: both measured, see docs/decisions.md
+from llm.kernel import exp_sum
+
+ROWS_BYTES = 50 * 2**20  # of the exponentials of one chunk of rows, and
+BLOCK_BYTES = 8192  # of one row, in a block of columns: both measured, see docs/decisions.md
 GPU_ROWS_BYTES = 2**30  # elsewhere a block is a whole row: no cache to stay in, and every launch costs
 SAFE = 60.0  # exp of no logit up to this size leaves float32 or bfloat16, nor does the sum of all of them
 
@@ -59,64 +61,72 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         """The loss, and at once its gradients, so that no logit is computed twice."""
-        n, vocab = hidden.size(0), weight.size(0)
-        ctx.dtypes = hidden.dtype, weight.dtype
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        # summed in fp32, whatever the products' precision
-        grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        total = hidden.new_zeros((), dtype=torch.float32)
-        on_cpu = hidden.device.type == "cpu"
-        rows_bytes, wide = (ROWS_BYTES, COLUMNS) if on_cpu else (GPU_ROWS_BYTES, vocab)
-        chunks = math.ceil(n * vocab * hidden.element_size() / rows_bytes)
-        chunk = math.ceil(n / min(n, chunks))  # all about the same size
-        blocks = [slice(start, min(start + wide, vocab)) for start in range(0, vocab, wide)]
-        bounded = _bounded(hidden, weight)
-        for start in range(0, n, chunk):
-            rows, wanted = hidden[start : start + chunk], targets[start : start + chunk]
-            kept = _buffer(len(rows) * (vocab if wants_weight else wide), hidden.device, hidden.dtype)
-            top, norm = total.new_full((len(rows), 1), 0.0 if bounded else -torch.inf), total.new_zeros(len(rows), 1)
-            sums = torch.zeros_like(rows, dtype=torch.float32)
-            parts = []
-            for block in blocks:
-                at, width = block.start if wants_weight else 0, block.stop - block.start
-                logits = kept[len(rows) * at : len(rows) * (at + width)].view(len(rows), width)
-                torch.mm(rows, weight[block].t(), out=logits)
-                shift = None
-                if not bounded:  # each block has its own shift, its largest logit: safe for logits of any size
-                    shift = logits.amax(1, keepdim=True)
-                    higher = torch.maximum(top, shift.float())
-                    norm, sums = norm * (top - higher).exp(), sums * (top - higher).exp()
-                    top = higher
-                    logits.sub_(shift)
-                exponentials = logits.exp_()
-                parts.append((block, exponentials, shift))
-                scale = 1 if shift is None else (shift - top).exp_()
-                norm += exponentials.sum(1, keepdim=True, dtype=torch.float32) * scale
-                if wants_hidden:
-                    sums += torch.mm(exponentials, weight[block]) * scale
-            ours = weight[wanted].float()
-            total += (top + norm.log() - (rows.float() * ours).sum(1, keepdim=True)).sum()
-            if grad_hidden is not None:
-                torch.sub(sums / norm, ours, out=grad_hidden[start : start + chunk]).div_(n)
-            if grad_weight is not None:
-                norm *= n
-                scaled = (rows / norm).to(dtype)
-                for block, exponentials, shift in parts:
-                    if shift is not None:
-                        scaled = (rows * ((shift - top).exp_() / norm)).to(dtype)
-                    if dtype == torch.float32:
-                        grad_weight[block].addmm_(exponentials.t(), scaled)
-                    else:
-                        grad_weight[block] += torch.mm(exponentials.t(), scaled)
-                grad_weight.index_add_(0, wanted, rows.float(), alpha=-1 / n)
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        return total / n
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.asked = dtype, *ctx.needs_input_grad[:2]
+        loss, *ctx.found = _loss_and_gradients(hidden, weight, targets, *ctx.asked)
+        return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        as_it_is = grad.device.type == "cpu" and grad.item() == 1  # the usual case, and a pass over 26 MB saved
-        found = (g if g is None or as_it_is else g * grad for g in ctx.saved_tensors)
-        grads = [g if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)]
-        return grads[0], grads[1], None, None
+        # given away, so that they become `.grad` without a copy; a second backward finds them anew
+        found, ctx.found = ctx.found or _loss_and_gradients(*ctx.saved_tensors, *ctx.asked)[1:], None
+        if grad.device.type != "cpu" or grad.item() != 1:  # mostly it is, and a pass over 26 MB is saved
+            found = [g if g is None else g.mul_(grad) for g in found]
+        return *found, None, None
+
+
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, wants_hidden: bool, wants_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    n, vocab, dtypes = hidden.size(0), weight.size(0), (hidden.dtype, weight.dtype)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    # summed in fp32, whatever the products' precision
+    grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if wants_hidden else None
+    grad_weight = torch.empty_like(weight, dtype=torch.float32) if wants_weight else None
+    total = hidden.new_zeros((), dtype=torch.float32)
+    on_cpu = hidden.device.type == "cpu"
+    rows_bytes, wide = (ROWS_BYTES, BLOCK_BYTES // hidden.element_size()) if on_cpu else (GPU_ROWS_BYTES, vocab)
+    chunks = math.ceil(n * vocab * hidden.element_size() / rows_bytes)
+    chunk = math.ceil(n / min(n, chunks))  # all about the same size
+    blocks = [slice(start, min(start + wide, vocab)) for start in range(0, vocab, wide)]
+    bounded = _bounded(hidden, weight)
+    for start in range(0, n, chunk):
+        rows, wanted = hidden[start : start + chunk], targets[start : start + chunk]
+        kept = _buffer(len(rows) * (vocab if wants_weight else wide), hidden.device, hidden.dtype)
+        top, norm = total.new_full((len(rows), 1), 0.0 if bounded else -torch.inf), total.new_zeros(len(rows), 1)
+        sums = torch.zeros_like(rows, dtype=torch.float32)
+        parts = []
+        for block in blocks:
+            at, width = block.start if wants_weight else 0, block.stop - block.start
+            logits = kept[len(rows) * at : len(rows) * (at + width)].view(len(rows), width)
+            torch.mm(rows, weight[block].t(), out=logits)
+            shift, scale = None, None
+            if not bounded:  # each block has its own shift, its largest logit: safe for logits of any size
+                shift = logits.amax(1, keepdim=True)
+                higher = torch.maximum(top, shift.float())
+                norm, sums = norm * (top - higher).exp(), sums * (top - higher).exp()
+                top = higher
+                logits.sub_(shift)
+                scale = (shift - top).exp()
+            parts.append((block, logits, shift))
+            part = exp_sum(logits)
+            norm += part if scale is None else part * scale
+            if wants_hidden:
+                product = torch.mm(logits, weight[block])
+                sums += product if scale is None else product * scale
+        ours = weight[wanted].float()
+        total += (top + norm.log() - (rows.float() * ours).sum(1, keepdim=True)).sum()
+        if grad_hidden is not None:
+            torch.sub(sums / norm, ours, out=grad_hidden[start : start + chunk]).div_(n)
+        if grad_weight is not None:
+            norm *= n
+            scaled = (rows / norm).to(dtype)
+            for block, exponentials, shift in parts:
+                if shift is not None:
+                    scaled = (rows * ((shift - top).exp() / norm)).to(dtype)
+                product = torch.mm(exponentials.t(), scaled)
+                (grad_weight[block].add_ if start else grad_weight[block].copy_)(product)
+            grad_weight.index_add_(0, wanted, rows.float(), alpha=-1 / n)
+    found = [g if g is None else g.to(kind) for g, kind in zip((grad_hidden, grad_weight), dtypes, strict=True)]
+    return total / n, found[0], found[1]

@@ -1,4 +1,4 @@
-"""Why a batch cannot be trained on: where in the model its numbers stop being finite."""
+"""Batches that cannot be trained on: how many in a row, and where in the model their numbers stop being finite."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from llm.device import precision
-from llm.state import Trainer
+from llm.state import Progress, Trainer
+
+IN_A_ROW = 3  # refused batches after which a run goes back to its last saved state
+
+
+def refused_in_a_row(progress: Progress) -> list[int]:
+    """The steps up to the last whose batches were tried and refused one after the other, if they are IN_A_ROW."""
+    tried = set(progress.refused) - set(progress.passed_over)
+    count = next(n for n in range(len(tried) + 1) if progress.step - n not in tried)
+    return list(range(progress.step - count + 1, progress.step + 1)) if count >= IN_A_ROW else []
 
 
 def where_it_breaks(model: nn.Module, loss_of: Callable[[], Tensor]) -> str:

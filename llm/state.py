@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm import checkpoint, metrics, storage
 from llm.config import TrainConfig, to_settings
 from llm.data import TokenData
 from llm.errors import UserError
 from llm.model import GPT
-from llm.optim import optimizer_tensors, restore_optimizer
+from llm.optim import AdamW
 from llm.tokenizer import Tokenizer
 
 
@@ -24,7 +24,7 @@ class Trainer:
     config: TrainConfig
     model: GPT
     forward: Callable[..., Any]
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     scaler: torch.amp.GradScaler  # for float16; lets everything through where it is not enabled
     data: TokenData
     tokenizer: Tokenizer | None  # None: its vocabulary is not to be had, so no samples and no bits per byte
@@ -60,6 +60,31 @@ def tensors_of(trainer: Trainer) -> checkpoint.Groups:
         "model": dict(trainer.model.named_parameters()),
         "optimizer": optimizer_tensors(trainer.model, trainer.optimizer),
     }
+
+
+def optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name: "exp_avg.h.0.ln_1.weight" and so on; for a checkpoint.
+
+    Nothing before the first update: it is all zeros.
+    """
+    named = {name: optimizer.state[p] for name, p in model.named_parameters()}
+    if not any(entry["step"].item() for entry in named.values()):
+        return {}
+    return {f"{kind}.{name}": value for name, entry in named.items() for kind, value in entry.items()}
+
+
+def restore_optimizer(model: nn.Module, optimizer: AdamW, tensors: dict[str, Tensor]) -> None:
+    """Put `optimizer_tensors` back. Raises UserError where they are not this model's."""
+    wanted = {
+        f"{kind}.{name}": value for name, p in model.named_parameters() for kind, value in optimizer.state[p].items()
+    }
+    if tensors and (absent := wanted.keys() - tensors.keys()):
+        raise UserError(f"saved state: no optimizer entry {min(absent)}; it belongs to another run")
+    for key, value in tensors.items():
+        if key not in wanted or value.shape != wanted[key].shape:
+            raise UserError(f"saved state: optimizer entry {key} does not fit the model; it belongs to another run")
+    for key, value in wanted.items():
+        value.copy_(tensors[key]) if tensors else value.zero_()
 
 
 def weights_of(trainer: Trainer, copies: checkpoint.Groups) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
 """One step, and the loop around it.
 
-A step takes its batch, sets its learning rate, runs forward and backward over its micro-batches, and
-lets the optimizer step. `steps` yields what each step did; `Training` evaluates, records, samples,
-draws and saves around those facts.
+A step takes its batch, sets its learning rate, runs forward and backward over its micro-batches, and lets the
+optimizer step. `Training` evaluates, records, samples, draws and saves around that.
 
 B windows of a micro-batch, T block_size.
 """
@@ -23,15 +22,14 @@ from llm.data import batch_at
 from llm.device import matrix_rate, onto, precision
 from llm.errors import Failure, UserError
 from llm.evaluate import Evaluation, evaluate
-from llm.generate import continue_text
 from llm.plot import plot_runs
-from llm.refused import describe_batch
+from llm.refused import describe_batch, refused_in_a_row
+from llm.samples import keep_samples, sample_text
 from llm.saver import Saver, not_finite
 from llm.schedule import lr_at
 from llm.state import Progress, Trainer, facts_of, restore, tensors_of, weights_of, write_state
 
 REMEDY = "start another run with a lower --max_lr, --grad_clip 1 or --dtype float32"
-IN_A_ROW = 3  # refused batches after which a run goes back to its last saved state
 GO_BACK = 3  # times a run does so before it stops
 UNREAD = 50  # steps after which their losses are read off the device, if nothing else asked for them
 
@@ -94,22 +92,22 @@ def train_step(trainer: Trainer, step: int) -> Step:
     config, optimizer, scaler = trainer.config, trainer.optimizer, trainer.scaler
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, config)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     total = torch.zeros((), device=trainer.device)
     for x, y, seeds in micro_batches(trainer, step):
         with precision(trainer.dtype, trainer.device):
             loss = trainer.forward(x, y, seeds)[1] / config.gradient_accumulation_steps
         scaler.scale(loss).backward()
         total += loss.detach()
-    scaler.unscale_(optimizer)
+    scaler.unscale_(optimizer)  # type: ignore[arg-type]  # all it asks for are the groups
     norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters() if p.grad is not None])
     if config.grad_clip > 0:
         torch.nn.utils.clip_grads_with_norm_(trainer.model.parameters(), config.grad_clip, norm)
     refused = ~torch.isfinite(total)
     if not scaler.is_enabled():  # which has its own: a gradient that overflows only lowers its scale
         refused = refused | ~torch.isfinite(norm)
-        optimizer.found_inf = refused.float()  # type: ignore[attr-defined]  # asked by fused optimizers
-    scaler.step(optimizer)
+        optimizer.found_inf = refused.float()
+    scaler.step(optimizer)  # type: ignore[arg-type]
     scaler.update()
     return Step(step + 1, total, norm, refused)
 
@@ -170,7 +168,7 @@ class Training:
             logging = telling or step.step % config.log_every == 0
             if logging or step.step % UNREAD == 0:
                 self._read()
-                if batches := self._refused_in_a_row():
+                if batches := refused_in_a_row(self.progress):
                     yield from self._go_back("loss or gradient is not a finite number", batches)
                     continue
             if logging:
@@ -227,13 +225,6 @@ class Training:
             else:
                 progress.told_loss, progress.told_count = progress.told_loss + loss, progress.told_count + 1
         self._unread.clear()
-
-    def _refused_in_a_row(self) -> list[int]:
-        """The steps up to the last whose batches were tried and refused one after the other, if they are many."""
-        tried = set(self.progress.refused) - set(self.progress.passed_over)
-        count = next(n for n in range(len(tried) + 1) if self.progress.step - n not in tried)
-        steps = range(self.progress.step - count + 1, self.progress.step + 1)
-        return list(steps) if count >= IN_A_ROW else []
 
     def _go_back(self, reason: str, batches: list[int]) -> Iterator[Notice | Saved]:
         """To the newest saved state, to pass over the `batches` that were refused. Raises Failure if that was done
@@ -393,23 +384,3 @@ def first_loss(trainer: Trainer) -> float:
     with torch.no_grad(), precision(trainer.dtype, trainer.device):
         losses = [float(trainer.forward(x, y, seeds)[1]) for x, y, seeds in micro_batches(trainer, 0)]
     return sum(losses) / len(losses)
-
-
-def sample_text(trainer: Trainer, prompt: str) -> str:
-    """`prompt` and its continuation, drawn with the run's seed: the same luck at every evaluation."""
-    if trainer.tokenizer is None or trainer.config.sample_tokens == 0:
-        return ""
-    config, model, tokenizer = trainer.config, trainer.model, trainer.tokenizer
-    with precision(trainer.dtype, trainer.device):
-        drawn = [token for (token,) in continue_text(model, tokenizer, prompt, config.sample_tokens, config.seed)]
-    model.train()
-    return prompt + tokenizer.decode(drawn)
-
-
-def keep_samples(out_dir: Path, samples: str, size: int) -> int:
-    """Write samples after the first `size` bytes of samples.txt; returns its new size. Raises OSError."""
-    path = out_dir / "samples.txt"
-    before = path.read_bytes()[:size] if path.exists() else b""
-    content = before + samples.encode()
-    storage.write_bytes(path, content)
-    return len(content)

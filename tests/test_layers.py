@@ -9,7 +9,20 @@ from llm.commands.main import COMMANDS
 
 LIBRARY = Path(__file__).parent.parent / "llm"
 ORDER = (
-    *("errors", "config", "storage", "download", "cut", "tokenizer", "corpus", "data", "prepare", "loss", "model"),
+    *(
+        "errors",
+        "config",
+        "storage",
+        "download",
+        "cut",
+        "tokenizer",
+        "corpus",
+        "data",
+        "prepare",
+        "kernel",
+        "loss",
+        "model",
+    ),
     *(
         "schedule",
         "optim",
@@ -24,6 +37,7 @@ ORDER = (
         "state",
         "saver",
         "refused",
+        "samples",
         "train",
         "weights",
         "start",

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llm import kernel
 from llm import loss as loss_module
 from llm.loss import linear_cross_entropy
 
@@ -42,7 +43,7 @@ def assert_matches_fp64(hidden, weight, targets):
 def test_fp32_matches_fp64_for_any_chunk(monkeypatch, n, c, v, rows, columns, safe):
     """Chunks of rows, blocks of columns, with a shift (above `safe`) and without."""
     monkeypatch.setattr(loss_module, "ROWS_BYTES", rows * 4 * v)
-    monkeypatch.setattr(loss_module, "COLUMNS", columns)
+    monkeypatch.setattr(loss_module, "BLOCK_BYTES", 4 * columns)
     monkeypatch.setattr(loss_module, "SAFE", safe)
     hidden, weight, targets = inputs(n, c, v, 0.3)
     assert_matches_fp64(hidden, weight, targets)
@@ -54,6 +55,16 @@ def test_one_token_repeated():
     assert_matches_fp64(hidden, weight, targets)
 
 
+@pytest.fixture(params=["compiled", "by PyTorch"])
+def exponentials(request, monkeypatch):
+    """The two ways to exponentials, where both are there."""
+    if request.param == "by PyTorch":
+        monkeypatch.setattr(kernel, "built", lambda: None)
+    elif kernel.built() is None:
+        pytest.skip("no C compiler here")
+
+
+@pytest.mark.usefixtures("exponentials")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_close(dtype):
     hidden, weight, targets = inputs(40, 32, 301, 0.3)
@@ -102,8 +113,30 @@ def test_backward_twice_gives_the_same():
     loss = linear_cross_entropy(hidden, weight, targets)
     loss.backward(retain_graph=True)
     once = weight.grad.clone()
-    loss.backward()
+    loss.backward(retain_graph=True)
     assert torch.equal(weight.grad, 2 * once)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_gradient_is_handed_on_without_a_copy():
+    """Its memory becomes `.grad`: a copy of the output matrix's would cost 26 MB at the chapter's size."""
+    hidden, weight, targets = inputs(12, 8, 30)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    made = [g.data_ptr() for g in loss.grad_fn.found]
+    loss.backward()
+    assert [hidden.grad.data_ptr(), weight.grad.data_ptr()] == made
+
+
+@pytest.mark.usefixtures("exponentials")
+def test_what_is_not_a_number_comes_through():
+    hidden, weight, targets = inputs(3, 8, 30)
+    for bad in (float("nan"), float("inf")):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden[1, 0] = bad
+            assert not torch.isfinite(linear_cross_entropy(hidden, weight, targets))
 
 
 def test_frozen_weight_or_hidden():
@@ -128,6 +161,7 @@ def test_without_gradients_none_is_made(monkeypatch):
     assert loss.item() == pytest.approx(linear_cross_entropy(hidden, weight, targets).item(), rel=1e-6)
 
 
+@pytest.mark.usefixtures("exponentials")
 @pytest.mark.parametrize("size", [59.9, 60.1, 1e3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_as_large_as_may_be(size, dtype):

@@ -1,0 +1,62 @@
+"""Exponentials and their row sums, the one thing of a training step that PyTorch's parts are slow at.
+
+PyTorch goes over the numbers three times; the few lines of `kernel.c` once, in half the time (docs/performance.md).
+They are built at run time where there is a C compiler, in a tenth of a second, for the processor at hand, and kept
+nowhere. Without one, or for other than bfloat16 on a CPU, PyTorch does the same.
+"""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GROUPS = 8  # sums of a row that are rounded to bfloat16, by PyTorch's way, before they are added up in float32
+
+
+def exp_sum(x: Tensor) -> Tensor:
+    """Replace what is in x (rows, width), contiguous, by its exponentials; returns its rows' sums (rows, 1), fp32."""
+    rows, width = x.shape
+    small = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    if small and (compiled := built()) is not None:
+        sums = torch.empty(rows, 1)
+        compiled(x.data_ptr(), sums.data_ptr(), rows, width)
+        return sums
+    x.exp_()
+    if small and width % GROUPS == 0:  # a sum in float32 would first copy all of x to float32
+        return x.view(rows, GROUPS, -1).sum(2).sum(1, keepdim=True, dtype=torch.float32)
+    return x.sum(1, keepdim=True, dtype=torch.float32)
+
+
+def compiler() -> str | None:
+    """The C compiler of this machine: $CC, else cc; None if there is none."""
+    return shutil.which(os.environ.get("CC") or "cc")
+
+
+@functools.cache
+def built() -> Any:
+    """The function of `kernel.c`; None where it cannot be built.
+
+    Its threads are those of PyTorch: it is linked without an OpenMP library, so that it finds the one already loaded.
+    """
+    cc = compiler()
+    if cc is None:
+        return None
+    with resources.as_file(resources.files("llm") / "kernel.c") as source, tempfile.TemporaryDirectory() as folder:
+        part, library = Path(folder, "kernel.o"), Path(folder, "kernel.so")
+        flags = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+        try:
+            for words in ([*flags, "-c", str(source), "-o", str(part)], ["-shared", str(part), "-o", str(library)]):
+                subprocess.run([cc, *words], check=True, capture_output=True, timeout=60)
+            found = ctypes.CDLL(str(library)).exp_sum
+        except (OSError, subprocess.SubprocessError):  # another compiler's OpenMP among them
+            return None
+    found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64], None
+    return found

@@ -1,0 +1,68 @@
+"""Exponentials and row sums in C against PyTorch's in fp64, and a machine without a compiler."""
+
+import pytest
+import torch
+
+from llm import kernel
+
+needs_compiler = pytest.mark.skipif(kernel.built() is None, reason="no C compiler here")
+
+
+def numbers(rows, width, scale):
+    torch.manual_seed(rows + width)
+    return (torch.randn(rows, width) * scale).to(torch.bfloat16)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 8), (7, 1000), (65, 4097)])
+@pytest.mark.parametrize("scale", [0.1, 5.0, 25.0])
+def test_each_is_the_nearest_bfloat16_but_for_a_few(rows, width, scale):
+    x = numbers(rows, width, scale).clamp(-80, 80)
+    exact, found = x.double().exp(), x.clone()
+    sums = kernel.exp_sum(found)
+    nearest = exact.to(torch.bfloat16)
+    assert (found != nearest).double().mean() < 0.01  # the polynomial's 4e-6 decides a few ties otherwise
+    assert ((found.double() - exact).abs() / exact).max() < 2**-8 * 1.01
+    assert sums.shape == (rows, 1)
+    assert torch.allclose(sums.double(), found.double().sum(1, keepdim=True), rtol=1e-5)
+
+
+@needs_compiler
+def test_the_ends_of_the_range():
+    x = torch.tensor([[0.0, -200.0, -torch.inf], [1.0, torch.nan, 0.0], [0.0, torch.inf, 0.0]], dtype=torch.bfloat16)
+    sums = kernel.exp_sum(x)
+    assert x[0].tolist() == [1.0, 2.0**-126, 2.0**-126]
+    assert sums[0].item() == 1.0
+    assert torch.isnan(sums[1:]).all()
+
+
+@needs_compiler
+def test_the_threads_share_the_rows():
+    x = numbers(999, 513, 3.0)
+    alone, together, before = x.clone(), x.clone(), torch.get_num_threads()
+    one = kernel.exp_sum(alone)
+    torch.set_num_threads(2)
+    try:
+        two = kernel.exp_sum(together)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(alone, together)
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("width", [64, 65])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_without_a_compiler_pytorch_does_the_same(monkeypatch, width, dtype):
+    monkeypatch.setattr(kernel, "built", lambda: None)
+    x = numbers(20, width, 1.0).to(dtype)
+    exact, found = x.double().exp(), x.clone()
+    sums = kernel.exp_sum(found)
+    near = 1e-5 if dtype == torch.float32 else 5e-3
+    assert torch.allclose(found.double(), exact, rtol=near)
+    assert torch.allclose(sums.double(), exact.sum(1, keepdim=True), rtol=near)
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true"])
+def test_a_compiler_that_is_absent_or_fails_is_done_without(monkeypatch, compiler):
+    monkeypatch.setenv("CC", compiler)
+    assert kernel.built.__wrapped__() is None

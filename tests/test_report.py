@@ -225,7 +225,7 @@ def test_every_text_stays_text(tmp_path):
     (harmless / "env.json").write_text('{"torch": "2.13"}')
     clean = read(harmless)
     settings = {"text": (HOSTILE,), "init_from": "</style>" + HOSTILE, "sample_prompt": HOSTILE.replace("\x00", "")}
-    nasty = make_run(tmp_path / "<b onclick=x>\x1bname", words=HOSTILE + "</pre></script>\n" + HOSTILE, **settings)
+    nasty = make_run(tmp_path / "<b onclick=x>\x1bname", words=HOSTILE + "</pre></script>\n````\n" + HOSTILE, **settings)
     env = {"torch<i>": HOSTILE, "commit": HOSTILE * 100, "data": {HOSTILE: HOSTILE}}
     (nasty / "env.json").write_text(json.dumps(env), encoding="utf-8")
     html = page(gather(nasty, memorised=False))
@@ -442,3 +442,123 @@ def test_ticks_are_round_few_and_inside(low, high):
     assert 1 <= len(found) <= 7
     assert all(low <= tick <= high * (1 + 1e-9) for tick in found)
     assert all(tick == pytest.approx(float(f"{tick:.3g}"), rel=1e-12) for tick in found)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window."""
+    driver = pytest.importorskip("playwright.sync_api")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no chromium or google-chrome here")
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    with driver.sync_playwright() as started:
+        opened = started.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-quic", *quiet]
+        )
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """`opened(run, **context)`: its report in the browser; fails if it asks for anything or complains."""
+    wrong, contexts = [], []
+
+    def show(run, **how):
+        write_html(gather(run), tmp_path / "report.html")
+        context = browser.new_context(**how)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.set_default_timeout(10_000)
+        tab.on("request", lambda request: wrong.append(request.url) if "report.html" not in request.url else None)
+        tab.on("console", lambda message: wrong.append(message.text))  # the policy's complaints too
+        tab.on("pageerror", lambda error: wrong.append(str(error)))
+        tab.goto((tmp_path / "report.html").as_uri())
+        return tab
+
+    yield show
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def test_the_keyboard_reads_and_zooms(opened, tmp_path):
+    run = make_run(tmp_path / "run")
+    tab = opened(run)
+    losses = {(r["split"], r["step"]): r["loss"] for r in report.read_record(run)}
+
+    def said():
+        return tab.locator(".loss output").inner_text()
+
+    assert said() == f"validation {losses['val', 2000]:.4f}, training {losses['train', 2000]:.4f}"
+    tab.locator("#step").focus()
+    for _ in range(2):
+        tab.keyboard.press("ArrowLeft")
+    assert tab.locator("#place").inner_text() == "1,950"
+    assert said() == f"validation {losses['val', 2000]:.4f} (step 2,000), training {losses['train', 1950]:.4f}"
+    assert "step 1950" in tab.locator("#step").get_attribute("aria-valuetext")
+    before = tab.locator(".loss polyline.validation").get_attribute("points")
+    tab.locator("#in").focus()
+    for _ in range(2):
+        tab.keyboard.press("Enter")
+    labels = [float(words.replace(",", "")) for words in tab.locator(".loss .tick.x text").all_text_contents()]
+    assert all(1400 < step <= 2000 for step in labels)
+    assert 2 <= len(labels) <= 7
+    assert not tab.locator(".loss .star").is_visible()
+    tab.locator("#whole").click()
+    assert tab.locator(".loss .star").is_visible()
+    assert tab.locator(".loss .curves").get_attribute("viewBox") == "0 0 1000 1000"
+    assert tab.locator(".loss polyline.validation").get_attribute("points") == before
+
+
+def test_dragging_zooms_to_what_was_chosen(opened, tmp_path):
+    tab = opened(make_run(tmp_path / "run"))
+    tab.locator(".loss .frame").scroll_into_view_if_needed()
+    box = tab.locator(".loss .frame").bounding_box()
+
+    def place(step):
+        return box["x"] + box["width"] * (step + 20) / 2040, box["y"] + 50
+
+    tab.mouse.move(*place(500))
+    assert tab.locator("#place").inner_text() == "500"
+    tab.mouse.down()
+    tab.mouse.move(*place(800))
+    tab.mouse.move(*place(1000))
+    tab.mouse.up()
+    left, _, width, _ = map(float, tab.locator(".loss .curves").get_attribute("viewBox").split())
+    assert [left, width] == pytest.approx([1000 * 520 / 2040, 1000 * 500 / 2040], abs=2)
+    levels = [float(words) for words in tab.locator(".loss .tick.y text").all_text_contents()]
+    assert all(3.5 < level < 5.5 for level in levels)  # what is there between the two, not the fall before
+    tab.mouse.dblclick(*place(700))
+    assert tab.locator("#whole").is_disabled()
+
+
+def test_it_is_read_without_scripts_on_a_phone_in_the_dark_and_on_paper(opened, trained, tmp_path):
+    plain = opened(trained, java_script_enabled=False, viewport={"width": 360, "height": 700}, color_scheme="dark")
+    assert plain.locator(".loss polyline.validation").is_visible()
+    assert plain.locator(".loss .tick.y text").first.is_visible()
+    assert not plain.locator(".controls").is_visible()
+    tab = opened(trained, viewport={"width": 360, "height": 700}, color_scheme="dark")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    look = "getComputedStyle(document.querySelector('.card')).backgroundColor"
+    assert tab.evaluate(look) == "rgb(30, 33, 37)"
+    outside = """[...document.querySelectorAll('.frame text')].filter((text) => {
+        const box = text.getBoundingClientRect();
+        return getComputedStyle(text).visibility === 'visible' && (box.left < 0 || box.right > innerWidth);
+    }).map((text) => text.textContent)"""
+    assert tab.evaluate(outside) == []
+    tab.emulate_media(media="print", color_scheme="dark")
+    assert tab.evaluate(look) == "rgb(255, 255, 255)"
+    assert tab.pdf(prefer_css_page_size=True).startswith(b"%PDF")
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert tab.locator("details:not([open])").count() == 0
+    tab.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert tab.locator("details:not([open])").count() > 0
+
+
+def test_hostile_text_runs_nothing(opened, tmp_path):
+    tab = opened(make_run(tmp_path / "<img src=x onerror=document.title=1>", words=HOSTILE, text=(HOSTILE,)))
+    assert tab.title().startswith("<img src=x onerror=document.title=1>")
+    assert tab.locator("img").count() == 0
+    assert tab.locator("script").count() == 2

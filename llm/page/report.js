@@ -66,7 +66,7 @@
     const [low, high] = heights(chart), wide = whole[1] - whole[0], tall = chart.high - chart.low;
     const down = (value) => 100 * (high - value) / (high - low);
     const box = [view[0] - whole[0], chart.high - high, view[1] - view[0], high - low];
-    chart.curves.setAttribute("viewBox", box.map((size, i) => 1000 * size / (i % 2 ? tall : wide)).join(" "));
+    chart.curves.setAttribute("viewBox", box.map((size, i) => +(1000 * size / (i % 2 ? tall : wide)).toPrecision(9)).join(" "));
     chart.ticks.replaceChildren(
       ...ticks(low, high, 5).map((value) => {
         const tick = element("svg", { class: "tick y", y: `${down(value)}%` });

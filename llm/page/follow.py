@@ -58,7 +58,8 @@ class Follower:
         self.last: Row | None = None
         self.changed_at = 0.0  # seconds since 1970
         self.size = self.offset = 0  # bytes of the record, and those read
-        self._tail, self._stamp = b"", ()
+        self._tail = b""
+        self._stamp: Stamp = ()
         self._sampled: list[Row] = []  # every `_every`-th training row
         self._special: deque[Row] = deque(maxlen=ROWS)  # evaluations, and rows with spikes
         self._every = 1

@@ -52,4 +52,4 @@ class Guard:
             app = Response("refused: asked from another page\n", 403)
         elif not hmac.compare_digest(root.encode(), self.token.encode()):
             app = Response("refused: open the whole address that losscurve watch printed\n", 403)
-        await app(scope | {"root_path": f"/{root}"}, receive, send_with_headers)
+        await app({**scope, "root_path": f"/{root}"}, receive, send_with_headers)

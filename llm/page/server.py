@@ -31,7 +31,7 @@ from llm.schedule import lr_at, warmup_warning
 LOOK_EVERY = 1.0  # seconds
 BODY = 2**18  # bytes of a request, at most
 KNOBS = ("warmup_steps", "max_lr", "min_lr", "max_steps", "schedule")
-SCRIPTS = ("page.js", "words.js", "charts.js", "slider.js", "playground.js")
+SCRIPTS = ("page.js", "words.js", "runs.js", "charts.js", "slider.js", "playground.js")
 ERRORS = (UserError, Failure, OSError, RuntimeError, MemoryError)  # what a run folder that changes can cause
 
 

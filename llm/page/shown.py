@@ -79,7 +79,7 @@ def facts(run: Follower) -> dict[str, Any]:
         "name": run.name,
         "there": run.there,
         "error": "; ".join(run.errors.values()),
-        "settings": {key: str(value) for key, value in to_settings(config).items()} if config else {},
+        "settings": {key: spelled(value) for key, value in to_settings(config).items()} if config else {},
         "max_steps": config.max_steps if config else None,
         "tokens_per_step": config.tokens_per_step if config else None,
         "knobs": {
@@ -102,6 +102,13 @@ def facts(run: Follower) -> dict[str, Any]:
         "samples": [step for step, _, _ in run.samples],
         "weights": run.weights,
     }
+
+
+def spelled(value: object) -> str:
+    """A setting as a flag has it."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def thinned_evaluations(val: list[Row]) -> list[Row]:

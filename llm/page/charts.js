@@ -1,0 +1,198 @@
+// The charts of the runs: losses, learning rate, gradient norm, speed.
+
+import { $, colour, css, dark, DASHES, MARKERS, number, plain, visible, whole } from "./words.js";
+import { COLUMN, known } from "./runs.js";
+
+const CONFIG = {
+  displaylogo: false, responsive: true, plotlyServerURL: "", topojsonURL: "",
+  modeBarButtonsToRemove: ["select2d", "lasso2d", "toImage", "autoScale2d"],
+};
+const PLACE = { step: 0, tokens: 1, time: 2 }; // of an axis in a row's columns
+const TITLE = { step: "step", tokens: "tokens", time: "minutes trained" };
+const wide = () => innerWidth > 800;
+const KEYS = "plus and minus zoom, arrows move, 0 shows all";
+
+export function draw(id, traces, layout, label, config = {}) {
+  const axis = { gridcolor: css("--grid"), linecolor: css("--line"), zerolinecolor: css("--grid"), automargin: true };
+  const chart = $(id);
+  Plotly.react(chart, traces, {
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), size: 12 },
+    margin: { l: 52, r: 14, t: 10, b: 40 }, hovermode: "closest", showlegend: false,
+    hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink") } },
+    ...layout,
+    xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis },
+  }, { ...CONFIG, ...config });
+  chart.setAttribute("aria-label", visible(`${label}; ${KEYS}`));
+  chart.tabIndex = 0;
+  chart.onkeydown = move;
+}
+
+function move(event) { // zoom and move along the steps by keys
+  const full = event.currentTarget._fullLayout, [from, to] = full.xaxis.range, wide = to - from;
+  const moves = { "+": [0.25, -0.25], "=": [0.25, -0.25], "-": [-0.5, 0.5], ArrowLeft: [-0.2, -0.2], ArrowRight: [0.2, 0.2] };
+  const by = moves[event.key];
+  if (!by && event.key !== "0") return;
+  event.preventDefault();
+  const range = by ? { "xaxis.range": [from + by[0] * wide, to + by[1] * wide] } : { "xaxis.autorange": true };
+  Plotly.relayout(event.currentTarget, range);
+}
+
+export const turned = (rows, width) => Array.from({ length: width }, (_, i) => rows.map((row) => row[i]));
+
+function smooth(values, weight) { // a mean that forgets, corrected for its start
+  let sum = 0, share = 0;
+  return values.map((value) => {
+    sum = weight * sum + (1 - weight) * value;
+    share = weight * share + 1 - weight;
+    return sum / share;
+  });
+}
+function along(columns) { // the chosen axis, of columns [step, tokens, seconds, …]
+  const axis = $("axis").value, found = columns[PLACE[axis]];
+  return axis === "time" ? found.map((x) => (x === null ? null : x / 60)) : found;
+}
+function place(run, step) { // a step on the chosen axis; beyond the record, at the run's pace
+  const { facts, pace } = run, axis = $("axis").value;
+  if (axis === "step") return step;
+  if (axis === "tokens") return facts.tokens_per_step ? step * facts.tokens_per_step : null;
+  const row = facts.val.find((found) => found[0] === step);
+  if (row) return row[2] / 60;
+  if (!pace.step || pace.seconds == null) return null;
+  const ahead = pace.seconds_left && facts.max_steps > pace.step;
+  const perStep = ahead ? pace.seconds_left / (facts.max_steps - pace.step) : pace.seconds / pace.step;
+  return (pace.seconds + (step - pace.step) * perStep) / 60;
+}
+
+export function drawCharts() {
+  if (!known().length) return;
+  const xaxis = { title: { text: TITLE[$("axis").value] }, type: $("xscale").value };
+  const common = { xaxis, uirevision: $("axis").value + $("xscale").value }; // zoom stays while these do
+  drawLoss(common);
+  drawRate(common);
+  drawOne("norm-chart", "grad_norm", common, "gradient norm %{y:.4g}", { type: $("scale").value }, "Gradient norm");
+  drawOne("speed-chart", "tokens_per_second", common, "%{y:,.0f} tokens/s", { rangemode: "tozero" }, "Tokens per second");
+}
+
+function drawLoss(common) {
+  const bits = $("measure").value === "bits", log = $("scale").value === "log", several = known().length > 1;
+  const traces = [], shapes = [], annotations = [], words = [], ends = [];
+  const unit = bits ? "bits per byte" : "loss";
+  known().forEach((run, i) => {
+    const { facts } = run, name = plain(facts.name), label = several ? `${name}: ` : "", said = several ? `${facts.name}: ` : "";
+    const line = { color: colour(i), dash: several ? DASHES[i % DASHES.length] : "solid" };
+    const train = run.curves.loss, val = turned(facts.val, 5), shown = val[bits ? 4 : 3];
+    if (facts.band && !bits && !several && $("axis").value === "step") traces.push(band(facts.band));
+    if (!bits && train && train[0].length) {
+      ends.push(...train[COLUMN.loss]);
+      traces.push(...training(train, label, several ? line : { ...line, color: colour(1) }, several));
+      words.push(`${said}training loss ${number(train[COLUMN.loss].at(-1))}`);
+    }
+    if (!shown.length) return;
+    const x = along(val), at = facts.val.findIndex((row) => row[0] === facts.best);
+    traces.push({
+      x, y: shown, customdata: val[0], name: `${label}validation`, showlegend: true, line: { ...line, width: 2.4 },
+      mode: shown.length > 150 ? "lines" : "lines+markers", marker: { symbol: MARKERS[i % MARKERS.length], size: 7 },
+      hovertemplate: `${label}validation<br>step %{customdata:,}<br>${unit} %{y:.4f}<extra></extra>`,
+    });
+    ends.push(...shown.filter((y) => y !== null));
+    if (at >= 0 && shown[at] !== null) {
+      traces.push(star(x[at], shown[at], facts.best, label, line.color));
+      words.push(`${said}lowest validation ${unit} ${number(shown[at])} at step ${whole(facts.best)}`);
+    }
+    if (facts.overfits_since !== null) {
+      words.push(`${said}overfits since step ${whole(facts.overfits_since)}`);
+      if (!several) region(run, shapes, annotations);
+    }
+  });
+  if (!bits) ends.push(...marks(log, shapes, annotations));
+  const low = ends.reduce((a, b) => Math.min(a, b), Infinity), top = ends.reduce((a, b) => Math.max(a, b), -Infinity);
+  const space = (top - low) * 0.06 || 1, range = [Math.max(0, low - space), top + space];
+  const yaxis = { title: { text: bits ? unit : "loss (nats per token)" }, type: $("scale").value };
+  if (ends.length) yaxis.range = log ? [Math.log10(Math.max(low, 1e-3) * 0.92), Math.log10(top * 1.08)] : range;
+  draw("loss-chart", traces, {
+    ...common, uirevision: common.uirevision + $("scale").value + $("measure").value, yaxis, shapes, annotations,
+    showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, margin: { l: 56, r: bits ? 14 : wide() ? 112 : 52, t: 34, b: 44 },
+  }, `Loss over the run: ${words.join(", ")}`);
+  $("loss-words").textContent = visible(words.join("; "));
+}
+function training(columns, label, line, several) { // the smoothed curve, over what was smoothed
+  const x = along(columns), y = columns[COLUMN.loss], weight = Number($("smoothing").value);
+  const under = { x, y, mode: "lines", line: { color: line.color, width: 1 }, opacity: 0.25, hoverinfo: "skip", showlegend: false };
+  const over = {
+    x, y: smooth(y, weight), customdata: turned([columns[COLUMN.step], y], y.length), mode: "lines", line: { ...line, width: 1.6 },
+    opacity: several ? 0.75 : 1, name: `${label}training`, showlegend: true,
+    hovertemplate: `${label}training<br>step %{customdata[0]:,}<br>loss %{customdata[1]:.4f} (smoothed %{y:.4f})<extra></extra>`,
+  };
+  return weight > 0 ? [under, over] : [over];
+}
+function star(x, y, step, label, color) {
+  return {
+    x: [x], y: [y], mode: "markers+text", showlegend: false, text: [`best ${number(y)}`], textposition: "bottom center",
+    textfont: { color }, marker: { symbol: "star", size: 17, color, line: { color: css("--card"), width: 1.5 } },
+    cliponaxis: false, hovertemplate: `${label}best<br>step ${whole(step)}<br>%{y:.4f}<extra></extra>`,
+  };
+}
+function band([steps, mean, half]) {
+  const upper = mean.map((m, k) => m + half[k]), lower = mean.map((m, k) => m - half[k]);
+  return {
+    x: [...steps, ...[...steps].reverse()], y: [...upper, ...lower.reverse()], fill: "toself", mode: "lines", line: { width: 0 },
+    fillcolor: dark.matches ? "rgba(124,188,240,.18)" : "rgba(0,80,143,.14)", hoverinfo: "skip", name: "where such runs lie",
+    showlegend: true,
+  };
+}
+function region(run, shapes, annotations) { // of overfitting
+  const from = place(run, run.facts.overfits_since), to = place(run, run.pace.step), color = css("--warm");
+  const edge = { xref: "x", yref: "paper", x0: from, y0: 0, y1: 1 };
+  shapes.push({ type: "rect", ...edge, x1: to, fillcolor: color, opacity: 0.09, line: { width: 0 }, layer: "below" });
+  shapes.push({ type: "line", ...edge, x1: from, line: { color, width: 1, dash: "dash" }, layer: "below" });
+  annotations.push({
+    x: $("xscale").value === "log" ? Math.log10(Math.max(from, 1e-9)) : from, y: 1, xref: "x", yref: "paper",
+    text: "overfitting", showarrow: false, xanchor: "left", yanchor: "top", xshift: 4, yshift: -4, font: { color },
+  });
+}
+function marks(log, shapes, annotations) { // the landmarks; returns their losses
+  const all = new Map(known().flatMap((run) => run.facts.landmarks).map((mark) => [mark.loss, mark]));
+  for (const mark of all.values()) {
+    const line = { color: css("--soft"), width: 1, dash: "dot" };
+    shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: mark.loss, y1: mark.loss, line, layer: "below" });
+    annotations.push({ // beside the chart, where no curve runs over it
+      xref: "paper", x: 1, xshift: 4, y: log ? Math.log10(mark.loss) : mark.loss, showarrow: false, xanchor: "left", yanchor: "middle",
+      text: wide() ? `${mark.name} = ${mark.loss.toFixed(2)}<br>${mark.meaning}` : mark.name, align: "left",
+      font: { color: css("--soft"), size: 11 },
+    });
+  }
+  return [...all.keys()];
+}
+
+function drawOne(id, key, common, hover, yaxis, label) {
+  const words = [], traces = known().filter((run) => run.curves[key]).map((run) => {
+    const i = known().indexOf(run), columns = run.curves[key], last = columns[COLUMN[key]].at(-1);
+    if (last !== undefined) words.push(`${run.facts.name} ${last.toPrecision(3)}`);
+    return {
+      x: along(columns), y: columns[COLUMN[key]], customdata: columns[COLUMN.step], mode: "lines",
+      line: { color: colour(i), width: 1.4, dash: DASHES[i % DASHES.length] },
+      hovertemplate: `${plain(run.facts.name)}<br>step %{customdata:,}<br>${hover}<extra></extra>`,
+    };
+  });
+  draw(id, traces, { ...common, yaxis }, `${label}, lately ${words.join(", ")}`);
+}
+
+function drawRate(common) { // what is past thick, what is to come thin, and a marker where the run is
+  const traces = [], words = [];
+  known().forEach((run, i) => {
+    const { facts, pace } = run, past = run.curves.loss, line = { color: colour(i), dash: DASHES[i % DASHES.length] };
+    const trace = (x, y, steps, more) => ({
+      x, y, customdata: steps, hovertemplate: `${plain(facts.name)}<br>step %{customdata:,}<br>learning rate %{y:.3e}<extra></extra>`, ...more,
+    });
+    const ahead = facts.schedule.filter(([step]) => step >= (pace.step || 0));
+    const [steps, rates] = turned(ahead, 2);
+    traces.push(trace(steps.map((step) => place(run, step)), rates, steps, { mode: "lines", line: { ...line, width: 1 }, opacity: 0.8 }));
+    if (!past || !past[0].length) return;
+    const x = along(past), y = past[COLUMN.lr], symbol = MARKERS[i % MARKERS.length];
+    traces.push(trace(x, y, past[0], { mode: "lines", line: { ...line, width: 3 } }));
+    traces.push(trace(x.slice(-1), y.slice(-1), past[0].slice(-1), { mode: "markers", marker: { color: line.color, size: 9, symbol } }));
+    words.push(`${facts.name} ${Number(y.at(-1)).toPrecision(3)}`);
+  });
+  const yaxis = { exponentformat: "e", rangemode: "tozero" };
+  draw("lr-chart", traces, { ...common, yaxis }, `Learning rate, lately ${words.join(", ")}`);
+}

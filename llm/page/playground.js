@@ -1,0 +1,196 @@
+// The playground: a prompt, the knobs, the next token's distribution before and after each of them, and writing.
+// Nothing is asked for until a person does something here: it loads the weights, in the page's server.
+
+import { $, element, number, offer, visible, whole } from "./words.js";
+import { known, runOf } from "./runs.js";
+
+const KNOBS = ["temperature", "top_k", "top_p"];
+const STAGES = ["before", "temperature", "top_k", "after"];
+const NAMES = { best: "best (best.pt)", last: "last (model.pt)" };
+let tokens = []; // drawn so far
+let pressed = null; // the token whose alternatives are shown
+let writing = null; // what stops the writing
+let asking = null;
+
+export function drawPlayground() { // what can be chosen
+  offer($("play-run"), known().map((run) => [run.number, run.facts.name]));
+  const weights = runOf($("play-run"))?.facts.weights || [];
+  offer($("weights"), weights.map((name) => [name, NAMES[name]]));
+  for (const id of ["step-one", "stream"]) $(id).disabled = !weights.length;
+  if (!weights.length) say("no weights yet: they are saved with an evaluation");
+  else if ($("play-words").textContent.startsWith("no weights yet")) say("");
+}
+export function setPrompt(text) {
+  $("prompt").value = text;
+  startOver();
+}
+
+function say(text, bad) {
+  $("play-words").textContent = visible(text);
+  $("play-words").className = bad ? "bad" : "";
+}
+function question(more) {
+  const k = Number($("top_k").value), seed = Math.max(0, Math.floor(Number($("seed").value) || 0));
+  return {
+    prompt: $("prompt").value, ids: tokens.map((token) => token.id), weights: $("weights").value || "last",
+    temperature: Number($("temperature").value), top_k: k || null, top_p: Number($("top_p").value), seed, ...more,
+  };
+}
+const post = (what, body, signal) => fetch(`runs/${$("play-run").value || 0}/${what}`, {
+  method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal,
+});
+
+async function ask() { // for the distribution of the next token
+  if (writing || pressed || !$("weights").value) return;
+  asking?.abort();
+  const mine = (asking = new AbortController());
+  try {
+    const answer = await (await post("next", question(), mine.signal)).json();
+    if (answer.error) return say(answer.error, true);
+    say("");
+    if (pressed) return;
+    showLikely(answer.likely, null, "Next token");
+    const [before, after] = answer.entropy.map((nats) => number(nats, 2));
+    const can = `${whole(answer.possible)} of ${whole(answer.vocab_size)} tokens can be drawn`;
+    $("likely-words").textContent = `${can}; entropy ${before} nats before the knobs, ${after} after`;
+  } catch (error) {
+    if (error.name !== "AbortError") say("the server does not answer", true);
+  }
+}
+let soon;
+function askSoon() {
+  release();
+  clearTimeout(soon);
+  soon = setTimeout(ask, 150);
+}
+
+function showLikely(likely, drawn, title) {
+  const most = Math.max(...likely.flatMap((token) => [token.before, token.after]), 1e-9);
+  $("likely-title").textContent = title;
+  $("likely").hidden = false;
+  $("likely").tBodies[0].replaceChildren(...likely.map((token) => {
+    const row = element("tr", undefined, token.id === drawn ? "drawn" : ""), head = element("th", JSON.stringify(visible(token.text)));
+    head.scope = "row";
+    row.append(head, ...STAGES.map((stage) => cell(token[stage], most, stage)));
+    return row;
+  }));
+}
+function cell(probability, most, stage) {
+  const made = element("td"), out = probability === 0, bar = element("span", undefined, `bar ${stage}${out ? " out" : ""}`);
+  const fill = element("i");
+  fill.style.width = `${Math.min(100, (100 * probability) / most)}%`;
+  bar.append(fill, element("b", out ? "–" : `${(100 * probability).toFixed(2)} %`));
+  made.append(bar);
+  return made;
+}
+
+function startOver() {
+  writing?.abort();
+  tokens = [];
+  pressed = null;
+  $("written").replaceChildren(element("span", $("prompt").value, "prompt"));
+}
+function addToken(token) {
+  const place = tokens.push(token) - 1, button = element("span", token.text || "·", "token"); // a <button> breaks no line
+  if (token.text === "\n") button.classList.add("newline");
+  button.tabIndex = place ? -1 : 0; // one stop of the tab key, arrows from there on
+  button.setAttribute("role", "button");
+  button.setAttribute("aria-pressed", "false");
+  button.onclick = () => {
+    release();
+    pressed = button;
+    button.setAttribute("aria-pressed", "true");
+    const drawn = JSON.stringify(visible(token.text));
+    showLikely(token.likely, token.id, `Likely at token ${place + 1}, where ${drawn} was drawn`);
+    $("likely-words").textContent = "▸ marks what was drawn";
+  };
+  $("written").append(button);
+  $("written").scrollTop = $("written").scrollHeight;
+}
+function release() {
+  pressed?.setAttribute("aria-pressed", "false");
+  pressed = null;
+}
+$("written").onkeydown = (event) => {
+  const from = event.target;
+  if (!from.classList.contains("token")) return;
+  const next = { ArrowRight: from.nextElementSibling, ArrowLeft: from.previousElementSibling }[event.key];
+  if (event.key === "Enter" || event.key === " ") from.click();
+  else if (!next?.classList.contains("token")) return;
+  else {
+    from.tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
+  }
+  event.preventDefault();
+};
+
+async function write(count) {
+  asking?.abort();
+  writing?.abort();
+  release();
+  if ($("written").firstChild.textContent !== visible($("prompt").value)) startOver();
+  const mine = (writing = new AbortController());
+  $("stop").disabled = false;
+  say("writing");
+  try {
+    const response = await post("stream", question({ count }), mine.signal);
+    if (!response.ok) throw new Error((await response.json()).error);
+    for await (const token of events(response.body)) if (writing === mine) addToken(token);
+    say(`${whole(tokens.length)} tokens`);
+  } catch (error) {
+    const stopped = error.name === "AbortError";
+    say(stopped ? "stopped" : error.message, !stopped);
+  }
+  if (writing !== mine) return;
+  writing = null;
+  $("stop").disabled = true;
+  if ($("play-words").className !== "bad") ask();
+}
+async function* events(body) { // the data of server-sent events; throws what one called failed says
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ; ) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const whole = (rest + value).split("\n\n");
+    rest = whole.pop();
+    for (const event of whole) {
+      const data = JSON.parse(event.slice(event.indexOf("data: ") + 6));
+      if (event.startsWith("event: failed")) throw new Error(data.error);
+      if (event.startsWith("data: ")) yield data;
+    }
+  }
+}
+
+function knobWords() {
+  for (const id of KNOBS) {
+    const off = { top_k: "0", top_p: "1" }[id] === $(id).value;
+    document.querySelector(`output[for=${id}]`).textContent = off ? "off" : String(Number($(id).value));
+  }
+}
+for (const id of KNOBS) {
+  $(id).oninput = () => {
+    knobWords();
+    askSoon();
+  };
+}
+$("prompt").oninput = () => {
+  startOver();
+  askSoon();
+};
+for (const id of ["weights", "play-run"]) {
+  $(id).onchange = () => {
+    drawPlayground();
+    startOver();
+    askSoon();
+  };
+}
+$("step-one").onclick = () => write(1);
+$("stream").onclick = () => write(Math.min(500, Math.max(1, Math.floor(Number($("count").value) || 1))));
+$("stop").onclick = () => writing?.abort();
+$("again").onclick = () => {
+  startOver();
+  askSoon();
+};
+knobWords();
+startOver();

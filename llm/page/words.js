@@ -1,0 +1,65 @@
+// Text, numbers and colours as the page shows them. What comes from a run is put in as text, never as HTML; plotly,
+// which reads some HTML in names, gets them escaped (`plain`).
+
+export const $ = (id) => document.getElementById(id);
+
+export function element(tag, text, className) {
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = visible(text);
+  if (className) made.className = className;
+  return made;
+}
+
+// control characters and those that turn the direction of text, shown as signs
+export function visible(text) {
+  return String(text)
+    .replace(/[\u0000-\u0008\u000b-\u001f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)))
+    .replace(/[\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g, "\ufffd");
+}
+
+const SIGNS = { "\n": " ", "\t": " ", "&": "&amp;", "<": "&lt;", ">": "&gt;", $: "&#36;", "%": "&#37;" };
+export const plain = (text) => visible(text).slice(0, 60).replace(/[\n\t&<>$%]/g, (c) => SIGNS[c]);
+
+export const whole = (x) => (x == null ? "–" : Math.round(x).toLocaleString("en"));
+export const number = (x, digits = 3) => (x == null ? "–" : Number(x).toFixed(digits));
+export function rate(x) { // a learning rate
+  if (x === 0) return "0";
+  return x >= 0.001 ? String(Number(x.toPrecision(3))) : x.toExponential(2).replace(/\.?0+e/, "e");
+}
+export function duration(s) {
+  if (s == null) return "–";
+  if (s < 60) return `${Math.round(s)} s`;
+  if (s < 3600) return `${Math.floor(s / 60)} min ${Math.floor(s % 60)} s`;
+  return `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min`;
+}
+
+// runs are told apart by colour, dash and marker
+export const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
+export const MARKERS = ["circle", "square", "triangle-up", "diamond", "cross", "x"];
+export const SIGN = ["●", "■", "▲", "◆", "✚", "✖"]; // the markers, in words
+const LIGHT = ["#00508f", "#b04a0c", "#007a5a", "#a03070", "#6a5acd", "#7a5d10"];
+const DARK = ["#7cbcf0", "#f0a060", "#5fd0a8", "#f08fc0", "#b3a8ff", "#e0c060"];
+export const dark = matchMedia("(prefers-color-scheme: dark)");
+export const colour = (i) => (dark.matches ? DARK : LIGHT)[i % LIGHT.length];
+export const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+// a select's choices, [value, words] each; the one chosen stays while it is there
+export function offer(select, pairs) {
+  const now = JSON.stringify(pairs);
+  if (select.dataset.pairs === now) return;
+  const before = select.value;
+  select.dataset.pairs = now;
+  select.replaceChildren(...pairs.map(([value, words]) => {
+    const option = element("option", words);
+    option.value = value;
+    return option;
+  }));
+  if (pairs.some(([value]) => String(value) === before)) select.value = before;
+}
+
+export function rowOf(cells, head) { // a row of a table; with `head` its first cell names it
+  const row = element("tr");
+  row.append(...cells.map((text, i) => element(head && i === 0 ? "th" : "td", text)));
+  if (head) row.firstChild.scope = "row";
+  return row;
+}

@@ -361,3 +361,28 @@ def test_a_forecast_knows_max_time_and_what_was_before_a_resume():
         for step in range(41, 62):
             forecast.at(step, 1000.0 + (step - 40), 0.0)
         assert math.isclose(forecast.predicted, expected)
+
+
+def test_a_run_says_its_outline_and_how_far_off_it_was(here, losscurve, monkeypatch):
+    monkeypatch.setattr(Forecast, "STEPS", 2)
+    monkeypatch.setattr(Forecast, "SECONDS", 0.0)
+    for name in ("probe", "choose_dtype"):  # neither the pace nor bfloat16 is tried before the first step
+        monkeypatch.setattr(plan, name, lambda *args, name=name: torch.float32 if args[0] == "float32" else 1 / 0)
+    code, out, err = losscurve(f"train --text text.txt {flags()}")
+    assert code == 0, err
+    lines, config = out.splitlines(), from_settings(read_toml("checkpoints/config.toml"))
+    first = next(number for number, line in enumerate(lines) if line.startswith("step     0"))
+    text = plan.text_of(config)
+    shown = plan.outline(plan.with_vocabulary(config, text.vocabulary), text.tokens)
+    assert lines[first - 2 : first] == shown.splitlines()
+    said = [line for line in err.splitlines() if "this run will take" in line]
+    assert len(said) == 1
+    assert said[0].startswith("note: at ")
+    assert re.match(r"predicted .* s, took .* s: \d+% too (low|high)", lines[-2])
+    assert lines[-1] == "saved checkpoints/model.pt"
+    code, out, err = losscurve(
+        f"train --text text.txt --out_dir patient {flags(max_lr=1e-9, warmup_steps=0)} --patience 1"
+    )
+    assert code == 0, err
+    assert "no improvement" in out
+    assert "predicted" not in out

@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
     from llm.commands.watch import beside
     from llm.device import describe_device
     from llm.explain import News
+    from llm.plan import Forecast, outline
     from llm.run import interrupts
     from llm.schedule import warmup_warning
     from llm.start import begun, resumed
@@ -62,9 +63,10 @@ def main(argv: list[str]) -> int:
             warn(warning)
         tell(f"training on {describe_device(run.trainer.device, run.trainer.dtype)}")
         tell(opening(run))
+        tell(outline(config, len(run.trainer.data.train)))
         if tell_address:
             tell_address()
-        news = News(out_dir, config) if args.explain else None
+        news, forecast = News(out_dir, config) if args.explain else None, Forecast(config)
         with (
             StepBar(config.max_steps, run.progress.step, config.tokens_per_step) as shown,
             following(trackers, out_dir, config, shown.warn, shown.note),
@@ -78,6 +80,8 @@ def main(argv: list[str]) -> int:
                     shown.warn(event.text)
                 elif isinstance(event, Step):
                     shown.advance(event.step)
+                    if said := forecast.at(event.step, run.seconds(), run.progress.bookkeeping):
+                        shown.note(said)
     if run.unsaved:
         raise Failure(
             f"the last save failed: {run.unsaved}; {last_saved(out_dir)}; make room, then go on with: "
@@ -88,6 +92,8 @@ def main(argv: list[str]) -> int:
         tell(f"saved step {run.progress.step} in {out_dir}; go on with: {again}")
         return 128 + caught[0]
     tell("\n".join(ending(run)))
+    if run.reason != "patience" and (came := forecast.ended(run.progress.seconds)):
+        tell(came)
     tell(f"saved {out_dir / 'model.pt'}")
     return 0
 

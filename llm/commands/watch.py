@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
     if not 0 <= args.port < 65536:
         raise UserError(f"port = {args.port}: expected 0 to 65535")
 
+    import os
     import secrets
     import socket
     import threading
@@ -49,11 +50,13 @@ def main(argv: list[str]) -> int:
             listener.bind(("127.0.0.1", args.port))
         except OSError as error:
             raise Failure(f"port {args.port}: {error.strerror}; give another --port, or none") from None
+        listener.listen()  # who comes before the server is ready waits
         port, token = listener.getsockname()[1], secrets.token_urlsafe(24)
         server = Server([Path(name) for name in args.runs], token, port)
 
         def wait_for_eof() -> None:
-            sys.stdin.buffer.read()
+            while os.read(0, 4096):  # no lock of sys.stdin, which the end of this process would wait for
+                pass
             server.should_exit = True
 
         if args.until_eof:

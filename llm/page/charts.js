@@ -152,12 +152,13 @@ function region(run, shapes, annotations) { // of overfitting
 }
 function marks(log, shapes, annotations) { // the landmarks; returns their losses
   const all = new Map(known().flatMap((run) => run.facts.landmarks).map((mark) => [mark.loss, mark]));
+  const room = wide() && all.size <= 3; // in runs of several vocabularies they lie close
   for (const mark of all.values()) {
     const line = { color: css("--soft"), width: 1, dash: "dot" };
     shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: mark.loss, y1: mark.loss, line, layer: "below" });
     annotations.push({ // beside the chart, where no curve runs over it
       xref: "paper", x: 1, xshift: 4, y: log ? Math.log10(mark.loss) : mark.loss, showarrow: false, xanchor: "left", yanchor: "middle",
-      text: wide() ? `${mark.name} = ${mark.loss.toFixed(2)}<br>${mark.meaning}` : mark.name, align: "left",
+      text: wide() ? `${mark.name} = ${mark.loss.toFixed(2)}${room ? `<br>${mark.meaning}` : ""}` : mark.name, align: "left",
       font: { color: css("--soft"), size: 11 },
     });
   }

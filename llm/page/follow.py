@@ -261,4 +261,4 @@ def samples_in(text: bytes, val: list[Row]) -> list[tuple[int, int, int]]:
             heads.append((step, start))
             before = step
     ends = [start - 2 for _, start in heads[1:]] + [len(text) - 2 * text.endswith(b"\n\n")]
-    return [(step, start, end) for (step, start), end in zip(heads, ends, strict=True)]
+    return [(step, start, end) for (step, start), end in zip(heads, ends, strict=False)]  # there may be none

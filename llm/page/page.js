@@ -15,10 +15,11 @@ function stateOf({ facts, pace }) {
   if (facts.max_steps && pace.step >= facts.max_steps) return "finished";
   return ago < 120 ? "training" : `quiet for ${duration(ago)}`;
 }
+const nameOf = (run) => (known().length > 1 ? `${SIGN[known().indexOf(run) % SIGN.length]} ` : "") + run.facts.name;
 function drawRuns() {
   $("runs").replaceChildren(...known().map((run, i) => {
     const { facts, pace } = run, box = element("div", undefined, "run"), head = element("div"), state = stateOf(run);
-    head.append(element("div", `${known().length > 1 ? `${SIGN[i % SIGN.length]} ` : ""}${facts.name}`, "name"), element("div", state, "state"));
+    head.append(element("div", nameOf(run), "name"), element("div", state, "state"));
     head.firstChild.style.color = colour(i);
     const low = facts.val.find((row) => row[0] === facts.best);
     const lines = [
@@ -100,8 +101,8 @@ $("sample-run").onchange = drawSample;
 function drawSettings() {
   const all = known(), names = [...new Set(all.flatMap((run) => Object.keys(run.facts.settings)))];
   const differs = (name) => new Set(all.map((run) => run.facts.settings[name])).size > 1;
-  const rowFor = (name) => rowOf([name, ...all.map((run) => run.facts.settings[name] ?? "–")], true);
-  const heads = () => rowOf(["setting", ...all.map((run, i) => `${all.length > 1 ? `${SIGN[i % SIGN.length]} ` : ""}${run.facts.name}`)]);
+  const rowFor = (name) => rowOf([name, ...all.map((run) => run.facts.settings[name] ?? "–")], 1);
+  const heads = () => rowOf(["setting", ...all.map((run) => nameOf(run))], all.length + 1);
   const differing = names.filter(differs);
   for (const [id, rows] of [["differences", differing], ["settings-table", names]]) {
     $(id).tHead.replaceChildren(heads());

@@ -57,9 +57,9 @@ export function offer(select, pairs) {
   if (pairs.some(([value]) => String(value) === before)) select.value = before;
 }
 
-export function rowOf(cells, head) { // a row of a table; with `head` its first cell names it
+export function rowOf(cells, heads = 0) { // a row of a table; its first `heads` cells are headings
   const row = element("tr");
-  row.append(...cells.map((text, i) => element(head && i === 0 ? "th" : "td", text)));
-  if (head) row.firstChild.scope = "row";
+  row.append(...cells.map((text, i) => element(i < heads ? "th" : "td", text)));
+  for (const head of row.querySelectorAll("th")) head.scope = heads > 1 ? "col" : "row";
   return row;
 }

@@ -1,0 +1,171 @@
+"""`watch`, and `train --watch`: the page in a process of its own, which no training run waits for or depends on."""
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import flags
+
+from llm.commands import watch
+from llm.errors import UserError
+from llm.metrics import read_record
+
+for package in ("starlette", "uvicorn", "plotly"):
+    pytest.importorskip(package)
+ROOT = Path(__file__).parent.parent
+DEADLINE = 20  # seconds, of what takes one
+
+
+def opened(address):
+    """The answer of an address, asked for without a proxy."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=DEADLINE)
+
+
+def test_what_is_missing_is_named_with_its_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "llm.page.server", raising=False)
+    with pytest.raises(UserError, match=r"uvicorn.*losscurve\[dashboard\]"):
+        watch.main([str(tmp_path)])
+
+
+def test_watch_refuses_what_is_no_folder_or_port(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="not a folder"):
+        watch.main([str(tmp_path / "file")])
+    with pytest.raises(UserError, match="port"):
+        watch.main(["--port", "70000"])
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The command on a folder without a run: its process and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llm", "watch", "--until_eof", "--", str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    address = re.search(r"http://\S+", process.stdout.readline().decode())[0]
+    yield process, address
+    process.stdin.close()
+    process.wait(DEADLINE)
+    process.stdout.close()
+
+
+def events_of(address, seen):
+    """Read server-sent events into `seen` until the server ends them."""
+    with opened(address + "events") as stream:
+        seen.extend(line.decode().strip() for line in stream if line.startswith(b"event"))
+
+
+def test_it_listens_on_loopback_only_and_tells_open_pages_that_it_ends(server):
+    process, address = server
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{32}/", address)
+    port = int(address.split(":")[2].split("/")[0])
+    listening = Path("/proc/net/tcp")
+    if listening.exists():
+        places = [line.split()[1] for line in listening.read_text().splitlines() if f":{port:04X} " in line]
+        assert set(places) == {f"0100007F:{port:04X}"}
+    seen = []
+    viewer = threading.Thread(target=events_of, args=(address, seen))
+    viewer.start()
+    end = time.monotonic() + DEADLINE
+    while "event: run" not in seen:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.stdin.close()
+    began = time.monotonic()
+    assert process.wait(DEADLINE) == 0
+    assert time.monotonic() - began < 3
+    viewer.join(DEADLINE)
+    assert seen[-1] == "event: ended"
+
+
+def test_it_gives_way_to_a_training_run(server):
+    status = Path(f"/proc/{server[0].pid}")
+    if not status.exists():
+        pytest.skip("no /proc here")
+    assert int((status / "stat").read_text().rpartition(")")[2].split()[16]) >= 10  # nice
+    assert (status / "oom_score_adj").read_text().strip() == "1000"
+
+
+def test_ctrl_c_is_its_usual_end(server):
+    server[0].send_signal(signal.SIGINT)
+    assert server[0].wait(DEADLINE) == 0
+
+
+def test_train_watch_tells_the_address_and_ends_the_page_with_the_run(here, losscurve):
+    code, out, err = losscurve(f"train --text text.txt {flags()} --watch")
+    assert code == 0, err
+    address = re.search(r"watching checkpoints at (http://127\.0\.0\.1:\d+/\S+/)", out)[1]
+    assert out.index(address) < out.index("step     0")
+    assert out.splitlines()[-1] == "saved checkpoints/model.pt"
+    with pytest.raises(OSError, match="refused"):
+        opened(address)
+
+
+@pytest.mark.parametrize(
+    "command", [["-c", "import sys; sys.exit('boom')"], ["-c", "print('error: the page needs uvicorn')"]]
+)
+def test_a_page_that_cannot_start_is_one_warning_and_the_run_is_the_same(here, losscurve, monkeypatch, command):
+    real = subprocess.Popen
+
+    def broken(words, **more):
+        return real([words[0], *command] if "watch" in words else words, **more)
+
+    monkeypatch.setattr(subprocess, "Popen", broken)
+    code, _, err = losscurve(f"train --text text.txt {flags()} --watch")
+    assert code == 0
+    assert len([line for line in err.splitlines() if line.startswith("warning: no page: ")]) == 1
+    assert read_record(here / "checkpoints")[-1]["step"] == 12
+
+
+def test_a_machine_without_room_for_a_process_trains_too(here, capsys, monkeypatch):
+    def full(*words, **more):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", full)
+    with watch.beside(here) as tell_address:
+        tell_address()
+    assert "no page: Resource temporarily unavailable; training goes on" in capsys.readouterr().err
+
+
+def test_a_page_that_says_nothing_is_not_waited_for_long(here, capsys, monkeypatch):
+    real = subprocess.Popen
+
+    def silent(words, **more):
+        return real([words[0], "-c", "import sys; sys.stdin.read()"], **more)
+
+    monkeypatch.setattr(subprocess, "Popen", silent)
+    monkeypatch.setattr(watch, "PATIENCE", 0.2)
+    with watch.beside(here) as tell_address:
+        tell_address()
+    assert "said nothing" in capsys.readouterr().err
+
+
+def test_the_page_ends_where_the_training_is_killed(here):
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom llm.commands.watch import beside\n"
+        "with beside(Path('run')) as tell_address:\n    tell_address()\n    time.sleep(60)\n"
+    )
+    training = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    address = re.search(r"http://\S+", training.stdout.readline().decode())[0]
+    with opened(address) as page:
+        assert b"losscurve" in page.read()
+    training.kill()
+    training.wait()
+    end = time.monotonic() + DEADLINE
+    while True:
+        try:
+            opened(address).close()
+        except OSError:
+            break
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    training.stdout.close()

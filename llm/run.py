@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -27,6 +28,8 @@ from llm.weights import load_model, run_config
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+HEADING = re.compile(r"\n\n--- step \d+ \| val \S+ ---\n")  # of a sample, as llm.train writes it
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Run:
 
 def samples_in(text: str, rows: list[Row]) -> list[tuple[int, str]]:
     """(step, sample) of what stands in a samples.txt, by the headings that the evaluations in `rows` gave: a sample
-    may hold a line that looks like one.
+    may hold a line that looks like one. What follows them is of evaluations that were cut back.
     """
     heads, at = [], 0
     for step, loss in metrics.losses(rows, "val"):
@@ -102,8 +105,9 @@ def samples_in(text: str, rows: list[Row]) -> list[tuple[int, str]]:
         if found >= 0:
             at = found + len(head)
             heads.append((step, found, at))
-    ends = [found for _, found, _ in heads[1:]] + [len(text)]
-    return [(step, text[at:end].removesuffix("\n\n")) for (step, _, at), end in zip(heads, ends, strict=True)]
+    beyond = HEADING.search(text, at)
+    ends = [found for _, found, _ in heads[1:]] + [beyond.start() if beyond else len(text)]
+    return [(step, text[at:end].removesuffix("\n\n")) for (step, _, at), end in zip(heads, ends, strict=False)]
 
 
 def fit(

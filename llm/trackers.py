@@ -228,10 +228,10 @@ def with_tensorboard(say: Say) -> Start:
     class Events:
         def __init__(self, run_dir: Path, config: TrainConfig, first: Row) -> None:
             folder, record = run_dir / "tensorboard", run_dir / metrics.NAME
-            for old in folder.glob("events.out.tfevents.*"):
+            for old in sorted(folder.glob("events.out.tfevents.*"))[:-1]:  # a TensorBoard may be reading the newest
                 old.unlink()
             self.where = f"tensorboard --logdir {shlex.quote(str(folder))}"
-            # a TensorBoard that is open forgets what it has read of this run
+            # from step 0 on, this file takes the place of those before it
             self._writer = SummaryWriter(str(folder), purge_step=0)
             # its clock: when the row was reached, had the run never been stopped
             seconds = max(row["seconds"] or 0.0 for row in metrics.read_record(run_dir))

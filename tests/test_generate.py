@@ -8,7 +8,7 @@ import torch
 
 from llm.config import GPTConfig
 from llm.errors import UserError
-from llm.generate import generate, next_probabilities
+from llm.generate import generate, largest, next_probabilities
 from llm.model import GPT
 
 SMALL = GPTConfig(vocab_size=61, block_size=12, n_layer=2, n_head=2, n_embd=16)
@@ -84,6 +84,18 @@ def test_ties():
     assert sorted(probabilities([1.0] * 4, top_p=0.6)) == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3])
     assert probabilities([0.0, 2.0, 2.0], temperature=0) == [0, 1, 0]  # the first
     assert probabilities([0.0, 2.0, 2.0], temperature=1e-50) == pytest.approx([0, 0.5, 0.5])
+
+
+@pytest.mark.parametrize(("width", "k"), [(50257, 50), (50257, 1), (640, 9), (640, 10), (703, 3), (64, 1), (5, 3)])
+def test_largest_is_topk(width, k):
+    torch.manual_seed(width + k)
+    x = torch.randn(4, width)
+    x[1, 7 % width] = -math.inf
+    x[2, -1] = 99.0  # in what is left over beyond whole groups
+    values, places = largest(x, k)
+    expected, where = x.topk(k, dim=1)
+    assert torch.equal(values, expected)
+    assert torch.equal(places, where)
 
 
 def test_impossible_tokens_stay_impossible():

@@ -60,7 +60,9 @@ def main(argv: list[str]) -> int:
     prompt = "ROMEO:" if prompt is None else prompt
     seed = config.seed if hasattr(args, "seed") else None
     knobs = (args.max_new_tokens, seed, args.num_samples, args.temperature, args.top_k, args.top_p)
-    with precision(choose_dtype(config.dtype, device), device):
+    # one sample on a CPU is all reading of weights: bfloat16 would only add conversions (docs/performance.md)
+    alone = config.dtype == "auto" and device.type == "cpu" and args.num_samples == 1
+    with precision(choose_dtype("float32" if alone else config.dtype, device), device):
         tokens = continue_text(model, tokenizer, prompt, *knobs)
         if args.num_samples == 1:
             show(prompt, tokenizer, (token for (token,) in tokens))

@@ -94,6 +94,16 @@ class Chart:
         ends = [curve.points[-1][1] for curve in self.curves if curve.points]
         return "below" if min(ends, key=lambda y: abs(y - level), default=level) > level else "above"
 
+    def star_side(self) -> str:
+        """Where the star's label keeps away from the levels' names, which stand at the right."""
+        assert self.star is not None
+        step, value, _ = self.star
+        names = [
+            self.y(level) + (GAP / 2 if self.level_side(level) == "below" else -GAP / 2) for level, _ in self.levels
+        ]
+        near = min((abs(self.y(value) - GAP - name) for name in names), default=100.0)
+        return "under" if near < GAP and self.x(step) > 60 else "over"
+
     def data(self) -> dict[str, Any]:
         """The numbers, for a script that reads them out and zooms."""
         return {

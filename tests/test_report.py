@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from conftest import append, flags
 
 from llm import bands, report
 from llm.bands import Band
-from llm.chart import ticks
+from llm.chart import Chart, Curve, ticks
 from llm.config import from_settings, write_toml
 from llm.errors import UserError
 from llm.report import count, gather
@@ -183,6 +184,18 @@ def test_the_curve_is_drawn_where_the_losses_are(tmp_path):
     assert not shown.with_class("polygon", "band")
 
 
+def test_labels_keep_apart():
+    curves = (Curve("a", "a", [(0, 4.0), (100, 2.0)]), Curve("b", "b", [(0, 4.0), (100, 1.99)]))
+    chart = Chart("loss", "", "", 100, 1.0, 4.0, curves, levels=[(2.1, "level")], star=(100, 1.95, "best"))
+    (upper, first), (lower, second) = chart.end_labels()
+    assert (first.name, second.name) == ("a", "b")
+    assert lower - upper >= 5
+    assert (chart.level_side(2.1), chart.level_side(1.5)) == ("above", "below")
+    assert chart.star_side() == "under"
+    assert replace(chart, star=(100, 1.5, "best")).star_side() == "over"
+    assert replace(chart, star=(20, 1.95, "best")).star_side() == "over"
+
+
 def test_the_band_is_drawn_where_there_is_one(tmp_path, monkeypatch):
     band = Band("chapter", 5, (0, 1000, 2000, 3000), (10.8, 4.8, 5.0, 5.2), (0.1, 0.1, 0.2, 0.3))
     monkeypatch.setattr(report, "band_of_run", lambda run_dir: band)
@@ -225,7 +238,9 @@ def test_every_text_stays_text(tmp_path):
     (harmless / "env.json").write_text('{"torch": "2.13"}')
     clean = read(harmless)
     settings = {"text": (HOSTILE,), "init_from": "</style>" + HOSTILE, "sample_prompt": HOSTILE.replace("\x00", "")}
-    nasty = make_run(tmp_path / "<b onclick=x>\x1bname", words=HOSTILE + "</pre></script>\n````\n" + HOSTILE, **settings)
+    nasty = make_run(
+        tmp_path / "<b onclick=x>\x1bname", words=HOSTILE + "</pre></script>\n````\n" + HOSTILE, **settings
+    )
     env = {"torch<i>": HOSTILE, "commit": HOSTILE * 100, "data": {HOSTILE: HOSTILE}}
     (nasty / "env.json").write_text(json.dumps(env), encoding="utf-8")
     html = page(gather(nasty, memorised=False))

@@ -1,18 +1,21 @@
 """The live page in a real browser: Chromium without a window, driven by Playwright."""
 
-import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 from conftest import append, flags, words
 
 from llm.commands.main import main
+from llm.run import Run
 
 for package in ("starlette", "uvicorn", "plotly"):
     pytest.importorskip(package)
@@ -23,7 +26,6 @@ ARGUMENTS = [
     *("--no-sandbox", "--headless", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
-COMMAND = "import sys; from llm.commands.watch import main; sys.exit(main(sys.argv[1:]))"
 HOSTILE = "<img src=x onerror=window.hacked=1><b>bold"
 WAIT = 15_000  # milliseconds, of what takes one or two seconds
 
@@ -46,20 +48,23 @@ def trained(tmp_path_factory):
 
 
 @contextmanager
-def opened(browser, *runs: Path):
-    """The page of some run folders, served by the command; fails if it asks for anything outside this machine."""
-    command = [sys.executable, "-c", COMMAND, *map(str, runs)]
+def opened(browser, *runs: Path, **look):
+    """The page of some run folders, served by the command; fails if it asks for anything outside this machine, or
+    if a script or the policy of the page has anything to complain of.
+    """
+    command = [sys.executable, "-m", "llm", "watch", *map(str, runs)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
     asked, wrong = [], []
     try:
         address = server.stdout.readline().split(" at ")[-1].split()[0]
-        context = browser.new_context()
+        context = browser.new_context(**look)
         page = context.new_page()
         page.set_default_timeout(WAIT)
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
         page.goto(address)
-        page.address = address
+        page.address, page.server, page.asked = address, server, asked
         yield page
         context.close()
     finally:
@@ -115,7 +120,6 @@ def test_the_curve_follows_a_run_through_reload_restart_and_deletion(browser, tm
         assert trace(page, "validation") == [0, 5, 10]
         assert "3.900 at 10" in page.locator(".run").inner_text()
         page.reload()
-        assert "token" not in page.url
         until(lambda: trace(page, "training"), list(range(11)), "after a reload")
         (run / "metrics.jsonl").unlink()
         fill(run, range(3))
@@ -147,9 +151,8 @@ def test_two_runs_lie_over_each_other_and_hostile_ones_stay_text(browser, tmp_pa
         assert shapes[0][1] != shapes[1][1]
         assert HOSTILE in page.locator(".run .name").nth(1).inner_text()
         assert any("<img" in text for text in page.locator("#loss-chart .legendtext").all_text_contents())
-        differing = page.locator("#settings-table tr.differs").all_inner_texts()
-        assert len(differing) >= 1
-        assert "max_lr" in " ".join(differing)
+        differing = page.locator("#differences tbody tr").all_inner_texts()
+        assert [text.split() for text in differing] == [["max_lr", "0.0003", "0.5"]]
         page.select_option("#sample-run", "1")
         until(
             lambda: page.locator("#sample").inner_text(), lambda text: HOSTILE in text and "\x1b" not in text, "sample"
@@ -157,7 +160,7 @@ def test_two_runs_lie_over_each_other_and_hostile_ones_stay_text(browser, tmp_pa
         assert "<script>" in page.locator("#sample").inner_text()
         page.locator("#sample-place").focus()
         page.keyboard.press("Home")
-        assert page.locator("#sample").inner_text() == "early"
+        until(lambda: page.locator("#sample").inner_text(), "early", "the first sample")
         assert page.evaluate("window.hacked") is None
         assert page.locator("main img, main script, main b:not(.bar b)").count() == 0
 
@@ -183,8 +186,17 @@ def test_the_slider_moves_curve_table_and_flags(browser, tmp_path):
 
 def test_the_playground_streams_and_shows_the_models_probabilities(browser, trained):
     with opened(browser, trained) as page:
-        page.locator("#likely tbody tr").first.wait_for()
+        page.locator("#stream:enabled").wait_for()
+        assert not [url for url in page.asked if "/next" in url]  # nothing is loaded before somebody plays
         page.fill("#prompt", "ab")
+        page.locator("#likely tbody tr").first.wait_for()
+        run = Run.open(trained)
+        ids = torch.tensor([run.tokenizer.encode("ab").tolist()])
+        with torch.no_grad():
+            logits = run.model("best", "cpu")(ids)[0][0, -1, : run.tokenizer.vocab_size].double()
+        expected = torch.softmax(logits, 0).sort(descending=True).values[:20] * 100
+        assert page.input_value("#weights") == "best"
+        assert shares(page, "before") == pytest.approx(expected.tolist(), abs=0.006)
         page.fill("#count", "12")
         page.click("#stream")
         page.locator("#written .token").nth(11).wait_for()
@@ -192,18 +204,97 @@ def test_the_playground_streams_and_shows_the_models_probabilities(browser, trai
         page.locator("#written .token").nth(3).click()
         assert "at token 4" in page.locator("#likely-title").inner_text()
         assert page.locator("#likely tr.drawn").count() == 1
+        page.locator("#written .token").first.focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("Enter")
+        assert "at token 2" in page.locator("#likely-title").inner_text()
         page.click("#step-one")
         page.locator("#written .token").nth(12).wait_for()
         page.click("#again")
         until(lambda: page.locator("#written .token").count(), 0, "start over")
-        with page.expect_response("**/next") as answer:
-            page.locator("#top_k").focus()
-            page.keyboard.press("ArrowRight")  # top-k 1: one token is sure
-        found = answer.value.json()
-        until(lambda: page.locator("#likely .bar.after").first.inner_text(), "100.00 %", "after top-k 1")
-        shown = [float(text.split()[0]) for text in page.locator("#likely .bar.before").all_inner_texts()]
-        assert shown == pytest.approx([100 * token["before"] for token in found["likely"]], abs=0.006)
-        assert json.dumps(found["likely"][1]["after"]) == "0.0"
+        page.locator("#top_k").focus()
+        page.keyboard.press("ArrowRight")  # top-k 1: one token is sure
+        until(lambda: shares(page, "after")[:2], [100.0, 0.0], "after top-k 1")
+        assert shares(page, "before") == pytest.approx(expected.tolist(), abs=0.006)
+        page.select_option("#weights", "last")
+        page.locator("#top_k").focus()
+        page.keyboard.press("Home")
+        page.locator("#temperature").focus()
+        page.keyboard.press("Home")  # temperature 0: the likeliest is sure
+        until(lambda: shares(page, "temperature")[:2], [100.0, 0.0], "after temperature 0")
         page.fill("#prompt", "\u00e9")
         until(lambda: page.locator("#play-words").get_attribute("class"), "bad", "an error in words")
         assert page.locator("#play-words").inner_text()
+
+
+def shares(page, stage):
+    """The percentages of a column of the next token's table, 0 where a knob has ruled a token out."""
+    texts = page.locator(f"#likely .bar.{stage}").all_inner_texts()
+    return [0.0 if text == "–" else float(text.split()[0]) for text in texts]
+
+
+def test_the_page_is_used_by_keys_on_a_narrow_dark_screen(browser, tmp_path):
+    fill(tmp_path, range(50))
+    with opened(browser, tmp_path, viewport={"width": 360, "height": 700}, color_scheme="dark") as page:
+        until(lambda: len(trace(page, "training")), 50, "rows")
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 26)"
+        names = "[...document.querySelectorAll('input, select, textarea')].filter(e => !e.labels.length).map(e => e.id)"
+        assert page.evaluate(names) == []
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.getAttribute('href')") == "#curves"
+        chart, reach = page.locator("#loss-chart"), "document.getElementById('loss-chart')._fullLayout.xaxis.range"
+        assert "lowest validation loss 3.550 at step 45" in chart.get_attribute("aria-label")
+        chart.focus()
+        from_, to = page.evaluate(reach)
+        page.keyboard.press("+")
+        until(lambda: page.evaluate(reach), pytest.approx([from_ + (to - from_) / 4, to - (to - from_) / 4]), "zoom")
+        fill(tmp_path, range(50, 60))
+        until(lambda: len(trace(page, "training")), 60, "more rows")
+        assert page.evaluate(reach)[1] < 50  # which leave the zoom as it is
+        page.keyboard.press("0")
+        until(lambda: page.evaluate(reach), lambda ends: ends[1] > 55, "all of it")
+        page.locator("#evaluations summary").click()
+        until(lambda: page.locator("#evaluations-table tbody tr").count(), 12, "the table of evaluations")
+        assert "3.4500" in page.locator("#evaluations-table tbody tr").last.inner_text()
+
+
+def test_the_page_says_that_its_server_has_ended_and_keeps_the_curve(browser, tmp_path):
+    fill(tmp_path, range(6))
+    with opened(browser, tmp_path) as page:
+        until(lambda: len(trace(page, "training")), 6, "rows")
+        fill(tmp_path, range(6, 11))
+        page.server.terminate()  # the last rows still come
+        page.get_by_text("this page's server has ended").wait_for()
+        until(lambda: trace(page, "training"), list(range(11)), "after the end")
+
+
+class AnotherSite(BaseHTTPRequestHandler):
+    """A page of another server on this machine."""
+
+    def do_GET(self):
+        self.do_POST()
+
+    def do_POST(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<h1>another site</h1>")
+
+    def log_message(self, *words):
+        pass
+
+
+def test_another_site_reaches_nothing_even_with_the_address(browser, tmp_path):
+    fill(tmp_path, range(3))
+    with ThreadingHTTPServer(("127.0.0.1", 0), AnotherSite) as site, opened(browser, tmp_path) as page:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        page.locator(".run").wait_for()
+        page.goto(f"http://127.0.0.1:{site.server_port}/")
+        asking = "([address, mode]) => fetch(address, {method: 'POST', body: '{}', mode}).then(() => 'yes', () => 'no')"
+        for mode in ("cors", "no-cors"):
+            assert page.evaluate(asking, [f"{page.address}runs/0/next", mode]) == "no"
+        assert page.evaluate(asking, [f"http://127.0.0.1:{site.server_port}/", "cors"]) == "yes"
+        framed = "address => {const f = document.createElement('iframe'); f.src = address; document.body.append(f)}"
+        page.evaluate(framed, page.address)
+        until(lambda: page.frames[-1].url, "chrome-error://chromewebdata/", "a frame that stays empty")
+        site.shutdown()

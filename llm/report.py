@@ -220,7 +220,7 @@ def gather(run_dir: Path, data_dir: str | None = None, memorised: bool = True) -
         rows=rows,
         band=band,
         parameters=parameters,
-        verdicts=explain(rows, replace(run.config, out_dir=PurePath(run.config.out_dir).name), band),
+        verdicts=explain(rows, replace(run.config, out_dir=PurePath(run.config.out_dir).name or "."), band),
         evaluations=evaluations_of(rows),
         samples=[sample for sample in samples if sample.step in kept or sample.notable],
         samples_in_all=len(samples),

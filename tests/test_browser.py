@@ -296,5 +296,6 @@ def test_another_site_reaches_nothing_even_with_the_address(browser, tmp_path):
         assert page.evaluate(asking, [f"http://127.0.0.1:{site.server_port}/", "cors"]) == "yes"
         framed = "address => {const f = document.createElement('iframe'); f.src = address; document.body.append(f)}"
         page.evaluate(framed, page.address)
-        until(lambda: page.frames[-1].url, "chrome-error://chromewebdata/", "a frame that stays empty")
+        page.wait_for_load_state("networkidle")  # of the frame too
+        assert page.frames[-1].url == "chrome-error://chromewebdata/"  # it stays empty
         site.shutdown()

@@ -19,16 +19,18 @@ def write_markdown(report: Report, out: Path) -> None:
     """Write `out` and its pictures. Raises UserError where one cannot be written or is not of an earlier report."""
     pictures = {what: out.with_name(f"{out.stem}-{what}.png") for what in ("loss_curve", "schedule")}
     writable(out, MARK.encode())
-    ours = out.exists() and all(path.name in out.read_text(encoding="utf-8") for path in pictures.values())
+    ours = out.exists() and all(
+        path.name in out.read_text(encoding="utf-8", errors="replace") for path in pictures.values()
+    )
     for path in pictures.values():
         if path.exists() and not ours:
             raise UserError(f"{path}: is there, and of no earlier report; give another --out")
-    plot_runs([report.run_dir], pictures["loss_curve"])
-    plot_schedule(report.config, pictures["schedule"])
-    try:
+    try:  # first, so that pictures are always those of a report
         storage.write_text(out, text(report, *(path.name for path in pictures.values())))
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
+    plot_runs([report.run_dir], pictures["loss_curve"])
+    plot_schedule(report.config, pictures["schedule"])
 
 
 def text(report: Report, curve: str, schedule: str) -> str:

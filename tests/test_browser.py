@@ -64,7 +64,7 @@ def opened(browser, *runs: Path, **look):
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
         page.goto(address)
-        page.address, page.server, page.asked = address, server, asked
+        page.address, page.server, page.asked, page.wrong = address, server, asked, wrong
         yield page
         context.close()
     finally:
@@ -298,4 +298,7 @@ def test_another_site_reaches_nothing_even_with_the_address(browser, tmp_path):
         page.evaluate(framed, page.address)
         page.wait_for_load_state("networkidle")  # of the frame too
         assert page.frames[-1].url == "chrome-error://chromewebdata/"  # it stays empty
+        (complaint,) = page.wrong
+        assert "frame-ancestors 'none'" in complaint
+        page.wrong.clear()
         site.shutdown()

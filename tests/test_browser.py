@@ -117,8 +117,8 @@ def test_the_curve_follows_a_run_through_reload_restart_and_deletion(browser, tm
         until(lambda: trace(page, "training"), [0, 1, 2, 3, 4, 5], "first rows")
         fill(run, range(6, 11))
         until(lambda: trace(page, "training"), list(range(11)), "more rows")
-        assert trace(page, "validation") == [0, 5, 10]
-        assert "3.900 at 10" in page.locator(".run").inner_text()
+        until(lambda: trace(page, "validation"), [0, 5, 10], "evaluations")
+        until(lambda: page.locator(".run").inner_text(), lambda text: "3.900 at 10" in text, "the best of them")
         page.reload()
         until(lambda: trace(page, "training"), list(range(11)), "after a reload")
         (run / "metrics.jsonl").unlink()
@@ -130,7 +130,7 @@ def test_the_curve_follows_a_run_through_reload_restart_and_deletion(browser, tm
         until(lambda: trace(page, "training")[-1], pytest.approx(1 / 60), "over minutes")
         shutil.rmtree(run)
         page.get_by_text("waiting for a run").wait_for()
-        assert trace(page, "training") == []
+        until(lambda: trace(page, "training"), [], "after the folder was deleted")
 
 
 def test_two_runs_lie_over_each_other_and_hostile_ones_stay_text(browser, tmp_path):
@@ -145,6 +145,7 @@ def test_two_runs_lie_over_each_other_and_hostile_ones_stay_text(browser, tmp_pa
     with opened(browser, *runs) as page:
         until(lambda: trace(page, "plain: training"), list(range(6)), "first run")
         validation = "document.getElementById('loss-chart').data.filter(trace => /validation/.test(trace.name))"
+        until(lambda: trace(page, "plain: validation"), [0, 5], "its evaluations")
         shapes = page.evaluate(f"{validation}.map(trace => [trace.line.dash, trace.marker.symbol])")
         assert len(shapes) == 2
         assert shapes[0][0] != shapes[1][0]  # not by colour alone
@@ -236,7 +237,7 @@ def shares(page, stage):
 def test_the_page_is_used_by_keys_on_a_narrow_dark_screen(browser, tmp_path):
     fill(tmp_path, range(50))
     with opened(browser, tmp_path, viewport={"width": 360, "height": 700}, color_scheme="dark") as page:
-        until(lambda: len(trace(page, "training")), 50, "rows")
+        until(lambda: trace(page, "validation")[-1:], [45], "rows")
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 26)"
         names = "[...document.querySelectorAll('input, select, textarea')].filter(e => !e.labels.length).map(e => e.id)"
@@ -250,7 +251,7 @@ def test_the_page_is_used_by_keys_on_a_narrow_dark_screen(browser, tmp_path):
         page.keyboard.press("+")
         until(lambda: page.evaluate(reach), pytest.approx([from_ + (to - from_) / 4, to - (to - from_) / 4]), "zoom")
         fill(tmp_path, range(50, 60))
-        until(lambda: len(trace(page, "training")), 60, "more rows")
+        until(lambda: trace(page, "validation")[-1:], [55], "more rows")
         assert page.evaluate(reach)[1] < 50  # which leave the zoom as it is
         page.keyboard.press("0")
         until(lambda: page.evaluate(reach), lambda ends: ends[1] > 55, "all of it")

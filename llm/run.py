@@ -1,6 +1,9 @@
 """A run folder as an object, and `fit` for notebooks."""
 
+import base64
 import contextlib
+import dataclasses
+import html
 import io
 import os
 import re
@@ -14,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm import metrics
-from llm.config import TrainConfig, from_settings, read_toml
+from llm.config import TrainConfig, from_settings, read_toml, to_settings
 from llm.device import choose_device
 from llm.errors import Failure, UserError
 from llm.generate import continue_text
 from llm.metrics import Row
 from llm.model import GPT
-from llm.plot import draw, plot_runs
+from llm.plot import draw, plain, plot_runs
 from llm.start import Say, begun, resumed
 from llm.tokenizer import Tokenizer, gpt2, load_tokenizer
 from llm.train import Line, Notice
@@ -29,6 +32,8 @@ from llm.weights import load_model, run_config
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+CELL = 'style="text-align: left; vertical-align: top"'
+SHOWN = 2000  # characters of a sample in a notebook
 HEADING = re.compile(r"\n\n--- step \d+ \| val \S+ ---\n")  # of a sample, as llm.train writes it
 
 
@@ -79,11 +84,54 @@ class Run:
         tokens = continue_text(model, tokenizer, prompt, max_new_tokens, seed, 1, *knobs)
         return prompt + tokenizer.decode([token for (token,) in tokens])
 
+    @property
+    def samples(self) -> list[tuple[int, str]]:
+        """(step, sample) of each evaluation that has one."""
+        path = self.path / "samples.txt"
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        return samples_in(text, self.record)
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that differ from the defaults, the run's folders left out."""
+        unset = dataclasses.replace(self.config, warmup_steps=None, min_lr=None)  # these follow from others
+        usual = to_settings(TrainConfig()) | {"warmup_steps": unset.warmup, "min_lr": unset.final_lr}
+        settings = {
+            name: value for name, value in to_settings(self.config).items() if name not in ("out_dir", "data_dir")
+        }
+        return {name: value for name, value in settings.items() if value != usual.get(name)}
+
     def _repr_png_(self) -> bytes:
-        """What a notebook shows of a run: its loss curve."""
+        """The loss curve, for what shows pictures only."""
         picture = io.BytesIO()
         draw([self.path]).savefig(picture, format="png")
         return picture.getvalue()
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of a run: its losses, its curve, the settings that matter, its last sample."""
+        rows, samples = self.record, self.samples
+        low, evaluations = metrics.best(rows), metrics.losses(rows, "val")
+        step = max((row["step"] for row in rows), default=0)
+        facts = {"steps": f"{step:,} of {self.config.max_steps:,}"}
+        if low:
+            bits = "" if low["bits_per_byte"] is None else f", {low['bits_per_byte']:.3f} bits per byte"
+            facts["best val loss"] = f"{low['loss']:.4f} nats per token{bits}, at step {low['step']:,}"
+            facts["last"] = f"{evaluations[-1][1]:.4f} at step {evaluations[-1][0]:,}"
+        words = {name: " ".join(v) if isinstance(v, tuple) else str(v) for name, v in self.changed().items()}
+        words = {name: value if value.isprintable() else repr(value) for name, value in words.items()}
+        facts["not as by default"] = ", ".join(f"{name} {value}" for name, value in words.items()) or "nothing"
+        told = "".join(
+            f"<tr><th {CELL}>{key}</th><td {CELL}>{html.escape(value)}</td></tr>" for key, value in facts.items()
+        )
+        picture = base64.b64encode(self._repr_png_()).decode()
+        name = html.escape(plain(self.path.resolve().name, 80))
+        shown = [
+            f"<h3>{name}</h3><table>{told}</table>",
+            f'<img alt="loss curve of {name}" style="width: 45em" src="data:image/png;base64,{picture}">',
+        ]
+        for at, text in samples[-1:]:
+            sample = html.escape(text[:SHOWN])
+            shown.append(f'<p>sample at step {at:,}:</p><pre style="white-space: pre-wrap">{sample}</pre>')
+        return "".join(shown)
 
     def plot(self, out: str | Path | None = None) -> "Figure":
         """The loss curve as a figure, which a notebook shows; also written to `out` where given."""

@@ -1,0 +1,92 @@
+"""A run in a notebook: what it shows, and that nothing in a name or a sample is more than text."""
+
+import base64
+from html.parser import HTMLParser
+
+import pytest
+from conftest import SMALL, append
+
+from llm import Run, fit
+from llm.config import from_settings, write_toml
+from llm.metrics import best
+
+
+class Page(HTMLParser):
+    """The tags and the text of a page; an unclosed or stray tag is an error."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags, self.text, self.picture, self._open = [], [], "", []
+        self.feed(page)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        assert {name for name, _ in attributes} <= {"alt", "style", "src"}
+        if tag == "img":
+            self.picture = dict(attributes)
+        else:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_a_notebook_shows_losses_curve_settings_and_a_sample(here):
+    run = fit(here / "text.txt", out_dir=here / "run", say=lambda _: None, **SMALL)
+    page = Page(run._repr_html_())
+    assert page.tags == ["h3", "table", *["tr", "th", "td"] * 4, "img", "p", "pre"]
+    assert page.text[0] == "run"
+    facts = dict(zip(page.text[1:9:2], page.text[2:9:2], strict=True))
+    low = best(run.record)
+    assert facts["steps"] == "12 of 12"
+    assert facts["best val loss"] == (
+        f"{low['loss']:.4f} nats per token, {low['bits_per_byte']:.3f} bits per byte, at step {low['step']}"
+    )
+    assert facts["last"] == f"{run.record[-1]['loss']:.4f} at step 12"
+    settings = facts["not as by default"]
+    assert "n_layer 2" in settings
+    assert "max_lr 0.01" in settings
+    assert r"sample_prompt '\n'" in settings
+    assert not any(name in settings for name in ("min_lr", "seed", "out_dir", "data_dir"))  # a tenth of max_lr
+    header, _, content = page.picture["src"].partition(",")
+    assert header == "data:image/png;base64"
+    assert base64.b64decode(content).startswith(b"\x89PNG")
+    assert page.text[-1] == run.samples[-1][1]
+    assert [step for step, _ in run.samples] == [0, 4, 8, 12]
+
+
+def test_what_differs_from_the_defaults_is_what_was_set(tmp_path):
+    config = from_settings({"out_dir": "x", "data_dir": "y", "max_steps": 1000, "warmup_steps": 20, "dropout": 0.1})
+    run = Run(tmp_path, config)
+    assert run.changed() == {"max_steps": 1000, "dropout": 0.1}  # 20 are 2 % of the steps
+    assert Run(tmp_path, from_settings({"warmup_steps": 99, "min_lr": 3e-5})).changed() == {"warmup_steps": 99}
+    assert Run(tmp_path, from_settings({})).changed() == {}
+
+
+@pytest.mark.parametrize("evil", ['<script>alert("1")</script>', '"><img src=x onerror=alert(1)>', "</pre></td>&lt;"])
+def test_names_and_samples_are_text(tmp_path, evil):
+    path = tmp_path / evil.replace("/", "\\")
+    path.mkdir()
+    (path / "config.toml").write_text(
+        write_toml(from_settings({"text": evil, "sample_prompt": evil})), encoding="utf-8"
+    )
+    append(path, step=0, split="val", loss=5.0)
+    (path / "samples.txt").write_text(f"--- step 0 | val 5.0000 ---\n{evil}\n\n", encoding="utf-8")
+    page = Page(Run.open(path)._repr_html_())
+    assert page.tags == ["h3", "table", *["tr", "th", "td"] * 4, "img", "p", "pre"]
+    assert page.text[0] == path.name
+    assert page.picture["alt"] == f"loss curve of {path.name}"
+    assert page.text[-1] == evil
+    assert f"text {evil}" in page.text[8]
+
+
+def test_a_run_that_has_just_begun_can_be_shown(tmp_path):
+    (tmp_path / "config.toml").write_text(write_toml(from_settings({})), encoding="utf-8")
+    append(tmp_path, step=0, split="train", loss=5.0)
+    page = Page(Run.open(tmp_path)._repr_html_())
+    assert page.text[1:] == ["steps", "0 of 5,000", "not as by default", "nothing"]

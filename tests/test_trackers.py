@@ -471,16 +471,22 @@ def test_a_tracker_that_blocks_holds_nothing_up(here, losscurve, monkeypatch):
 def fake_wandb(mode: str = "online", api_key: str | None = None):
     """W&B as far as we use it, keeping how it was begun."""
     calls: list[dict] = []
+    logged: list[tuple[int, dict]] = []
     run = SimpleNamespace(
-        dir="x/files", url="https://wandb.example/run", define_metric=lambda *_, **__: None,
-        log=lambda *_, **__: None, finish=lambda: None,
-    )  # fmt: skip
+        dir="x/files",
+        url="https://wandb.example/run",
+        logged=logged,
+        define_metric=lambda name, summary: None,
+        log=lambda row, step: logged.append((step, row)),
+        finish=lambda: None,
+    )
     settings = SimpleNamespace(mode=mode, api_key=api_key, base_url="https://api.wandb.ai", project=None, run_name=None)
     module = SimpleNamespace(
         setup=lambda: SimpleNamespace(settings=settings),
         init=lambda **how: calls.append(how) or run,
         Settings=lambda **how: how,
         Html=lambda page, inject: page,
+        run=run,
     )
     return module, calls
 
@@ -524,6 +530,10 @@ def test_what_is_sent_is_what_the_user_set_up(asked, key, mode, said, recorded, 
     assert words.get(mode, "https") in where
     assert os.environ["WANDB_ERROR_REPORTING"] == "false"
     assert calls[0]["dir"] == str(recorded)
+    samples = {step: row["sample"] for step, row in module.run.logged if "sample" in row}
+    assert samples[4] == "<p>step 4</p><pre>&lt;b&gt;*4*&lt;/b&gt;\n\n    &amp;amp;</pre>"
+    steps = [step for step, _ in module.run.logged]
+    assert steps == sorted(steps)  # W&B drops what goes back
     assert calls[0]["settings"]["login_timeout"] == 1.0  # a prompt, should there be one, holds nothing up
 
 

@@ -90,9 +90,8 @@ def measured(run: Run, viewers: int, seconds: int, rows_per_second: int) -> tupl
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
             with contextlib.suppress(OSError), opener.open(address + "events") as stream:
                 for line in stream:
-                    if first[0] == 0 and b'"read": 1,' in line + b",":
-                        first[0] = time.perf_counter() - began
-                    if b'"read": 1' in line:
+                    if b'"read": 1}' in line:
+                        first[0] = first[0] or time.perf_counter() - began
                         ready.release()
 
         for _ in range(viewers):

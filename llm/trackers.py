@@ -112,13 +112,13 @@ def following(found: dict[str, Start], run_dir: Path, config: TrainConfig, warn:
 def _follow(name: str, view: "View", ended: threading.Event, warn: Say, note: Say) -> None:
     try:
         with storage.locked(view.run_dir / name, f"its {name} folder"):
-            told = False
+            told = None
             while True:
                 last = ended.wait(SECONDS)  # asked first, so that the last look sees everything
                 view.look()
-                if view.where and not told:
-                    told = True
-                    note(f"{name}: {view.where}")
+                if view.where and view.where != told:  # begun, perhaps anew
+                    told = view.where
+                    note(f"{name}: {told}")
                 if last:
                     break
             view.close()

@@ -54,9 +54,10 @@ SHAPES = (
     (8, 512, 8),
     (12, 768, 12),
 )  # layers, C, heads
-STEP_TOKENS = 2048  # in a batch: the chapter's
+STEP_TOKENS, STEPS = 2048, 2500  # in a batch: the chapter's, or fewer so that EPOCHS passes make about so many steps
 EVALUATIONS = 10  # besides the one at the start
-EPOCHS = 16  # passes over the text after which more give little (Muennighoff et al. 2023)
+EPOCHS = 40  # passes over the text after which more give nothing (Muennighoff et al. 2023)
+PATIENCE = 3  # evaluations in a row without improvement that end it: many a text is learned by heart sooner
 SHARE = 0.9  # of the time given that a proposal fills
 LEAST = 20  # steps
 
@@ -332,7 +333,7 @@ def propose(
     """
     chosen, lowest = None, math.inf
     for shape in SHAPES:
-        trial = shaped(config, shape)
+        trial = shaped(config, shape, text)
         if not fits(trial):
             break
         pace = measure(trial)
@@ -349,22 +350,24 @@ def propose(
     return chosen
 
 
-def shaped(config: TrainConfig, shape: tuple[int, int, int]) -> TrainConfig:
+def shaped(config: TrainConfig, shape: tuple[int, int, int], text: Text) -> TrainConfig:
     """`config` with a shape of SHAPES, and the batch and rate that go with it.
 
     The peak rate falls as 1 / width (Yang et al. 2022) through the 1e-3 that nanoGPT takes for a width of 384, and
     near the 6e-4 of Brown et al. 2020 for 768; 3e-3 at most.
     """
     layers, width, heads = shape
+    tokens = min(STEP_TOKENS, EPOCHS * text.tokens // STEPS)
     settings: dict[str, float | None] = {
         "n_layer": layers,
         "n_embd": width,
         "n_head": heads,
-        "batch_size": max(1, STEP_TOKENS // config.model.block_size),
+        "batch_size": max(1, tokens // config.model.block_size),
         "gradient_accumulation_steps": 1,
         "max_lr": min(3e-3, float(f"{0.384 / width:.2g}")),
         "min_lr": None,
         "warmup_steps": None,
+        "patience": PATIENCE,
     }
     return from_settings(settings, config)
 
@@ -403,6 +406,11 @@ def check_new(path: Path) -> None:
         raise UserError(f"out = {path}: is there already; remove it, or choose another name")
 
 
+def short(number: float) -> str:
+    """Three digits: '0.0502', '13.2', '294,000', and from a million on '1.23e+06'."""
+    return f"{float(f'{number:.3g}'):,g}"
+
+
 def spoken(seconds: float) -> str:
     """'48 s', '16.5 min', '3.4 h' or '12.1 days'."""
     for unit, size, limit in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
@@ -417,8 +425,8 @@ def outline(config: TrainConfig, tokens: int) -> str:
     ratio = config.max_steps * config.tokens_per_step / sum(parameters(config.model).values())
     return (
         f"about {space / MIB:,.0f} MiB of memory and {files / MIB:,.0f} MiB of disk; {run_flops(config):.2g} FLOPs\n"
-        f"{ratio:.2g} tokens per parameter (Chinchilla: {TOKENS_PER_PARAMETER}); "
-        f"read once, the text suits {tokens / TOKENS_PER_PARAMETER / 1e6:.2g} M parameters"
+        f"{short(ratio)} tokens per parameter (Chinchilla: {TOKENS_PER_PARAMETER}); "
+        f"read once, the text suits {short(tokens / TOKENS_PER_PARAMETER / 1e6)} M parameters"
     )
 
 

@@ -228,7 +228,7 @@ def test_a_proposal_fits_its_time_and_does_not_learn_the_text_by_heart(seconds, 
     if trained < (plan.EPOCHS - 1) * tokens:
         assert took > 0.8 * seconds
     assert pace == scaled(config)
-    assert config.tokens_per_step == 2048
+    assert config.tokens_per_step == (64 if tokens == 3000 else 2048)
     assert config.max_lr == pytest.approx(min(3e-3, 0.384 / config.model.n_embd), rel=0.01)
     assert plan.evaluations(config) <= 11
 
@@ -324,7 +324,7 @@ def test_what_is_wrong_is_said_in_one_line(here, given, named):
 def test_an_outline_is_two_lines():
     found = plan.outline(TrainConfig(), 300_000)
     assert len(found.splitlines()) == 2
-    assert "0.75 tokens per parameter" in found  # 10.24 M of them, 13.67 M parameters
+    assert "0.749 tokens per parameter" in found  # 10.24 M of them, 13.67 M parameters
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "Say what a run will take here: memory, disk, time; or, with --time, what to run in that time."
 PROPOSED = (
     *("n_layer", "n_embd", "n_head", "batch_size", "gradient_accumulation_steps", "max_steps"),
-    *("eval_every", "eval_tokens", "warmup_steps", "max_lr", "min_lr"),
+    *("eval_every", "eval_tokens", "warmup_steps", "max_lr", "min_lr", "patience"),
 )  # what --time decides
 
 
@@ -90,7 +90,7 @@ def planned(config: TrainConfig, text: "Text", pace: "Pace | None") -> dict[str,
 
 def lines(config: TrainConfig, facts: dict[str, Any], text: "Text", budget: float | None) -> list[str]:
     """The plan in words."""
-    from llm.plan import TOKENS_PER_PARAMETER, optimal_parameters, spoken
+    from llm.plan import EPOCHS, SHARE, TOKENS_PER_PARAMETER, optimal_parameters, short, spoken
 
     def parts(values: dict[str, float], scale: float) -> str:
         shown = {name: f"{value / scale:,.1f}" for name, value in values.items()}
@@ -109,16 +109,17 @@ def lines(config: TrainConfig, facts: dict[str, Any], text: "Text", budget: floa
         f"vocabulary {model.vocab_size:,}; {config.max_steps:,} steps of {config.windows_per_step} windows, "
         f"peak learning rate {config.max_lr:g}",
         "text": f"{text.tokens:,} training tokens{' (estimated)' if text.unprepared else ''}, "
-        f"read {trained / text.tokens:.3g} times",
+        f"read {short(trained / text.tokens)} times",
         "parameters": f"{count / 1e6:,.2f} M: {parts(facts['parameters'], 1e6)}",
         "memory": f"{space / 2**20:,.0f} MiB{here} at peak: {parts(facts['memory'], 2**20)}",
         "disk": f"{sum(facts['disk'].values()) / 2**20:,.0f} MiB: {parts(facts['disk'], 2**20)}",
-        "work": f"{facts['step_flops'] / 1e9:,.3g} GFLOP a step, {head:.0%} of it for the vocabulary; "
+        "work": f"{short(facts['step_flops'] / 1e9)} GFLOP a step, {head:.0%} of it for the vocabulary; "
         f"{facts['run_flops']:.3g} FLOP in all",
     }
+    suits = short(text.tokens / TOKENS_PER_PARAMETER / 1e6)
     chinchilla = (
-        f"{trained / count:.2g} tokens per parameter, where {TOKENS_PER_PARAMETER} are best (Hoffmann et al. 2022); "
-        f"read once, the text suits {text.tokens / TOKENS_PER_PARAMETER / 1e6:.2g} M parameters"
+        f"{short(trained / count)} tokens per parameter, where {TOKENS_PER_PARAMETER} are compute-optimal "
+        f"(Hoffmann et al. 2022); read once, the text suits {suits} M parameters"
     )
     if facts["seconds"] is None:
         found["time"] = "not known: a step of one window does not fit in the memory here"
@@ -131,9 +132,11 @@ def lines(config: TrainConfig, facts: dict[str, Any], text: "Text", budget: floa
         found["time"] = f"{spoken(seconds)}: {spent}"
         if config.max_time and config.max_time < seconds:
             found["time"] += f"; max_time ends it after {spoken(config.max_time)}"
+        if budget and seconds < SHARE * budget / 1.1:
+            found["time"] += f"; a text read more than {EPOCHS} times gives no more"
         best = optimal_parameters((budget or seconds) * facts["flops_per_second"])
         chinchilla += (
-            f", and {spoken(budget or seconds)} here {best / 1e6:.2g} M and {TOKENS_PER_PARAMETER * best / 1e6:.2g} M "
-            "tokens of fresh text"
+            f"; {spoken(budget or seconds)} here suit {short(best / 1e6)} M and "
+            f"{short(TOKENS_PER_PARAMETER * best / 1e6)} M tokens of fresh text"
         )
     return [f"{title:<11}{words}" for title, words in (found | {"Chinchilla": chinchilla}).items()]

@@ -167,10 +167,14 @@ def test_what_is_no_plain_file_is_not_opened(tmp_path):
     assert (follower.there, facts(follower)["weights"]) == (False, [])
 
 
-def test_a_long_record_is_read_in_several_looks(tmp_path, monkeypatch):
+@pytest.mark.parametrize("look", [1000, 3000, 7000, 11_000])
+@pytest.mark.parametrize("torn", ["", '{"step": 300, '])
+def test_a_long_record_is_read_in_several_looks(tmp_path, monkeypatch, look, torn):
     monkeypatch.setattr(follow, "BLOCK", 1000)
-    monkeypatch.setattr(follow, "LOOK", 4000)
+    monkeypatch.setattr(follow, "LOOK", look)
     fill(tmp_path, range(300))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
     follower, viewer, counts = Follower(tmp_path, "a"), Viewer(), []
     while not counts or follower.behind:
         follower.look()

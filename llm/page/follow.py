@@ -58,6 +58,7 @@ class Follower:
         self.last: Row | None = None
         self.changed_at = 0.0  # seconds since 1970
         self.size = self.offset = 0  # bytes of the record, and those read
+        self.behind = False  # whether there is more than the last look read
         self._tail = b""
         self._stamp: Stamp = ()
         self._sampled: list[Row] = []  # every `_every`-th training row
@@ -65,11 +66,6 @@ class Follower:
         self._every = 1
         self.verdicts: list[str] = []
         self._explained = -1  # step
-
-    @property
-    def behind(self) -> bool:
-        """Whether there is more of the record than one look reads."""
-        return self.size - self.offset > BLOCK
 
     def rows(self) -> list[Row]:
         """The evaluations and the training rows kept for verdicts, in order."""
@@ -139,13 +135,14 @@ class Follower:
             whole, end, rest = (rest + block).rpartition(b"\n")
             if not end and len(rest) > BLOCK:
                 self.errors[NAME] = f"{self.path / NAME}: has a line of more than 4 MiB and is read no further"
-                self.size = self.offset
+                self.behind = False
                 return
             if end:
                 self.offset += len(whole) + 1
                 self._tail = (self._tail + whole[-TAIL:] + end)[-TAIL:]
                 for row in rows_in(whole):
                     self._add(row)
+        self.behind = self.offset + len(rest) < self.size
 
     def _add(self, row: Row) -> None:
         self.last = row

@@ -16,7 +16,7 @@ export function draw(id, traces, layout, label, config = {}) {
   const axis = { gridcolor: css("--grid"), linecolor: css("--line"), zerolinecolor: css("--grid"), automargin: true };
   const chart = $(id);
   Plotly.react(chart, traces, {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), size: 12 },
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), size: 12, family: "system-ui, sans-serif" },
     margin: { l: 52, r: 14, t: 10, b: 40 }, hovermode: "closest", showlegend: false,
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink") } },
     ...layout,
@@ -127,7 +127,7 @@ function training(columns, label, line, several) { // the smoothed curve, over w
 }
 function star(x, y, step, label, color) {
   return {
-    x: [x], y: [y], mode: "markers+text", showlegend: false, text: [`best ${number(y)}`], textposition: "bottom center",
+    x: [x], y: [y], mode: "markers+text", showlegend: false, text: [`best ${number(y)}`], textposition: "top center",
     textfont: { color }, marker: { symbol: "star", size: 17, color, line: { color: css("--card"), width: 1.5 } },
     cliponaxis: false, hovertemplate: `${label}best<br>step ${whole(step)}<br>%{y:.4f}<extra></extra>`,
   };

@@ -102,7 +102,7 @@ function addToken(token) {
     button.setAttribute("aria-pressed", "true");
     const drawn = JSON.stringify(visible(token.text));
     showLikely(token.likely, token.id, `Likely at token ${place + 1}, where ${drawn} was drawn`);
-    $("likely-words").textContent = "▸ marks what was drawn";
+    $("likely-words").textContent = "▸ marks what was drawn, out of the last column";
   };
   $("written").append(button);
   $("written").scrollTop = $("written").scrollHeight;

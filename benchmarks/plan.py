@@ -2,6 +2,7 @@
 
 Each run is a process of its own; its peak is the resident memory that the system reports when it ends. The plan is made
 just before, in another process. TUNED were looked at while the constants of llm/plan.py were set; HELD_OUT were not.
+Nothing else may run on the machine meanwhile.
 
     python -m benchmarks.plan [--which held_out|tuned] [--rounds 2] [--json FILE]
 """
@@ -18,14 +19,16 @@ from typing import Any
 TUNED = {
     "chapter, 40 steps": "--max_steps 40 --eval_every 20",
     "bytes, 6 x 192, 60 steps": "--text shakespeare --tokenizer byte --n_layer 6 --n_embd 192 --n_head 6 "
-    "--block_size 128 --batch_size 16 --max_steps 60 --eval_every 30 --warmup_steps 5 --eval_tokens 20000",
+    "--block_size 128 --batch_size 16 --max_steps 60 --eval_every 30 --eval_tokens 20000",
+    "bytes, 2 x 64, 1500 steps": "--text shakespeare --tokenizer byte --n_layer 2 --n_embd 64 --n_head 2 "
+    "--max_steps 1500 --eval_every 300",
 }
 HELD_OUT = {
-    "shakespeare-char-cpu, 300 steps": "--preset shakespeare-char-cpu --max_steps 300 --eval_every 150",
-    "characters, 4 x 256, 60 steps": "--text shakespeare --tokenizer char --n_layer 4 --n_embd 256 --n_head 4 "
-    "--block_size 64 --batch_size 24 --max_steps 60 --eval_every 30 --eval_tokens 20000",
-    "gpt2 tokens, tied 2 x 192, 30 steps": "--text shakespeare --tokenizer gpt2 --n_layer 2 --n_embd 192 --n_head 6 "
-    "--tied_lm_head --batch_size 16 --max_steps 30 --eval_every 15",
+    "shakespeare-char-cpu, whole": "--preset shakespeare-char-cpu",
+    "characters, 4 x 256, 200 steps": "--text shakespeare --tokenizer char --n_layer 4 --n_embd 256 --n_head 4 "
+    "--block_size 64 --batch_size 24 --max_steps 200 --eval_every 50 --eval_tokens 20000",
+    "gpt2 tokens, tied 2 x 192, 100 steps": "--text shakespeare --tokenizer gpt2 --n_layer 2 --n_embd 192 --n_head 6 "
+    "--tied_lm_head --batch_size 16 --max_steps 100 --eval_every 25",
 }
 
 
@@ -49,18 +52,14 @@ def main() -> None:
 
 def compared(name: str, flags: list[str]) -> dict[str, Any]:
     """Prediction, truth and (prediction - truth) / truth of one run, in MiB and seconds."""
-    code = "import sys; from llm.commands.plan import main; sys.exit(main(sys.argv[1:]))"
+    llm = [sys.executable, "-m", "llm"]
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    around = os.environ | {"PYTHONPATH": root}
     with tempfile.TemporaryDirectory() as folder:
-        shared: dict[str, Any] = {"cwd": folder, "env": around}
-        shown = subprocess.run(
-            [sys.executable, "-c", code, *flags, "--json"], capture_output=True, check=True, **shared
-        )
+        shared: dict[str, Any] = {"cwd": folder, "env": os.environ | {"PYTHONPATH": root}}
+        shown = subprocess.run([*llm, "plan", *flags, "--json"], stdout=subprocess.PIPE, check=True, **shared)
         facts = json.loads(shown.stdout)
         start = time.perf_counter()
-        command = [sys.executable, "-m", "llm", "train", *flags, "--out_dir", "run"]
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, **shared)
+        child = subprocess.Popen([*llm, "train", *flags, "--out_dir", "run"], stdout=subprocess.DEVNULL, **shared)
         _, status, used = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - start

@@ -35,9 +35,9 @@ from llm.train import train_step
 MIB = 2**20
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal for text that is read once
 # measured, on the configurations that benchmarks/plan.py calls tuned
-PROCESS = 420 * MIB  # Python, PyTorch, Matplotlib, the tokenizer and their scratch space
-STARTING = 4.0  # seconds of imports, opening the text and the first step's setting up
-PICTURE = 0.35  # seconds of drawing the curve, at each evaluation
+PROCESS = 350 * MIB  # Python, PyTorch, Matplotlib, the tokenizer and their scratch space
+STARTING = 2.3  # seconds of imports, opening the text and the first step's setting up
+PICTURE = 0.2  # seconds of drawing the curve, at each evaluation
 WRITING = 500 * MIB  # bytes a second of copying, hashing and writing a state
 READING = 10 * MIB  # bytes a second of text to token files
 BYTES_PER_TOKEN = {"gpt2": 3.3, "auto": 3.3, "bpe": 3.2, "byte": 1.0, "char": 1.0}  # of tiny Shakespeare

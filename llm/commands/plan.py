@@ -1,5 +1,6 @@
 """`plan`: what a run will take, before anything is trained; or what to run in a given time."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from llm.commands.flags import Parser, add_settings, config_from, typed_settings, warn
@@ -40,11 +41,12 @@ def main(argv: list[str]) -> int:
         check_new(Path(args.out))
     if config.init_from:
         config = starting_point(config, warn)[0]
-        text = text_of(config)
-    else:
-        text = text_of(config)
+    text = text_of(config)
+    if not config.init_from:
         config = with_vocabulary(config, text.vocabulary)
-    pace = None
+    pace, load = None, os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5 * (os.cpu_count() or 1):
+        warn(f"other work was running here in the last minute (load {load:.1f}); times are told as if it went on")
     if budget:
         config, pace = propose(config, text, budget)
     elif fits(config):

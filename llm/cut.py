@@ -18,6 +18,7 @@ CUT = re.compile(rf"[^{SPACE}](?=[ \n])|[A-Za-z0-9а-яぁ-ゖァ-ヺ一-龥가-
 PIECE = 2**18  # characters handed to the tokenizer at once
 UNCUT = 2**27  # bytes of memory: the longest stretch without a cut that we hold (1, 2 or 4 a character)
 LONG_SPACE = re.compile(f"[{SPACE}]{{4096}}")  # tiktoken 0.14 panics somewhere above 300,000
+EIGHT_SPACES = re.compile(f"[{SPACE}]{{8}}")
 
 
 def pieces(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
@@ -41,6 +42,11 @@ def pieces(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
             )
     if text:
         yield text
+
+
+def has_long_space(text: str) -> bool:
+    """Whether there is a run of 4,096 white spaces: eight in every 512th character, or it need not be looked for."""
+    return bool(EIGHT_SPACES.search(text[::512]) and LONG_SPACE.search(text))
 
 
 def split_like_gpt2(text: str) -> Iterator[re.Match[str]]:

@@ -4,6 +4,7 @@ The text is read twice and never held: once to count and check it, once to token
 on all cores. The four files replace those of an earlier preparation together, or not at all.
 """
 
+import contextlib
 import hashlib
 import os
 from collections import deque
@@ -20,10 +21,12 @@ from llm.config import TrainConfig, from_settings
 from llm.corpus import Corpus, Survey, look, span
 from llm.cut import pieces
 from llm.errors import Failure, UserError
-from llm.tokenizer import BPE, BPE_VOCAB_SIZE, Bytes, Characters, Tokenizer, gpt2, save_tokenizer, train_bpe
+from llm.tokenizer import BPE, BPE_VOCAB_SIZE, Bytes, Characters, Ids, Tokenizer, gpt2, save_tokenizer, train_bpe
+from llm.workers import Workers
 
 FORMAT, VERSION = "losscurve tokens", 1
 FILES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")
+LARGE = 16 * 2**20  # characters from which processes are worth their start
 SAMPLE = 64 * 2**20  # characters: a BPE is trained on no more than this, evenly spread over a larger text
 
 Progress = Callable[[int, int], None]  # characters done, characters in all
@@ -223,10 +226,16 @@ def _write(
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     used = np.zeros(tokenizer.vocab_size, dtype=bool)
     splits = {}
-    for name, start, stop in (("train", 0, cut), ("val", cut, survey.total)):
-        tick = None if progress is None else (lambda done, at=start: progress(at + done, survey.total))
-        items = _items(source, survey, start, stop, tokenizer)
-        splits[name] = _write_split(staging / f"{name}.bin", items, tokenizer, dtype, used, tick)
+    with contextlib.ExitStack() as stack:
+        encode = tokenizer.encode
+        if isinstance(tokenizer, BPE) and survey.total > LARGE:
+            workers = Workers(staging / "tokenizer.json")
+            stack.callback(workers.close)
+            encode = workers.encode
+        for name, start, stop in (("train", 0, cut), ("val", cut, survey.total)):
+            tick = None if progress is None else (lambda done, at=start: progress(at + done, survey.total))
+            items = _items(source, survey, start, stop, tokenizer)
+            splits[name] = _write_split(staging / f"{name}.bin", items, tokenizer, encode, dtype, used, tick)
     counted = [sum(split[what] for split in splits.values()) for what in ("characters", "bytes")]
     if counted != [survey.total, survey.bytes]:
         raise Failure(f"{source.name}: the text changed while it was read; prepare it again")
@@ -269,6 +278,7 @@ def _write_split(
     path: Path,
     items: Iterator[str | None],
     tokenizer: Tokenizer,
+    encode: Callable[[str], Ids],
     dtype: str,
     used: npt.NDArray[np.bool_],
     tick: Callable[[int], None] | None,
@@ -277,12 +287,12 @@ def _write_split(
     lengths = tokenizer.token_bytes()
     digest, tokens, size, characters, largest = hashlib.sha256(), 0, 0, 0, 0
 
-    def encode(item: str | None) -> tuple[npt.NDArray[Any], int]:
-        ids = np.array([tokenizer.end_of_text]) if item is None else tokenizer.encode(item)
+    def encoded(item: str | None) -> tuple[Ids, int]:
+        ids = np.array([tokenizer.end_of_text]) if item is None else encode(item)
         return ids.astype(np.dtype(dtype).newbyteorder("<"), copy=False), len(item or "")
 
     with open(path, "wb") as file:
-        for found, item_characters in _in_order(encode, items):
+        for found, item_characters in _in_order(encoded, items):
             for ids in np.split(found, range(2**20, len(found), 2**20)):  # indexing makes 64-bit copies
                 content = ids.tobytes()
                 file.write(content)
@@ -308,7 +318,7 @@ def _write_split(
 
 
 def _in_order(work: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
-    """`work` of each item in order, on all cores (the tokenizers release the interpreter), few in flight."""
+    """`work` of each item in order, on all cores (a tokenizer lets go of the interpreter), few in flight."""
     workers = os.cpu_count() or 1
     waiting: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(workers) as pool:

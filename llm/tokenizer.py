@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm import download, storage
-from llm.cut import GPT2_SPLIT, LONG_SPACE, PIECE, pieces, split_like_gpt2
+from llm.cut import GPT2_SPLIT, PIECE, has_long_space, pieces, split_like_gpt2
 from llm.errors import UserError
 
 Ids = npt.NDArray[Any]  # integers, one dimension
@@ -132,6 +132,8 @@ class BPE(_Tokens):
         special = {END_OF_TEXT: len(tokens)}
         super().__init__([*tokens, END_OF_TEXT.encode()], end_of_text=len(tokens))
         self._encoding = tiktoken.Encoding(kind, pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens=special)
+        # what tokenizes first keeps a fast way for its thread; if that is one of many, the others take twice the time
+        self._encoding.encode_ordinary("a")
         self._longest = max(map(len, tokens))
         self._dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
 
@@ -139,7 +141,7 @@ class BPE(_Tokens):
         _utf8(text)  # tiktoken would replace lone surrogates without a word
         parts: list[Ids] = []
         for piece in pieces([text]):
-            if len(piece) > 4 * PIECE or LONG_SPACE.search(piece):
+            if len(piece) > 4 * PIECE or has_long_space(piece):
                 parts.extend(self._encode_slowly(piece))
             else:
                 parts.append(self._encoding.encode_to_numpy(piece, disallowed_special=()).astype(self._dtype))

@@ -18,6 +18,7 @@ ORDER = (
         "tokenizer",
         "corpus",
         "data",
+        "workers",
         "prepare",
         "kernel",
         "loss",

@@ -1,0 +1,76 @@
+"""A tokenizer in processes of its own, one a core: threads of one process tokenize little faster than one does.
+
+A worker, `python -m llm.workers tokenizer.json`, reads pieces of text and writes their ids until its input ends, as it
+does too when the program that started it is gone. A message is its length (8 bytes, little-endian) and then its bytes.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from llm.errors import Failure
+from llm.tokenizer import Ids, load_tokenizer
+
+
+class Workers:
+    """`encode` for several threads at once: each that calls it has a worker. `close` ends them."""
+
+    def __init__(self, tokenizer_json: Path) -> None:
+        self._command = [sys.executable, "-m", "llm.workers", str(tokenizer_json)]
+        self._mine = threading.local()
+        self._all: list[subprocess.Popen[bytes]] = []
+
+    def encode(self, text: str) -> Ids:
+        """The ids of `text`. Raises Failure if the worker is gone."""
+        if not hasattr(self._mine, "worker"):
+            where = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}  # that `llm` was imported from
+            pipe = subprocess.PIPE
+            self._mine.worker = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, env=where)
+            self._all.append(self._mine.worker)
+        worker = self._mine.worker
+        try:
+            send(worker.stdin, text.encode("utf-8"))
+            answer = receive(worker.stdout)
+        except BrokenPipeError:
+            answer = None
+        if answer is None:
+            raise Failure(f"a tokenizer process ended (exit code {worker.wait()}); prepare the text again")
+        return np.frombuffer(answer, "<u4")
+
+    def close(self) -> None:
+        for worker in self._all:
+            assert worker.stdin and worker.stdout
+            with contextlib.suppress(BrokenPipeError):  # it was gone before
+                worker.stdin.close()  # at the end of its input it ends
+            worker.stdout.close()
+            worker.wait()
+
+
+def send(stream: IO[bytes], message: bytes) -> None:
+    stream.write(len(message).to_bytes(8, "little") + message)
+    stream.flush()
+
+
+def receive(stream: IO[bytes]) -> bytes | None:
+    """The next message, None where there is no whole one any more."""
+    length = int.from_bytes(stream.read(8), "little")
+    message = stream.read(length)
+    return message if length and len(message) == length else None
+
+
+def main(tokenizer_json: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that started it
+    tokenizer = load_tokenizer(Path(tokenizer_json))
+    while (text := receive(sys.stdin.buffer)) is not None:
+        send(sys.stdout.buffer, tokenizer.encode(text.decode("utf-8")).astype("<u4").tobytes())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from llm.kernel import exp_sum
 
-ROWS_BYTES = 50 * 2**20  # of the exponentials of one chunk of rows, and
+ROWS_BYTES = 100 * 2**20  # of the exponentials of one chunk of rows, and
 BLOCK_BYTES = 8192  # of one row, in a block of columns: both measured, see docs/decisions.md
 GPU_ROWS_BYTES = 2**30  # elsewhere a block is a whole row: no cache to stay in, and every launch costs
 SAFE = 60.0  # exp of no logit up to this size leaves float32 or bfloat16, nor does the sum of all of them

@@ -46,7 +46,8 @@ class Workers:
 
     def close(self) -> None:
         for worker in self._all:
-            assert worker.stdin and worker.stdout
+            assert worker.stdin
+            assert worker.stdout
             with contextlib.suppress(BrokenPipeError):  # it was gone before
                 worker.stdin.close()  # at the end of its input it ends
             worker.stdout.close()

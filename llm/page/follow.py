@@ -116,7 +116,7 @@ class Follower:
                     return
                 self.errors.pop(NAME, None)
                 file.seek(self.offset - len(self._tail))
-                if file.read(len(self._tail)) != self._tail or (self.there and stamp[0] != self._stamp[0]):
+                if file.read(len(self._tail)) != self._tail:
                     self._forget()
                 self.there, self._stamp, self.size, self.changed_at = True, stamp, found.st_size, found.st_mtime
                 file.seek(self.offset)
@@ -201,7 +201,7 @@ class Follower:
 
 
 def stamp_from(found: os.stat_result) -> Stamp:
-    """What differs when a file was replaced (the first) or written."""
+    """What differs where a file was replaced or written."""
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 

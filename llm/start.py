@@ -31,7 +31,10 @@ RESUMABLE = {
     *("max_steps", "max_time", "patience", "eval_every", "eval_tokens", "log_every", "save_every", "keep"),
     *("data_dir", "out_dir", "device", "compile", "sample_prompt", "sample_tokens"),
 }
-OURS = ("config.toml", "metrics.jsonl", "env.json", "tokenizer.json", "samples.txt", "loss_curve.png", "refused.json")
+OURS = (
+    *("config.toml", "metrics.jsonl", "env.json", "tokenizer.json", "samples.txt", "loss_curve.png", "refused.json"),
+    "report.html",
+)
 WEIGHTS = ("model.pt", "best.pt")
 Say = Callable[[str], None]
 

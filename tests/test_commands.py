@@ -315,3 +315,10 @@ def test_a_dead_process_leaves_no_lock(here):
     subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=False)
     with storage.locked(Path("run"), "this run folder"):
         pass
+
+
+def test_a_terminal_that_knows_no_accents_gets_question_marks():
+    code = "from llm.commands.main import main; print(main(['--help'])); print('\\u00e9')"
+    around = os.environ | {"PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run([sys.executable, "-c", code], env=around, capture_output=True, check=True)
+    assert shown.stdout.split()[-2:] == [b"0", b"?"]

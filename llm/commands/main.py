@@ -1,6 +1,7 @@
 """`losscurve COMMAND` and `python -m llm COMMAND`: finds the command's file, and turns errors into one line."""
 
 import importlib
+import io
 import os
 import sys
 
@@ -58,8 +59,15 @@ def run_command(name: str, argv: list[str]) -> int:
         return 130
 
 
+def forgive(stream: object) -> None:
+    """Have a character that the terminal cannot show become "?", rather than end the command."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
+
+
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
+    forgive(sys.stdout)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if words else 2

@@ -42,6 +42,16 @@ def test_watch_refuses_what_is_no_folder_or_port(tmp_path):
         watch.main(["--port", "70000"])
 
 
+def test_a_folder_without_a_run_is_said_to_be_waited_for(tmp_path):
+    command = [sys.executable, "-m", "llm", "watch", str(tmp_path / "rum")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    with process:
+        assert process.stdout.readline().startswith(b"watching ")
+        process.send_signal(signal.SIGINT)
+        assert b"rum: no run there yet; the page waits for one" in process.stderr.read()
+    assert process.returncode == 0
+
+
 @pytest.fixture
 def server(tmp_path):
     """The command on a folder without a run: its process and its address."""

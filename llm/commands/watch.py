@@ -43,6 +43,8 @@ def main(argv: list[str]) -> int:
     for name in args.runs:
         if Path(name).exists() and not Path(name).is_dir():
             raise UserError(f"{name}: not a folder; give the --out_dir of a training run")
+        if not args.until_eof and not (Path(name) / "metrics.jsonl").exists():
+            warn(f"{name}: no run there yet; the page waits for one")
     give_way()
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

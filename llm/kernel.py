@@ -21,18 +21,27 @@ from torch import Tensor
 GROUPS = 8  # sums of a row that are rounded to bfloat16, by PyTorch's way, before they are added up in float32
 
 
-def exp_sum(x: Tensor) -> Tensor:
-    """Replace what is in x (rows, width), contiguous, by its exponentials; returns its rows' sums (rows, 1), fp32."""
+def exp_sum(x: Tensor, shifted: bool) -> tuple[Tensor, Tensor | None]:
+    """Replace what is in x (rows, width), contiguous, by its exponentials; returns its rows' sums (rows, 1) in fp32.
+
+    `shifted`: by those of x less each row's largest, which is the second of the pair, (rows, 1) in fp32.
+    """
     rows, width = x.shape
     small = x.dtype == torch.bfloat16 and x.device.type == "cpu"
     if small and (compiled := built()) is not None:
         sums = torch.empty(rows, 1)
-        compiled(x.data_ptr(), sums.data_ptr(), rows, width)
-        return sums
+        largest = torch.empty(rows, 1) if shifted else None
+        compiled(x.data_ptr(), sums.data_ptr(), None if largest is None else largest.data_ptr(), rows, width)
+        return sums, largest
+    if shifted:
+        top = x.amax(1, keepdim=True)
+        x.sub_(top)
     x.exp_()
     if small and width % GROUPS == 0:  # a sum in float32 would first copy all of x to float32
-        return x.view(rows, GROUPS, -1).sum(2).sum(1, keepdim=True, dtype=torch.float32)
-    return x.sum(1, keepdim=True, dtype=torch.float32)
+        sums = x.view(rows, GROUPS, -1).sum(2).sum(1, keepdim=True, dtype=torch.float32)
+    else:
+        sums = x.sum(1, keepdim=True, dtype=torch.float32)
+    return sums, top.float() if shifted else None
 
 
 def compiler() -> str | None:
@@ -58,5 +67,5 @@ def built() -> Any:
             found = ctypes.CDLL(str(library)).exp_sum
         except (OSError, subprocess.SubprocessError):  # another compiler's OpenMP among them
             return None
-    found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64], None
+    found.argtypes, found.restype = [*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int64], None
     return found

@@ -101,20 +101,16 @@ def _loss_and_gradients(
             at, width = block.start if wants_weight else 0, block.stop - block.start
             logits = kept[len(rows) * at : len(rows) * (at + width)].view(len(rows), width)
             torch.mm(rows, weight[block].t(), out=logits)
-            shift, scale = None, None
-            if not bounded:  # each block has its own shift, its largest logit: safe for logits of any size
-                shift = logits.amax(1, keepdim=True)
-                higher = torch.maximum(top, shift.float())
-                norm, sums = norm * (top - higher).exp(), sums * (top - higher).exp()
-                top = higher
-                logits.sub_(shift)
-                scale = (shift - top).exp()
+            part, shift = exp_sum(logits, shifted=not bounded)
             parts.append((block, logits, shift))
-            part = exp_sum(logits)
-            norm += part if scale is None else part * scale
-            if wants_hidden:
-                product = torch.mm(logits, weight[block])
-                sums += product if scale is None else product * scale
+            product: Any = torch.mm(logits, weight[block]) if wants_hidden else 0.0
+            if shift is not None:  # each block has its own, its largest logit: safe for logits of any size
+                higher = torch.maximum(top, shift)
+                norm, sums = norm * (top - higher).exp(), sums * (top - higher).exp()
+                part, product = part * (shift - higher).exp(), product * (shift - higher).exp()
+                top = higher
+            norm += part
+            sums += product
         ours = weight[wanted].float()
         total += (top + norm.log() - (rows.float() * ours).sum(1, keepdim=True)).sum()
         if grad_hidden is not None:

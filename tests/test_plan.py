@@ -293,7 +293,7 @@ def test_weights_to_start_from_bring_their_shape(here, capsys, losscurve, monkey
     losscurve(f"train --text text.txt {flags(n_embd=32)}")
     capsys.readouterr()
     assert main(["--text", "text.txt", "--init_from", "checkpoints", "--batch_size", "4"]) == 0
-    assert "width 32" in capsys.readouterr().out
+    assert "n_embd 32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

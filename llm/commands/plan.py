@@ -94,27 +94,24 @@ def lines(config: TrainConfig, facts: dict[str, Any], text: "Text", budget: floa
     """The plan in words."""
     from llm.plan import EPOCHS, SHARE, TOKENS_PER_PARAMETER, optimal_parameters, short, spoken
 
-    def parts(values: dict[str, float], scale: float) -> str:
-        shown = {name: f"{value / scale:,.1f}" for name, value in values.items()}
+    def mebibytes(values: dict[str, int]) -> str:
+        shown = {name: f"{value / 2**20:,.1f}" for name, value in values.items()}
         return ", ".join(f"{name} {value}" for name, value in shown.items() if value != "0.0")
 
     model, count = config.model, sum(facts["parameters"].values())
-    trained, space, has = (
-        config.max_steps * config.tokens_per_step,
-        sum(facts["memory"].values()),
-        facts["machine_memory"],
-    )
+    trained, space = config.max_steps * config.tokens_per_step, sum(facts["memory"].values())
+    has = facts["machine_memory"] if "process" in facts["memory"] else None  # else it is a card's
     head = 6 * model.vocab_size * model.n_embd * config.tokens_per_step / facts["step_flops"]
-    here = "" if not has or "process" not in facts["memory"] else f" of the {has / 2**20:,.0f} here"
+    here = f", {'more than' if space > has else 'of'} the {has / 2**20:,.0f} here," if has else ""
     found = {
-        "run": f"{model.n_layer} layers of width {model.n_embd}, {model.n_head} heads, context {model.block_size}, "
+        "run": f"n_layer {model.n_layer}, n_embd {model.n_embd}, n_head {model.n_head}, block_size {model.block_size}, "
         f"vocabulary {model.vocab_size:,}; {config.max_steps:,} steps of {config.windows_per_step} windows, "
-        f"peak learning rate {config.max_lr:g}",
+        f"max_lr {config.max_lr:g}",
         "text": f"{text.tokens:,} training tokens{' (estimated)' if text.unprepared else ''}, "
         f"read {short(trained / text.tokens)} times",
-        "parameters": f"{count / 1e6:,.2f} M: {parts(facts['parameters'], 1e6)}",
-        "memory": f"{space / 2**20:,.0f} MiB{here} at peak: {parts(facts['memory'], 2**20)}",
-        "disk": f"{sum(facts['disk'].values()) / 2**20:,.0f} MiB: {parts(facts['disk'], 2**20)}",
+        "parameters": f"{count:,}: " + ", ".join(f"{name} {size:,}" for name, size in facts["parameters"].items()),
+        "memory": f"{space / 2**20:,.0f} MiB{here} at peak: {mebibytes(facts['memory'])}",
+        "disk": f"{sum(facts['disk'].values()) / 2**20:,.0f} MiB: {mebibytes(facts['disk'])}",
         "work": f"{short(facts['step_flops'] / 1e9)} GFLOP a step, {head:.0%} of it for the vocabulary; "
         f"{facts['run_flops']:.3g} FLOP in all",
     }

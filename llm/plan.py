@@ -101,20 +101,22 @@ def memory(config: TrainConfig) -> dict[str, int]:
     rows = math.ceil(n / min(n, chunks))  # as llm.loss cuts them
     loss = rows * model.vocab_size * size + n * model.n_embd * 8  # and the hidden states' gradient, and sums
     loss += 4 * table if model.tied_lm_head else 0  # the head's own gradient, before it joins the embedding's
-    # kept for the backward pass: two streams and two norms in float32; in the products' precision the queries, keys,
-    # values, what attention gives (twice: it is laid out anew) and the feed-forward layer before and after its GELU
-    layer = n * model.n_embd * (16 + size * (2 * model.ffn_mult + (7 if low else 5)))
-    if (on_cpu and low and 1 < model.block_size <= SHORT) or model.dropout > 0:  # attention by plain operations
+    # kept for the backward pass of a block: the stream before each of its halves, in float32; in the precision of the
+    # products both normed copies, queries, keys, values, what attention gives, and the feed-forward layer before and
+    # after its GELU
+    layer = n * model.n_embd * (8 + size * (2 * model.ffn_mult + 6))
+    if model.dropout > 0 or (on_cpu and low and 1 < model.block_size <= SHORT):  # attention by plain operations
         layer += (3 if model.dropout > 0 else 1) * n * model.block_size * model.n_head * size
     if model.dropout > 0:
-        layer += 2 * 2 * n * model.n_embd * 4
+        layer += 2 * n * model.n_embd * size
+    passing = n * model.n_embd * 4 * (2 * model.ffn_mult + 8)  # a block's gradients on their way back, about
     found = {
         "weights": 4 * count,
         "gradients": 4 * count,
         "optimizer state": 8 * count,
-        "low-precision copies": size * count if low else 0,
+        "low-precision copies": size * (parameters(model)["blocks"] + table) if low else 0,
         "loss": loss,
-        "activations": model.n_layer * layer + 4 * n * model.n_embd * 4,
+        "activations": model.n_layer * layer + passing,
     }
     if on_cpu:  # copies of weights and moments, and the moments twice more as they become a file
         found |= {"copies being saved": 28 * count, "process": PROCESS}

@@ -64,8 +64,8 @@ def main(argv: list[str]) -> int:
         if args.until_eof:
             threading.Thread(target=wait_for_eof, daemon=True).start()
         end = "it ends with the run; losscurve watch opens it again" if args.until_eof else "Ctrl-C ends it"
-        tell(f"watching {', '.join(args.runs)} at http://127.0.0.1:{port}/{token}/ ({end})")
         with contextlib.suppress(KeyboardInterrupt):
+            tell(f"watching {', '.join(args.runs)} at http://127.0.0.1:{port}/{token}/ ({end})")
             server.run(sockets=[listener])
     return 0
 

@@ -16,7 +16,8 @@ export function draw(id, traces, layout, label, config = {}) {
   const axis = { gridcolor: css("--grid"), linecolor: css("--line"), zerolinecolor: css("--grid"), automargin: true };
   const chart = $(id);
   Plotly.react(chart, traces, {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), size: 12, family: "system-ui, sans-serif" },
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { color: css("--ink"), size: 12, family: "system-ui, sans-serif" },
     margin: { l: 52, r: 14, t: 10, b: 40 }, hovermode: "closest", showlegend: false,
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink") } },
     ...layout,
@@ -27,10 +28,12 @@ export function draw(id, traces, layout, label, config = {}) {
   chart.onkeydown = move;
 }
 
+const MOVES = {
+  "+": [0.25, -0.25], "=": [0.25, -0.25], "-": [-0.5, 0.5], ArrowLeft: [-0.2, -0.2], ArrowRight: [0.2, 0.2],
+};
 function move(event) { // zoom and move along the steps by keys
   const full = event.currentTarget._fullLayout, [from, to] = full.xaxis.range, wide = to - from;
-  const moves = { "+": [0.25, -0.25], "=": [0.25, -0.25], "-": [-0.5, 0.5], ArrowLeft: [-0.2, -0.2], ArrowRight: [0.2, 0.2] };
-  const by = moves[event.key];
+  const by = MOVES[event.key]; // shares of what is shown
   if (!by && event.key !== "0") return;
   event.preventDefault();
   const range = by ? { "xaxis.range": [from + by[0] * wide, to + by[1] * wide] } : { "xaxis.autorange": true };
@@ -70,7 +73,8 @@ export function drawCharts() {
   drawLoss(common);
   drawRate(common);
   drawOne("norm-chart", "grad_norm", common, "gradient norm %{y:.4g}", { type: $("scale").value }, "Gradient norm");
-  drawOne("speed-chart", "tokens_per_second", common, "%{y:,.0f} tokens/s", { rangemode: "tozero" }, "Tokens per second");
+  const zero = { rangemode: "tozero" };
+  drawOne("speed-chart", "tokens_per_second", common, "%{y:,.0f} tokens/s", zero, "Tokens per second");
 }
 
 function drawLoss(common) {
@@ -78,7 +82,7 @@ function drawLoss(common) {
   const traces = [], shapes = [], annotations = [], words = [], ends = [];
   const unit = bits ? "bits per byte" : "loss";
   known().forEach((run, i) => {
-    const { facts } = run, name = plain(facts.name), label = several ? `${name}: ` : "", said = several ? `${facts.name}: ` : "";
+    const { facts } = run, label = several ? `${plain(facts.name)}: ` : "", said = several ? `${facts.name}: ` : "";
     const line = { color: colour(i), dash: several ? DASHES[i % DASHES.length] : "solid" };
     const train = run.curves.loss, val = turned(facts.val, 5), shown = val[bits ? 4 : 3];
     if (facts.band && !bits && !several && $("axis").value === "step") traces.push(band(facts.band));
@@ -111,17 +115,20 @@ function drawLoss(common) {
   if (ends.length) yaxis.range = log ? [Math.log10(Math.max(low, 1e-3) * 0.92), Math.log10(top * 1.08)] : range;
   draw("loss-chart", traces, {
     ...common, uirevision: common.uirevision + $("scale").value + $("measure").value, yaxis, shapes, annotations,
-    showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, margin: { l: 56, r: bits ? 14 : wide() ? 112 : 52, t: 34, b: 44 },
+    showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
+    margin: { l: 56, r: bits ? 14 : wide() ? 112 : 52, t: 34, b: 44 },
   }, `Loss over the run: ${words.join(", ")}`);
   $("loss-words").textContent = visible(words.join("; "));
 }
 function training(columns, label, line, several) { // the smoothed curve, over what was smoothed
   const x = along(columns), y = columns[COLUMN.loss], weight = Number($("smoothing").value);
-  const under = { x, y, mode: "lines", line: { color: line.color, width: 1 }, opacity: 0.25, hoverinfo: "skip", showlegend: false };
+  const thin = { color: line.color, width: 1 }, hover = "loss %{customdata[1]:.4f} (smoothed %{y:.4f})";
+  const under = { x, y, mode: "lines", line: thin, opacity: 0.25, hoverinfo: "skip", showlegend: false };
   const over = {
-    x, y: smooth(y, weight), customdata: turned([columns[COLUMN.step], y], y.length), mode: "lines", line: { ...line, width: 1.6 },
+    x, y: smooth(y, weight), customdata: turned([columns[COLUMN.step], y], y.length), mode: "lines",
+    line: { ...line, width: 1.6 },
     opacity: several ? 0.75 : 1, name: `${label}training`, showlegend: true,
-    hovertemplate: `${label}training<br>step %{customdata[0]:,}<br>loss %{customdata[1]:.4f} (smoothed %{y:.4f})<extra></extra>`,
+    hovertemplate: `${label}training<br>step %{customdata[0]:,}<br>${hover}<extra></extra>`,
   };
   return weight > 0 ? [under, over] : [over];
 }
@@ -135,9 +142,9 @@ function star(x, y, step, label, color) {
 function band([steps, mean, half]) {
   const upper = mean.map((m, k) => m + half[k]), lower = mean.map((m, k) => m - half[k]);
   return {
-    x: [...steps, ...[...steps].reverse()], y: [...upper, ...lower.reverse()], fill: "toself", mode: "lines", line: { width: 0 },
-    fillcolor: dark.matches ? "rgba(124,188,240,.18)" : "rgba(0,80,143,.14)", hoverinfo: "skip", name: "where such runs lie",
-    showlegend: true,
+    x: [...steps, ...[...steps].reverse()], y: [...upper, ...lower.reverse()], mode: "lines", line: { width: 0 },
+    fill: "toself", fillcolor: dark.matches ? "rgba(124,188,240,.18)" : "rgba(0,80,143,.14)", hoverinfo: "skip",
+    name: "where such runs lie", showlegend: true,
   };
 }
 function region(run, shapes, annotations) { // of overfitting
@@ -155,10 +162,11 @@ function marks(log, shapes, annotations) { // the landmarks; returns their losse
   const room = wide() && all.size <= 3; // in runs of several vocabularies they lie close
   for (const mark of all.values()) {
     const line = { color: css("--soft"), width: 1, dash: "dot" };
+    const words = `${mark.name} = ${mark.loss.toFixed(2)}${room ? `<br>${mark.meaning}` : ""}`;
     shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: mark.loss, y1: mark.loss, line, layer: "below" });
     annotations.push({ // beside the chart, where no curve runs over it
-      xref: "paper", x: 1, xshift: 4, y: log ? Math.log10(mark.loss) : mark.loss, showarrow: false, xanchor: "left", yanchor: "middle",
-      text: wide() ? `${mark.name} = ${mark.loss.toFixed(2)}${room ? `<br>${mark.meaning}` : ""}` : mark.name, align: "left",
+      xref: "paper", x: 1, xshift: 4, y: log ? Math.log10(mark.loss) : mark.loss, xanchor: "left", yanchor: "middle",
+      text: wide() ? words : mark.name, align: "left", showarrow: false,
       font: { color: css("--soft"), size: 11 },
     });
   }
@@ -182,16 +190,15 @@ function drawRate(common) { // what is past thick, what is to come thin, and a m
   const traces = [], words = [];
   known().forEach((run, i) => {
     const { facts, pace } = run, past = run.curves.loss, line = { color: colour(i), dash: DASHES[i % DASHES.length] };
-    const trace = (x, y, steps, more) => ({
-      x, y, customdata: steps, hovertemplate: `${plain(facts.name)}<br>step %{customdata:,}<br>learning rate %{y:.3e}<extra></extra>`, ...more,
-    });
-    const ahead = facts.schedule.filter(([step]) => step >= (pace.step || 0));
-    const [steps, rates] = turned(ahead, 2);
-    traces.push(trace(steps.map((step) => place(run, step)), rates, steps, { mode: "lines", line: { ...line, width: 1 }, opacity: 0.8 }));
+    const hover = `${plain(facts.name)}<br>step %{customdata:,}<br>learning rate %{y:.3e}<extra></extra>`;
+    const add = (x, y, steps, look) => traces.push({ x, y, customdata: steps, hovertemplate: hover, ...look });
+    const [steps, rates] = turned(facts.schedule.filter(([step]) => step >= (pace.step || 0)), 2);
+    add(steps.map((step) => place(run, step)), rates, steps, { mode: "lines", line: { ...line, width: 1 } });
     if (!past || !past[0].length) return;
     const x = along(past), y = past[COLUMN.lr], symbol = MARKERS[i % MARKERS.length];
-    traces.push(trace(x, y, past[0], { mode: "lines", line: { ...line, width: 3 } }));
-    traces.push(trace(x.slice(-1), y.slice(-1), past[0].slice(-1), { mode: "markers", marker: { color: line.color, size: 9, symbol } }));
+    add(x, y, past[0], { mode: "lines", line: { ...line, width: 3 } });
+    const here = { mode: "markers", marker: { color: line.color, size: 9, symbol } };
+    add(x.slice(-1), y.slice(-1), past[0].slice(-1), here);
     words.push(`${facts.name} ${Number(y.at(-1)).toPrecision(3)}`);
   });
   const yaxis = { exponentformat: "e", rangemode: "tozero" };

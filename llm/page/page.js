@@ -132,10 +132,11 @@ function drawChoices() {
   offer($("sample-run"), known().map((run) => [run.number, run.facts.name]));
   for (const label of document.querySelectorAll(".run-choice")) label.hidden = known().length < 2;
 }
-function changed(run, facts, first) {
-  if (first && run.number === 0 && run.facts.prompt) setPrompt(run.facts.prompt);
-  if (run.facts.knobs && run.number === 0 && !changed.slider) {
-    changed.slider = true;
+let begun = false; // whether the first run's prompt and schedule were put in, which a person may since have changed
+function changed(run, facts) {
+  if (run.number === 0 && run.facts.knobs && !begun) {
+    begun = true;
+    if (run.facts.prompt) setPrompt(run.facts.prompt);
     setSlider(run.facts.knobs);
   }
   later(drawRuns, drawCharts);

@@ -69,15 +69,16 @@ function showLikely(likely, drawn, title) {
   $("likely-title").textContent = title;
   $("likely").hidden = false;
   $("likely").tBodies[0].replaceChildren(...likely.map((token) => {
-    const row = element("tr", undefined, token.id === drawn ? "drawn" : ""), head = element("th", JSON.stringify(visible(token.text)));
+    const row = element("tr", undefined, token.id === drawn ? "drawn" : "");
+    const head = element("th", JSON.stringify(visible(token.text)));
     head.scope = "row";
     row.append(head, ...STAGES.map((stage) => cell(token[stage], most, stage)));
     return row;
   }));
 }
 function cell(probability, most, stage) {
-  const made = element("td"), out = probability === 0, bar = element("span", undefined, `bar ${stage}${out ? " out" : ""}`);
-  const fill = element("i");
+  const out = probability === 0, made = element("td"), fill = element("i");
+  const bar = element("span", undefined, `bar ${stage}${out ? " out" : ""}`);
   fill.style.width = `${Math.min(100, (100 * probability) / most)}%`;
   bar.append(fill, element("b", out ? "–" : `${(100 * probability).toFixed(2)} %`));
   made.append(bar);
@@ -91,7 +92,8 @@ function startOver() {
   $("written").replaceChildren(element("span", $("prompt").value, "prompt"));
 }
 function addToken(token) {
-  const place = tokens.push(token) - 1, button = element("span", token.text || "·", "token"); // a <button> breaks no line
+  const place = tokens.push(token) - 1;
+  const button = element("span", token.text || "·", "token"); // a <button> breaks no line
   if (token.text === "\n") button.classList.add("newline");
   button.tabIndex = place ? -1 : 0; // one stop of the tab key, arrows from there on
   button.setAttribute("role", "button");

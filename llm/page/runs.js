@@ -7,15 +7,14 @@ const runs = []; // by number: {number, pace, facts, curves: {loss: columns, …
 export const known = () => runs.filter((run) => run && run.facts);
 export const runOf = (select) => runs[select.value] || known()[0];
 
-// `changed(run, facts, first)` is told of each message, `said(words, live)` of the connection
+// `changed(run, facts)` is told of each message, `said(words, live)` of the connection
 export function follow(changed, said) {
   const source = new EventSource("events");
   source.addEventListener("hello", () => said("live", true));
   source.addEventListener("run", (event) => {
     const message = JSON.parse(event.data), run = (runs[message.run] ||= { number: message.run, curves: {} });
-    const first = !run.facts;
     take(run, message);
-    changed(run, Boolean(message.facts), first);
+    changed(run, Boolean(message.facts));
   });
   source.addEventListener("ended", () => {
     source.close();

@@ -63,7 +63,6 @@ def pace(run: Follower) -> dict[str, float | None]:
             left = max(0.0, min(left, run.config.max_time - timed[-1][2]))  # type: ignore[operator]
     return {
         "step": step,
-        "tokens": run.last["tokens"] if run.last else None,
         "seconds": run.last["seconds"] if run.last else None,
         "tokens_per_second": sorted(speeds)[len(speeds) // 2] if speeds else None,
         "seconds_left": left,

@@ -5,7 +5,10 @@ import { draw, turned } from "./charts.js";
 
 const TOTALS = [100, 1e6], PEAKS = [1e-6, 1e-1]; // ends of the sliders that are logarithmic
 const along = ([low, high], t) => low * (high / low) ** (t / 100);
-const back = ([low, high], v) => Math.round((100 * Math.log(Math.min(high, Math.max(low, v)) / low)) / Math.log(high / low));
+const back = ([low, high], v) => {
+  const inside = Math.min(high, Math.max(low, v));
+  return Math.round((100 * Math.log(inside / low)) / Math.log(high / low));
+};
 const twoDigits = (x) => Number(x.toPrecision(2));
 const at = (id) => Number($(id).value);
 let exact = {}; // what a slider has not moved since the run's own settings: sliders round

@@ -3,8 +3,10 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -53,7 +55,27 @@ def test_a_command_of_the_readme_runs(home, line):
         smaller = "--max_steps 6 --eval_every 3" if "--resume" in words else SMALLER
         words += shlex.split(smaller)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if "watch" in words:
+        serves(words, home, environment)
+        return
+    if "--time" in words:
+        words[words.index("--time") + 1] = "20s"
     shown = subprocess.run(
         words, cwd=home, env=environment, capture_output=True, text=True, check=False, input="to be\n" * 500
     )
     assert shown.returncode == 0, shown.stderr
+
+
+def serves(words, home, environment):
+    """A page that is there until Ctrl-C."""
+    pytest.importorskip("uvicorn")
+    server = subprocess.Popen(words, cwd=home, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        address = re.search(r"http://127\.0\.0\.1:\S+", server.stdout.readline())[0]
+        with urllib.request.urlopen(address) as page:
+            assert b"losscurve" in page.read()
+        server.send_signal(signal.SIGINT)
+        assert server.wait(10) in (0, 130)
+    finally:
+        server.kill()
+        server.communicate()

@@ -474,4 +474,4 @@ class Forecast:
 
 def _off(predicted: float, truth: float) -> str:
     error = predicted / truth - 1
-    return f"{abs(error):.0%} too {'high' if error > 0 else 'low'}"
+    return f"{abs(error):.0%} too {'high' if error > 0 else 'low'}" if abs(error) >= 0.005 else "right"

@@ -358,7 +358,8 @@ def test_a_forecast_of_a_steady_run_is_right():
     assert forecast.predicted == pytest.approx(50 + 3 * 3)
     ended = forecast.ended(59.0 * 1.25)
     assert ended.startswith("predicted 59 s, took 73.8 s: 20% too low; ")
-    assert re.search(r"; [\d,]+ MiB, took [\d,]+ MiB: \d+% too (low|high)$", ended)
+    assert re.search(r"; [\d,]+ MiB, took [\d,]+ MiB: (\d+% too (low|high)|right)$", ended)
+    assert ": right; " in forecast.ended(59.0)
 
 
 def test_a_run_too_short_to_settle_makes_no_forecast():
@@ -391,7 +392,7 @@ def test_a_run_says_its_outline_and_how_far_off_it_was(here, losscurve, monkeypa
     said = [line for line in err.splitlines() if "this run will take" in line]
     assert len(said) == 1
     assert said[0].startswith("note: at ")
-    assert re.match(r"predicted .* s, took .* s: \d+% too (low|high)", lines[-2])
+    assert re.match(r"predicted .* s, took .* s: (\d+% too (low|high)|right); ", lines[-2])
     assert lines[-1] == "saved checkpoints/model.pt"
     code, out, err = losscurve(
         f"train --text text.txt --out_dir patient {flags(max_lr=1e-9, warmup_steps=0)} --patience 1"

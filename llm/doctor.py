@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # package: oldest version; as in pyproject.toml, which a test compares
 NEEDED = {
     **{"torch": "2.6", "numpy": "1.26", "safetensors": "0.4", "tiktoken": "0.7", "tokenizers": "0.20"},
-    **{"rich": "13", "matplotlib": "3.8"},
+    **{"rich": "13", "matplotlib": "3.8", "jinja2": "3.1", "markupsafe": "2"},
 }
 EXTRAS = {  # what is installed together: its packages, and what they bring
     "dashboard": (("starlette", "uvicorn", "plotly"), "losscurve watch, the page that follows a run"),

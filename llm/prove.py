@@ -70,6 +70,8 @@ def killed_run(flags: list[str], out_dir: Path, max_steps: int, kills: int, luck
         process.kill()
         process.communicate()
         yield max(before, _recorded(out_dir))
+        if checkpoint.saved_steps(out_dir)[-1:] == [max_steps]:
+            return  # all was done but its last words
     _finish(_start(_go_on(flags, out_dir)))
 
 

@@ -43,20 +43,12 @@ READING = 10 * MIB  # bytes a second of text to token files
 BYTES_PER_TOKEN = {"gpt2": 3.3, "auto": 3.3, "bpe": 3.2, "byte": 1.0, "char": 1.0}  # of tiny Shakespeare
 VOCABULARY = {"gpt2": GPT2_VOCAB, "auto": GPT2_VOCAB, "bpe": 4096, "byte": 257, "char": 65}
 TEXT_BYTES = 1_115_394  # of tiny Shakespeare, the default text
-# what a proposal is made of
+# what a proposal is made of; shapes are (layers, width, heads)
 PROBE_SECONDS = 3.0
-SHAPES = (
-    (2, 64, 2),
-    (4, 128, 4),
-    (6, 192, 6),
-    (6, 256, 8),
-    (6, 384, 6),
-    (8, 512, 8),
-    (12, 768, 12),
-)  # layers, C, heads
+SHAPES = ((2, 64, 2), (4, 128, 4), (6, 192, 6), (6, 256, 8), (6, 384, 6), (8, 512, 8), (12, 768, 12))
 STEP_TOKENS, STEPS = 2048, 2500  # in a batch: the chapter's, or fewer so that EPOCHS passes make about so many steps
 EVALUATIONS = 10  # besides the one at the start
-EPOCHS = 40  # passes over the text after which more give nothing (Muennighoff et al. 2023)
+EPOCHS = 40  # passes over the text after which more give little (Muennighoff et al. 2023)
 PATIENCE = 3  # evaluations in a row without improvement that end it: many a text is learned by heart sooner
 SHARE = 0.9  # of the time given that a proposal fills
 LEAST = 20  # steps
@@ -314,8 +306,8 @@ def expected_loss(blocks: float, tokens: float, text: float) -> float:
     """What `tokens` of training, drawn from `text` distinct ones, leave to learn for a model of so many parameters, in
     nats per token above the entropy of the text.
 
-    By the law that Muennighoff et al. 2023 fitted to models of 7 M to 9 B parameters. Only which of two is lower is
-    asked of it here: its level belongs to their texts and tokens.
+    By the law that Muennighoff et al. 2023 fitted to far larger models. Only which of two is lower is asked of it
+    here: its level belongs to their texts and tokens.
     """
     fresh = min(text, tokens)
     suited = min(blocks, 0.051 * fresh)  # the parameters that so much text is compute-optimal for

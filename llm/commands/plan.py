@@ -132,7 +132,7 @@ def lines(config: TrainConfig, facts: dict[str, Any], text: "Text", budget: floa
         if config.max_time and config.max_time < seconds:
             found["time"] += f"; max_time ends it after {spoken(config.max_time)}"
         if budget and seconds < SHARE * budget / 1.1:
-            found["time"] += f"; a text read more than {EPOCHS} times gives no more"
+            found["time"] += f"; a text read more than {EPOCHS} times gives little more"
         best = optimal_parameters((budget or seconds) * facts["flops_per_second"])
         chinchilla += (
             f"; {spoken(budget or seconds)} here suit {short(best / 1e6)} M and "

@@ -34,6 +34,7 @@ def explain(rows: list[Row], config: TrainConfig, band: Band | None = None) -> l
         too_slow(rows, config),
         plateau(rows),
         not_training(rows),
+        waits_for_data(rows),
         landmark(rows, config),
     )
     return [line for line in found if line is not None]
@@ -242,8 +243,7 @@ def short_warmup(rows: list[Row], config: TrainConfig) -> str | None:
 
 def not_training(rows: list[Row]) -> str | None:
     """More than a quarter of the time went to other things than steps, in a run of a minute and 4 evaluations or more.
-    The rows' tokens and tokens per second tell what steps took; a step done twice counts as other things. Whether a
-    step waited for its data, the record cannot tell.
+    The rows' tokens and tokens per second tell what steps took; a step done twice counts as other things.
     """
     keys = ("tokens", "seconds", "tokens_per_second")
     train = [row for row in rows if row["split"] == "train" and all(row[key] for key in keys)]
@@ -257,6 +257,23 @@ def not_training(rows: list[Row]) -> str | None:
     return (
         f"time beside the training: {1 - stepping / seconds:.0%} of {seconds:.0f} s went to evaluation, samples, "
         f"pictures and saving; try a larger --eval_every or --save_every, a smaller --eval_tokens or --sample_tokens"
+    )
+
+
+def waits_for_data(rows: list[Row]) -> str | None:
+    """Making batches took more than a quarter of the time of the steps, over a minute of them or more.
+
+    On a GPU, which computes meanwhile, that is about where it begins to wait for them.
+    """
+    train = [row for row in rows if row["split"] == "train" and row["tokens_per_second"]]
+    tokens = [0, *(row["tokens"] for row in train)]
+    stepping = sum((b - a) / row["tokens_per_second"] for (a, b), row in zip(pairwise(tokens), train, strict=True))
+    waiting = math.fsum(row.get("data_seconds") or 0.0 for row in train)
+    if stepping < 60 or waiting <= 0.25 * stepping:
+        return None
+    return (
+        f"waits for data: making batches took {waiting / stepping:.0%} of the {stepping:.0f} s of the steps; "
+        "try a --data_dir on a disk of this machine, and less beside the training"
     )
 
 

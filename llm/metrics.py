@@ -2,7 +2,8 @@
 
 A row holds `step` (batches done), `split` ("train" or "val") and, where they apply, `loss` (nats per token),
 `bits_per_byte` (val), `lr`, `grad_norm`, `tokens` (in those batches), `seconds` (trained for so far),
-`tokens_per_second` and `mfu` (model FLOP utilisation: the share of the matrix rate measured on this machine);
+`tokens_per_second`, `mfu` (model FLOP utilisation: the share of the matrix rate measured on this machine) and
+`data_seconds` (that making the batches took, since the training row before);
 only where there are any, `refused` (steps whose batch gave a number that is not finite, and made no update) and
 `spikes` (steps whose loss leapt). Everything that shows a run (the picture, the page, a tracker) is a view of
 these rows.
@@ -21,7 +22,7 @@ from llm.errors import UserError
 
 NAME = "metrics.jsonl"
 SPIKE_HISTORY = 50  # steps that a leap of the loss is judged by
-NUMBERS = ("loss", "bits_per_byte", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second", "mfu")
+NUMBERS = ("loss", "bits_per_byte", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second", "mfu", "data_seconds")
 
 Row = dict[str, Any]
 

@@ -17,7 +17,7 @@ from llm import checkpoint
 from llm.errors import Failure, UserError
 from llm.metrics import read_record
 
-TIMES = ("seconds", "tokens_per_second", "mfu", "bookkeeping")  # what differs between any two runs
+TIMES = ("seconds", "tokens_per_second", "mfu", "data_seconds", "bookkeeping")  # what differs between any two runs
 
 
 def fingerprint(run_dir: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The state of a run: what it is made of, where it stands, how both get on the disk and back."""
 
+import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ class Trainer:
     tokenizer: Tokenizer | None  # None: its vocabulary is not to be had, so no samples and no bits per byte
     device: torch.device
     dtype: torch.dtype
+    data_seconds: float = 0.0  # that making batches took, since the last training row
 
 
 @dataclass
@@ -116,9 +118,11 @@ def write_state(
 ) -> Path:
     """Put a state on the disk, and all that it relies on before it. Raises OSError."""
     record.flush()
+    content = io.BytesIO()  # PyTorch's own writer turns a full disk into a RuntimeError, now and then
+    torch.save(weights, content)
     for name in ("model.pt", "best.pt") if is_best else ("model.pt",):
-        with storage.writing(out_dir / name) as file:
-            torch.save(weights, file)
+        storage.write_bytes(out_dir / name, content.getbuffer())
+    del content
     return checkpoint.save_state(out_dir, step, groups, facts, keep, is_best)
 
 

@@ -84,7 +84,7 @@ def flush(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     with writing(path) as file:
         file.write(content)
 

@@ -77,10 +77,11 @@ class Notice:
 
 def micro_batches(trainer: Trainer, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The batch of `step` in micro-batches: x and y (B, T), dropout seeds (B,), on the device."""
-    config = trainer.config
+    config, start = trainer.config, time.perf_counter()
     batch = batch_at(trainer.data.train, config.seed, step, config.windows_per_step, config.model.block_size)
-    for start in range(0, config.windows_per_step, config.batch_size):
-        rows = slice(start, start + config.batch_size)
+    trainer.data_seconds += time.perf_counter() - start
+    for first in range(0, config.windows_per_step, config.batch_size):
+        rows = slice(first, first + config.batch_size)
         x, y, seeds = (onto(trainer.device, part[rows]) for part in (batch.x, batch.y, batch.seeds))
         yield x, y, seeds
 
@@ -277,8 +278,10 @@ class Training:
             seconds=round(self.seconds(), 3),
             tokens_per_second=round(speed, 1),
             mfu=round(self.utilisation(speed), 4),
+            data_seconds=round(self.trainer.data_seconds, 4),
             **{name: steps for name, steps in marks.items() if steps},
         )
+        self.trainer.data_seconds = 0.0
         yield from self._write_record()
         if marks["refused"]:
             named = ", ".join(map(str, marks["refused"]))

@@ -246,6 +246,24 @@ def test_time_beside_the_training_is_told_from_a_quarter_on():
     assert explain.not_training(silent) is None  # a record without speeds
 
 
+def test_waiting_for_data_is_told_from_a_quarter_on():
+    def waiting(share, **changes):
+        """Each step takes a second, of which making its batch takes a share."""
+        before, rows = 0, []
+        for row in healthy(**changes):
+            took = share * (row["step"] - before) if row["tokens_per_second"] else None
+            before = row["step"] if took is not None else before
+            rows.append(row | {"data_seconds": took})
+        return rows
+
+    assert explain.waits_for_data(waiting(0.2)) is None
+    line = explain.waits_for_data(waiting(0.4))
+    assert line.startswith("waits for data: making batches took 40% of the 5000 s of the steps")
+    assert line in explain.explain(waiting(0.4), CHAPTER)
+    assert explain.waits_for_data(waiting(0.4, end=50)) is None  # less than a minute
+    assert explain.waits_for_data(healthy()) is None  # a record of before
+
+
 def test_an_empty_record_and_one_without_losses_say_nothing():
     assert explain.explain([], CHAPTER) == []
     assert explain.explain([row | {"loss": None, "grad_norm": None} for row in healthy()], CHAPTER) == []

@@ -37,9 +37,10 @@ def expected(run_dir: Path) -> Shown:
             shown["bits_per_byte/val"].append((row["step"], row["bits_per_byte"]))
             continue
         shown["loss/train"].append((row["step"], row["loss"]))
-        for key in ("lr", "grad_norm", "tokens", "seconds", "tokens_per_second", "mfu"):
+        for key in ("lr", "grad_norm", "tokens", "seconds", "tokens_per_second", "mfu", "data_seconds"):
             shown[key].append((row["step"], row[key]))
-    return {name: [point for point in points if point[1] is not None] for name, points in shown.items()}
+    told = {name: [point for point in points if point[1] is not None] for name, points in shown.items()}
+    return {name: points for name, points in told.items() if points}
 
 
 def events(run_dir: Path):

@@ -249,8 +249,7 @@ def not_training(rows: list[Row]) -> str | None:
     train = [row for row in rows if row["split"] == "train" and all(row[key] for key in keys)]
     if not train or train[-1]["seconds"] < 60 or len(losses(rows, "val")) < 4:
         return None
-    tokens = [0, *(row["tokens"] for row in train)]
-    stepping = sum((b - a) / row["tokens_per_second"] for (a, b), row in zip(pairwise(tokens), train, strict=True))
+    stepping = _stepping(train)
     seconds = train[-1]["seconds"]
     if 1 - stepping / seconds <= 0.25:
         return None
@@ -266,8 +265,7 @@ def waits_for_data(rows: list[Row]) -> str | None:
     On a GPU, which computes meanwhile, that is about where it begins to wait for them.
     """
     train = [row for row in rows if row["split"] == "train" and row["tokens_per_second"]]
-    tokens = [0, *(row["tokens"] for row in train)]
-    stepping = sum((b - a) / row["tokens_per_second"] for (a, b), row in zip(pairwise(tokens), train, strict=True))
+    stepping = _stepping(train)
     waiting = math.fsum(row.get("data_seconds") or 0.0 for row in train)
     if stepping < 60 or waiting <= 0.25 * stepping:
         return None
@@ -275,6 +273,12 @@ def waits_for_data(rows: list[Row]) -> str | None:
         f"waits for data: making batches took {waiting / stepping:.0%} of the {stepping:.0f} s of the steps; "
         "try a --data_dir on a disk of this machine, and less beside the training"
     )
+
+
+def _stepping(train: list[Row]) -> float:
+    """Seconds that the steps of training rows took, by their tokens and tokens per second."""
+    tokens = [0, *(row["tokens"] for row in train)]
+    return math.fsum((b - a) / row["tokens_per_second"] for (a, b), row in zip(pairwise(tokens), train, strict=True))
 
 
 def _marks(vocab_size: int) -> list[tuple[str, float, str]]:

@@ -228,6 +228,20 @@ def test_the_playground_streams_and_shows_the_models_probabilities(browser, trai
         assert page.locator("#play-words").inner_text()
 
 
+def test_a_prompt_typed_before_the_runs_are_known_stays(browser, trained):
+    with opened(browser, trained) as page:
+        held = []
+        page.route("**/events", lambda route: held.append(route))
+        page.reload()
+        until(lambda: len(held) or page.wait_for_timeout(10), 1, "asked for the runs")
+        assert page.locator("#stream").is_disabled()
+        page.fill("#prompt", "ab")
+        held[0].continue_()
+        page.locator("#likely tbody tr").first.wait_for()
+        assert page.input_value("#prompt") == "ab"
+        assert page.locator("#written").inner_text() == "ab"
+
+
 def shares(page, stage):
     """The percentages of a column of the next token's table, 0 where a knob has ruled a token out."""
     texts = page.locator(f"#likely .bar.{stage}").all_inner_texts()

@@ -20,7 +20,8 @@ export function drawPlayground() { // what can be chosen
   if (!weights.length) say("no weights yet: they are saved with an evaluation");
   else if ($("play-words").textContent.startsWith("no weights yet")) say("");
 }
-export function setPrompt(text) {
+export function setPrompt(text) { // the run's own, unless a person was quicker
+  if ($("prompt").value !== $("prompt").defaultValue) return askSoon();
   $("prompt").value = text;
   startOver();
 }

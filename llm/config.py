@@ -131,6 +131,11 @@ class TrainConfig:
     )
     device: str = setting("auto", "auto, cpu, mps, cuda or cuda:N")
     compile: bool = setting(False, "torch.compile the model")
+    parallel: Literal["ddp", "fsdp"] = setting(
+        "ddp", "how processes share the work: ddp, a whole model each; fsdp, shards of one model"
+    )
+    activation_checkpointing: bool = setting(False, "save memory: compute a block's activations again in backward")
+    cpu_offload: bool = setting(False, "keep the shards of fsdp in the memory of the processor")
     seed: int = setting(1337, "decides initial weights, batches and dropout", low=0, high=2**63 - 1)
     init_from: str | None = setting(None, "start from the weights of a run folder or a .pt file")
     sample_prompt: str | None = setting(

@@ -42,16 +42,16 @@ class Batch:
     seeds: npt.NDArray[np.int32]
 
 
-def batch_at(tokens: Tokens, seed: int, step: int, windows: int, block_size: int) -> Batch:
-    """The batch of `step`: a pure function of its arguments, so that nothing about it need be saved.
+def batch_at(tokens: Tokens, seed: int, step: int, windows: int, block_size: int, rows: slice = slice(None)) -> Batch:
+    """The batch of `step`, or those `rows` of it: a pure function of its arguments, so that nothing need be saved.
 
     Windows are drawn with replacement, as in the chapter. The draw is the raw stream of Philox
     (Salmon et al. 2011), which NumPy keeps the same for good, reduced by remainder: the bias is
     below len(tokens) / 2**64.
     """
     raw = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(2 * windows)
-    starts = (raw[:windows] % np.uint64(len(tokens) - block_size)).astype(np.int64)
-    seeds = (raw[windows:] >> np.uint64(33)).astype(np.int32)
+    starts = (raw[:windows][rows] % np.uint64(len(tokens) - block_size)).astype(np.int64)
+    seeds = (raw[windows:][rows] >> np.uint64(33)).astype(np.int32)
     ids = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
     return Batch(ids[:, :-1], ids[:, 1:], seeds)
 

@@ -24,13 +24,18 @@ DTYPES = {
 }
 
 
-def choose_device(name: str) -> torch.device:
-    """The device `name` means; "auto" is MPS, else CUDA, else CPU, as in the chapter.
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device `name` means; "auto" is MPS, else CUDA, else CPU, as in the chapter. Of several processes on a machine
+    each has a `local_rank`, and the CUDA device of that number.
 
     Raises UserError for a name that is not a device or a device that is not there.
     """
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cuda" if torch.cuda.is_available() else "cpu"
+    if local_rank is not None and name == "cuda":
+        name = f"cuda:{local_rank}"
+    elif local_rank is not None and name.startswith(("cuda:", "mps")):
+        raise UserError(f"device = {name!r}: is one device, and there are several processes; give --device cuda or cpu")
     kind, _, index = name.partition(":")
     if not re.fullmatch("cpu|mps|cuda(:(0|[1-9][0-9]{0,2}))?", name):
         raise UserError(f"device = {name!r}: expected auto, cpu, mps, cuda or cuda:N")

@@ -4,7 +4,6 @@ B windows, T block_size.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from llm.data import Tokens
+from llm.distributed import ALONE, World
 from llm.model import GPT
 
 WINDOW_TOKENS = 2048  # in one forward pass: the chapter's batch; more gains nothing on a CPU
@@ -38,34 +38,42 @@ def windows(count: int, block_size: int, limit: int) -> tuple[npt.NDArray[np.int
 
 
 def evaluate(
-    model: GPT, tokens: Tokens, block_size: int, limit: int, token_bytes: npt.NDArray[np.int64] | None = None
+    model: GPT,
+    tokens: Tokens,
+    block_size: int,
+    limit: int,
+    token_bytes: npt.NDArray[np.int64] | None = None,
+    world: World = ALONE,
 ) -> Evaluation:
     """Mean loss of `model` over fixed windows of `tokens`, at most `limit` tokens of them.
 
     token_bytes (V,): length of each token in UTF-8 bytes; bits per byte is taken over the bytes of
-    the very tokens that were predicted. The model is left in the mode it was in.
+    the very tokens that were predicted. The model is left in the mode it was in. The batches are dealt
+    out to the processes and their sums added up in one order, so that any number of processes finds the same.
     """
     device = next(model.parameters()).device
-    nats, predicted, size = 0.0, 0, 0
+    batches = _batches(len(tokens), block_size, limit)
+    sums = torch.zeros(len(batches), 3, dtype=torch.float64)  # of each batch: nats, tokens, bytes
     training = model.training
     model.eval()
     with torch.no_grad():
-        for ids in _batches(tokens, block_size, limit):
+        for deal in range(0, len(batches), world.size):
+            mine = deal + world.rank
+            starts, length = batches[min(mine, len(batches) - 1)]  # all take part each time, as sharded weights need
+            ids = tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64)
             x, y = torch.from_numpy(ids[:, :-1]).to(device), torch.from_numpy(ids[:, 1:]).to(device)
             loss = model(x, y)[1]
-            nats += loss.item() * y.numel()
-            predicted += y.numel()
-            if token_bytes is not None:
-                size += int(token_bytes[ids[:, 1:]].sum())
+            if mine < len(batches):
+                size = 0 if token_bytes is None else int(token_bytes[ids[:, 1:]].sum())
+                sums[mine] = torch.tensor([loss.item() * y.numel(), y.numel(), size], dtype=torch.float64)
     model.train(training)
-    return Evaluation(nats / predicted, nats / math.log(2) / size if size else None, predicted)
+    nats, predicted, total = (math.fsum(column) for column in world.sum(sums).T.tolist())
+    return Evaluation(nats / predicted, nats / math.log(2) / total if total else None, int(predicted))
 
 
-def _batches(tokens: Tokens, block_size: int, limit: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Token ids (B, T + 1) of the windows to evaluate; the last may be shorter."""
-    starts, partial = windows(len(tokens), block_size, limit)
+def _batches(count: int, block_size: int, limit: int) -> list[tuple[npt.NDArray[np.int64], int]]:
+    """(starts (B,), length) of the windows to evaluate; the last may be shorter."""
+    starts, partial = windows(count, block_size, limit)
     at_once = max(1, WINDOW_TOKENS // block_size)
-    for first in range(0, len(starts), at_once):
-        yield tokens[starts[first : first + at_once, None] + np.arange(block_size + 1)].astype(np.int64)
-    if partial:
-        yield tokens[len(tokens) - partial - 1 :].astype(np.int64)[None]
+    found = [(starts[first : first + at_once], block_size) for first in range(0, len(starts), at_once)]
+    return [*found, (np.array([count - partial - 1]), partial)] if partial else found

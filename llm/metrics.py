@@ -28,13 +28,17 @@ Row = dict[str, Any]
 
 
 class Record:
-    """Writes the record of `run_dir`. Rows that a full disk refused wait, and go with the next."""
+    """Writes the record of `run_dir`, or does nothing where another process does. Rows that a full disk refused wait,
+    and go with the next.
+    """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.path, self._waiting = run_dir / NAME, b""
+    def __init__(self, run_dir: Path, writes: bool = True) -> None:
+        self.path, self.writes, self._waiting = run_dir / NAME, writes, b""
 
     def add(self, **row: Any) -> None:
         """A row to be written. A number that is not finite becomes null: JSON has no NaN."""
+        if not self.writes:
+            return
         plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self._waiting += json.dumps(plain, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
@@ -53,7 +57,8 @@ class Record:
     def cut(self, step: int) -> None:
         """Drop the rows of steps beyond `step`, as `cut` does, and those that wait."""
         self.catch_up()
-        cut(self.path.parent, step)
+        if self.writes:
+            cut(self.path.parent, step)
 
 
 def cut(run_dir: Path, step: int) -> None:

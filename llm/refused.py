@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from llm.device import precision
+from llm.distributed import ALONE, World, whole
 from llm.state import Progress, Trainer
 
+FINITE = "nothing: it is finite now"
 IN_A_ROW = 3  # refused batches after which a run goes back to its last saved state
 
 
@@ -19,13 +21,14 @@ def refused_in_a_row(progress: Progress) -> list[int]:
     return list(range(progress.step - count + 1, progress.step + 1)) if count >= IN_A_ROW else []
 
 
-def where_it_breaks(model: nn.Module, loss_of: Callable[[], Tensor]) -> str:
+def where_it_breaks(model: nn.Module, loss_of: Callable[[], Tensor], world: World = ALONE) -> str:
     """The first place with a number that is not finite: a weight, a module's output, the loss or a gradient.
 
-    `loss_of` runs the model on the batch. Gradients are left as None.
+    `loss_of` runs the model on the batch. Gradients are left as None. The processes take each step together, since
+    sharded weights have to be gathered.
     """
     for name, p in model.named_parameters():
-        if not torch.isfinite(p).all():
+        if not torch.isfinite(whole(p.detach())).all():
             return f"weight {name}"
     found: list[str] = []
 
@@ -42,14 +45,14 @@ def where_it_breaks(model: nn.Module, loss_of: Callable[[], Tensor]) -> str:
     finally:
         for hook in hooks:
             hook.remove()
-    if found:
-        return found[0]
-    if not torch.isfinite(loss):
-        return "the loss"
+    broke = found[0] if found else FINITE if torch.isfinite(loss) else "the loss"
+    if world.any(broke != FINITE)[0]:
+        return broke
     loss.backward()  # type: ignore[no-untyped-call]
-    broken = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    broken = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
     model.zero_grad(set_to_none=True)
-    return f"gradient of {broken[-1]}" if broken else "nothing: it is finite now"
+    return f"gradient of {broken[-1]}" if broken else FINITE
 
 
 def describe_batch(trainer: Trainer, step: int, x: Tensor, y: Tensor, seeds: Tensor) -> dict[str, Any]:
@@ -59,6 +62,6 @@ def describe_batch(trainer: Trainer, step: int, x: Tensor, y: Tensor, seeds: Ten
         with precision(trainer.dtype, trainer.device):
             return trainer.model(x, y, seeds)[1]  # type: ignore[no-any-return]
 
-    first = where_it_breaks(trainer.model, loss)
+    first = where_it_breaks(trainer.model, loss, trainer.world)
     decode = trainer.tokenizer.decode if trainer.tokenizer else str
     return {"step": step, "first": first, "windows": [decode(ids.tolist()) for ids in x.cpu()]}

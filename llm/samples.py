@@ -5,6 +5,7 @@ from pathlib import Path
 from llm import storage
 from llm.device import precision
 from llm.generate import continue_text
+from llm.parallel import gathered
 from llm.state import Trainer
 
 
@@ -13,7 +14,7 @@ def sample_text(trainer: Trainer, prompt: str) -> str:
     if trainer.tokenizer is None or trainer.config.sample_tokens == 0:
         return ""
     config, model, tokenizer = trainer.config, trainer.model, trainer.tokenizer
-    with precision(trainer.dtype, trainer.device):
+    with precision(trainer.dtype, trainer.device), gathered(model):
         drawn = [token for (token,) in continue_text(model, tokenizer, prompt, config.sample_tokens, config.seed)]
     model.train()
     return prompt + tokenizer.decode(drawn)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llm.checkpoint import Groups
+from llm.distributed import shard, whole
 
 
 class Saver:
@@ -18,15 +19,21 @@ class Saver:
         self._writing: tuple[int, Future[Path]] | None = None
         self._copies: dict[tuple[str, str], Tensor] = {}
 
-    def copy(self, groups: Groups) -> Groups:
-        """The tensors as they are now, on the CPU. Only while nothing is being written: see `finished`."""
+    def copy(self, groups: Groups, keep: bool = True) -> Groups:
+        """The tensors as they are now, whole and on the CPU; with `keep` false only what the other processes need for
+        that is done, and nothing is returned. Only while nothing is being written: see `finished`.
+        """
         assert self._writing is None
         for group, tensors in groups.items():
             for name, value in tensors.items():
-                if (group, name) not in self._copies:
-                    self._copies[group, name] = torch.empty_like(value, device="cpu")
-                self._copies[group, name].copy_(value.detach())
-        return {group: {name: self._copies[group, name] for name in tensors} for group, tensors in groups.items()}
+                full = whole(value.detach())
+                if keep and (group, name) not in self._copies:
+                    self._copies[group, name] = torch.empty_like(full, device="cpu")
+                if keep:
+                    self._copies[group, name].copy_(full)
+        return {
+            group: {name: self._copies[group, name] for name in tensors if keep} for group, tensors in groups.items()
+        }
 
     def start(self, step: int, write: Callable[[], Path]) -> None:
         """Begin to write the state of `step`."""
@@ -52,7 +59,10 @@ class Saver:
 
 
 def not_finite(groups: Groups) -> str | None:
-    """The name of the first tensor that holds a number which is not finite; None if all is well."""
-    named = [(name, value) for tensors in groups.values() for name, value in tensors.items()]
+    """The name of the first tensor (or shard of this process) that holds a number which is not finite; None if all is
+    well.
+    """
+    named = [(name, shard(value)) for tensors in groups.values() for name, value in tensors.items()]
+    named = [(name, value) for name, value in named if value.numel()]
     good = torch.stack([torch.isfinite(torch.stack(value.aminmax())).all() for _, value in named])
     return next((name for (name, _), fine in zip(named, good.tolist(), strict=True) if not fine), None)  # one wait

@@ -1,7 +1,10 @@
 """What begins a run and what resumes one: everything checked, built and locked before the first step."""
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,12 +19,14 @@ from llm import __version__, checkpoint, metrics, storage
 from llm.config import MODEL_FIELDS, GPTConfig, TrainConfig, from_settings, to_settings, write_toml
 from llm.data import GPT2_VOCAB, TokenData, open_data
 from llm.device import DTYPES, choose_device, choose_dtype, environment, fast_products, keep_memory, precision
+from llm.distributed import ALONE, World
 from llm.errors import Failure, UserError
 from llm.loss import linear_cross_entropy
 from llm.model import GPT
 from llm.optim import make_optimizer
+from llm.parallel import check_parallel, exchanging, recompute_activations, shard_model
 from llm.prepare import default_folder, ensure
-from llm.state import Progress, Trainer, restore
+from llm.state import Progress, Trainer, newest_state, restore
 from llm.tokenizer import Tokenizer, gpt2, load_tokenizer, save_tokenizer
 from llm.train import Training
 from llm.weights import read_weights, run_config, weights_file
@@ -30,6 +35,7 @@ from llm.weights import read_weights, run_config, weights_file
 RESUMABLE = {
     *("max_steps", "max_time", "patience", "eval_every", "eval_tokens", "log_every", "save_every", "keep"),
     *("data_dir", "out_dir", "device", "compile", "sample_prompt", "sample_tokens"),
+    *("parallel", "activation_checkpointing", "cpu_offload"),
 }
 OURS = (
     *("config.toml", "metrics.jsonl", "env.json", "tokenizer.json", "samples.txt", "loss_curve.png", "refused.json"),
@@ -41,50 +47,88 @@ Say = Callable[[str], None]
 
 @contextmanager
 def begun(
-    config: TrainConfig, overwrite: bool = False, say: Say = lambda _: None, progress: Any = None
+    config: TrainConfig,
+    overwrite: bool = False,
+    say: Say = lambda _: None,
+    progress: Any = None,
+    world: World = ALONE,
 ) -> Iterator[Training]:
     """A new run, ready to iterate over. The folder is locked until the block ends.
 
-    Everything is checked before the run folder is touched; the text may have been tokenized by then.
+    Everything is checked before the run folder is touched; the text may have been tokenized by then. Of several
+    processes the leading one alone touches that folder.
     Raises UserError where it cannot work.
     """
     out_dir = Path(config.out_dir)
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
-    refuse_existing(out_dir, overwrite)
-    if out_dir.resolve() == Path(config.data_dir or default_folder(config)).resolve():
-        raise UserError(f"out_dir = {out_dir}: is the folder of the token files; choose another for the run")
-    storage.check_writable(out_dir)
-    weights = given = None
-    if config.init_from:
-        config, weights, given = starting_point(config, say)
-    data, tokenizer = open_text(config, say, progress, given)
-    if weights is None:
-        vocab_size = config.vocab_size or data.vocab_size
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-    elif config.model.vocab_size < data.vocab_size or (given and tokenizer and given.to_json() != tokenizer.to_json()):
-        raise UserError(
-            f"{data.folder}: its tokens are not those that {config.init_from} was trained on; "
-            f"give the text by --text with another --data_dir, and it is prepared with the right ones"
-        )
-    prompt = config.sample_prompt or default_prompt(data, tokenizer)
-    if tokenizer is not None:
-        tokenizer.encode(prompt)  # says now if it has a character that is not in the vocabulary
-    config = resolved(config, data, dtype, prompt)
-    trainer = build(config, data, tokenizer, device, dtype)
-    if weights is not None:
-        trainer.model.load_state_dict(weights)
-    storage.check_writable(out_dir, disk_needed(trainer.model, config))
-    with storage.locked(out_dir, "this run folder"):
-        refuse_existing(out_dir, overwrite)
-        clear(out_dir)
-        storage.write_text(out_dir / "config.toml", write_toml(config))
-        write_environment(out_dir, data)
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, out_dir / "tokenizer.json")
-        if config.compile:
-            compile_forward(trainer, say)
+    with contextlib.ExitStack() as stack:
+        with world.together():
+            device = choose_device(config.device, local_rank(world))
+            dtype = DTYPES[world.first(lambda: name_of(choose_dtype(config.dtype, device)))]
+            check_parallel(config, world, dtype)
+            if world.leads:
+                refuse_existing(out_dir, overwrite)
+                if out_dir.resolve() == Path(config.data_dir or default_folder(config)).resolve():
+                    raise UserError(
+                        f"out_dir = {out_dir}: is the folder of the token files; choose another for the run"
+                    )
+                storage.check_writable(out_dir)
+            weights = given = None
+            if config.init_from:
+                config, weights, given = starting_point(config, say)
+            world.gather(None)  # the leader was content so far
+            data, tokenizer = open_text(config, say, progress, given, world)
+            if weights is None:
+                vocab_size = config.vocab_size or data.vocab_size
+                config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+            elif config.model.vocab_size < data.vocab_size or not same_tokens(given, tokenizer):
+                raise UserError(
+                    f"{data.folder}: its tokens are not those that {config.init_from} was trained on; "
+                    f"give the text by --text with another --data_dir, and it is prepared with the right ones"
+                )
+            prompt = config.sample_prompt or default_prompt(data, tokenizer)
+            if tokenizer is not None:
+                tokenizer.encode(prompt)  # says now if it has a character that is not in the vocabulary
+            config = resolved(config, data, dtype, prompt)
+            agree(config, data, device, world)
+        trainer = build(config, data, tokenizer, device, dtype, world, weights)
+        with world.together():
+            if world.leads:
+                storage.check_writable(out_dir, disk_needed(trainer.model, config))
+                stack.enter_context(storage.locked(out_dir, "this run folder"))
+                refuse_existing(out_dir, overwrite)
+                clear(out_dir)
+                storage.write_text(out_dir / "config.toml", write_toml(config))
+                write_environment(out_dir, data)
+                if tokenizer is not None:
+                    save_tokenizer(tokenizer, out_dir / "tokenizer.json")
+            world.begun()
+        connect(trainer, say)
         yield Training(trainer, out_dir, Progress(), prompt)
+
+
+def local_rank(world: World) -> int | None:
+    """By which a process chooses its device; None where one process has all."""
+    return world.local_rank if world.size > 1 else None
+
+
+def agree(config: TrainConfig, data: TokenData, device: torch.device, world: World) -> None:
+    """Raises UserError naming what is not the same for all processes: versions, code, tokens, settings, device."""
+    settings = {name: value for name, value in to_settings(config).items() if name not in ("out_dir", "data_dir")}
+    versions = {"losscurve": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    tokens = {f"{data.folder.name}/{name}": digest for name, digest in data.hashes.items()}
+    world.agree({**versions, "the code of losscurve": code_hash(), **tokens, **settings, "device": device.type})
+
+
+def code_hash() -> str:
+    """SHA-256 over the Python files of the package."""
+    digest, here = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(here.rglob("*.py")):
+        digest.update(f"{path.relative_to(here)} {storage.sha256(path)}".encode())
+    return digest.hexdigest()
+
+
+def same_tokens(given: Tokenizer | None, tokenizer: Tokenizer | None) -> bool:
+    return given is None or tokenizer is None or given.to_json() == tokenizer.to_json()
 
 
 def starting_point(config: TrainConfig, say: Say) -> tuple[TrainConfig, dict[str, Tensor], Tokenizer | None]:
@@ -121,38 +165,49 @@ def starting_point(config: TrainConfig, say: Say) -> tuple[TrainConfig, dict[str
 
 
 @contextmanager
-def resumed(out_dir: Path, changes: dict[str, Any], say: Say = lambda _: None) -> Iterator[Training]:
-    """The run in `out_dir`, going on from its newest saved state that verifies.
+def resumed(
+    out_dir: Path, changes: dict[str, Any], say: Say = lambda _: None, world: World = ALONE
+) -> Iterator[Training]:
+    """The run in `out_dir`, going on from its newest saved state that verifies, in as many processes as there are.
 
     `changes` are settings that differ from the run's own, of those in RESUMABLE. Raises UserError
     for others, for a run that is not there, and for one that is complete.
     """
-    before = run_config(out_dir)
-    config = changed(before, changes | {"out_dir": out_dir})
-    device = choose_device(config.device)
-    with storage.locked(out_dir, "this run folder"):
-        groups, facts, passed_over = checkpoint.newest_state(out_dir)
-        progress = facts.get("progress", {})
-        check_same_settings(out_dir, before, facts)
-        check_unfinished(config, progress)
-        folder = Path(config.data_dir or "data")
-        if not (folder / "train.bin").exists() and not storage.unfinished(folder):
-            raise UserError(f"{folder}: the run's token files are not there (seen from here); say where by --data_dir")
-        data = open_data(folder, config.model.block_size, config.model.vocab_size)
-        tokenizer = run_tokenizer(out_dir, config.model.vocab_size, say)
-        trainer = build(config, data, tokenizer, device, DTYPES[config.dtype])
+    with contextlib.ExitStack() as stack:
+        with world.together():
+            before = from_settings(world.first(lambda: to_settings(run_config(out_dir))))
+            config = changed(before, changes | {"out_dir": out_dir})
+            device = choose_device(config.device, local_rank(world))
+            check_parallel(config, world, DTYPES[config.dtype])
+            if world.leads:
+                stack.enter_context(storage.locked(out_dir, "this run folder"))
+            groups, facts, passed_over = newest_state(out_dir, world)
+            check_same_settings(out_dir, before, facts)
+            check_unfinished(config, facts.get("progress", {}))
+            folder = Path(config.data_dir or "data")
+            if not (folder / "train.bin").exists() and not storage.unfinished(folder):
+                raise UserError(
+                    f"{folder}: the run's token files are not there (seen from here); say where by --data_dir"
+                )
+            data = open_data(folder, config.model.block_size, config.model.vocab_size)
+            tokenizer = run_tokenizer(out_dir, config.model.vocab_size, say, folder)
+            agree(config, data, device, world)
+        trainer = build(config, data, tokenizer, device, DTYPES[config.dtype], world)
         restored = restore(trainer, groups, facts)
-        storage.check_writable(out_dir, disk_needed(trainer.model, config))
-        for folder, reason in passed_over.items():
-            say(f"passed over a saved state: {reason}; it is now {checkpoint.set_aside(folder).name}")
-        say_changes(out_dir, data, say)
-        if config.max_steps != before.max_steps:
-            say(f"max_steps was {before.max_steps} and is {config.max_steps}: the schedule changes from here on")
-        if config != before:
-            storage.write_text(out_dir / "config.toml", write_toml(config))
-        metrics.cut(out_dir, restored.step)
-        if config.compile:
-            compile_forward(trainer, say)
+        with world.together():
+            if world.leads:
+                storage.check_writable(out_dir, disk_needed(trainer.model, config))
+                for state, reason in passed_over.items():
+                    say(f"passed over a saved state: {reason}; it is now {checkpoint.set_aside(state).name}")
+                say_changes(out_dir, data, say)
+                if config.max_steps != before.max_steps:
+                    then, now = before.max_steps, config.max_steps
+                    say(f"max_steps was {then} and is {now}: the schedule changes from here on")
+                if config != before:
+                    storage.write_text(out_dir / "config.toml", write_toml(config))
+                metrics.cut(out_dir, restored.step)
+            world.begun()
+        connect(trainer, say)
         yield Training(trainer, out_dir, restored, config.sample_prompt or "\n")
 
 
@@ -235,10 +290,17 @@ def clear(out_dir: Path) -> None:
 
 
 def open_text(
-    config: TrainConfig, say: Say, progress: Any, given: Tokenizer | None
+    config: TrainConfig, say: Say, progress: Any, given: Tokenizer | None, world: World
 ) -> tuple[TokenData, Tokenizer | None]:
-    """The token files a config asks for, prepared first (with the tokenizer `given`) where need be; their tokenizer."""
-    folder = ensure(config, progress=progress, say=say, given=given)
+    """The token files a config asks for, prepared first (with the tokenizer `given`) where need be; their tokenizer.
+
+    The leading process looks after them first, then the first of each other machine, which may see the same folder.
+    """
+    folder = Path(config.data_dir or default_folder(config))
+    for turn in (world.leads, world.local_rank == 0 and not world.leads):
+        if turn:
+            ensure(config, progress=progress, say=say, given=given)
+        world.gather(None)
     data = open_data(folder, config.model.block_size, config.vocab_size)
     if not data.foreign:
         return data, load_tokenizer(folder / "tokenizer.json")
@@ -252,11 +314,13 @@ def open_text(
         return data, None
 
 
-def run_tokenizer(out_dir: Path, vocab_size: int, say: Say) -> Tokenizer | None:
-    """The run's own; GPT-2's for a run on tokens of unknown origin, or None where that is not to be had."""
-    path = out_dir / "tokenizer.json"
-    if path.exists():
-        return load_tokenizer(path)
+def run_tokenizer(out_dir: Path, vocab_size: int, say: Say, data_dir: Path | None = None) -> Tokenizer | None:
+    """The run's own, or that of its token files on a machine that does not see the run folder; GPT-2's for a run on
+    tokens of unknown origin, or None where that is not to be had.
+    """
+    for path in (out_dir / "tokenizer.json", (data_dir or out_dir) / "tokenizer.json"):
+        if path.exists():
+            return load_tokenizer(path)
     try:
         return gpt2() if vocab_size >= GPT2_VOCAB else None
     except Failure as error:
@@ -285,22 +349,48 @@ def resolved(config: TrainConfig, data: TokenData, dtype: torch.dtype, prompt: s
         "vocab_size": config.model.vocab_size,
         "warmup_steps": config.warmup,
         "min_lr": config.final_lr,
-        "dtype": next(name for name, known in DTYPES.items() if known == dtype),
+        "dtype": name_of(dtype),
         "sample_prompt": prompt,
     }
     return from_settings(chosen, config)
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 def build(
-    config: TrainConfig, data: TokenData, tokenizer: Tokenizer | None, device: torch.device, dtype: torch.dtype
+    config: TrainConfig,
+    data: TokenData,
+    tokenizer: Tokenizer | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    world: World = ALONE,
+    weights: dict[str, Tensor] | None = None,
 ) -> Trainer:
-    """Model, optimizer and loss scaling, with the initial weights that the seed decides."""
+    """Model, optimizer and loss scaling, with the initial weights that the seed decides, or those given."""
     keep_memory()
     fast_products(device)
     torch.manual_seed(config.seed)
-    model = GPT(config.model).to(device)
+    model = GPT(config.model)
+    if weights is not None:
+        model.load_state_dict(weights)
+    model.to(device)
+    if config.activation_checkpointing:
+        recompute_activations(model)
+    if config.parallel == "fsdp" and world.started:
+        shard_model(model, world, device, dtype, config.cpu_offload)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return Trainer(config, model, model, make_optimizer(model, config), scaler, data, tokenizer, device, dtype)
+    return Trainer(config, model, model, make_optimizer(model, config), scaler, data, tokenizer, device, dtype, world)
+
+
+def connect(trainer: Trainer, say: Say) -> None:
+    """The forward to train by: compiled where that is asked for, its gradients exchanged where there are several."""
+    if trainer.config.compile:
+        compile_forward(trainer, say)
+    if trainer.config.parallel == "fsdp" and not trainer.world.started:
+        say("parallel = 'fsdp' needs torchrun; in this one process there is nothing to share")
+    trainer.forward, trainer.exchange = exchanging(trainer.model, trainer.forward, trainer.world)
 
 
 def compile_forward(trainer: Trainer, say: Say) -> None:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from llm import checkpoint, metrics, storage
 from llm.config import TrainConfig, to_settings
 from llm.data import TokenData
+from llm.distributed import ALONE, World, receive
 from llm.errors import UserError
 from llm.model import GPT
 from llm.optim import AdamW
@@ -20,7 +22,9 @@ from llm.tokenizer import Tokenizer
 
 @dataclass
 class Trainer:
-    """What a step works on. `forward` is the model, perhaps compiled or wrapped for many processes."""
+    """What a step works on. `forward` is the model, perhaps compiled or wrapped for many processes; `exchange(last)`
+    is the context of a micro-batch, so that gradients are exchanged with the last of a step.
+    """
 
     config: TrainConfig
     model: GPT
@@ -31,6 +35,8 @@ class Trainer:
     tokenizer: Tokenizer | None  # None: its vocabulary is not to be had, so no samples and no bits per byte
     device: torch.device
     dtype: torch.dtype
+    world: World = ALONE
+    exchange: Callable[[bool], AbstractContextManager[Any]] = lambda last: nullcontext()
     data_seconds: float = 0.0  # that making batches took, since the last training row
 
 
@@ -75,18 +81,20 @@ def optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
     return {f"{kind}.{name}": value for name, entry in named.items() for kind, value in entry.items()}
 
 
-def restore_optimizer(model: nn.Module, optimizer: AdamW, tensors: dict[str, Tensor]) -> None:
-    """Put `optimizer_tensors` back. Raises UserError where they are not this model's."""
+def restore_optimizer(model: nn.Module, optimizer: AdamW, tensors: dict[str, Tensor], world: World = ALONE) -> None:
+    """Put the `optimizer_tensors` that rank 0 has back. Raises UserError where they are not this model's."""
     wanted = {
         f"{kind}.{name}": value for name, p in model.named_parameters() for kind, value in optimizer.state[p].items()
     }
-    if tensors and (absent := wanted.keys() - tensors.keys()):
-        raise UserError(f"saved state: no optimizer entry {min(absent)}; it belongs to another run")
-    for key, value in tensors.items():
-        if key not in wanted or value.shape != wanted[key].shape:
-            raise UserError(f"saved state: optimizer entry {key} does not fit the model; it belongs to another run")
+    with world.together():
+        if tensors and (absent := wanted.keys() - tensors.keys()):
+            raise UserError(f"saved state: no optimizer entry {min(absent)}; it belongs to another run")
+        for key, value in tensors.items():
+            if key not in wanted or value.shape != wanted[key].shape:
+                raise UserError(f"saved state: optimizer entry {key} does not fit the model; it belongs to another run")
+    begun = world.first(lambda: bool(tensors))
     for key, value in wanted.items():
-        value.copy_(tensors[key]) if tensors else value.zero_()
+        receive(world, value, tensors.get(key)) if begun else value.zero_()
 
 
 def weights_of(trainer: Trainer, copies: checkpoint.Groups) -> dict[str, Tensor]:
@@ -126,21 +134,34 @@ def write_state(
     return checkpoint.save_state(out_dir, step, groups, facts, keep, is_best)
 
 
+def newest_state(out_dir: Path, world: World) -> tuple[checkpoint.Groups, dict[str, Any], dict[Path, str]]:
+    """What `checkpoint.newest_state` finds; the tensors on rank 0 only, which alone reads the run folder."""
+    groups: checkpoint.Groups = {}
+
+    def read() -> list[Any]:
+        tensors, facts, passed_over = checkpoint.newest_state(out_dir)
+        groups.update(tensors)
+        return [facts, {str(folder): reason for folder, reason in passed_over.items()}]
+
+    facts, passed_over = world.first(read)
+    return groups, facts, {Path(folder): reason for folder, reason in passed_over.items()}
+
+
 def restore(trainer: Trainer, groups: checkpoint.Groups, facts: dict[str, Any]) -> Progress:
-    """Put a saved state into the trainer's parts; returns where the run stood.
+    """Put a saved state, whose tensors rank 0 has, into the trainer's parts; returns where the run stood.
 
     Raises UserError where the state does not fit the model or the data.
     """
-    if facts.get("data") != trainer.data.hashes:
-        raise UserError(f"{trainer.data.folder}: not the data this run was trained on; give the right --data_dir")
-    parameters = dict(trainer.model.named_parameters())
-    saved = groups.get("model", {})
-    if {k: v.shape for k, v in saved.items()} != {k: p.shape for k, p in parameters.items()}:
-        raise UserError("saved state: its weights do not fit the settings in config.toml")
+    world, parameters, saved = trainer.world, dict(trainer.model.named_parameters()), groups.get("model", {})
+    with world.together():
+        if facts.get("data") != trainer.data.hashes:
+            raise UserError(f"{trainer.data.folder}: not the data this run was trained on; give the right --data_dir")
+        if world.leads and {k: v.shape for k, v in saved.items()} != {k: p.shape for k, p in parameters.items()}:
+            raise UserError("saved state: its weights do not fit the settings in config.toml")
     with torch.no_grad():
         for name, p in parameters.items():
-            p.copy_(saved[name])
-    restore_optimizer(trainer.model, trainer.optimizer, groups.get("optimizer", {}))
+            receive(world, p, saved.get(name))
+    restore_optimizer(trainer.model, trainer.optimizer, groups.get("optimizer", {}), world)
     try:
         trainer.scaler.load_state_dict(facts["scaler"])
         return Progress(**facts["progress"])

@@ -20,14 +20,15 @@ from torch import Tensor
 from llm import checkpoint, metrics, storage
 from llm.data import batch_at
 from llm.device import matrix_rate, onto, precision
+from llm.distributed import whole
 from llm.errors import Failure, UserError
 from llm.evaluate import Evaluation, evaluate
 from llm.plot import plot_runs
-from llm.refused import describe_batch, refused_in_a_row
+from llm.refused import FINITE, describe_batch, refused_in_a_row
 from llm.samples import keep_samples, sample_text
 from llm.saver import Saver, not_finite
 from llm.schedule import lr_at
-from llm.state import Progress, Trainer, facts_of, restore, tensors_of, weights_of, write_state
+from llm.state import Progress, Trainer, facts_of, newest_state, restore, tensors_of, weights_of, write_state
 
 REMEDY = "start another run with a lower --max_lr, --grad_clip 1 or --dtype float32"
 GO_BACK = 3  # times a run does so before it stops
@@ -76,11 +77,12 @@ class Notice:
 
 
 def micro_batches(trainer: Trainer, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The batch of `step` in micro-batches: x and y (B, T), dropout seeds (B,), on the device."""
+    """This process's share of the batch of `step` in micro-batches: x and y (B, T), seeds (B,), on the device."""
     config, start = trainer.config, time.perf_counter()
-    batch = batch_at(trainer.data.train, config.seed, step, config.windows_per_step, config.model.block_size)
+    windows, mine = config.windows_per_step, trainer.world.rows(config.windows_per_step)
+    batch = batch_at(trainer.data.train, config.seed, step, windows, config.model.block_size, mine)
     trainer.data_seconds += time.perf_counter() - start
-    for first in range(0, config.windows_per_step, config.batch_size):
+    for first in range(0, len(batch.x), config.batch_size):
         rows = slice(first, first + config.batch_size)
         x, y, seeds = (onto(trainer.device, part[rows]) for part in (batch.x, batch.y, batch.seeds))
         yield x, y, seeds
@@ -94,19 +96,22 @@ def train_step(trainer: Trainer, step: int) -> Step:
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, config)
     optimizer.zero_grad()
-    total = torch.zeros((), device=trainer.device)
+    total, done, share = torch.zeros((), device=trainer.device), 0, config.windows_per_step // trainer.world.size
     for x, y, seeds in micro_batches(trainer, step):
-        with precision(trainer.dtype, trainer.device):
-            loss = trainer.forward(x, y, seeds)[1] / config.gradient_accumulation_steps
-        scaler.scale(loss).backward()
+        done += len(x)
+        with trainer.exchange(done == share):
+            with precision(trainer.dtype, trainer.device):
+                loss = trainer.forward(x, y, seeds)[1] / (share / len(x))
+            scaler.scale(loss).backward()
         total += loss.detach()
+    trainer.world.mean(total)
     scaler.unscale_(optimizer)  # type: ignore[arg-type]  # all it asks for are the groups
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters() if p.grad is not None])
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters() if p.grad is not None]))
     if config.grad_clip > 0:
         torch.nn.utils.clip_grads_with_norm_(trainer.model.parameters(), config.grad_clip, norm)
     refused = ~torch.isfinite(total)
     if not scaler.is_enabled():  # which has its own: a gradient that overflows only lowers its scale
-        refused = refused | ~torch.isfinite(norm)
+        refused = refused | ~torch.isfinite(norm.to(trainer.device))
         optimizer.found_inf = refused.float()
     scaler.step(optimizer)  # type: ignore[arg-type]
     scaler.update()
@@ -134,9 +139,9 @@ class Training:
         self.reason = "done"
         self.unsaved: str | None = None
         self.failed_saves = 0
-        self.matrix_rate = matrix_rate(trainer.device, trainer.dtype)
+        self.matrix_rate = trainer.world.size * matrix_rate(trainer.device, trainer.dtype)  # of all devices
         self.token_bytes = trainer.tokenizer.token_bytes() if trainer.tokenizer else None
-        self._record, self._samples, self._saver = metrics.Record(out_dir), "", Saver()
+        self._record, self._samples, self._saver = metrics.Record(out_dir, trainer.world.leads), "", Saver()
         self._unread: list[Step] = []
         self._said: set[str] = set()  # what went wrong and was said, and has not gone well since
         self._began = self._saved_at = time.perf_counter()
@@ -153,7 +158,7 @@ class Training:
         trainer, config = self.trainer, self.trainer.config
         trainer.model.train()
         self._pace = (self._stepping(), self.progress.tokens)
-        if not checkpoint.saved_steps(self.out_dir):
+        if trainer.world.first(lambda: not checkpoint.saved_steps(self.out_dir)):
             yield from self._tell()
             yield from self._save()
         while self.progress.step < config.max_steps:
@@ -165,6 +170,7 @@ class Training:
             yield step
             yield from self._saved()
             done, late = step.step == config.max_steps, self.seconds() >= (config.max_time or math.inf)
+            late, asked, due = trainer.world.any(late, self.stop(), self._save_is_due())
             telling = step.step % config.eval_every == 0 or done or late
             logging = telling or step.step % config.log_every == 0
             if logging or step.step % UNREAD == 0:
@@ -177,10 +183,9 @@ class Training:
             if telling:
                 yield from self._tell()
             worn = progress.stale >= (config.patience or math.inf)
-            asked = self.stop()
             ending = done or late or worn or asked
-            if ending or (telling and progress.stale == 0) or self._save_is_due():
-                if broken := not_finite(tensors_of(trainer)):
+            if ending or (telling and progress.stale == 0) or due:
+                if broken := next(filter(None, trainer.world.gather(not_finite(tensors_of(trainer)))), None):
                     yield from self._go_back(f"{broken} holds a number that is not finite", [])
                     continue
                 yield from self._save(wait=ending)
@@ -235,14 +240,15 @@ class Training:
         reason = f"step {step}: {reason}"
         if progress.went_back == GO_BACK:
             x, y, seeds = (torch.cat(parts) for parts in zip(*micro_batches(self.trainer, step - 1), strict=True))
-            facts = describe_batch(self.trainer, step, x, y, seeds)
-            storage.write_json(self.out_dir / "refused.json", facts)
+            told = self.trainer.world.gather(describe_batch(self.trainer, step, x, y, seeds))
+            facts = next((facts for facts in told if not facts["first"].startswith(FINITE)), told[0])
+            self.trainer.world.first(lambda: storage.write_json(self.out_dir / "refused.json", facts))
             raise Failure(
                 f"{reason}, first in {facts['first']}, and going back {GO_BACK} times did not help; "
                 f"the batch is in {self.out_dir / 'refused.json'}; {REMEDY}"
             )
         yield from self._saved(wait=True)
-        groups, facts, _ = checkpoint.newest_state(self.out_dir)
+        groups, facts, _ = newest_state(self.out_dir, self.trainer.world)
         self.progress = restore(self.trainer, groups, facts)
         self.progress.passed_over = sorted({*progress.passed_over, *self.progress.passed_over, *batches})
         self.progress.went_back, self.progress.bookkeeping = progress.went_back + 1, progress.bookkeeping
@@ -307,9 +313,8 @@ class Training:
             else:
                 train_loss = progress.told_loss / progress.told_count if progress.told_count else math.nan
             with precision(trainer.dtype, trainer.device):
-                found = evaluate(
-                    trainer.model, trainer.data.val, config.model.block_size, config.eval_tokens, self.token_bytes
-                )
+                where = trainer.model, trainer.data.val, config.model.block_size, config.eval_tokens
+                found = evaluate(*where, self.token_bytes, trainer.world)
             finite = math.isfinite(found.loss)
             progress.told_loss, progress.told_count, progress.last_loss = 0.0, 0, found.loss if finite else None
             if finite and (progress.best_loss is None or found.loss < progress.best_loss):
@@ -330,6 +335,9 @@ class Training:
     def _show(self) -> Iterator[Notice]:
         """The samples to read and the picture to look at."""
         what = "samples.txt and loss_curve.png could not be written"
+        if not self.trainer.world.leads:
+            self._samples = ""
+            return
         try:
             with self._bookkeeping():
                 self.progress.samples_size = keep_samples(self.out_dir, self._samples, self.progress.samples_size)
@@ -356,8 +364,10 @@ class Training:
         yield from self._write_record()
         with self._bookkeeping():
             self._saved_at = time.perf_counter()
-            copies = self._saver.copy(tensors_of(trainer))
+            copies = self._saver.copy(tensors_of(trainer), trainer.world.leads)
             progress.seconds = self.seconds()
+            if not trainer.world.leads:
+                return
             is_best = progress.best_loss is not None and progress.best_step == progress.step
             weights, facts = weights_of(trainer, copies), facts_of(trainer, progress)
             where = self.out_dir, self._record, progress.step
@@ -385,5 +395,6 @@ class Training:
 def first_loss(trainer: Trainer) -> float:
     """Loss of the first batch before any update, in nats per token."""
     with torch.no_grad(), precision(trainer.dtype, trainer.device):
-        losses = [float(trainer.forward(x, y, seeds)[1]) for x, y, seeds in micro_batches(trainer, 0)]
-    return sum(losses) / len(losses)
+        share = trainer.config.windows_per_step // trainer.world.size
+        losses = [trainer.forward(x, y, seeds)[1] / (share / len(x)) for x, y, seeds in micro_batches(trainer, 0)]
+        return float(trainer.world.mean(sum(losses)))

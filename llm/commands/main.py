@@ -40,7 +40,8 @@ def run_command(name: str, argv: list[str]) -> int:
         sys.stdout.flush()
         return int(code or 0)
     except (UserError, Failure) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not getattr(error, "quiet", False):  # another process of the run says it
+            print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except (MemoryError, RuntimeError) as error:
         short = ("can't allocate memory", "not enough memory", "out of memory", "invalid buffer size")

@@ -1,17 +1,22 @@
 """`train`: the main job. Flags in, the chapter's lines out."""
 
+import argparse
 import contextlib
+import os
 import shlex
+import signal
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llm.commands.flags import Parser, add_settings, config_from, typed_settings, warn
-from llm.config import FIELDS, PRESETS
+from llm.config import FIELDS, PRESETS, TrainConfig
 from llm.errors import Failure, UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from llm.distributed import World
     from llm.train import Training
 
 DESCRIPTION = "Train a small GPT from scratch. With no flags: the chapter's recipe on tiny Shakespeare."
@@ -30,13 +35,45 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--track", action="append", default=[], metavar="tensorboard|wandb", help="follow the run there too"
     )
+    parser.add_argument(
+        "--nproc", type=int, metavar="N", help="processes on this machine, started by torchrun; see docs/scale.md"
+    )
     args = parser.read(argv)
+    if args.nproc is not None and "RANK" not in os.environ:
+        return several(args.nproc, argv)
+    if "RANK" not in os.environ:
+        settings_of(args)  # a mistake is said before torch is loaded, which takes a second
+    from llm.distributed import joined
+
+    with joined() as world, world.together():
+        return train(args, world)
+
+
+def settings_of(args: argparse.Namespace) -> TrainConfig:
+    """Raises UserError."""
     if args.resume and (args.preset or args.overwrite):
         raise UserError("--resume takes the settings of the run itself; leave out --preset and --overwrite")
-    config = config_from(args)
+    return config_from(args)
 
+
+def several(nproc: int, argv: list[str]) -> int:
+    """Have torchrun start `nproc` processes of this command in the place of this one. Raises UserError."""
+    cores = os.cpu_count() or 1
+    if not 1 <= nproc <= 1024:
+        raise UserError(f"nproc = {nproc}: expected a number of processes from 1 to 1024")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", "llm", "train")
+    flag = next(place for place, word in enumerate(argv) if word.split("=")[0] == "--nproc")
+    rest = argv[:flag] + argv[flag + (1 if "=" in argv[flag] else 2) :]  # torchrun would take it for its own
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *torchrun, *rest])
+
+
+def train(args: argparse.Namespace, world: "World") -> int:
+    """The run, as one of its processes sees it: the leading one talks and writes."""
     from pathlib import Path
 
+    from llm.checkpoint import saved_steps
     from llm.commands.bars import StepBar, tell, tokenizing
     from llm.commands.watch import beside
     from llm.device import describe_device
@@ -48,17 +85,26 @@ def main(argv: list[str]) -> int:
     from llm.trackers import following, starts
     from llm.train import Line, Notice, Step
 
-    out_dir, trackers = Path(config.out_dir), starts(args.track, warn)
+    config = settings_of(args)
+    out_dir, say = Path(config.out_dir), warn if world.leads else (lambda line: None)
+    trackers = starts(args.track, warn) if world.leads else {}
+    # started again by torchrun's --max-restarts: this job's own run goes on, however it was begun
+    going_on = world.restarted and world.first(lambda: bool(saved_steps(out_dir)))
     with contextlib.ExitStack() as stack:
-        tell_address = stack.enter_context(beside(out_dir)) if args.watch else None
-        if args.resume:
-            run = stack.enter_context(resumed(out_dir, typed_settings(args), say=warn))
+        tell_address = stack.enter_context(beside(out_dir)) if args.watch and world.leads else None
+        if args.resume or going_on:
+            run = stack.enter_context(resumed(out_dir, typed_settings(args), say, world))
         else:
-            with tokenizing() as progress:
-                run = stack.enter_context(begun(config, args.overwrite, say=warn, progress=progress))
+            overwrite = args.overwrite or world.restarted
+            with tokenizing() if world.leads else contextlib.nullcontext() as progress:
+                run = stack.enter_context(begun(config, overwrite, say, progress, world))
         caught = stack.enter_context(interrupts())
         run.stop = lambda: bool(caught)
         config = run.trainer.config
+        if not world.leads:
+            for _ in run:
+                pass
+            return 128 + caught[0] if caught else 0
         if warning := warmup_warning(config):
             warn(warning)
         tell(f"training on {describe_device(run.trainer.device, run.trainer.dtype)}")
@@ -90,7 +136,7 @@ def main(argv: list[str]) -> int:
     if run.reason == "interrupted":
         again = f"losscurve train --out_dir {shlex.quote(str(out_dir))} --resume"
         tell(f"saved step {run.progress.step} in {out_dir}; go on with: {again}")
-        return 128 + caught[0]
+        return 128 + (caught[0] if caught else signal.SIGTERM)
     tell("\n".join(ending(run)))
     if run.reason != "patience" and (came := forecast.ended(run.progress.seconds)):
         tell(came)
@@ -113,10 +159,15 @@ def opening(run: "Training") -> str:
     epochs, predicted = config.max_steps * config.tokens_per_step / tokens, len(trainer.data.val) - 1
     validating = f"all {predicted:,}" if predicted <= config.eval_tokens else f"{config.eval_tokens:,} of {predicted:,}"
     begin = f"going on from step {run.progress.step}" if run.progress.step else "starting"
+    windows = f"{config.windows_per_step} windows"
+    if (processes := trainer.world.size) > 1:
+        share = config.windows_per_step // processes
+        micro = -(-share // config.batch_size)
+        windows += f" ({processes} processes x {micro} micro-batches x {min(share, config.batch_size)})"
     return (
         f"{parameters / 1e6:.2f} M parameters, vocabulary {config.model.vocab_size:,}\n"
         f"{tokens:,} training tokens ({trainer.data.source}); validation on {validating} tokens\n"
-        f"{begin}: {config.max_steps:,} steps of {config.windows_per_step} windows x {config.model.block_size} tokens, "
+        f"{begin}: {config.max_steps:,} steps of {windows} x {config.model.block_size} tokens, "
         f"{epochs:.1f} times the text"
     )
 

@@ -1,0 +1,309 @@
+"""The processes of a run: who they are, what they agree on, and how they end together.
+
+torchrun starts them and says who they are; a run without it is a world of one. What is said here is small and goes over
+the CPU (gloo), as JSON and never as a pickle; gradients and shards are exchanged by PyTorch's own DDP and FSDP2
+(parallel.py).
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm.errors import Failure, UserError
+
+T = TypeVar("T")
+BEAT = 1.0  # seconds between the signs of life of a process
+SILENCE = float(os.environ.get("LOSSCURVE_SILENCE", 60))  # seconds without one after which the job ends
+PATIENCE = datetime.timedelta(hours=12)  # of one exchange: a process that lives may have much to do, such as a text
+LOST = "the processes of the run lost each other"
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run as one of them sees it. Without arguments: a run in one process."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # among those of this machine
+    started: bool = False  # by torchrun
+    restarted: bool = False  # by torchrun's --max-restarts, after this job had begun its run
+    group: Any = None  # of all processes, over the CPU
+    watch: "Watch | None" = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes files and talks."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON `value` of each process, by rank. Where one came with an error instead, that is raised on all."""
+        return self._exchange({"value": value})
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What `make` returns, or raises, on rank 0: a JSON value that the others wait for."""
+        if not self.leads:
+            return self.gather(None)[0]  # type: ignore[no-any-return]
+        try:
+            made = make()
+        except (UserError, Failure) as error:
+            self._tell(error)
+            raise
+        return self.gather(made)[0]  # type: ignore[no-any-return]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that all processes leave well, or none: an error a person should know is raised on each of them.
+
+        Within it they may exchange JSON, and nothing else.
+        """
+        try:
+            yield
+        except (UserError, Failure) as error:
+            self._tell(error)
+            raise
+        self.gather(None)
+
+    def _tell(self, error: Exception) -> None:
+        """Raise an error of this process on all of them, unless it came from there."""
+        if self.size > 1 and not hasattr(error, "quiet"):
+            where = "" if self.leads else f"rank {self.rank} on {socket.gethostname()}: "
+            self._exchange({"error": type(error).__name__, "words": f"{where}{error}"})
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether any process raises it."""
+        if self.size == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(raised, dist.ReduceOp.MAX, self.group)
+        return [bool(flag) for flag in raised.tolist()]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Tensors on the CPU, added up over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Tensors on the device, averaged over the processes, in place; nothing waits for it on a GPU."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def rows(self, count: int) -> slice:
+        """This process's share of a batch of `count` windows. They divide evenly: see `check_split`."""
+        share = count // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Raises UserError naming the first of `facts` that is not the same everywhere."""
+        told = self.gather({"host": socket.gethostname(), **facts})
+        for rank, other in enumerate(told):
+            for name in facts:
+                if other[name] != told[0][name]:
+                    ours, theirs = (f"{told[r][name]} on rank {r} ({told[r]['host']})" for r in (0, rank))
+                    raise _shared(UserError(f"{name} is {ours} and {theirs}; make them the same"), self.leads)
+
+    def begun(self) -> None:
+        """The run has begun: if torchrun starts this job's processes again, they go on with it."""
+        if self.watch and self.leads:
+            self.watch.store.set("losscurve/begun", "1")
+
+    def _exchange(self, outcome: dict[str, Any]) -> list[Any]:
+        """What each process came to, of which this is ours; raises the first error among them."""
+        if self.size == 1:
+            return [outcome["value"]]
+        content = torch.frombuffer(bytearray(json.dumps(outcome).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(content)]), group=self.group)
+        room = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+        room[: len(content)] = content
+        found = [torch.zeros_like(room) for _ in range(self.size)]
+        dist.all_gather(found, room, group=self.group)
+        outcomes = [json.loads(bytes(f[: int(n)].tolist())) for f, n in zip(found, sizes, strict=True)]
+        for told in outcomes:
+            if "error" in told:
+                kind = UserError if told["error"] == UserError.__name__ else Failure
+                raise _shared(kind(told["words"]), self.leads)
+        return [told["value"] for told in outcomes]
+
+
+ALONE = World()
+
+
+def _shared(error: Exception, leads: bool) -> Exception:
+    """An error that all processes raise and only the leading one prints."""
+    error.quiet = not leads  # type: ignore[attr-defined]
+    return error
+
+
+def whole(value: Tensor) -> Tensor:
+    """The full tensor of one that is sharded over the processes, which all have to ask for it; else itself."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def shard(value: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: all of it, unless it is sharded."""
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+def receive(world: World, into: Tensor, value: Tensor | None) -> None:
+    """Fill `into`, sharded or not, on every process with the `value` (its full tensor) that rank 0 has."""
+    if world.size == 1 and not hasattr(into, "full_tensor"):
+        assert value is not None
+        into.copy_(value)
+        return
+    full = torch.empty(into.shape, dtype=into.dtype) if value is None else value.to(into.dtype)
+    full = full.to(_exchanged_on(into)).contiguous()
+    if hasattr(into, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        full = distribute_tensor(full, into.device_mesh, into.placements)  # type: ignore[attr-defined]
+    else:
+        dist.broadcast(full, 0)
+    into.copy_(full)
+
+
+def _exchanged_on(value: Tensor) -> torch.device:
+    mesh = getattr(value, "device_mesh", None)
+    return torch.device(mesh.device_type) if mesh is not None else value.device
+
+
+def described() -> World | None:
+    """Who this process is among those that torchrun started; None without it. Raises UserError."""
+    if "RANK" not in os.environ:
+        return None
+    try:
+        rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"RANK is set and {error} is not a number; start several processes with torchrun, or unset RANK"
+        ) from None
+    return World(rank, size, local, started=True)
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """The world of this process: what torchrun describes, all of it there; without torchrun, of one.
+
+    A process that ends, hangs or is cut off ends the others too, within SILENCE, with one line that names it.
+    """
+    world = described()
+    if world is None:
+        yield ALONE
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    watch = Watch(world)
+    restarted = watch.store.check(["losscurve/begun"])
+    world = World(world.rank, world.size, world.local_rank, True, restarted, dist.new_group(backend="gloo"), watch)
+    watch.start()
+    try:
+        yield world
+        if world.size > 1:
+            world.gather(None)  # none leaves while another is at work
+    except RuntimeError as error:
+        if not _is_of_a_connection(error):
+            raise
+        raise Failure(f"{LOST}: {watch.missing() or str(error).splitlines()[0]}") from error
+    finally:
+        watch.close()
+    dist.destroy_process_group()
+
+
+def _is_of_a_connection(error: RuntimeError) -> bool:
+    words = ("onnection", "gloo", "NCCL", "peer", "timed out", "Timed out", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+class Watch(threading.Thread):
+    """Signs of life in torchrun's store, given and looked for: a collective does not say who keeps it waiting.
+
+    Rank 0 looks at all, the others at rank 0.
+    """
+
+    def __init__(self, world: World) -> None:
+        super().__init__(daemon=True, name="watch")
+        self.rank, self.size, self.launcher = world.rank, world.size, os.getppid()
+        self.host, self.port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.store = dist.TCPStore(  # type: ignore[attr-defined]
+            self.host, self.port, is_master=False, timeout=datetime.timedelta(seconds=30)
+        )
+        self.prefix = f"losscurve/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self.store.set(f"{self.prefix}/host/{self.rank}", f"{socket.gethostname()}, process {os.getpid()}")
+        self.others = [rank for rank in range(world.size) if rank != world.rank and (self.rank == 0 or rank == 0)]
+        self._done = threading.Event()
+        self._store_lock = threading.Lock()
+        self._seen: dict[int, tuple[bytes, float]] = {}  # by rank: its last sign, and when it was new
+        self._beat = 0
+
+    def run(self) -> None:
+        answered = time.monotonic()
+        while not self._done.wait(BEAT):
+            if os.getppid() != self.launcher:
+                self._end("the launcher of this process is gone")
+            try:
+                self._look()
+                answered = time.monotonic()
+            except (RuntimeError, ValueError, OSError) as error:  # what the store raises when it is gone
+                if time.monotonic() - answered > SILENCE:
+                    where = f"the store of the run at {self.host}:{self.port}"
+                    self._end(f"{where} has not answered for {SILENCE:.0f} s ({str(error).splitlines()[0]})")
+                continue
+            if silent := self._silent(SILENCE):
+                self._end(f"{self._named(silent)} for {SILENCE:.0f} s: it hangs, was stopped, or was cut off")
+
+    def _look(self) -> None:
+        with self._store_lock:
+            self._beat += 1
+            self.store.set(f"{self.prefix}/beat/{self.rank}", str(self._beat))
+            now = time.monotonic()
+            for rank in self.others:
+                key = f"{self.prefix}/beat/{rank}"
+                sign = self.store.get(key) if self.store.check([key]) else b""
+                if rank not in self._seen or self._seen[rank][0] != sign:
+                    self._seen[rank] = sign, now
+
+    def _silent(self, seconds: float) -> list[int]:
+        now = time.monotonic()
+        return [rank for rank, (_, since) in sorted(self._seen.items()) if now - since > seconds]
+
+    def _named(self, ranks: list[int]) -> str:
+        with self._store_lock:
+            hosts = [self.store.get(f"{self.prefix}/host/{rank}").decode() for rank in ranks[:3]]
+        names = ", ".join(f"rank {rank} ({host})" for rank, host in zip(ranks, hosts, strict=False))
+        return f"nothing was heard of {names}" + (f" and {len(ranks) - 3} more" if len(ranks) > 3 else "")
+
+    def missing(self) -> str:
+        """Who has given no sign of life lately, in words; "" if that cannot be told."""
+        time.sleep(4 * BEAT)
+        try:
+            silent = self._silent(2.5 * BEAT)
+            return f"{self._named(silent)}: it has ended" if silent else ""
+        except (RuntimeError, ValueError, OSError):
+            return ""
+
+    def _end(self, cause: str) -> None:
+        """End this process from beside its work, which waits for another in vain. What was saved stays."""
+        if self.rank > 1:
+            time.sleep(2 * BEAT)  # one of them says it
+        with contextlib.suppress(OSError):
+            print(f"error: {LOST}: {cause}; go on with --resume", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def close(self) -> None:
+        self._done.set()
+        self.join(5)

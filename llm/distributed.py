@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -218,6 +219,7 @@ def joined() -> Iterator[World]:
     except RuntimeError as error:
         if not _is_of_a_connection(error):
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, which ends the rest: first it is said who failed
         raise Failure(f"{LOST}: {watch.missing() or str(error).splitlines()[0]}") from error
     finally:
         watch.close()
@@ -237,7 +239,7 @@ class Watch(threading.Thread):
 
     def __init__(self, world: World) -> None:
         super().__init__(daemon=True, name="watch")
-        self.rank, self.size, self.launcher = world.rank, world.size, os.getppid()
+        self.rank, self.local_rank, self.launcher = world.rank, world.local_rank, os.getppid()
         self.host, self.port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.store = dist.TCPStore(  # type: ignore[attr-defined]
             self.host, self.port, is_master=False, timeout=datetime.timedelta(seconds=30)
@@ -254,17 +256,19 @@ class Watch(threading.Thread):
         answered = time.monotonic()
         while not self._done.wait(BEAT):
             if os.getppid() != self.launcher:
-                self._end("the launcher of this process is gone")
+                self._end("the launcher of this process is gone", self.local_rank == 0)
             try:
                 self._look()
                 answered = time.monotonic()
             except (RuntimeError, ValueError, OSError) as error:  # what the store raises when it is gone
                 if time.monotonic() - answered > SILENCE:
                     where = f"the store of the run at {self.host}:{self.port}"
-                    self._end(f"{where} has not answered for {SILENCE:.0f} s ({str(error).splitlines()[0]})")
+                    words = f"{where} has not answered for {SILENCE:.0f} s ({str(error).splitlines()[0]})"
+                    self._end(words, self.local_rank == 0)
                 continue
             if silent := self._silent(SILENCE):
-                self._end(f"{self._named(silent)} for {SILENCE:.0f} s: it hangs, was stopped, or was cut off")
+                words = f"{self._named(silent)} for {SILENCE:.0f} s: it hangs, was stopped, or was cut off"
+                self._end(words, self.rank <= 1)
 
     def _look(self) -> None:
         with self._store_lock:
@@ -296,12 +300,13 @@ class Watch(threading.Thread):
         except (RuntimeError, ValueError, OSError):
             return ""
 
-    def _end(self, cause: str) -> None:
+    def _end(self, cause: str, says: bool) -> None:
         """End this process from beside its work, which waits for another in vain. What was saved stays."""
-        if self.rank > 1:
-            time.sleep(2 * BEAT)  # one of them says it
-        with contextlib.suppress(OSError):
-            print(f"error: {LOST}: {cause}; go on with --resume", file=sys.stderr, flush=True)
+        if says:
+            with contextlib.suppress(OSError):
+                print(f"error: {LOST}: {cause}; go on with --resume", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2 * BEAT)  # so that it is said before torchrun ends the rest
         os._exit(1)
 
     def close(self) -> None:

@@ -169,8 +169,8 @@ class Training:
             self._unread.append(step)
             yield step
             yield from self._saved()
-            done, late = step.step == config.max_steps, self.seconds() >= (config.max_time or math.inf)
-            late, asked, due = trainer.world.any(late, self.stop(), self._save_is_due())
+            done = step.step == config.max_steps
+            late = config.max_time is not None and trainer.world.any(self.seconds() >= config.max_time)[0]
             telling = step.step % config.eval_every == 0 or done or late
             logging = telling or step.step % config.log_every == 0
             if logging or step.step % UNREAD == 0:
@@ -183,6 +183,7 @@ class Training:
             if telling:
                 yield from self._tell()
             worn = progress.stale >= (config.patience or math.inf)
+            asked, due = trainer.world.any(self.stop(), self._save_is_due())
             ending = done or late or worn or asked
             if ending or (telling and progress.stale == 0) or due:
                 if broken := next(filter(None, trainer.world.gather(not_finite(tensors_of(trainer)))), None):

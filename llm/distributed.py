@@ -28,7 +28,8 @@ from llm.errors import Failure, UserError
 T = TypeVar("T")
 BEAT = 1.0  # seconds between the signs of life of a process
 SILENCE = float(os.environ.get("LOSSCURVE_SILENCE", 60))  # seconds without one after which the job ends
-PATIENCE = datetime.timedelta(hours=12)  # of one exchange: a process that lives may have much to do, such as a text
+STALLED = datetime.timedelta(minutes=10)  # for which an exchange of a step may make no progress
+PATIENCE = datetime.timedelta(hours=12)  # of what is said in JSON: who says it may have prepared a large text
 LOST = "the processes of the run lost each other"
 
 
@@ -41,7 +42,8 @@ class World:
     local_rank: int = 0  # among those of this machine
     started: bool = False  # by torchrun
     restarted: bool = False  # by torchrun's --max-restarts, after this job had begun its run
-    group: Any = None  # of all processes, over the CPU
+    group: Any = None  # of all processes, over the CPU: for what is exchanged in steps
+    patient: Any = None  # the same, for what is said in JSON
     watch: "Watch | None" = None
 
     @property
@@ -129,11 +131,11 @@ class World:
             return [outcome["value"]]
         content = torch.frombuffer(bytearray(json.dumps(outcome).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(content)]), group=self.group)
+        dist.all_gather(sizes, torch.tensor([len(content)]), group=self.patient)
         room = torch.zeros(int(max(sizes)), dtype=torch.uint8)
         room[: len(content)] = content
         found = [torch.zeros_like(room) for _ in range(self.size)]
-        dist.all_gather(found, room, group=self.group)
+        dist.all_gather(found, room, group=self.patient)
         outcomes = [json.loads(bytes(f[: int(n)].tolist())) for f, n in zip(found, sizes, strict=True)]
         for told in outcomes:
             if "error" in told:
@@ -207,10 +209,11 @@ def joined() -> Iterator[World]:
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    dist.init_process_group(backend, timeout=STALLED)
     watch = Watch(world)
     restarted = watch.store.check(["losscurve/begun"])
-    world = World(world.rank, world.size, world.local_rank, True, restarted, dist.new_group(backend="gloo"), watch)
+    groups = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=PATIENCE)
+    world = World(world.rank, world.size, world.local_rank, True, restarted, *groups, watch)
     watch.start()
     try:
         yield world
@@ -260,15 +263,15 @@ class Watch(threading.Thread):
             try:
                 self._look()
                 answered = time.monotonic()
+                named = self._named(self._silent(SILENCE))
             except (RuntimeError, ValueError, OSError) as error:  # what the store raises when it is gone
                 if time.monotonic() - answered > SILENCE:
                     where = f"the store of the run at {self.host}:{self.port}"
                     words = f"{where} has not answered for {SILENCE:.0f} s ({str(error).splitlines()[0]})"
                     self._end(words, self.local_rank == 0)
                 continue
-            if silent := self._silent(SILENCE):
-                words = f"{self._named(silent)} for {SILENCE:.0f} s: it hangs, was stopped, or was cut off"
-                self._end(words, self.rank <= 1)
+            if named:
+                self._end(f"{named} for {SILENCE:.0f} s: it hangs, was stopped, or was cut off", self.rank <= 1)
 
     def _look(self) -> None:
         with self._store_lock:
@@ -286,6 +289,9 @@ class Watch(threading.Thread):
         return [rank for rank, (_, since) in sorted(self._seen.items()) if now - since > seconds]
 
     def _named(self, ranks: list[int]) -> str:
+        """The processes that are silent, in words; "" if there are none."""
+        if not ranks:
+            return ""
         with self._store_lock:
             hosts = [self.store.get(f"{self.prefix}/host/{rank}").decode() for rank in ranks[:3]]
         names = ", ".join(f"rank {rank} ({host})" for rank, host in zip(ranks, hosts, strict=False))
@@ -295,8 +301,8 @@ class Watch(threading.Thread):
         """Who has given no sign of life lately, in words; "" if that cannot be told."""
         time.sleep(4 * BEAT)
         try:
-            silent = self._silent(2.5 * BEAT)
-            return f"{self._named(silent)}: it has ended" if silent else ""
+            named = self._named(self._silent(2.5 * BEAT))
+            return f"{named}: it has ended" if named else ""
         except (RuntimeError, ValueError, OSError):
             return ""
 

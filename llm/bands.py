@@ -21,6 +21,7 @@ from llm.metrics import Row, losses
 # what may differ: the seed, names and places, where it ran, how often it is looked at, when it stops
 FREE = {
     *("seed", "text", "tokenizer", "val_fraction", "data_dir", "out_dir", "dtype", "device", "compile"),
+    *("parallel", "activation_checkpointing", "cpu_offload"),
     *("max_time", "patience", "eval_every", "log_every", "save_every", "keep", "sample_prompt", "sample_tokens"),
 }
 # two-sided 95 % of Student's t, by the number of runs; beyond the table the last, which is wider than need be

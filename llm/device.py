@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from llm import kernel
@@ -150,6 +151,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "processors": os.cpu_count(),
+        "processes": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "compiler": kernel.compiler() is not None,

@@ -196,7 +196,8 @@ def fit(
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Ctrl-C, SIGTERM and a closed terminal are noted in the list this yields, once; a second one leaves at once.
+    """Ctrl-C, SIGTERM and a closed terminal are noted in the list this yields, once; a second one leaves at once,
+    except below torchrun.
 
     Signals that are ignored (nohup) stay so; outside the main thread, where Python allows no handlers,
     none are set.
@@ -204,6 +205,8 @@ def interrupts() -> Iterator[list[int]]:
     caught: list[int] = []
 
     def note(number: int, frame: object) -> None:
+        if caught and "RANK" in os.environ:  # torchrun and a scheduler may both say it, and torchrun ends who is late
+            return
         if caught:
             os._exit(128 + number)
         caught.append(number)

@@ -239,7 +239,7 @@ def say_changes(out_dir: Path, data: TokenData, say: Say) -> None:
     if not isinstance(then, dict):
         say(f"{out_dir / 'env.json'}: not readable, so nobody can tell if this machine is the one the run began on")
         then = {}
-    changes = [f"{key} was {then.get(key)} and is {now[key]}" for key in now if then and then.get(key) != now[key]]
+    changes = [f"{key} was {then.get(key)} and is {now[key]}" for key in now if key in then and then[key] != now[key]]
     if changes:
         say(f"{'; '.join(changes)}: from here on the run may differ in its last digits")
     if changes or not then:

@@ -28,7 +28,7 @@ launch=(
 if [ -e "$RUN/latest" ]; then
     train=(-m llm train --out_dir "$RUN" --resume)
 else
-    train=(-m llm train --preset gpt2-124m --gradient_accumulation_steps 48 --data_dir "$DATA" --out_dir "$RUN" --save_every 10m --parallel ddp)
+    train=(-m llm train --preset gpt2-124m --data_dir "$DATA" --out_dir "$RUN" --save_every 10m --parallel ddp)
 fi
 
 # TERM goes to the tasks of the step, which are the torchruns; each hands it to its processes, which save. The node that

@@ -1,5 +1,6 @@
 """Predictions for many accelerators, against what can be reckoned by hand."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -10,6 +11,7 @@ from conftest import SMALL, flags
 from benchmarks.scale import errors, fitted, predicted, ring
 from llm import GPT, plan, scale
 from llm.commands import plan_scale
+from llm.commands.flags import Parser
 from llm.commands.plan import main
 from llm.config import from_settings, read_toml
 from llm.errors import UserError
@@ -75,6 +77,7 @@ def test_memory_of_gpt2_from_its_parameters():
     assert fsdp["gathered groups"] == 2 * 4_722_432 * (2 + 2 + 4)
     assert fsdp["low-precision copies"] == 2 * 50_257 * 768
     assert fsdp["activations"] == ddp["activations"]
+    assert 8 * scale.rank_memory(config, 1024, "ddp")["activations"] == ddp["activations"]  # one window, not eight
     stream = 8 * 1024 * 768 * 4  # of a micro-batch, float32
     one = plan.memory_on(False, 2, gpt2(n_layer=1, gradient_accumulation_steps=1))["activations"]
     kept = scale.rank_memory(config, 8, "fsdp", activation_checkpointing=True)
@@ -200,6 +203,17 @@ def test_the_names_in_the_help_are_those_of_the_table():
     assert tuple(ACCELERATORS) == plan_scale.NAMES
 
 
+def test_flags_that_are_settings_of_a_run_are_not_added_twice(monkeypatch):
+    monkeypatch.setattr(plan_scale, "FIELDS", {**plan_scale.FIELDS, "parallel": None})
+    parser = Parser("plan", "")
+    parser.add_argument("--parallel", default=argparse.SUPPRESS)  # as `add_settings` does
+    plan_scale.add_flags(parser)
+    assert not plan_scale.asked(parser.read([]))
+    assert plan_scale.asked(parser.read(["--parallel", "fsdp"]))
+    args = plan_scale.complete(parser.read(["--nproc", "2"]))
+    assert (args.nproc, args.parallel) == (2, None)
+
+
 def shown(capsys, *words):
     assert main(list(words)) == 0
     return capsys.readouterr().out
@@ -262,6 +276,13 @@ def test_machines_like_this_one_are_measured(here, capsys, monkeypatch):
     assert "2 x a CPU like this one" in out
     assert "6,400 tokens/s of one: measured just now" in out  # 4 windows of 16 in 10 ms
     assert "assumed: 10 Gbit/s each" in out
+
+
+def test_a_machine_that_is_too_small_is_not_probed(here, monkeypatch):
+    monkeypatch.setattr(plan, "machine_memory", lambda: 2**20)
+    monkeypatch.setattr(plan_scale, "memory_rate", lambda: 1e10)
+    with pytest.raises(UserError, match="does not fit in the memory here"):
+        main(f"--text text.txt --nproc 2 {flags()}".split())
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,11 @@ def asked(args: argparse.Namespace) -> bool:
     return any(getattr(args, name, None) for name in FLAGS)
 
 
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """With None for every flag of this part that was not typed."""
+    return argparse.Namespace(**dict.fromkeys(FLAGS) | vars(args))
+
+
 def one_of(name: str, value: Any, known: Sequence[str]) -> None:
     """Raises UserError for a value that is none of those."""
     if value is not None and value not in known:
@@ -93,7 +98,8 @@ class Plan:
         return scale.run_time(config, found, self.speed, min(held_out, config.eval_tokens))
 
 
-def main(args: argparse.Namespace) -> int:
+def main(typed: argparse.Namespace) -> int:
+    args = complete(typed)
     one_of("accelerator", args.accelerator, NAMES)
     one_of("parallel", args.parallel, WAYS)
     if args.time:
@@ -102,9 +108,9 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("out: settings are written for one machine; leave it out, or draw --scale into a FILE.png")
     if args.mfu and args.mfu > 1:
         raise UserError(f"mfu = {args.mfu:g}: a share of the peak, at most 1")
-    if args.accelerator and "device" in typed_settings(args):
+    if args.accelerator and "device" in typed_settings(typed):
         raise UserError("device: --accelerator says where; leave one of the two out")
-    config = config_from(args)
+    config = config_from(typed)
 
     import json
     from pathlib import Path
@@ -207,10 +213,15 @@ def rate_of_one(
 ) -> tuple[float, str]:
     """Tokens a second of one accelerator, and where that is from: given, measured here, or a share of the peak."""
     from llm import scale
-    from llm.plan import probe
+    from llm.plan import fits, probe
 
     if args.tokens_per_second_per_device:
         return args.tokens_per_second_per_device, "given"
+    if not args.accelerator and not fits(config):
+        raise UserError(
+            "accelerator: a step of one window does not fit in the memory here; give it, or a rate by "
+            "--tokens_per_second_per_device"
+        )
     if not args.accelerator:
         return config.tokens_per_step / probe(config).step, "measured just now, one process with all its threads"
     if size == 4:

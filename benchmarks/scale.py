@@ -52,10 +52,12 @@ def predicted(
     latency: float,
     parallel: Parallel = "ddp",
     size: int = 4,
+    update: float = 0.0,
 ) -> dict[int, float]:
-    """Tokens a second of so many processes, by their number; `rate_of_one` as in `llm.scale.predict`."""
+    """Tokens a second of so many processes, by their number; `rate_of_one` and `update` as in `llm.scale.predict`."""
+    measured = rate_of_one, bandwidth, latency
     return {
-        count: predict(config, count, rate_of_one, bandwidth, latency, parallel, size=size).tokens_per_second
+        count: predict(config, count, *measured, parallel, size=size, update=update).tokens_per_second
         for count in counts
     }
 

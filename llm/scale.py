@@ -17,7 +17,7 @@ Parallel = Literal["ddp", "fsdp"]
 GB = 1e9
 NVLINK_HOP, PCIE_HOP, NETWORK_HOP = 3.4e-6, 5.7e-6, 14e-6  # seconds: NCCL's own constants for rings ("Simple"), 2.30.7
 ETHERNET = 10e9 / 8  # bytes a second of 10 Gbit/s, assumed between machines of which nothing is known
-GLOO_HOP = 1e-4  # seconds: gloo between two processes of one machine, measured by benchmarks/scale.py
+GLOO_HOP = 130e-6  # seconds: gloo between two processes of one machine, the middle of 104 and 155 us (docs/plan.md)
 BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends together
 UPDATE_BYTES = 28  # of a parameter: AdamW reads weight, gradient and two moments and writes all but the gradient
 ROOM = 0.9  # of an accelerator's memory: the rest is assumed to go to its driver, NCCL's buffers and holes
@@ -282,26 +282,27 @@ def predict(
     parallel: Parallel = "ddp",
     overlap: float = 0.0,
     size: int = 4,
+    update: float = 0.0,
 ) -> Prediction:
-    """`predicted` from four measurements: tokens a second of one process as it is when the others run too (on a CPU:
-    with its share of the threads), and bytes a second and seconds a hop of what connects them, all in one node.
-
-    The update counts as part of what scales, since `rate_of_one` does not tell it apart.
+    """`predicted` from measurements: tokens a second of one process as it is when the others run too (on a CPU: with
+    its share of the threads), bytes a second and seconds a hop of what connects them, all in one node, and of that
+    process the seconds of the optimizer's update; left at 0 it counts as something that is shared, as the rest is.
     """
     link = Link(bandwidth, latency)
     here = Accelerator("measured", 0.0, 0.0, math.inf, link, link, "measured", per_node=nproc, overlap=overlap)
-    return predicted(config, nproc, parallel, here, speed_of(config, rate_of_one, here), size)
+    speed = Speed(1 / rate_of_one - update / config.tokens_per_step, update)
+    return predicted(config, nproc, parallel, here, speed, size)
 
 
 # ---- a run, and many sizes of it
 
 
 def run_time(config: TrainConfig, found: Prediction, speed: Speed, validated: float) -> dict[str, float]:
-    """Seconds of a run by part. Evaluations, forward passes over `validated` tokens each, are split over the ranks;
-    samples, saving and starting are not counted.
+    """Seconds by part of the tokens of `config`, at the pace of a step of it or of `weak`. Evaluations, forward passes
+    over `validated` tokens each, are split over the ranks; samples, saving and starting are not counted.
     """
     every = evaluations(config) * validated * speed.token / 3 / found.ranks
-    return {"steps": config.max_steps * found.step, "evaluation": every}
+    return {"steps": config.max_steps * config.tokens_per_step / found.tokens_per_second, "evaluation": every}
 
 
 def cost(seconds: float, ranks: int, price: float) -> float:
@@ -310,10 +311,8 @@ def cost(seconds: float, ranks: int, price: float) -> float:
 
 
 def weak(config: TrainConfig, ranks: int) -> TrainConfig:
-    """The same run with a micro-batch for each rank in a step, and as many steps as make about the run's tokens."""
-    steps = max(1, round(config.max_steps * config.windows_per_step / (config.batch_size * ranks)))
-    settings = {"gradient_accumulation_steps": ranks, "max_steps": steps, "warmup_steps": 0}
-    return from_settings(settings, config)
+    """With a micro-batch for each rank in a step."""
+    return from_settings({"gradient_accumulation_steps": ranks}, config)
 
 
 def simulated(

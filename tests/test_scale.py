@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 from conftest import SMALL, flags
@@ -117,6 +119,8 @@ def test_two_processes_of_ddp_by_hand():
     assert found.messages == found.waiting == pytest.approx(messages)
     assert found.step == pytest.approx(4 * 16 / 2 / 1000 + messages)
     assert found.tokens == 4 * 16
+    apart = scale.predict(config, 2, 1000.0, 1e6, 1e-3, update=0.004)  # of the 64 ms of one: 60 are shared
+    assert apart.step == pytest.approx(0.030 + 0.004 + messages)
     # beside the backward pass, two thirds of 32 ms, all but the embeddings' can travel
     hidden = scale.predict(config, 2, 1000.0, 2e6, 1e-3, overlap=1.0)
     assert hidden.waiting == pytest.approx(2 * (1e-3 + late / 2 / 2e6))
@@ -184,7 +188,8 @@ def test_time_and_cost_of_a_run():
     assert scale.cost(7200, 8, 2.5) == 40
     grown = scale.weak(config, 8)
     assert grown.windows_per_step == 32
-    assert grown.max_steps * grown.tokens_per_step == pytest.approx(config.max_steps * config.tokens_per_step, rel=0.05)
+    found = scale.predicted(grown, 8, "ddp", EIGHT, ALONE)  # eight times the tokens a step, so as many steps fewer
+    assert scale.run_time(config, found, ALONE, 0)["steps"] == pytest.approx(100 / 8 * found.step)
 
 
 def test_the_fit_of_a_link_and_the_errors_of_a_prediction():
@@ -267,6 +272,15 @@ def test_a_table_over_a_thousand_and_its_picture(here, capsys):
     assert "not 64, 128, 256, 512, 1,024: nproc = 64: the 480 windows of a step do not divide" in strong
     assert [line.split()[0] for line in weak.splitlines()[2:13]] == [f"{count:,}" for count in COUNTS]
     assert (here / "scale.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_shows_what_the_command_prints(here, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "plan.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\n\$ losscurve plan (.*--accelerator .*)\n([^`]*)```", page)
+    assert len(blocks) == 2
+    for words, printed in blocks:
+        wrapped = [re.sub(r"\s+", " ", text).strip() for text in (shown(capsys, *words.split()), printed)]
+        assert wrapped[0].endswith(wrapped[1].removeprefix("… "))
 
 
 def test_machines_like_this_one_are_measured(here, capsys, monkeypatch):

@@ -90,12 +90,12 @@ class Plan:
     found: "Prediction"
     price: float | None
 
-    def seconds(self, config: TrainConfig, found: "Prediction") -> dict[str, float]:
-        """Of a run, this one or one of the tables'."""
+    def seconds(self, found: "Prediction") -> dict[str, float]:
+        """Of the run's tokens, at the pace found for it or in one of the tables."""
         from llm import scale
 
-        held_out = self.text_tokens * config.val_fraction / (1 - config.val_fraction)
-        return scale.run_time(config, found, self.speed, min(held_out, config.eval_tokens))
+        held_out = self.text_tokens * self.config.val_fraction / (1 - self.config.val_fraction)
+        return scale.run_time(self.config, found, self.speed, min(held_out, self.config.eval_tokens))
 
 
 def main(typed: argparse.Namespace) -> int:
@@ -239,7 +239,7 @@ def numbers(plan: Plan, tables: dict[str, list["Prediction"]]) -> dict[str, Any]
     def told(row: "Prediction") -> dict[str, Any]:
         return asdict(row) | {"tokens_per_second": row.tokens_per_second}
 
-    seconds = plan.seconds(plan.config, plan.found)
+    seconds = plan.seconds(plan.found)
     accelerator = asdict(plan.accelerator)
     for key in ("memory", "memory_bandwidth", "peak"):
         accelerator[key] = accelerator[key] or None
@@ -289,7 +289,7 @@ def lines(plan: Plan, flops_budget: float | None) -> Iterator[str]:
         f"{found.computing:.3g}, update {found.update:.3g}, waiting for messages {found.waiting:.3g} (they take "
         f"{found.messages:.3g}); efficiency {found.efficiency:.1%}",
     )
-    seconds = plan.seconds(config, found)
+    seconds = plan.seconds(found)
     total, spent = sum(seconds.values()), ", ".join(f"{name} {spoken(value)}" for name, value in seconds.items())
     yield line("time", f"{spoken(total)}: {spent}; without samples, saving, starting")
     if plan.price:
@@ -332,7 +332,7 @@ def table(plan: Plan, way: str, tables: dict[str, list["Prediction"]]) -> Iterat
         held = scale.rank_memory(run, row.ranks, plan.parallel, accelerator.is_cpu, plan.size)
         over = "!" if scale.fits(held, accelerator) is False else ""
         crowded |= bool(over)
-        seconds = sum(plan.seconds(run, row).values())
+        seconds = sum(plan.seconds(row).values())
         shown = f"{row.ranks:>5,}{run.windows_per_step:>9,}{whole(row.tokens_per_second):>14}{row.efficiency:>12.1%}"
         shown += (
             f"{row.waiting / row.step:>9.1%}{over + format(sum(held.values()) / GIB, '.2f'):>12}{spoken(seconds):>11}"

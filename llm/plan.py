@@ -85,7 +85,11 @@ def memory(config: TrainConfig) -> dict[str, int]:
     Raises UserError for a device that is not there.
     """
     device = choose_device(config.device)
-    size, on_cpu = choose_dtype(config.dtype, device).itemsize, device.type == "cpu"
+    return memory_on(device.type == "cpu", choose_dtype(config.dtype, device).itemsize, config)
+
+
+def memory_on(on_cpu: bool, size: int, config: TrainConfig) -> dict[str, int]:
+    """As `memory`, of any machine; `size` is the bytes of a number in the precision of the products."""
     model, low = config.model, size != 4
     count, table = sum(parameters(model).values()), model.vocab_size * model.n_embd
     n = config.batch_size * model.block_size

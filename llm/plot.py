@@ -43,6 +43,35 @@ def plot_schedule(config: TrainConfig, out: Path) -> None:
     _save(lambda: draw_schedule(config), out)
 
 
+def plot_scaling(curves: dict[str, list[tuple[float, float]]], title: str, out: Path) -> None:
+    """Draw the efficiency, a share of 1, over the number of accelerators, with each curve's name at its end.
+
+    Raises UserError for an `out` that cannot be written.
+    """
+    _save(lambda: draw_scaling(curves, title), out)
+
+
+def draw_scaling(curves: dict[str, list[tuple[float, float]]], title: str) -> "Figure":
+    """The picture of `plot_scaling`."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+
+    figure = Figure(figsize=(10, 6), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(0, 1.02)
+    for (name, points), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
+        _curve(axes, points, colour, marker=marker, linewidth=2)
+        _text(axes, *points[-1], name, dy=-26, ha="right", color=colour)
+    axes.set_title(title, loc="left", parse_math=False)
+    axes.set_xlabel("accelerators", fontsize=12)
+    axes.set_ylabel("speed, of what it would be if nothing were sent", fontsize=12)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def draw(run_dirs: Sequence[Path]) -> "Figure":
     """The picture of one run folder, or of several together. Raises UserError as `plot_runs` does."""
     names = [run_dir.resolve().name for run_dir in run_dirs]

@@ -49,6 +49,7 @@ ORDER = (
         "verify",
         "prove",
         "plan",
+        "scale",
         "chart",
         "report",
         "report_page",
@@ -59,7 +60,18 @@ ORDER = (
     ),
 )
 # what plugs in from outside: nothing in the library imports it
-OUTSIDE = {"explain", "plan", "chart", "report", "report_page", "report_markdown", "doctor", "runs", "trackers"}
+OUTSIDE = {
+    "explain",
+    "plan",
+    "scale",
+    "chart",
+    "report",
+    "report_page",
+    "report_markdown",
+    "doctor",
+    "runs",
+    "trackers",
+}
 READING_PATH = ("model", "loss", "data", "schedule", "optim", "train")
 
 

@@ -1,8 +1,12 @@
-"""`plan`: what a run will take, before anything is trained; or what to run in a given time."""
+"""`plan`: what a run will take, before anything is trained; or what to run in a given time.
+
+What it will take on many accelerators: `plan_scale.py`.
+"""
 
 import os
 from typing import TYPE_CHECKING, Any
 
+from llm.commands import plan_scale
 from llm.commands.flags import Parser, add_settings, config_from, typed_settings, warn
 from llm.config import FIELDS, PRESETS, TrainConfig, parse_duration
 from llm.errors import UserError
@@ -24,7 +28,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--time", metavar="TIME", help="propose a run that fits this long (90, 10m, 2h)")
     parser.add_argument("--out", metavar="FILE.toml", help="write the settings there, for train --preset")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan_scale.add_flags(parser)
     args = parser.read(argv)
+    if plan_scale.asked(args):
+        return plan_scale.main(args)
     config, budget = config_from(args), None if args.time is None else duration(args.time)
     typed = [name for name in PROPOSED if name in typed_settings(args)] + ["init_from"] * bool(config.init_from)
     if budget and typed:

@@ -1,0 +1,327 @@
+"""Predictions for many accelerators, against what can be reckoned by hand."""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, flags
+
+from benchmarks.scale import errors, fitted, predicted, ring
+from llm import GPT, plan, scale
+from llm.commands import plan_scale
+from llm.commands.flags import Parser
+from llm.commands.plan import main
+from llm.config import from_settings, read_toml
+from llm.errors import UserError
+from llm.scale import ACCELERATORS, COUNTS, Accelerator, Link
+
+LINK, NETWORK = Link(100e9, 1e-6), Link(10e9, 10e-6)
+EIGHT = Accelerator("eight a node", 80e9, 1e15, math.inf, LINK, NETWORK, "made up")
+ALONE = scale.Speed(token=1e-6, update=1e-3)
+WAYS = ("ddp", "fsdp")
+
+
+def gpt2(**changes):
+    return from_settings({"batch_size": 8, "gradient_accumulation_steps": 128} | changes, preset())
+
+
+def preset():
+    return from_settings(read_toml("gpt2-124m"))
+
+
+def small(**changes):
+    return from_settings(SMALL | {"vocab_size": 30} | changes)
+
+
+def test_messages_in_closed_form():
+    assert scale.all_reduce(1e9, 1, EIGHT) == scale.gather(1e9, 1, EIGHT) == 0
+    # 14 hops of 1/8 of 1 GB at 100 GB/s
+    assert scale.all_reduce(1e9, 8, EIGHT) == pytest.approx(14 * (1e-6 + 0.125e9 / 100e9))
+    assert scale.gather(1e9, 8, EIGHT) == pytest.approx(7 * (1e-6 + 0.125e9 / 100e9))
+    # two nodes: 28 ms inside, and each rank's 200 MB with its peer of the other node, in two hops of 100 MB
+    assert scale.all_reduce(1.6e9, 16, EIGHT) == pytest.approx(0.028 + 14e-6 + 0.020 + 20e-6)
+    assert scale.gather(1.6e9, 16, EIGHT) == pytest.approx(0.014 + 7e-6 + 0.010 + 10e-6)
+    # 128 nodes and next to nothing to say: trees, 7 levels up and down, where a ring has 254 hops
+    assert scale.all_reduce(8, 1024, EIGHT) == pytest.approx(14e-6 + 14 * 10e-6, rel=1e-3)
+    assert scale.gather(8, 1024, EIGHT) == pytest.approx(7e-6 + 127 * 10e-6, rel=1e-3)
+
+
+def test_gradients_are_sent_a_bucket_at_a_time():
+    one = scale.all_reduce(scale.BUCKET, 8, EIGHT)
+    assert scale._buckets(3 * scale.BUCKET, 8, EIGHT) == pytest.approx(3 * one)
+    assert one < scale._buckets(scale.BUCKET + 4, 8, EIGHT) < 1.1 * one
+
+
+def test_what_is_gathered_together_is_what_the_model_has():
+    for changes in ({}, {"bias": True, "tied_lm_head": True, "ffn_mult": 3}):
+        config = small(**changes)
+        model, found = GPT(config.model), scale.groups(config)
+        block = {"attention": model.h[0].attn, "feed-forward": model.h[0].mlp}
+        for name, module in block.items():
+            assert found[name] == sum(p.numel() for p in module.parameters())
+        whole = sum(p.numel() for p in model.parameters())
+        assert found["root"] == whole - config.model.n_layer * (found["attention"] + found["feed-forward"])
+
+
+def test_memory_of_gpt2_from_its_parameters():
+    """124,439,808 of them; attention 2,362,368 and feed-forward 4,722,432 a block, so 39,422,208 for the root."""
+    config = gpt2()
+    ddp = scale.rank_memory(config, 8, "ddp")
+    assert (ddp["weights"], ddp["gradients"], ddp["optimizer state"]) == (497_759_232, 497_759_232, 995_518_464)
+    assert ddp == scale.rank_memory(config, 1, "ddp") == scale.rank_memory(config, 1, "fsdp")
+    fsdp = scale.rank_memory(config, 8, "fsdp")
+    assert (fsdp["weights"], fsdp["gradients"], fsdp["optimizer state"]) == (62_219_904, 62_219_904, 124_439_808)
+    assert fsdp["gathered root"] == 8 * 39_422_208
+    assert fsdp["gathered groups"] == 2 * 4_722_432 * (2 + 2 + 4)
+    assert fsdp["low-precision copies"] == 2 * 50_257 * 768
+    assert fsdp["activations"] == ddp["activations"]
+    assert 8 * scale.rank_memory(config, 1024, "ddp")["activations"] == ddp["activations"]  # one window, not eight
+    stream = 8 * 1024 * 768 * 4  # of a micro-batch, float32
+    one = plan.memory_on(False, 2, gpt2(n_layer=1, gradient_accumulation_steps=1))["activations"]
+    kept = scale.rank_memory(config, 8, "fsdp", activation_checkpointing=True)
+    assert kept["activations"] == one + 12 * stream < fsdp["activations"]
+    away = scale.rank_memory(config, 8, "fsdp", cpu_offload=True)
+    assert away["weights"] == away["gradients"] == away["optimizer state"] == 0
+    assert away["gathered root"] == fsdp["gathered root"]
+
+
+def test_more_accelerators_never_raise_the_memory_of_a_rank():
+    for config in (gpt2(), from_settings({"batch_size": 64, "dtype": "float32"}), small(n_layer=1, batch_size=1024)):
+        for way in WAYS:
+            for on_cpu in (False, True):
+                counts = [count for count in COUNTS if config.windows_per_step % count == 0]
+                held = [sum(scale.rank_memory(config, count, way, on_cpu, 4).values()) for count in counts[1:]]
+                assert held == sorted(held, reverse=True)
+                assert len(held) > 4
+    assert sum(scale.rank_memory(gpt2(), 2, "fsdp").values()) < sum(scale.rank_memory(gpt2(), 1, "fsdp").values())
+
+
+def test_one_process_waits_for_nobody():
+    for way in WAYS:
+        found = scale.predicted(gpt2(), 1, way, ACCELERATORS["h100"], ALONE)
+        assert (found.messages, found.waiting, found.efficiency) == (0, 0, 1)
+        assert found.step == pytest.approx(1024 * 1024 * 1e-6 + 1e-3)
+        assert scale.predict(gpt2(), 1, 5000.0, 1e9, 1e-3, way).tokens_per_second == pytest.approx(5000)
+
+
+def test_two_processes_of_ddp_by_hand():
+    """A rank's half of the windows, then two messages, each two hops of half of it, with nothing beside them."""
+    config = small()
+    counted = plan.parameters(config.model)
+    late = 4 * (counted["embedding"] + counted["positions"])
+    early = 4 * sum(counted.values()) - late
+    found = scale.predict(config, 2, 1000.0, 1e6, 1e-3)
+    messages = 2 * (1e-3 + early / 2 / 1e6) + 2 * (1e-3 + late / 2 / 1e6)
+    assert found.messages == found.waiting == pytest.approx(messages)
+    assert found.step == pytest.approx(4 * 16 / 2 / 1000 + messages)
+    assert found.tokens == 4 * 16
+    apart = scale.predict(config, 2, 1000.0, 1e6, 1e-3, update=0.004)  # of the 64 ms of one: 60 are shared
+    assert apart.step == pytest.approx(0.030 + 0.004 + messages)
+    # beside the backward pass, two thirds of 32 ms, all but the embeddings' can travel
+    hidden = scale.predict(config, 2, 1000.0, 2e6, 1e-3, overlap=1.0)
+    assert hidden.waiting == pytest.approx(2 * (1e-3 + late / 2 / 2e6))
+    slow = scale.predict(config, 2, 1000.0, 1e5, 1e-3, overlap=1.0)
+    assert slow.waiting == pytest.approx(slow.messages - 2 / 3 * 0.032)
+
+
+def test_two_processes_of_fsdp_by_hand():
+    """Every group is gathered twice and scattered once a micro-batch; one hop of half of it each time."""
+    config = small(batch_size=1, gradient_accumulation_steps=4)  # two micro-batches a rank
+    sizes = scale.groups(config)
+    blocks = 2 * (sizes["attention"] + sizes["feed-forward"])
+    found = scale.predict(config, 2, 1000.0, 1e6, 0.0, "fsdp", size=2)
+    assert found.messages == pytest.approx(2 * (2 * 2 * blocks + 4 * blocks + 8 * sizes["root"]) / 2 / 1e6)
+    assert found.waiting == pytest.approx(found.messages)
+    hidden = scale.predict(config, 2, 1e-3, 1e6, 0.0, "fsdp", overlap=1.0, size=2)  # so slow that all is hidden
+    assert hidden.waiting == pytest.approx(2 * 8 * sizes["root"] / 2 / 1e6)
+
+
+def test_the_update_is_whole_on_each_rank_of_ddp_and_shared_by_fsdp():
+    speed = scale.speed_of(gpt2(), 500_000.0, ACCELERATORS["h100"])
+    assert speed.update == pytest.approx(28 * 124_439_808 / 3.35e12)
+    step = 1024 * 1024 / 500_000
+    assert speed.token * 1024 * 1024 + speed.update == pytest.approx(step)
+    ddp, fsdp = (scale.predicted(gpt2(), 8, way, ACCELERATORS["h100"], speed) for way in WAYS)
+    assert ddp.update == pytest.approx(8 * fsdp.update)
+    tiny = scale.speed_of(small(), 1e12, ACCELERATORS["h100"])
+    assert tiny.update == pytest.approx(4 * 16 / 1e12 / 2)  # half of a step
+
+
+@pytest.mark.parametrize("name", ACCELERATORS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("growing", [False, True])
+def test_efficiency_is_a_share_and_falls(name, way, growing):
+    config, accelerator = gpt2(), ACCELERATORS[name]
+    speed = scale.speed_of(config, scale.assumed_rate(config, accelerator), accelerator)
+    rows = scale.simulated(config, way, accelerator, speed, growing)
+    assert [row.ranks for row in rows] == list(COUNTS)  # 1,024 windows
+    assert rows[0].efficiency == 1
+    assert all(0 < row.efficiency <= 1 for row in rows)
+    assert rows[-1].efficiency < rows[1].efficiency < 1
+    for row in rows:
+        assert row.step == pytest.approx(row.computing + row.update + row.waiting)
+        assert row.waiting <= row.messages
+        assert row.tokens == (8 * row.ranks if growing else 1024) * 1024
+
+
+def test_a_step_is_not_split_over_more_ranks_than_it_has_windows():
+    config = preset()  # 480 windows
+    speed = scale.Speed(1e-6, 0.0)
+    assert [row.ranks for row in scale.simulated(config, "ddp", EIGHT, speed, False)] == [1, 2, 4, 8, 16, 32]
+    with pytest.raises(UserError, match=r"480 windows .* 512, or give 32"):
+        scale.predicted(config, 64, "ddp", EIGHT, speed)
+    with pytest.raises(UserError, match="multiple of 8"):
+        scale.predicted(config, 12, "ddp", EIGHT, speed)
+    assert scale.refusal(config, 12, dataclasses.replace(EIGHT, per_node=4)) is None
+
+
+def test_time_and_cost_of_a_run():
+    config = small(max_steps=100, eval_every=50)  # evaluated at 0, 50 and 100
+    found = scale.predicted(config, 2, "ddp", EIGHT, ALONE)
+    seconds = scale.run_time(config, found, ALONE, 6000)
+    assert seconds["steps"] == pytest.approx(100 * found.step)
+    assert seconds["evaluation"] == pytest.approx(3 * 6000 * 1e-6 / 3 / 2)
+    assert scale.cost(7200, 8, 2.5) == 40
+    grown = scale.weak(config, 8)
+    assert grown.windows_per_step == 32
+    found = scale.predicted(grown, 8, "ddp", EIGHT, ALONE)  # eight times the tokens a step, so as many steps fewer
+    assert scale.run_time(config, found, ALONE, 0)["steps"] == pytest.approx(100 / 8 * found.step)
+
+
+def test_the_fit_of_a_link_and_the_errors_of_a_prediction():
+    timed = [(size, ring(size, 4, 2e9, 3e-5)) for size in (1000, 10**6, scale.BUCKET)] + [(10**9, 1e9)]
+    assert fitted(timed, 4) == pytest.approx((2e9, 3e-5))  # of the sizes up to a bucket
+    said = predicted(small(), (1, 2), 1000.0, 2e9, 3e-5)
+    assert said[1] == pytest.approx(1000)
+    assert 1000 < said[2] < 2000
+    assert errors(said, {2: said[2] / 1.1}) == {2: pytest.approx(0.1)}
+
+
+# ---- the command
+
+
+def test_the_names_in_the_help_are_those_of_the_table():
+    assert tuple(ACCELERATORS) == plan_scale.NAMES
+
+
+def test_flags_that_are_settings_of_a_run_are_not_added_twice(monkeypatch):
+    monkeypatch.setattr(plan_scale, "FIELDS", {**plan_scale.FIELDS, "parallel": None})
+    parser = Parser("plan", "")
+    parser.add_argument("--parallel", default=argparse.SUPPRESS)  # as `add_settings` does
+    plan_scale.add_flags(parser)
+    assert not plan_scale.asked(parser.read([]))
+    assert plan_scale.asked(parser.read(["--parallel", "fsdp"]))
+    args = plan_scale.complete(parser.read(["--nproc", "2"]))
+    assert (args.nproc, args.parallel) == (2, None)
+
+
+def shown(capsys, *words):
+    assert main(list(words)) == 0
+    return capsys.readouterr().out
+
+
+H100 = ("--preset", "gpt2-124m", "--text", "text.txt", "--tokenizer", "gpt2", "--accelerator", "h100")
+
+
+def test_a_plan_for_eight_in_words(here, capsys):
+    out = shown(capsys, *H100, "--nproc", "8", "--price", "2", "--flops_budget", "120e18")
+    lines = out.splitlines()
+    assert any(line.startswith("memory      ddp:") and "fits" in line for line in lines)
+    assert any(line.startswith("memory      fsdp:") and "gathered root" in line for line in lines)
+    assert "40% of the vendor's 989 TFLOP/s, assumed" in out
+    assert "1,000 M parameters and 20,000 M tokens" in out  # 6 N 20 N = 120e18
+    assert "accelerator-hours at 2" in out
+    assert sum(line.startswith("assumed") for line in lines) == 5
+    assert not (here / "data").exists()
+
+
+def test_a_plan_for_many_in_json(here, capsys):
+    facts = json.loads(shown(capsys, *H100, "--nproc", "16", "--parallel", "fsdp", "--scale", "--json"))
+    assert facts["step"]["ranks"] == 16
+    assert facts["rate_of_one"] == pytest.approx(0.4 * 989e12 / plan.flops_per_token(preset().model))
+    assert [row["ranks"] for row in facts["tables"]["strong"]] == [1, 2, 4, 8, 16, 32]
+    assert [row["ranks"] for row in facts["tables"]["weak"]] == list(COUNTS)
+    assert facts["step"] == next(row for row in facts["tables"]["strong"] if row["ranks"] == 16)
+
+
+def test_a_person_gives_what_was_measured(here, capsys):
+    given = ("--tokens_per_second_per_device", "120000", "--bandwidth", "200", "--network_bandwidth", "12.5")
+    facts = json.loads(shown(capsys, *H100, *given, "--nproc", "4", "--nproc_per_node", "2", "--json"))
+    assert facts["rate_of_one"] == 120_000
+    kept = facts["accelerator"]
+    assert (kept["link"]["bandwidth"], kept["network"]["bandwidth"], kept["per_node"]) == (200e9, 12.5e9, 2)
+    assert kept["link"]["latency"] == scale.NVLINK_HOP
+    assert facts["step"]["tokens_per_second"] == pytest.approx(480_000, rel=0.1)
+
+
+def test_a_model_too_large_for_ddp_is_planned_with_fsdp(here, capsys):
+    large = ("--n_layer", "48", "--n_embd", "3072", "--n_head", "24", "--batch_size", "4")
+    out = shown(capsys, *H100, *large, "--nproc", "32")
+    assert "more than fits 80 GB" in out
+    assert "speed       fsdp:" in out
+
+
+def test_a_table_over_a_thousand_and_its_picture(here, capsys):
+    out = shown(capsys, *H100, "--scale", "--price", "2", "--out", "scale.png")
+    strong, weak = out.split("\n\n")[1:]
+    assert strong.startswith("strong scaling, ddp: the run's 480 windows")
+    assert "not 64, 128, 256, 512, 1,024: nproc = 64: the 480 windows of a step do not divide" in strong
+    assert [line.split()[0] for line in weak.splitlines()[2:13]] == [f"{count:,}" for count in COUNTS]
+    assert (here / "scale.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_shows_what_the_command_prints(here, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "plan.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\n\$ losscurve plan (.*--accelerator .*)\n([^`]*)```", page)
+    assert len(blocks) == 2
+    for words, printed in blocks:
+        wrapped = [re.sub(r"\s+", " ", text).strip() for text in (shown(capsys, *words.split()), printed)]
+        assert wrapped[0].endswith(wrapped[1].removeprefix("… "))
+
+
+def test_machines_like_this_one_are_measured(here, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "probe", lambda config: plan.Pace(0.01, 1e-6, 1e-3))
+    monkeypatch.setattr(plan_scale, "memory_rate", lambda: 1e10)
+    out = shown(capsys, *f"--text text.txt --nproc 2 {flags()}".split())
+    assert "2 x a CPU like this one" in out
+    assert "6,400 tokens/s of one: measured just now" in out  # 4 windows of 16 in 10 ms
+    assert "assumed: 10 Gbit/s each" in out
+
+
+def test_a_machine_that_is_too_small_is_not_probed(here, monkeypatch):
+    monkeypatch.setattr(plan, "machine_memory", lambda: 2**20)
+    monkeypatch.setattr(plan_scale, "memory_rate", lambda: 1e10)
+    with pytest.raises(UserError, match="does not fit in the memory here"):
+        main(f"--text text.txt --nproc 2 {flags()}".split())
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("--nproc 0", "nproc: '0': expected a whole number above 0"),
+        ("--nproc two", "nproc: 'two'"),
+        ("--price -1 --nproc 2", "price: '-1'"),
+        ("--flops_budget nan", "flops_budget: 'nan'"),
+        ("--bandwidth inf --nproc 2", "bandwidth"),
+        ("--accelerator h1000", "accelerator = 'h1000': expected one of a100-40"),
+        ("--accelerator h100 --parallel tp", "parallel = 'tp': expected one of ddp, fsdp"),
+        ("--accelerator h100 --mfu 40", "mfu = 40"),
+        ("--accelerator h100 --nproc 3", "nproc = 3: the 32 windows"),
+        ("--accelerator h100 --nproc 12", "multiple of 8"),
+        ("--accelerator h100 --device cpu", "device"),
+        ("--accelerator h100 --dtype float32", "dtype"),
+        ("--accelerator h100 --time 10m", "time"),
+        ("--accelerator h100 --out a.toml", "out"),
+        ("--accelerator h100 --scale --out a.toml", "a.toml"),
+        ("--acelerator h100", "did you mean --accelerator"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(here, given, named):
+    with pytest.raises(UserError) as caught:
+        main(["--text", "text.txt", "--tokenizer", "byte", *given.split()])
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,11 +1,18 @@
-"""What `llm.scale.predict` says of several processes on this machine against what they take, and the link between them.
+"""Training in several processes on this machine: speed, share of communication, overlap, and what one process pays.
 
-The link is gloo's on loopback: two processes all-reduce messages of several sizes, and 2 (N - 1) hops of latency and
-2 (N - 1) / N S bytes of bandwidth are fitted to the medians of the smallest and of one as large as a bucket of
-gradients; the others show how far that holds. `predicted` turns it, and the tokens a second of one process with its
-share of the threads, into tokens a second of N; `errors` compares.
+Every job runs in processes of its own with one thread each, in turn with the others, and times the same steps:
 
-    python -m benchmarks.scale [--nproc 2] [--json FILE]
+    plain   one process, without torchrun
+    one     the same below torchrun, which is to cost nothing
+    ddp, fsdp   N processes that share the windows of a step
+
+Beside each timed step of ddp goes one whose gradients stay where they are: the difference is what the exchange costs
+in the end. A trace of one step shows how much of the exchange lies within backward, and that accumulation exchanges
+with its last micro-batch only.
+
+Last comes what llm/scale.py predicts from the plain loop and the link between the processes, measured in the same run.
+
+    python -m benchmarks.scale [--nproc 2] [--rounds 3] [--steps 6] [--preset chapter] [--trace FILE] [--json FILE]
 """
 
 import argparse
@@ -15,100 +22,132 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from llm.config import TrainConfig
-from llm.scale import BUCKET, Parallel, predict
-
-SIZES = (*(2**power for power in range(10, 25, 2)), BUCKET, 2**26)  # bytes of a message: 1 KiB to 64 MiB
+from benchmarks.link import fitted, measured, predicted
+from benchmarks.step import settings_of
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nproc", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of a job in a round, after 2 untimed")
+    parser.add_argument("--preset", default="chapter")
+    parser.add_argument("--trace", metavar="FILE", help="Chrome trace of one step of the first process")
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # in this process, below torchrun
+    parser.add_argument("--job", help=argparse.SUPPRESS)  # one process of a job
     args = parser.parse_args()
-    if args.one:
-        time_messages()
+    if args.job:
+        work(args.job, args.preset, args.steps, args.trace)
         return
-    timed = measured(args.nproc)
-    bandwidth, latency = fitted(timed, args.nproc)
-    print(f"{'bytes':>12}{'ms':>10}{'fitted':>10}")
-    for size, seconds in timed:
-        print(f"{size:>12,}{1e3 * seconds:>10.3f}{1e3 * ring(size, args.nproc, bandwidth, latency):>10.3f}")
-    print(f"{args.nproc} processes, gloo on loopback: {bandwidth / 1e9:.3g} GB/s, {latency * 1e6:.3g} us a hop")
+    jobs = {"plain": 0, "one": 1, "ddp": args.nproc, "fsdp": args.nproc}
+    found: dict[str, list[dict[str, Any]]] = {job: [] for job in jobs}
+    for _ in range(args.rounds):
+        for job, nproc in jobs.items():
+            found[job].append(start(job, nproc, args))
+    median = {job: statistics.median(ms for run in runs for ms in run["ms"]) for job, runs in found.items()}
+    tokens = settings_of(args.preset).tokens_per_step
+    print(f"{'job':<8}{'processes':>10}{'ms a step':>11}{'tokens/s':>10}{'speed-up':>10}{'efficiency':>12}")
+    for job, nproc in jobs.items():
+        ratio, processes = median["plain"] / median[job], max(1, nproc)
+        shown = f"{tokens / median[job] * 1000:>10,.0f}{ratio:>10.2f}{ratio / processes:>12.1%}"
+        print(f"{job:<8}{processes:>10}{median[job]:>11.1f}{shown}")
+    alone = statistics.median(ms for run in found["ddp"] for ms in run["ms_without_exchange"])
+    facts = {key: statistics.median(run[key] for run in found["ddp"]) for key in found["ddp"][0] if "ms" not in key}
+    print(f"one process below torchrun: {median['one'] / median['plain'] - 1:+.1%}")
+    print(f"ddp without the exchange: {alone:.1f} ms; the exchange adds {1 - alone / median['ddp']:.1%} of a step")
+    print(f"of {1000 * facts['exchange']:.0f} ms of exchange, {facts['within_backward']:.0%} lies within backward")
+    print(f"exchanges of a step: {facts['exchanges']:.0f}; accumulating 4 micro-batches {facts['accumulated']:.0f}")
+    bandwidth, latency = fitted(measured(args.nproc), args.nproc)
+    config, rate = settings_of(args.preset), 1000 * tokens / median["plain"]
+    print(f"link: {bandwidth / 1e9:.3g} GB/s, {1e6 * latency:.0f} us a hop")
+    for job in ("ddp", "fsdp"):
+        said = predicted(config, [args.nproc], rate, bandwidth, latency, job, size=2)[args.nproc]
+        taken = 1000 * tokens / median[job]
+        print(f"{job}: predicted {said:,.0f} tokens/s, took {taken:,.0f}: {said / taken - 1:+.0%}")
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"messages": timed, "bandwidth": bandwidth, "latency": latency}, file, indent=2)
+            json.dump({"median_ms": median, "ddp": facts, "runs": found}, file, indent=2)
 
 
-def predicted(
-    config: TrainConfig,
-    counts: Sequence[int],
-    rate_of_one: float,
-    bandwidth: float,
-    latency: float,
-    parallel: Parallel = "ddp",
-    size: int = 4,
-    update: float = 0.0,
-) -> dict[int, float]:
-    """Tokens a second of so many processes, by their number; `rate_of_one` and `update` as in `llm.scale.predict`."""
-    measured = rate_of_one, bandwidth, latency
-    return {
-        count: predict(config, count, *measured, parallel, size=size, update=update).tokens_per_second
-        for count in counts
-    }
+def start(job: str, nproc: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What the first process of a job measured."""
+    words = ["-m", "benchmarks.scale", "--job", job, "--preset", args.preset, "--steps", str(args.steps)]
+    words += ["--trace", args.trace] if args.trace else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    shown = subprocess.run([sys.executable, *torchrun, *words], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(shown.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def errors(said: dict[int, float], taken: dict[int, float]) -> dict[int, float]:
-    """(predicted - taken) / taken, by number of processes, of those that were measured."""
-    return {count: said[count] / rate - 1 for count, rate in taken.items()}
+def work(job: str, preset: str, steps: int, trace: str | None) -> None:
+    """One process of a job; the first prints what it measured."""
+    from llm.distributed import joined
+
+    with joined() as world:
+        found = measure(world, job, preset, steps, trace)
+        if world.leads:
+            print(json.dumps(found))
 
 
-def ring(size: float, nproc: int, bandwidth: float, latency: float) -> float:
-    """Seconds of an all-reduce of so many bytes."""
-    return 2 * (nproc - 1) * (latency + size / nproc / bandwidth)
+def measure(world: Any, job: str, preset: str, steps: int, trace: str | None) -> dict[str, Any]:
+    """Milliseconds of each of `steps` steps on random tokens; for ddp also the facts of its exchange."""
+    import dataclasses
+
+    import numpy as np
+
+    from llm.data import TokenData
+    from llm.device import choose_device, choose_dtype
+    from llm.start import build, connect
+    from llm.train import train_step
+
+    config = dataclasses.replace(settings_of(preset), parallel="fsdp" if job == "fsdp" else "ddp")
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 300_000).astype(np.uint16)
+    data = TokenData(Path(), tokens, tokens, config.model.vocab_size, True, "random", {})
+    device = choose_device("cpu")
+    trainer = build(config, data, None, device, choose_dtype("auto", device), world)
+    connect(trainer, print)
+    trainer.model.train()
+    exchanged = trainer.exchange
+    ms: dict[bool, list[float]] = {True: [], False: []}
+    order = [True, True] + [True, False][: 2 if job == "ddp" else 1] * steps
+    for number, exchange in enumerate(order):
+        trainer.exchange = exchanged if exchange else (lambda last: exchanged(False))
+        world.gather(None)
+        start = time.perf_counter()
+        train_step(trainer, number).loss.item()
+        ms[exchange].append(1000 * (time.perf_counter() - start))
+    found: dict[str, Any] = {"ms": ms[True][2:]}
+    if job == "ddp":
+        trainer.exchange = exchanged
+        facts = traced(trainer, trace)
+        few = {"batch_size": config.batch_size // 4, "gradient_accumulation_steps": 4}
+        trainer.config = dataclasses.replace(config, **few)
+        facts["accumulated"] = traced(trainer, None)["exchanges"]
+        found |= {"ms_without_exchange": ms[False], **facts}
+    return found
 
 
-def fitted(timed: Sequence[tuple[int, float]], nproc: int) -> tuple[float, float]:
-    """Bandwidth (bytes a second) and latency (seconds a hop) through the smallest of (bytes, seconds) and the one of a
-    BUCKET."""
-    hops = 2 * (nproc - 1)
-    small, least = min(timed)
-    bandwidth = hops / nproc * (BUCKET - small) / (dict(timed)[BUCKET] - least)
-    return bandwidth, least / hops - small / nproc / bandwidth
+def traced(trainer: Any, trace: str | None) -> dict[str, float]:
+    """Of one step: the gradients' exchanges, their seconds, and the share of these that lies within backward."""
+    from torch.profiler import ProfilerActivity, profile
 
+    from llm.train import train_step
 
-def measured(nproc: int) -> list[tuple[int, float]]:
-    """(bytes, seconds) of all-reduces between processes that torchrun starts, one thread each."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    shown = subprocess.run(
-        [*run, "-m", "benchmarks.scale", "--one"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    return [(size, seconds) for size, seconds in json.loads(shown.stdout.splitlines()[-1])]
-
-
-def time_messages() -> None:
-    """The median seconds of an all-reduce of each of SIZES, printed by the first process as JSON."""
-    import torch
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
-    found: list[Any] = []
-    for size in SIZES:
-        message, times = torch.ones(size // 4), []
-        for _ in range(max(10, min(300, 2**29 // size // 10))):
-            dist.barrier()
-            start = time.perf_counter()
-            dist.all_reduce(message)
-            times.append(time.perf_counter() - start)
-        found.append((size, statistics.median(times[3:])))
-    if dist.get_rank() == 0:
-        print(json.dumps(found))
-    dist.destroy_process_group()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        train_step(trainer, 0).loss.item()
+    if trace and trainer.world.leads:
+        profiled.export_chrome_trace(trace)
+    events = profiled.events() or []
+    spans = [(e.time_range.start, e.time_range.end) for e in events if e.name == "gloo:all_reduce"]
+    backward = [e.time_range for e in events if e.name.startswith("autograd::engine::evaluate_function")]
+    first, last = min(span.start for span in backward), max(span.end for span in backward)
+    gradients = [(start, end) for start, end in spans if first <= start <= last]
+    seconds = sum(end - start for start, end in gradients) / 1e6
+    within = sum(min(end, last) - start for start, end in gradients) / 1e6
+    return {"exchanges": len(gradients), "exchange": seconds, "within_backward": within / seconds if seconds else 0.0}
 
 
 if __name__ == "__main__":

@@ -240,8 +240,8 @@ def predicted(
 
     ddp: gradients, 4 bytes a parameter, are all-reduced once a step; beside the backward pass of the last micro-batch,
     except those of the embeddings, which are complete only when it ends. Every rank updates everything. fsdp: each
-    micro-batch gathers every group twice, in the precision of the products, and scatters its gradients in float32; it
-    travels beside the pass that needs it, except the root's. A rank updates what it holds.
+    micro-batch gathers every group twice, in the precision of the products, and the last scatters the gradients in
+    float32; they travel beside the pass that needs them, except the root's. A rank updates what it holds.
     Raises UserError where the step cannot be split so.
     """
     check(config, ranks, accelerator)
@@ -263,10 +263,11 @@ def predicted(
         blocks = [sizes["attention"], sizes["feed-forward"]]
         gathering = layers * sum(gather(size * count, ranks, accelerator) for count in blocks)
         scattering = layers * sum(gather(4 * count, ranks, accelerator) for count in blocks)
-        root = 2 * gather(4 * sizes["root"], ranks, accelerator)
-        messages = micro * (2 * gathering + scattering + root)
-        late_forward, late_backward = max(0.0, gathering - forward), max(0.0, gathering + scattering - backward)
-        waiting = micro * (late_forward + late_backward + root)
+        root = gather(4 * sizes["root"], ranks, accelerator)
+        messages = micro * (2 * gathering + root) + scattering + root
+        late_forward, late_backward = max(0.0, gathering - forward), max(0.0, gathering - backward)
+        late_last = max(0.0, gathering + scattering - backward)
+        waiting = micro * (late_forward + late_backward + root) - late_backward + late_last + root
     step = computing + update + waiting
     alone = (ranks * computing + speed.update) / ranks
     tokens = config.tokens_per_step

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
-OURS = [line for line in COMMANDS if line.split()[0] in ("losscurve", "python")]
+OURS = [line for line in COMMANDS if line.split()[0] in ("losscurve", "python", "torchrun")]
 OTHERS = ("make ", "pip ", "git ", "cd ", "python3 -m venv", "source ", ". ")
 SMALLER = flags(max_steps=3, warmup_steps=0, eval_every=3, eval_tokens=2000).replace("--tokenizer char", "")
 
@@ -50,8 +50,9 @@ def home(tmp_path_factory):
 @pytest.mark.parametrize("line", OURS)
 def test_a_command_of_the_readme_runs(home, line):
     words = shlex.split(line)
-    words = [sys.executable, "-m", "llm", *words[1:]] if words[0] == "losscurve" else [sys.executable, *words[1:]]
-    if any(word in ("train", "scripts.train") for word in words[:4]):
+    module = {"losscurve": ["-m", "llm"], "torchrun": ["-m", "torch.distributed.run"], "python": []}[words[0]]
+    words = [sys.executable, *module, *words[1:]]
+    if any(word in ("train", "scripts.train") for word in words[:8]):
         smaller = "--max_steps 6 --eval_every 3" if "--resume" in words else SMALLER
         words += shlex.split(smaller)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

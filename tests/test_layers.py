@@ -17,6 +17,7 @@ ORDER = (
         "cut",
         "tokenizer",
         "corpus",
+        "tokens",
         "data",
         "workers",
         "prepare",

@@ -8,6 +8,7 @@ import pytest
 from conftest import words
 
 from llm import prepare as preparing
+from llm import shards
 from llm.cut import LONG_SPACE, has_long_space
 from llm.errors import Failure
 from llm.tokenizer import save_tokenizer, train_bpe
@@ -46,9 +47,9 @@ def test_large_texts_are_prepared_by_workers_with_the_same_ids(monkeypatch, tmp_
     text = tmp_path / "text.txt"
     text.write_text(words(4000), encoding="utf-8")
     preparing.prepare((str(text),), tmp_path / "small", "bpe", vocab_size=300)
-    monkeypatch.setattr(preparing, "LARGE", 100)
+    monkeypatch.setattr(shards, "LARGE", 100)
     started = []
-    monkeypatch.setattr(preparing, "Workers", lambda path: started.append(Workers(path)) or started[0])
+    monkeypatch.setattr(shards, "Workers", lambda path: started.append(Workers(path)) or started[0])
     preparing.prepare((str(text),), tmp_path / "large", "bpe", vocab_size=300)
     assert started[0]._all
     for name in ("train.bin", "val.bin", "tokenizer.json"):

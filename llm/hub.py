@@ -1,10 +1,13 @@
 """Larger texts by name, streamed from the Hugging Face hub into the cache once, as far as they are asked for."""
 
+import itertools
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from pathlib import Path
 
-from llm import storage
+from llm import download, storage
 from llm.errors import Failure, UserError
 from llm.rows import FIELD
 
@@ -29,27 +32,32 @@ def fetch(name: str, limit: int | None, offline: bool, say: Callable[[str], None
         return path
     if offline:
         raise Failure(f"{name}: {path} is not there, and --offline was given; run once without it")
-    rows = _rows(name, path)
-    first = next(rows, "")  # the network is there, before anything is written
-    storage.check_writable(folder, needed=limit + limit // 8)
-    say(f"downloading the first {limit:,} characters of {name} into {path}, once")
-    try:
-        with storage.locked(folder, "this part of the cache"), storage.writing(path) as file:
-            taken = 0
-            while first and taken < limit:
-                taken += len(first)
-                file.write(json.dumps({FIELD: first}, ensure_ascii=False).encode("utf-8") + b"\n")
-                first = next(rows, "")
-            if not taken:
-                raise Failure(f"{name}: the hub sent no text; try again later")
-    except OSError as error:
-        raise Failure(
-            f"{name}: cannot be kept in {folder} ({error.strerror}); make room, or set LOSSCURVE_CACHE to another"
-        ) from None
+    with closing(_rows(name, path)) as texts:
+        text = next(texts, "")  # what the network refuses, it refuses before anything is written
+        if not text:
+            raise Failure(f"{name}: the hub sent no text; try again later")
+        storage.check_writable(folder, needed=limit + limit // 8)
+        say(f"downloading the first {limit:,} characters of {name} into {path}, once")
+        _spool(name, path, itertools.chain([text], texts), limit)
     return path
 
 
-def _rows(name: str, path: Path) -> Iterator[str]:
+def _spool(name: str, path: Path, texts: Iterable[str], limit: int) -> None:
+    try:
+        with storage.locked(path.parent, "this part of the cache"), storage.writing(path) as file:
+            taken = 0
+            for text in texts:
+                taken += len(text)
+                file.write(json.dumps({FIELD: text}, ensure_ascii=False).encode("utf-8") + b"\n")
+                if taken >= limit:
+                    break
+    except OSError as error:
+        raise Failure(
+            f"{name}: cannot be kept in {path.parent} ({error.strerror}); make room, or set LOSSCURVE_CACHE to another"
+        ) from None
+
+
+def _rows(name: str, path: Path) -> Generator[str, None, None]:
     """The texts as the hub sends them, empty ones left out. Raises Failure for whatever a network can do."""
     try:
         from datasets import load_dataset
@@ -60,6 +68,8 @@ def _rows(name: str, path: Path) -> Iterator[str]:
         ) from None
     repository, part = TEXTS[name]
     try:
+        if cause := download.unreachable(os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
+            raise ConnectionError(cause)  # the package itself would try for 20 seconds and more
         for row in load_dataset(repository, part, split="train", streaming=True):
             if row[FIELD]:
                 yield row[FIELD]

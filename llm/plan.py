@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm import corpus, storage
+from llm import corpus, hub, storage
 from llm.config import GPTConfig, TrainConfig, from_settings, write_toml
 from llm.data import TokenData
 from llm.device import choose_device, choose_dtype, precision
@@ -186,8 +186,10 @@ def text_of(config: TrainConfig) -> Text:
     if config.data_dir and not config.text:
         raise UserError(f"data_dir = {config.data_dir}: no train.bin there; name a text with --text")
     words = config.text or (corpus.SHAKESPEARE,)
-    files = tuple(word for word in words if word != corpus.SHAKESPEARE)  # which need not be downloaded for this
-    size = count = TEXT_BYTES * (len(words) - len(files))
+    named = (corpus.SHAKESPEARE, *hub.TEXTS)  # which need not be downloaded for this
+    files = tuple(word for word in words if word not in named)
+    taken = config.text_limit or hub.TEXT_LIMIT
+    size = count = sum(taken if word in hub.TEXTS else TEXT_BYTES for word in words if word in named)
     vocabulary = VOCABULARY[config.tokenizer]
     if files:
         with corpus.opened(files) as source:

@@ -237,6 +237,17 @@ def test_an_id_beyond_the_vocabulary_is_found_in_its_shard(sharded):
     assert found.max() < 256
 
 
+def test_shards_of_another_time_are_read_through_once(sharded, monkeypatch):
+    seen, real = [], storage.sha256
+    monkeypatch.setattr(storage, "sha256", lambda path: (seen.append(path.name), real(path))[1])
+    names = ["train-00000.bin", "train-00002.bin"]
+    for name in names:
+        os.utime(sharded / name, ns=(5, 5))
+    for _ in range(3):
+        open_data(sharded, 8)
+    assert seen == names
+
+
 def sparse(folder: Path, tokens: int, each: int) -> None:
     """A prepared folder of zeros that takes no room on the disk."""
     folder.mkdir()
@@ -351,6 +362,7 @@ def test_another_text_or_other_settings_begin_anew(texts):
         "tokens": lambda: {"tokenizer": "char"},
         "small": lambda: {"shard_tokens": 10**6},
         "text": lambda: write(_0=words(150, 5)),
+        "as many characters": lambda: write(_0=words(150, 5)[::-1]),
         "ends of files": lambda: write(_2="", _3=words(60, 1) + "x"),
     }
     for name, change in changes.items():
@@ -406,12 +418,13 @@ def test_a_hostile_journal_is_not_believed(texts, hostile):
     assert whole("e") == whole("d")
 
 
-def test_a_text_that_changes_while_shards_are_written(texts, monkeypatch):
-    real = corpus.span
+@pytest.mark.parametrize("change", [lambda rows: rows[:200], lambda rows: rows.replace("three", "thrée")])
+def test_a_text_that_changes_while_shards_are_written(texts, monkeypatch, change):
+    real, path = corpus.span, Path("t/rows.jsonl")
 
     def changing(source, survey, start, stop):
         if start:  # the validation split
-            Path("t/rows.jsonl").write_text('{"text": "short"}\n')
+            path.write_text(change(path.read_text(encoding="utf-8")).rpartition("\n")[0] + "\n", encoding="utf-8")
         return real(source, survey, start, stop)
 
     monkeypatch.setattr(shards, "span", changing)

@@ -65,7 +65,7 @@ def prepare(
             raise UserError(f"{names}: {survey.total} characters cannot be split for validation; give more text")
         if tokenizer == "char" and given is None:
             ready = Characters(survey.alphabet)
-        key = _key(settings, source, survey, given, shard_tokens)
+        key = _key(settings, survey, given, shard_tokens)
         long = survey.bytes + survey.documents > shard_tokens  # no tokenizer makes more tokens than that
         ready = (journal.tokenizer_of(data_dir, key) if long else None) or ready
         if ready is None:
@@ -162,7 +162,7 @@ def _settings(
     return {"text": list(text)} | wanted | {"text_limit": text_limit}
 
 
-def _key(settings: dict[str, Any], source: Corpus, survey: Survey, given: Tokenizer | None, shard_tokens: int) -> Key:
+def _key(settings: dict[str, Any], survey: Survey, given: Tokenizer | None, shard_tokens: int) -> Key:
     """What has to be the same where an interrupted preparation is taken up."""
     ends = hashlib.sha256(repr(survey.characters).encode()).hexdigest()  # of files: there an end-of-text may stand
     tokens = hashlib.sha256(repr(given and given.to_json()).encode()).hexdigest()

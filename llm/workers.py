@@ -79,9 +79,12 @@ def receive(stream: IO[bytes]) -> bytes | None:
 def main(tokenizer_json: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that started it
     tokenizer = load_tokenizer(Path(tokenizer_json))
-    while (message := receive(sys.stdin.buffer)) is not None:
-        ids = joined(tokenizer, *(text.decode("utf-8") for text in message.split(BETWEEN)))
-        send(sys.stdout.buffer, ids.astype("<u4").tobytes())
+    try:
+        while (message := receive(sys.stdin.buffer)) is not None:
+            ids = joined(tokenizer, *(text.decode("utf-8") for text in message.split(BETWEEN)))
+            send(sys.stdout.buffer, ids.astype("<u4").tobytes())
+    except BrokenPipeError:  # the program was killed; what is still held back would be tried again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Tokenizer processes: the ids of the tokenizer itself, from several threads, and a worker that dies."""
 
+import os
 import signal
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,9 @@ from llm import shards
 from llm.cut import LONG_SPACE, has_long_space
 from llm.errors import Failure
 from llm.tokenizer import save_tokenizer, train_bpe
-from llm.workers import Workers
+from llm.workers import Workers, send
+
+OURS = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
 
 
 @pytest.fixture
@@ -41,6 +46,17 @@ def test_a_worker_that_dies_is_said(saved):
     with pytest.raises(Failure, match="a tokenizer process ended"):
         workers.encode("abc")
     workers.close()
+
+
+def test_a_worker_whose_program_was_killed_ends_without_a_word(saved):
+    worker = Workers(saved[1])._command
+    process = subprocess.Popen(worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=OURS)
+    process.stdout.close()
+    send(process.stdin, words(200).encode())
+    process.stdin.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 0
 
 
 def test_large_texts_are_prepared_by_workers_with_the_same_ids(monkeypatch, tmp_path):

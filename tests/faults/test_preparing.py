@@ -50,7 +50,7 @@ def scenario(place: Path, taken_up: list[int], old: bool) -> checks.Scenario:
     def again(folder: Path) -> None:
         work(folder, lambda what: None)
         judge(folder, ["prepared"])
-        names = {path.name for path in folder.iterdir()}
+        names = {path.name for path in folder.iterdir()} - {"scanned.json"}  # a tree made anew has other times
         assert names == {*expected, ".lock"}, names
         assert {name: (folder / name).read_bytes() for name in expected if name != "meta.json"} == {
             name: content for name, content in expected.items() if name != "meta.json"
@@ -73,8 +73,6 @@ def test_every_operation_of_preparing_may_fail(tmp_path, old, record_property):
 
 
 def test_the_power_may_go_while_preparing(tmp_path, record_property):
-    if not TORTURE:
-        pytest.skip("a part of make torture")
     trees = checks.survives_power_cuts(scenario(tmp_path, [], True), tmp_path / "runs")
     record_property("trees after a power cut", trees)
     assert trees >= 50

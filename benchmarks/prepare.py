@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with opened(("shakespeare",), offline=True) as source:
-        lines = "".join(source.documents[0].read()).splitlines(keepends=True)
+        lines = "".join(source.files[0].read()).splitlines(keepends=True)
     draw, size = random.Random(0), 0
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "text.txt")

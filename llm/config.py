@@ -31,6 +31,7 @@ ALIASES = {
     "warmup_iters": "warmup_steps",
 }
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+COUNTS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def setting(
@@ -79,7 +80,11 @@ class TrainConfig:
     """
 
     text: tuple[str, ...] = setting(
-        (), "what to train on: files, folders, - (standard input) or the name 'shakespeare'"
+        (),
+        "what to train on: files, folders, - (standard input) or a name: shakespeare, tinystories, fineweb-edu",
+    )
+    text_limit: int | None = setting(
+        None, "of tinystories or fineweb-edu, take this much (default: 200M)", low=1, unit="characters"
     )
     tokenizer: Literal["auto", "gpt2", "bpe", "byte", "char"] = setting(
         "auto", "auto: gpt2 where its vocabulary can be had, else a bpe trained on the text"
@@ -223,6 +228,8 @@ def coerce(name: str, value: Any) -> Any:
                 return value
             if isinstance(value, str) and value.strip()[-1:] in UNITS:
                 return parse_duration(value)
+        if f.metadata["unit"] == "characters" and isinstance(value, str) and value[-1:] in COUNTS:
+            return int(float(value[:-1]) * COUNTS[value[-1]])
         if kind is int and isinstance(value, float) and value != int(value):
             raise wrong
         if kind is int and isinstance(value, str):
@@ -257,6 +264,8 @@ def describe(f: dataclasses.Field[Any]) -> str:
         return "one of " + ", ".join(get_args(kind))
     if f.metadata["unit"] == "duration":
         return "a duration such as 90, 10m or 2h"
+    if f.metadata["unit"] == "characters":
+        return "a number of characters such as 50M or 2G"
     if f.metadata["unit"] == "steps or duration":
         return "a whole number of steps, or a duration such as 10m, at least 1 s"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text that is not empty"}.get(

@@ -1,4 +1,7 @@
-"""Where text comes from: a person's files, folders or standard input, a named text, the one Python carries."""
+"""Where text comes from: a person's files, folders or standard input, a named text, the one Python carries.
+
+A document is a file, or a row of a file of rows; those are never counted one by one, as there may be millions.
+"""
 
 import codecs
 import hashlib
@@ -7,37 +10,49 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from llm import download, storage
+from llm import download, hub, storage
 from llm.errors import Failure, UserError
+from llm.rows import SUFFIXES as ROWS
+from llm.rows import in_rows, read_rows
 
 SHAKESPEARE = "shakespeare"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 BUILT_IN = "pydoc topics"
-SUFFIXES = (".txt", ".md")
+SUFFIXES = (".txt", ".md", *ROWS)
 CHUNK = 2**20  # bytes read at once
+ROW_END = b"\xff"  # in the hash of a text; no UTF-8 has this byte
 
 
 @dataclass(frozen=True)
-class Document:
-    """One text: `label` names it to a person, `path` is where its bytes are (perhaps a temporary file)."""
+class File:
+    """Text, or rows of it: `label` names it to a person, `path` is where its bytes are (perhaps a temporary file)."""
 
     label: str
     path: Path
     size: int  # bytes
     mtime_ns: int
 
+    @property
+    def in_rows(self) -> bool:
+        """Whether it holds a document in each row, instead of being one."""
+        return in_rows(self.path)
+
     def read(self) -> Iterator[str]:
-        """The text in pieces of bounded size, line ends as they are, without a byte-order mark at its start.
+        """The text in pieces of bounded size, line ends as they are, without a byte-order mark at its start; or the
+        documents, a row each.
 
         Raises UserError if it cannot be read, or is not UTF-8 (saying at which byte).
         """
+        return read_rows(self.path, self.label) if self.in_rows else self._pieces()
+
+    def _pieces(self) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")()
         done, first = 0, True
         try:
@@ -64,23 +79,25 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in their order. `missing` says why the text that was wanted is not what this is, or is empty."""
+    """Files in their order. `missing` says why the text that was wanted is not what this is, or is empty."""
 
     name: str
-    documents: list[Document]
+    files: list[File]
     missing: str = ""
 
-    def files(self) -> list[dict[str, Any]]:
-        return [{"path": d.label, "size": d.size, "mtime_ns": d.mtime_ns} for d in self.documents]
+    def stamps(self) -> list[dict[str, Any]]:
+        """What tells that the files are the same, without reading them."""
+        return [{"path": f.label, "size": f.size, "mtime_ns": f.mtime_ns} for f in self.files]
 
 
 @dataclass
 class Survey:
     """What the first reading found."""
 
-    characters: list[int] = field(default_factory=list)  # of each document
+    characters: list[int] = field(default_factory=list)  # of each file
+    documents: int = 0  # that are not empty
     bytes: int = 0
-    sha256: str = ""  # of all documents' UTF-8, joined
+    sha256: str = ""  # of all documents' UTF-8, joined; with ROW_END after each row, as its end makes a token
     alphabet: set[str] = field(default_factory=set)
 
     @property
@@ -89,17 +106,25 @@ class Survey:
 
 
 @contextmanager
-def opened(text: tuple[str, ...], offline: bool = False) -> Iterator[Corpus]:
-    """The corpus that `text` names: files, folders, `-` (standard input), 'shakespeare'; nothing is the default.
+def opened(
+    text: tuple[str, ...],
+    offline: bool = False,
+    limit: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Iterator[Corpus]:
+    """The corpus that `text` names: files, folders, `-` (standard input), a name; nothing is the default.
 
-    The default is tiny Shakespeare, or the text that Python carries where that cannot be had. Standard input
-    and pipes are copied to a temporary file that lives as long as the block. Raises UserError, and Failure
-    for a named text that cannot be had.
+    The default is tiny Shakespeare, or the text that Python carries where that cannot be had. Of a text from the hub,
+    `limit` characters are taken. Standard input and pipes are copied to a temporary file that lives as long as the
+    block. Raises UserError, and Failure for a named text that cannot be had.
     """
     with tempfile.TemporaryDirectory(prefix="losscurve-") as folder:
         if text:
-            documents = [document for word in text for document in _documents(word, Path(folder), offline)]
-            yield Corpus(name_of(text), documents)
+            files: list[File] = []
+            for word in text:
+                named = word in hub.TEXTS
+                files += [_file(word, hub.fetch(word, limit, offline, say))] if named else _files(word, folder, offline)
+            yield Corpus(name_of(text), files)
             return
         try:
             corpus = Corpus(SHAKESPEARE, [_shakespeare(offline)])
@@ -111,27 +136,37 @@ def opened(text: tuple[str, ...], offline: bool = False) -> Iterator[Corpus]:
 def look(source: Corpus, alphabet: bool = False) -> Survey:
     """The first reading: counts, the hash, and on demand the distinct characters. UserError if it is not UTF-8."""
     survey, digest = Survey(), hashlib.sha256()
-    for document in source.documents:
+    for file in source.files:
         survey.characters.append(0)
-        for chunk in document.read():
+        for chunk in file.read():
             content = chunk.encode("utf-8")
             digest.update(content)
             survey.bytes += len(content)
             survey.characters[-1] += len(chunk)
+            if file.in_rows and chunk:
+                survey.documents += 1
+                digest.update(ROW_END)
             if alphabet:
                 survey.alphabet.update(chunk)
+        survey.documents += not file.in_rows and survey.characters[-1] > 0
     survey.sha256 = digest.hexdigest()
     return survey
 
 
 def span(source: Corpus, survey: Survey, start: int, stop: int) -> Iterator[tuple[int, Iterator[str]]]:
-    """The documents that have characters in start..stop of the whole, each as its number and those characters."""
-    begin = 0
-    for number, (document, length) in enumerate(zip(source.documents, survey.characters, strict=True)):
-        first, last = max(start - begin, 0), min(stop - begin, length)
-        begin += length
-        if first < last:
-            yield number, _clipped(document.read(), first, last)
+    """The documents that have characters in start..stop of the whole: where each ends in it, and those characters."""
+    behind = 0  # where the file begins in the whole
+    for file, length in zip(source.files, survey.characters, strict=True):
+        begin, behind = behind, behind + length
+        if begin < stop and behind > start:
+            rows = ((len(row), iter((row,))) for row in file.read())
+            for size, chunks in rows if file.in_rows else [(length, file.read())]:
+                first, last = max(start - begin, 0), min(stop - begin, size)
+                begin += size
+                if first < last:
+                    yield begin, _clipped(chunks, first, last)
+                if begin >= stop:
+                    break
 
 
 def _clipped(chunks: Iterator[str], first: int, last: int) -> Iterator[str]:
@@ -145,29 +180,29 @@ def _clipped(chunks: Iterator[str], first: int, last: int) -> Iterator[str]:
 
 def name_of(text: tuple[str, ...]) -> str:
     """A short name for what `text` names, fit for a folder: the first one's, without its ending."""
-    if not text or text[0] == SHAKESPEARE:
-        return SHAKESPEARE
+    if not text or text[0] in (SHAKESPEARE, *hub.TEXTS):
+        return text[0] if text else SHAKESPEARE
     return "stdin" if text[0] == "-" else Path(text[0]).resolve().stem or "text"
 
 
-def _documents(word: str, spool: Path, offline: bool) -> list[Document]:
+def _files(word: str, spool: str, offline: bool) -> list[File]:
     if word == SHAKESPEARE:
         return [_shakespeare(offline)]
     if word == "-":
-        return [_spooled("standard input", sys.stdin.buffer, spool)]
+        return [_spooled("standard input", sys.stdin.buffer, Path(spool))]
     if not word:
         raise UserError("text: an empty name; give a file, a folder, or - for standard input")
     path = Path(word)
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            return [_document(str(found), found) for found in _search(path)]
+            return [_file(str(found), found) for found in _search(path)]
         if stat.S_ISREG(mode):
-            return [_document(word, path)]
+            return [_file(word, path)]
         with open(path, "rb") as pipe:
-            return [_spooled(word, pipe, spool)]
+            return [_spooled(word, pipe, Path(spool))]
     except FileNotFoundError:
-        hint = f"give a file, a folder, - for standard input, or the name {SHAKESPEARE}"
+        hint = f"give a file, a folder, - for standard input, or a name ({', '.join((SHAKESPEARE, *hub.TEXTS))})"
         raise UserError(f"{word}: there is no such file; {hint}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{word!r}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
@@ -180,22 +215,22 @@ def _search(folder: Path) -> list[Path]:
         names[:] = [name for name in names if not name.startswith(".")]
         found += [Path(where, name) for name in files if name.lower().endswith(SUFFIXES) and name[0] != "."]
     if not found:
-        raise UserError(f"{folder}: no {' or '.join(SUFFIXES)} file in it; name the files themselves")
+        raise UserError(f"{folder}: no file that ends in {', '.join(SUFFIXES)} in it; name the files themselves")
     return sorted(path for path in found if path.is_file())
 
 
-def _document(label: str, path: Path) -> Document:
+def _file(label: str, path: Path) -> File:
     info = path.stat()
-    return Document(label, path, info.st_size, info.st_mtime_ns)
+    return File(label, path, info.st_size, info.st_mtime_ns)
 
 
-def _shakespeare(offline: bool) -> Document:
+def _shakespeare(offline: bool) -> File:
     path = storage.cache_folder() / "tinyshakespeare" / "input.txt"
     download.fetch(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256, "tiny Shakespeare", offline)
-    return _document(SHAKESPEARE, path)
+    return _file(SHAKESPEARE, path)
 
 
-def _spooled(label: str, stream: IO[bytes], folder: Path) -> Document:
+def _spooled(label: str, stream: IO[bytes], folder: Path) -> File:
     """A copy of a stream on disk, because a text is read more than once."""
     path = folder / f"{len(list(folder.iterdir()))}"
     try:
@@ -205,13 +240,13 @@ def _spooled(label: str, stream: IO[bytes], folder: Path) -> Document:
         raise Failure(
             f"{label}: cannot be copied to {folder} ({error.strerror}); set TMPDIR to a larger place"
         ) from None
-    return _document(label, path)
+    return _file(label, path)
 
 
-def _built_in(folder: Path) -> Document:
+def _built_in(folder: Path) -> File:
     """The help topics of the Python language, about 470 KB, differing by version."""
     from pydoc_data.topics import topics
 
     path = folder / "topics"
     path.write_text("\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n", encoding="utf-8")
-    return _document(BUILT_IN, path)
+    return _file(BUILT_IN, path)

@@ -48,6 +48,17 @@ def fetch(url: str, path: Path, sha256: str, what: str, offline: bool = False) -
     return path
 
 
+def unreachable(url: str) -> str:
+    """Why nothing answers at `url`, known within seconds; empty where something does, be it an error."""
+    try:
+        _get(url)
+    except urllib.error.HTTPError:
+        return ""
+    except Exception as error:
+        return _cause(error)
+    return ""
+
+
 def _get(url: str) -> bytes:
     """The body at `url`. Raises what urllib raises, and TimeoutError if nothing answers in CONNECT_SECONDS."""
     answers: queue.Queue[bytes | Exception | None] = queue.Queue()

@@ -13,12 +13,13 @@ import numpy.typing as npt
 import torch
 
 from llm import storage
-from llm.data import TokenData, Tokens, open_data
+from llm.data import TokenData, open_data
 from llm.errors import UserError
 from llm.generate import generate
 from llm.model import GPT
 from llm.run import Run
-from llm.tokenizer import Tokenizer
+from llm.tokenizer import Ids, Tokenizer
+from llm.tokens import Tokens, has_tokens
 
 PIECE = 2**18  # training tokens looked at together: their hashes stay in a processor's cache
 ODD = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: spreads small ids over all 64 bits
@@ -37,7 +38,7 @@ class Passage(NamedTuple):
     place: int  # its first token in the training tokens
 
 
-def share_seen(samples: Tokens, tokens: Tokens, n: int) -> float | None:
+def share_seen(samples: Ids, tokens: Tokens, n: int) -> float | None:
     """The share of the windows of `n` tokens in `samples` (S, T) that stand in `tokens` (N,); None if T < n.
 
     Exact. O((N + W) log n) operations and O(PIECE + W n) memory, however large `tokens` is.
@@ -46,7 +47,7 @@ def share_seen(samples: Tokens, tokens: Tokens, n: int) -> float | None:
     return float((places >= 0).mean()) if places.size else None
 
 
-def longest_seen(samples: Tokens, tokens: Tokens) -> Passage:
+def longest_seen(samples: Ids, tokens: Tokens) -> Passage:
     """The longest stretch of any of `samples` (S, T) that stands in `tokens` (N,); of equals, one in the first piece.
 
     Exact. A stretch that stands there has all its beginnings there, so each piece is asked for one token more than
@@ -67,7 +68,7 @@ def longest_seen(samples: Tokens, tokens: Tokens) -> Passage:
     return best
 
 
-def first_places(samples: Tokens, tokens: Tokens, n: int) -> Places:
+def first_places(samples: Ids, tokens: Tokens, n: int) -> Places:
     """Where each window of `n` tokens of `samples` (S, T) first stands in `tokens` (N,): (S, T - n + 1), or -1."""
     S, T = samples.shape
     count = max(0, T - n + 1)
@@ -84,7 +85,7 @@ def first_places(samples: Tokens, tokens: Tokens, n: int) -> Places:
     return places.reshape(S, count)
 
 
-def _scan(known: npt.NDArray[np.uint64], flat: Tokens, chosen: Places, tokens: Tokens, n: int) -> Places:
+def _scan(known: npt.NDArray[np.uint64], flat: Ids, chosen: Places, tokens: Tokens, n: int) -> Places:
     """Where the windows of `flat` that start at `chosen` (U,) first stand in `tokens`, or -1; their hashes `known`
     (U,) are sorted, each there once."""
     places = np.full(len(known), -1, dtype=np.int64)
@@ -103,7 +104,7 @@ def _scan(known: npt.NDArray[np.uint64], flat: Tokens, chosen: Places, tokens: T
     return places
 
 
-def hashes(ids: Tokens, n: int) -> npt.NDArray[np.uint64]:
+def hashes(ids: Ids, n: int) -> npt.NDArray[np.uint64]:
     """A hash of every window of `n` >= 1 ids, (..., T) -> (..., T - n + 1): a polynomial modulo 2**64, each hash
     joined from those of its two halves, so log2(n) to 2 log2(n) multiplications an id."""
     if ids.shape[-1] < n:
@@ -116,7 +117,7 @@ def hashes(ids: Tokens, n: int) -> npt.NDArray[np.uint64]:
     return joined if n % 2 == 0 else joined[..., :-1] * np.uint64(BASE) + hashes(ids[..., n - 1 :], 1)
 
 
-def _same(a: Tokens, at: Places, b: Tokens, to: Places, n: int) -> npt.NDArray[np.bool_]:
+def _same(a: Ids, at: Places, b: Ids, to: Places, n: int) -> npt.NDArray[np.bool_]:
     """Whether the n ids of `a` from `at` (K,) on are those of `b` from `to` (K,) on: (K,)."""
     same = np.ones(len(at), dtype=bool)
     for offset in range(n):
@@ -124,7 +125,7 @@ def _same(a: Tokens, at: Places, b: Tokens, to: Places, n: int) -> npt.NDArray[n
     return same
 
 
-def spread_windows(tokens: Tokens, count: int, length: int) -> Tokens:
+def spread_windows(tokens: Tokens, count: int, length: int) -> Ids:
     """At most `count` windows of `length` tokens (of all, if there are fewer), evenly spread and apart: (S, T)."""
     length = min(length, len(tokens))
     full = len(tokens) // length
@@ -138,7 +139,7 @@ def run_tokens(run: Run, data_dir: str | None = None) -> TokenData:
     Raises UserError where they are not there, or are not those of the run's env.json.
     """
     folder = Path(data_dir or run.config.data_dir or "data")
-    if not (folder / "train.bin").exists() and not storage.unfinished(folder):
+    if not has_tokens(folder) and not storage.unfinished(folder):
         raise UserError(f"{folder}: the run's token files are not there (seen from here); say where by --data_dir")
     data = open_data(folder, run.config.model.block_size, run.config.model.vocab_size)
     try:
@@ -153,7 +154,7 @@ def run_tokens(run: Run, data_dir: str | None = None) -> TokenData:
 
 def draw(
     model: GPT, data: TokenData, tokenizer: Tokenizer | None, prompt: str, size: tuple[int, int], seed: int, heat: float
-) -> Tokens:
+) -> Ids:
     """Samples of `size` (S, T) at temperature `heat` that continue `prompt`, which is no part of them; without a
     tokenizer they continue the first token of the validation split. Raises UserError for what is out of its range."""
     device = next(model.parameters()).device

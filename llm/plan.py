@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm import corpus, storage
+from llm import corpus, hub, storage
 from llm.config import GPTConfig, TrainConfig, from_settings, write_toml
-from llm.data import GPT2_VOCAB, TokenData, read_meta
+from llm.data import TokenData
 from llm.device import choose_device, choose_dtype, precision
 from llm.errors import UserError
 from llm.evaluate import WINDOW_TOKENS, evaluate
@@ -30,6 +30,7 @@ from llm.model import SHORT
 from llm.prepare import default_folder
 from llm.start import build
 from llm.state import Trainer
+from llm.tokens import GPT2_VOCAB, count_tokens, has_tokens, read_meta
 from llm.train import train_step
 
 MIB = 2**20
@@ -182,20 +183,21 @@ def text_of(config: TrainConfig) -> Text:
     Raises UserError for a text that is not there, is empty or cannot be read, and for a meta.json that is damaged.
     """
     folder, given = Path(config.data_dir or default_folder(config)), config.vocab_size
-    if (folder / "train.bin").is_file():
+    if has_tokens(folder):
         meta = read_meta(folder)
-        each = 4 if meta and meta["dtype"] == "uint32" else 2
-        tokens = (folder / "train.bin").stat().st_size // each
+        tokens = count_tokens(folder, "train", meta)
         return _not_empty(Text(tokens, given or (meta["vocab_size"] if meta else GPT2_VOCAB)))
     if config.data_dir and not config.text:
         raise UserError(f"data_dir = {config.data_dir}: no train.bin there; name a text with --text")
     words = config.text or (corpus.SHAKESPEARE,)
-    files = tuple(word for word in words if word != corpus.SHAKESPEARE)  # which need not be downloaded for this
-    size = count = TEXT_BYTES * (len(words) - len(files))
+    named = (corpus.SHAKESPEARE, *hub.TEXTS)  # which need not be downloaded for this
+    files = tuple(word for word in words if word not in named)
+    taken = config.text_limit or hub.TEXT_LIMIT
+    size = count = sum(taken if word in hub.TEXTS else TEXT_BYTES for word in words if word in named)
     vocabulary = VOCABULARY[config.tokenizer]
     if files:
         with corpus.opened(files) as source:
-            size += sum(document.size for document in source.documents)
+            size += sum(file.size for file in source.files)
             if config.tokenizer == "char":
                 survey = corpus.look(source, alphabet=True)
                 count, vocabulary = count + survey.total, len(survey.alphabet)

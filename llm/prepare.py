@@ -1,35 +1,28 @@
-"""Text to token files: train.bin, val.bin, tokenizer.json, and meta.json, which describes the three.
+"""Text to a folder of token files, with tokenizer.json, and meta.json, which describes them.
 
-The text is read twice and never held: once to count and check it, once to tokenize it, piece by piece
-on all cores. The four files replace those of an earlier preparation together, or not at all.
+The text is read twice and never held: once to count and check it, once to tokenize it, piece by piece on all cores.
+The files replace those of an earlier preparation together, or not at all; that of a text of several shards goes on
+where it was interrupted.
 """
 
-import contextlib
 import hashlib
-import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from llm import corpus, storage
+from llm import corpus, hub, journal, storage
 from llm.config import TrainConfig, from_settings
 from llm.corpus import Corpus, Survey, look, span
-from llm.cut import pieces
 from llm.errors import Failure, UserError
-from llm.tokenizer import BPE, BPE_VOCAB_SIZE, Bytes, Characters, Ids, Tokenizer, gpt2, save_tokenizer, train_bpe
-from llm.workers import Workers
+from llm.journal import Journal, Key
+from llm.shards import SHARD_TOKENS, Progress, write_splits
+from llm.tokenizer import BPE_VOCAB_SIZE, Bytes, Characters, Tokenizer, gpt2, save_tokenizer, train_bpe
+from llm.tokens import has_tokens, settle, token_files
 
 FORMAT, VERSION = "losscurve tokens", 1
 FILES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")
-LARGE = 16 * 2**20  # characters from which processes are worth their start
 SAMPLE = 64 * 2**20  # characters: a BPE is trained on no more than this, evenly spread over a larger text
 
-Progress = Callable[[int, int], None]  # characters done, characters in all
 Say = Callable[[str], None]  # a line for the person
 
 
@@ -45,21 +38,26 @@ def prepare(
     say: Say | None = None,
     block_size: int = 0,
     given: Tokenizer | None = None,
+    text_limit: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
 ) -> dict[str, Any]:
     """Make the token files of `text` in `data_dir`, and return what meta.json holds.
 
     `text` as in `corpus.opened`, the rest as in `TrainConfig`; a tokenizer that is `given` (that of
-    weights to start from) is used as it is. The training split has to hold a window of `block_size`
-    tokens and the one after, where a size is given. Raises UserError before anything is written,
-    among others where `data_dir` holds token files and `overwrite` is false; Failure if the work fails.
+    weights to start from) is used as it is. A split of more than `shard_tokens` tokens is written in shards of
+    so many. The training split has to hold a window of `block_size` tokens and the one after, where a size is
+    given. Raises UserError before anything is written, among others where `data_dir` holds token files and
+    `overwrite` is false; Failure if the work fails.
     """
-    settings = _settings(text, tokenizer, vocab_size, val_fraction)
+    settings = _settings(text, tokenizer, vocab_size, val_fraction, text_limit)
+    if shard_tokens < 1:
+        raise UserError(f"shard_tokens = {shard_tokens}: expected at least 1")
     say = say or (lambda line: None)
     _refuse_occupied(data_dir, overwrite)
-    with corpus.opened(text, offline) as source:
+    with corpus.opened(text, offline, text_limit, say) as source:
         ready = given or _ready(tokenizer, source, offline, say)
         survey = look(source, alphabet=tokenizer == "char")
-        names = ", ".join([document.label for document in source.documents][:3])
+        names = ", ".join([file.label for file in source.files][:3])
         cut = int(survey.total * (1 - val_fraction))
         if not survey.total:
             raise UserError(f"{names}: the text is empty; give some text")
@@ -67,19 +65,27 @@ def prepare(
             raise UserError(f"{names}: {survey.total} characters cannot be split for validation; give more text")
         if tokenizer == "char" and given is None:
             ready = Characters(survey.alphabet)
+        key = _key(settings, survey, given, shard_tokens)
+        long = survey.bytes + survey.documents > shard_tokens  # no tokenizer makes more tokens than that
+        ready = (journal.tokenizer_of(data_dir, key) if long else None) or ready
         if ready is None:
             if cut > SAMPLE:
                 say(f"training the bpe on {SAMPLE / 1e6:.0f} of {cut / 1e6:.0f} M characters, evenly spread")
             ready = train_bpe(_sample(source, survey, cut), vocab_size or BPE_VOCAB_SIZE)
         if vocab_size is not None and vocab_size < ready.vocab_size:
             raise UserError(f"vocab_size = {vocab_size} is below the {ready.vocab_size} of {ready.kind}; leave it out")
-        storage.check_writable(data_dir, needed=survey.bytes * (2 if ready.kind in ("byte", "char") else 1))
+        needed = survey.bytes * (2 if ready.kind in ("byte", "char") else 1)
+        storage.check_writable(data_dir, needed=max(0, needed - journal.held(data_dir)))
         try:
             with storage.locked(data_dir, "this token folder"):
                 storage.recover(data_dir)
                 _refuse_occupied(data_dir, overwrite)  # again: another process may have been here
-                with storage.transaction(data_dir) as staging:
-                    meta = _write(staging, source, survey, cut, ready, progress) | {"settings": settings}
+                taken_up = _taken_up(data_dir, key, ready, say) if long else None
+                done = Journal(data_dir if long else None, key, ready, taken_up or [])
+                if taken_up is None and journal.discard(data_dir):
+                    say(f"{data_dir}: an unfinished preparation of other text or settings is dropped")
+                with storage.transaction(data_dir, keep=long) as staging:
+                    meta = _write(staging, source, survey, cut, done, shard_tokens, progress) | {"settings": settings}
                     for split, needed in (("train", block_size + 1), ("val", min(block_size, 1) + 1)):
                         if (found := meta["splits"][split]["tokens"]) < needed:
                             raise UserError(
@@ -87,6 +93,8 @@ def prepare(
                                 f"give more text or a smaller --block_size"
                             )
                     storage.write_json(staging / "meta.json", meta)
+                journal.discard(data_dir)
+                settle(data_dir)  # shards of the earlier preparation that this one has no name for
         except OSError as error:
             raise Failure(f"{data_dir}: cannot write ({error.strerror}); make room, then run this again") from None
     return meta
@@ -108,8 +116,8 @@ def ensure(
     folder = Path(config.data_dir or default_folder(config))
     if storage.unfinished(folder):
         with storage.locked(folder, "this token folder"):
-            storage.recover(folder)
-    if not any((folder / name).exists() for name in FILES):
+            settle(folder)
+    if not _there(folder):
         if config.data_dir and not config.text:
             raise UserError(
                 f"data_dir = {config.data_dir}: no train.bin there; make it with losscurve prepare --data_dir, "
@@ -117,11 +125,11 @@ def ensure(
             )
         settings = (config.tokenizer, config.vocab_size, config.val_fraction)
         block_size = config.model.block_size
-        prepare(config.text, folder, *settings, offline, False, progress, say, block_size, given)
-    elif not (folder / "train.bin").exists():
+        prepare(config.text, folder, *settings, offline, False, progress, say, block_size, given, config.text_limit)
+    elif not has_tokens(folder):
         raise UserError(f"{folder}: has no train.bin; prepare it again with --overwrite, or choose another --data_dir")
     elif config.text:
-        _refuse_other(folder, config, offline)
+        _refuse_other(folder, config, offline, say or (lambda line: None))
     elif config.tokenizer != "auto":
         kind = _kind(folder)
         if kind != config.tokenizer:
@@ -139,40 +147,70 @@ def default_folder(config: TrainConfig) -> str:
     return f"data/{corpus.name_of(config.text)}" + (f"-{config.tokenizer}{size}" if config.tokenizer != "auto" else "")
 
 
-def _settings(text: tuple[str, ...], tokenizer: str, vocab_size: int | None, val_fraction: float) -> dict[str, Any]:
+def _settings(
+    text: tuple[str, ...], tokenizer: str, vocab_size: int | None, val_fraction: float, text_limit: int | None
+) -> dict[str, Any]:
     """What meta.json says was asked for. Raises UserError for a value out of its bounds."""
-    from_settings({"tokenizer": tokenizer, "vocab_size": vocab_size, "val_fraction": val_fraction})
+    wanted = {"tokenizer": tokenizer, "vocab_size": vocab_size, "val_fraction": val_fraction}
+    from_settings(wanted | {"text_limit": text_limit})
     if tokenizer == "bpe" and vocab_size is not None and vocab_size < 257:
         raise UserError(f"vocab_size = {vocab_size}: a bpe has the 256 bytes and end-of-text, so at least 257")
-    return {"text": list(text), "tokenizer": tokenizer, "vocab_size": vocab_size, "val_fraction": val_fraction}
+    if text_limit is None:
+        return {"text": list(text)} | wanted
+    if not any(word in hub.TEXTS for word in text):
+        raise UserError(f"text_limit = {text_limit}: is for {' and '.join(hub.TEXTS)}; other texts are taken whole")
+    return {"text": list(text)} | wanted | {"text_limit": text_limit}
+
+
+def _key(settings: dict[str, Any], survey: Survey, given: Tokenizer | None, shard_tokens: int) -> Key:
+    """What has to be the same where an interrupted preparation is taken up."""
+    ends = hashlib.sha256(repr(survey.characters).encode()).hexdigest()  # of files: there an end-of-text may stand
+    tokens = hashlib.sha256(repr(given and given.to_json()).encode()).hexdigest()
+    text = {"sha256": survey.sha256, "ends": ends}
+    return {"version": VERSION, "settings": settings, "text": text, "given": tokens, "shard_tokens": shard_tokens}
+
+
+def _there(folder: Path) -> list[str]:
+    return sorted({name for name in FILES if (folder / name).exists()} | set(token_files(folder)))
+
+
+def _taken_up(folder: Path, key: Key, tokenizer: Tokenizer, say: Say) -> list[journal.Shard] | None:
+    """The shards to go on from, said in a line; None where no such preparation was begun."""
+    shards = journal.shards_of(folder, key, tokenizer)
+    if shards:
+        tokens = sum(shard["tokens"] for shard in shards)
+        say(f"{folder}: going on with an interrupted preparation; {len(shards)} shards ({tokens:,} tokens) are done")
+    return shards
 
 
 def _refuse_occupied(folder: Path, overwrite: bool) -> None:
-    there = [name for name in FILES if (folder / name).exists()]
+    there = _there(folder)
     if there and not overwrite:
-        raise UserError(f"{folder} already holds {', '.join(there)}; add --overwrite, or choose another --data_dir")
+        few = [*there[:4], f"{len(there) - 4} more"] if len(there) > 5 else there
+        raise UserError(f"{folder} already holds {', '.join(few)}; add --overwrite, or choose another --data_dir")
 
 
-def _refuse_other(folder: Path, config: TrainConfig, offline: bool) -> None:
+def _refuse_other(folder: Path, config: TrainConfig, offline: bool, say: Say) -> None:
     """UserError unless `folder` was made from the text of `config` with its settings."""
     remedy = "choose another --data_dir, or prepare it again with losscurve prepare --overwrite"
     if not (folder / "meta.json").exists():
         raise UserError(f"{folder} holds token files of another program; choose another --data_dir")
     meta = storage.read_json(folder / "meta.json")
-    wanted = _settings(config.text, config.tokenizer, config.vocab_size, config.val_fraction)
+    wanted = _settings(config.text, config.tokenizer, config.vocab_size, config.val_fraction, config.text_limit)
     try:
         made, made_from = dict(meta["settings"]), meta["source"]
         if wanted["tokenizer"] not in ("auto", "bpe"):  # there it is a size for the model, not for the text
             wanted["vocab_size"] = made["vocab_size"]
-        for name in ("tokenizer", "vocab_size", "val_fraction"):
-            if made[name] != wanted[name]:
-                raise UserError(f"{folder} was made with {name} = {made[name]}, not {wanted[name]}; {remedy}")
+        for name in ("tokenizer", "vocab_size", "val_fraction", "text_limit"):
+            before, now = made.get(name) if name == "text_limit" else made[name], wanted.get(name)
+            if before != now:
+                raise UserError(f"{folder} was made with {name} = {before}, not {now}; {remedy}")
         if made["text"] == wanted["text"] == [corpus.SHAKESPEARE]:  # one known text, wherever its file went
             return
-        with corpus.opened(config.text, offline) as source:
-            if made["text"] == wanted["text"] and made_from["files"] == source.files():
+        with corpus.opened(config.text, offline, config.text_limit, say) as source:
+            if made["text"] == wanted["text"] and made_from["files"] == source.stamps():
                 return
-            if made_from["sha256"] == look(source).sha256 and len(made_from["files"]) == len(source.documents):
+            if made_from["sha256"] == look(source).sha256 and len(made_from["files"]) == len(source.files):
                 return
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'meta.json'}: not one of ours ({error!r}); {remedy}") from None
@@ -219,26 +257,17 @@ def _sample(source: Corpus, survey: Survey, stop: int) -> Iterator[str]:
 
 
 def _write(
-    staging: Path, source: Corpus, survey: Survey, cut: int, tokenizer: Tokenizer, progress: Progress | None
+    staging: Path, source: Corpus, survey: Survey, cut: int, journal: Journal, limit: int, progress: Progress | None
 ) -> dict[str, Any]:
-    """train.bin, val.bin and tokenizer.json in `staging`; what meta.json has to say of them."""
+    """The token files and tokenizer.json in `staging`, and nothing else; what meta.json has to say of them."""
+    tokenizer = journal.tokenizer
     save_tokenizer(tokenizer, staging / "tokenizer.json")
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    used = np.zeros(tokenizer.vocab_size, dtype=bool)
-    splits = {}
-    with contextlib.ExitStack() as stack:
-        encode = tokenizer.encode
-        if isinstance(tokenizer, BPE) and survey.total > LARGE:
-            workers = Workers(staging / "tokenizer.json")
-            stack.callback(workers.close)
-            encode = workers.encode
-        for name, start, stop in (("train", 0, cut), ("val", cut, survey.total)):
-            tick = None if progress is None else (lambda done, at=start: progress(at + done, survey.total))
-            items = _items(source, survey, start, stop, tokenizer)
-            splits[name] = _write_split(staging / f"{name}.bin", items, tokenizer, encode, dtype, used, tick)
-    counted = [sum(split[what] for split in splits.values()) for what in ("characters", "bytes")]
-    if counted != [survey.total, survey.bytes]:
-        raise Failure(f"{source.name}: the text changed while it was read; prepare it again")
+    journal.write()
+    splits, used = write_splits(staging, source, survey, cut, journal, limit, progress)
+    named = {file["file"] for split in splits.values() for file in split.get("shards", [split])}
+    for path in staging.iterdir():
+        if path.name not in named | {"tokenizer.json"}:
+            path.unlink()
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -247,84 +276,18 @@ def _write(
             "vocab_size": tokenizer.vocab_size,
             "sha256": storage.sha256(staging / "tokenizer.json"),
         },
-        "dtype": dtype,
+        "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
         "vocab_size": tokenizer.vocab_size,
         "max_id": max(split["max_id"] for split in splits.values()),
         "end_of_text": tokenizer.end_of_text,
-        "vocab_used": int(used.sum()),
+        "vocab_used": used,
         "splits": splits,
         "source": {
             "name": source.name,
-            "files": source.files(),
-            "documents": sum(map(bool, survey.characters)),
+            "files": source.stamps(),
+            "documents": survey.documents,
             "bytes": survey.bytes,
             "characters": survey.total,
             "sha256": survey.sha256,
         },
     }
-
-
-def _items(source: Corpus, survey: Survey, start: int, stop: int, tokenizer: Tokenizer) -> Iterator[str | None]:
-    """The pieces of a split, with None where an end-of-text belongs: after each document but the last."""
-    last = max(number for number, length in enumerate(survey.characters) if length)
-    ends = np.cumsum(survey.characters)
-    for number, chunks in span(source, survey, start, stop):
-        yield from pieces(chunks) if isinstance(tokenizer, BPE) else chunks  # bytes and characters: cut anywhere
-        if tokenizer.end_of_text is not None and number < last and ends[number] <= stop:
-            yield None
-
-
-def _write_split(
-    path: Path,
-    items: Iterator[str | None],
-    tokenizer: Tokenizer,
-    encode: Callable[[str], Ids],
-    dtype: str,
-    used: npt.NDArray[np.bool_],
-    tick: Callable[[int], None] | None,
-) -> dict[str, Any]:
-    """Tokenize `items` into `path`, marking the `used` ids; what meta.json says of the split."""
-    lengths = tokenizer.token_bytes()
-    digest, tokens, size, characters, largest = hashlib.sha256(), 0, 0, 0, 0
-
-    def encoded(item: str | None) -> tuple[Ids, int]:
-        ids = np.array([tokenizer.end_of_text]) if item is None else encode(item)
-        return ids.astype(np.dtype(dtype).newbyteorder("<"), copy=False), len(item or "")
-
-    with open(path, "wb") as file:
-        for found, item_characters in _in_order(encoded, items):
-            for ids in np.split(found, range(2**20, len(found), 2**20)):  # indexing makes 64-bit copies
-                content = ids.tobytes()
-                file.write(content)
-                digest.update(content)
-                used[ids] = True
-                size += int(lengths[ids].sum())
-                largest = max(largest, int(ids.max(initial=0)))
-            tokens += len(found)
-            characters += item_characters
-            if tick:
-                tick(characters)
-    info = path.stat()
-    return {
-        "file": path.name,
-        "tokens": tokens,
-        "bytes": size,
-        "characters": characters,
-        "max_id": largest,
-        "size": info.st_size,
-        "mtime_ns": info.st_mtime_ns,  # a rename keeps it
-        "sha256": digest.hexdigest(),
-    }
-
-
-def _in_order(work: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
-    """`work` of each item in order, on all cores (a tokenizer lets go of the interpreter), few in flight."""
-    workers = os.cpu_count() or 1
-    waiting: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

@@ -21,7 +21,7 @@ import torch
 from llm import __version__, storage
 from llm.bands import Band, band_of_run
 from llm.config import FIELDS, TrainConfig, from_settings, to_settings
-from llm.data import GPT2_VOCAB, TokenData, Tokens, read_meta
+from llm.data import TokenData
 from llm.device import choose_device, choose_dtype, precision
 from llm.errors import Failure, UserError
 from llm.explain import explain
@@ -30,7 +30,8 @@ from llm.metrics import Row, best, losses, read_record
 from llm.model import GPT
 from llm.plot import plain, thinned
 from llm.run import Run
-from llm.tokenizer import Tokenizer, gpt2, load_tokenizer
+from llm.tokenizer import Ids, Tokenizer, gpt2, load_tokenizer
+from llm.tokens import GPT2_VOCAB, Tokens, read_meta
 
 SAMPLES, SAMPLE_LENGTH = 24, 4000  # samples shown, and characters of each: they keep a report small
 EVALUATIONS = 60  # rows of the table of evaluations
@@ -400,7 +401,7 @@ def memory_of(run: Run, data: TokenData | str, tokenizer: Tokenizer | None) -> M
     return Memory(file, size[0] * size[1], found)
 
 
-def seen(what: str, samples: Tokens, tokens: Tokens, tokenizer: Tokenizer | None) -> Seen:
+def seen(what: str, samples: Ids, tokens: Tokens, tokenizer: Tokenizer | None) -> Seen:
     """Share and longest passage of `samples` (S, T) that stand in `tokens` (N,)."""
     share, longest = share_seen(samples, tokens, N), longest_seen(samples, tokens)
     ids = tokens[longest.place : longest.place + longest.length]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm import __version__, checkpoint, metrics, storage
 from llm.config import MODEL_FIELDS, GPTConfig, TrainConfig, from_settings, to_settings, write_toml
-from llm.data import GPT2_VOCAB, TokenData, open_data
+from llm.data import TokenData, open_data
 from llm.device import DTYPES, choose_device, choose_dtype, environment, fast_products, keep_memory, precision
 from llm.distributed import ALONE, World
 from llm.errors import Failure, UserError
@@ -28,6 +28,7 @@ from llm.parallel import check_parallel, exchanging, recompute_activations, shar
 from llm.prepare import default_folder, ensure
 from llm.state import Progress, Trainer, newest_state, restore
 from llm.tokenizer import Tokenizer, gpt2, load_tokenizer, save_tokenizer
+from llm.tokens import GPT2_VOCAB, has_tokens
 from llm.train import Training
 from llm.weights import read_weights, run_config, weights_file
 
@@ -185,7 +186,7 @@ def resumed(
             check_same_settings(out_dir, before, facts)
             check_unfinished(config, facts.get("progress", {}))
             folder = Path(config.data_dir or "data")
-            if not (folder / "train.bin").exists() and not storage.unfinished(folder):
+            if not has_tokens(folder) and not storage.unfinished(folder):
                 raise UserError(
                     f"{folder}: the run's token files are not there (seen from here); say where by --data_dir"
                 )

@@ -20,6 +20,7 @@ from llm.errors import UserError
 
 JSON_LIMIT = 64 * 2**20  # bytes; nothing we write comes near it, a hostile file might
 STAGING, READY = ".preparing", ".prepared"  # a transaction before and after its point of no return
+KEPT = ".partial"  # the staging of a long one, which is kept when it is interrupted
 _CHUNK = 2**20
 
 
@@ -173,16 +174,21 @@ def verify_folder(folder: Path) -> None:
 
 
 @contextmanager
-def transaction(folder: Path) -> Iterator[Path]:
+def transaction(folder: Path, keep: bool = False) -> Iterator[Path]:
     """Replace several files of `folder` together: write the new ones into the path this yields.
 
     Until the block ends, `folder` is untouched. Then the staging folder is renamed, the point of no
     return, and its files are moved into place. `recover` finishes or undoes what a crash left.
+    With `keep`, what an interrupted block has written stays, and the next one finds it in its path.
     """
     make_folder(folder)
     recover(folder)
-    staging = folder / STAGING
-    staging.mkdir()
+    staging = folder / (KEPT if keep else STAGING)
+    if keep:
+        make_folder(staging)
+        sweep(staging)
+    else:
+        staging.mkdir()
     try:
         yield staging
         for path in staging.iterdir():
@@ -191,7 +197,8 @@ def transaction(folder: Path) -> Iterator[Path]:
         sync_folder(staging)
         os.replace(staging, folder / READY)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(staging, ignore_errors=True)
         raise
     sync_folder(folder)
     recover(folder)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from llm import checkpoint, metrics, storage
-from llm.data import read_meta
 from llm.errors import UserError
 from llm.tokenizer import load_tokenizer
+from llm.tokens import SPLITS, files_of, has_tokens, read_meta
 from llm.weights import read_weights, run_config
 
 
@@ -26,7 +26,7 @@ def verify(folder: Path) -> Iterator[Finding]:
     """Everything in a run folder, or in a folder of token files. Raises UserError where it is neither."""
     if (folder / "config.toml").exists() or checkpoint.saved_steps(folder):
         yield from verify_run(folder)
-    elif (folder / "train.bin").exists():
+    elif has_tokens(folder):
         yield from verify_data(folder, {})
     else:
         raise UserError(f"{folder}: neither a run (no config.toml) nor a folder of token files (no train.bin)")
@@ -53,7 +53,7 @@ def verify_run(run_dir: Path) -> Iterator[Finding]:
     if (run_dir / "tokenizer.json").exists():
         yield from _try(run_dir / "tokenizer.json", "tokenizer", partial(load_tokenizer, run_dir / "tokenizer.json"))
     yield from _try(run_dir / metrics.NAME, "record", partial(_reaches, run_dir, newest))
-    if config and config.data_dir and (Path(config.data_dir) / "train.bin").exists():
+    if config and config.data_dir and has_tokens(Path(config.data_dir)):
         yield from verify_data(Path(config.data_dir), newest.get("data", {}))
     elif config:
         yield Finding(Path(config.data_dir or "data"), None, "the token files are not there (seen from here)")
@@ -64,9 +64,15 @@ def verify_data(folder: Path, expected: dict[str, str]) -> Iterator[Finding]:
     meta = None
     if (folder / "meta.json").exists():
         meta = yield from _try(folder / "meta.json", "description of the token files", partial(read_meta, folder))
-    for split in ("train", "val"):
-        path = folder / f"{split}.bin"
-        known = [expected.get(path.name), meta["splits"][split]["sha256"] if meta else None]
+    try:
+        files = [file for split in SPLITS for file in files_of(folder, split, meta)]
+    except UserError as error:
+        yield Finding(folder, False, str(error).removeprefix(f"{folder}: "))
+        return
+    if lost := sorted(expected.keys() - {path.name for path, _ in files}):
+        yield Finding(folder, False, f"has no {lost[0]}, which the run was trained on; its data are elsewhere")
+    for path, facts in files:
+        known = [expected.get(path.name), facts["sha256"] if facts else None]
         sums = {value for value in known if value is not None}
         if not sums:
             yield Finding(path, None, "no meta.json says what it should be")

@@ -8,10 +8,11 @@ import shutil
 import numpy as np
 import pytest
 
-from llm import data as module
 from llm import storage
-from llm.data import GPT2_VOCAB, batch_at, open_data
+from llm import tokens as module
+from llm.data import batch_at, open_data
 from llm.errors import UserError
+from llm.tokens import GPT2_VOCAB
 
 TOKENS = np.arange(1000, 1100, dtype="<u2")
 
@@ -182,7 +183,7 @@ def test_shorter_than_a_window(foreign):
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin"])
 def test_an_id_beyond_the_vocabulary(foreign, name, monkeypatch):
-    monkeypatch.setattr(module, "_pieces", lambda t: ((s, t[s : s + 4]) for s in range(0, len(t), 4)))
+    monkeypatch.setattr(module, "stretches", lambda t: ((s, t[s : s + 4]) for s in range(0, len(t), 4)))
     ids = np.fromfile(foreign / name, "<u2")
     ids[7], ids[9] = 60_000, 61_000
     ids.tofile(foreign / name)

@@ -132,10 +132,10 @@ def test_a_text_learned_by_heart_is_told_from_one_never_seen(run, losscurve):
     cool, warm, usual = shares(out)
     assert cool > 80 > 10 > usual
     assert cool >= warm
-    length, place = (int(x) for x in lines[1].split("longest ")[1].split(" of ")[0].split(" tokens, at token "))
+    length, place = (int(x) for x in lines[1].split("longest ")[1].split(": ")[0].split(" tokens, at training token "))
     text = (SENTENCE * 2)[place % len(SENTENCE) :][:length]
     assert length >= 30
-    assert lines[1].endswith(f"of train.bin: {text!r}")
+    assert lines[1].endswith(f": {text!r}")
     assert lines[-1].startswith("seen: ")
     assert losscurve(COMMAND)[1] == out  # a seed of its own: the same every time
     assert losscurve(COMMAND + " --seed 5")[1] != out
@@ -190,5 +190,5 @@ def test_tokens_of_something_else_are_shown_as_ids(here, losscurve):
     code, out, err = losscurve("memorised --num_samples 2 --max_new_tokens 30 --temperatures 1")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert lines[2] == "validation text     |   0.0% of 8-grams seen | longest 1 tokens, at token 299 of train.bin: 299"
+    assert lines[2] == "validation text     |   0.0% of 8-grams seen | longest 1 tokens, at training token 299: 299"
     assert lines[3] == "(the validation text is short: 1 x 30 tokens of it)"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import SMALL, hostile, needs_gpt2
 
-from llm import corpus, cut, storage
+from llm import corpus, cut, shards, storage
 from llm import prepare as module
 from llm.commands.main import run_command
 from llm.config import from_settings
@@ -212,7 +212,7 @@ def _same(found: dict[str, str], wanted: dict[str, str]) -> bool:
 
 def test_an_interrupted_first_preparation_is_done_again(book: str, monkeypatch) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_write_split", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(shards, "_write_shard", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare((book,), Path("d"), "byte")
     assert set(state("d")) <= {".lock"}
@@ -247,7 +247,7 @@ def test_bad_input_is_refused_before_anything_is_written(book: str, monkeypatch)
         ("bom.txt", {}, "empty"),
         ("one.txt", {}, "cannot be split"),
         ("latin.txt", {}, "not UTF-8 at byte 3"),
-        ("folder", {}, "no .txt or .md"),
+        ("folder", {}, "no file that ends in .txt, .md"),
         ("none.txt", {}, "no such file"),
         (book, {"val_fraction": 0.0}, "val_fraction"),
         (book, {"val_fraction": float("nan")}, "val_fraction"),

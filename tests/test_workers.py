@@ -1,17 +1,23 @@
 """Tokenizer processes: the ids of the tokenizer itself, from several threads, and a worker that dies."""
 
+import os
 import signal
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import words
 
 from llm import prepare as preparing
+from llm import shards
 from llm.cut import LONG_SPACE, has_long_space
 from llm.errors import Failure
 from llm.tokenizer import save_tokenizer, train_bpe
-from llm.workers import Workers
+from llm.workers import Workers, send
+
+OURS = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
 
 
 @pytest.fixture
@@ -42,13 +48,24 @@ def test_a_worker_that_dies_is_said(saved):
     workers.close()
 
 
+def test_a_worker_whose_program_was_killed_ends_without_a_word(saved):
+    worker = Workers(saved[1])._command
+    process = subprocess.Popen(worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=OURS)
+    process.stdout.close()
+    send(process.stdin, words(200).encode())
+    process.stdin.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 0
+
+
 def test_large_texts_are_prepared_by_workers_with_the_same_ids(monkeypatch, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(words(4000), encoding="utf-8")
     preparing.prepare((str(text),), tmp_path / "small", "bpe", vocab_size=300)
-    monkeypatch.setattr(preparing, "LARGE", 100)
+    monkeypatch.setattr(shards, "LARGE", 100)
     started = []
-    monkeypatch.setattr(preparing, "Workers", lambda path: started.append(Workers(path)) or started[0])
+    monkeypatch.setattr(shards, "Workers", lambda path: started.append(Workers(path)) or started[0])
     preparing.prepare((str(text),), tmp_path / "large", "bpe", vocab_size=300)
     assert started[0]._all
     for name in ("train.bin", "val.bin", "tokenizer.json"):

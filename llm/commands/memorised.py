@@ -8,8 +8,8 @@ from llm.config import from_settings
 from llm.errors import UserError
 
 if TYPE_CHECKING:
-    from llm.data import Tokens
-    from llm.tokenizer import Tokenizer
+    from llm.tokenizer import Ids, Tokenizer
+    from llm.tokens import Tokens
 
 DESCRIPTION = "Draw samples and look for them in the training text: the share that stands there word for word, and \
 the longest passage that does; beside them the validation text, which the model was not trained on."
@@ -74,7 +74,7 @@ def temperature_of(word: str) -> float:
     return value
 
 
-def compared(samples: "Tokens", tokens: "Tokens", tokenizer: "Tokenizer | None") -> str:
+def compared(samples: "Ids", tokens: "Tokens", tokenizer: "Tokenizer | None") -> str:
     """Share and longest passage of `samples` (S, T) that stand in `tokens`, in words."""
     from llm.memorised import longest_seen, share_seen
 
@@ -84,4 +84,4 @@ def compared(samples: "Tokens", tokens: "Tokens", tokenizer: "Tokenizer | None")
         return f"{first} | no token of it seen"
     ids = tokens[longest.place : longest.place + longest.length]
     text = repr(tokenizer.decode(ids)) if tokenizer else " ".join(map(str, ids.tolist()))
-    return f"{first} | longest {longest.length} tokens, at token {longest.place:,} of train.bin: {text}"
+    return f"{first} | longest {longest.length} tokens, at training token {longest.place:,}: {text}"

@@ -16,13 +16,17 @@ def main(argv: list[str]) -> int:
         "paths",
         nargs="*",
         metavar="TEXT",
-        help="files, folders (.txt and .md in them), - for standard input, or the name 'shakespeare'; "
+        help="files (.jsonl and .parquet: the column 'text', a document a row), folders of .txt, .md and these, - for "
+        "standard input, or a name: shakespeare, tinystories, fineweb-edu; "
         "nothing: tiny Shakespeare, or a text that Python carries where that cannot be had",
     )
-    add_settings(parser, ["text", "tokenizer", "vocab_size", "val_fraction"])
+    add_settings(parser, ["text", "text_limit", "tokenizer", "vocab_size", "val_fraction"])
     parser.add_argument("--data_dir", default="data", metavar="DIR", help="folder to write to (default: data)")
     parser.add_argument("--offline", action="store_true", help="never touch the network")
     parser.add_argument("--overwrite", action="store_true", help="replace the token files that are there")
+    parser.add_argument(
+        "--shard_tokens", type=int, default=2**27, metavar="N", help="tokens in a file at most (default: 134217728)"
+    )
     args = parser.read(argv)
     args.text = [*args.paths, *getattr(args, "text", [])]
     config = config_from(args)
@@ -43,6 +47,8 @@ def main(argv: list[str]) -> int:
             overwrite=args.overwrite,
             progress=progress,
             say=warn,
+            text_limit=config.text_limit,
+            shard_tokens=args.shard_tokens,
         )
     print("\n".join(summary(meta, folder)))
     return 0
@@ -60,8 +66,14 @@ def summary(meta: dict[str, Any], folder: object) -> Iterator[str]:
         f"at {TOKENS_PER_PARAMETER} tokens per parameter (Chinchilla, Hoffmann et al. 2022), "
         f"{train['tokens']:,} training tokens seen once fit {_short(train['tokens'] / TOKENS_PER_PARAMETER)} parameters"
     )
-    yield f"wrote {folder}/train.bin, val.bin, meta.json, tokenizer.json"
+    yield f"wrote {folder}/{', '.join([_files(train), _files(val), 'meta.json', 'tokenizer.json'])}"
     yield "next: losscurve train" + ("" if str(folder) == "data" else f" --data_dir {shlex.quote(str(folder))}")
+
+
+def _files(split: dict[str, Any]) -> str:
+    shards = split.get("shards", [split])
+    several = f" to {shards[-1]['file']}" if len(shards) > 1 else ""
+    return f"{shards[0]['file']}{several}"
 
 
 def _short(count: float) -> str:

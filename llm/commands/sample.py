@@ -88,9 +88,9 @@ def bare_model(path: Path, n_head: int, gelu: str) -> "tuple[GPT, Tokenizer]":
     """A model and tokenizer from a .pt file; where no run stands around it, GPT-2's tokens are assumed, and said."""
     import torch
 
-    from llm.data import GPT2_VOCAB
     from llm.run import Run
     from llm.tokenizer import gpt2
+    from llm.tokens import GPT2_VOCAB
     from llm.weights import load_model
 
     base = from_settings({"n_head": n_head, "gelu": gelu, "n_embd": n_head}).model  # sizes come from the file

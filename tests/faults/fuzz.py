@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save
 
 with atheris.instrument_imports(include=["llm", "json", "tomllib"]):
-    from llm import checkpoint, config, data, metrics, storage, tokenizer
+    from llm import checkpoint, config, metrics, storage, tokenizer
     from llm.errors import UserError
+    from llm.tokens import read_meta
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz"))
 
@@ -40,7 +41,7 @@ def tokens(content: bytes) -> None:
 
 def description(content: bytes) -> None:
     (FOLDER / "meta.json").write_bytes(content)
-    data.read_meta(FOLDER)
+    read_meta(FOLDER)
 
 
 def manifest(content: bytes) -> None:

@@ -56,10 +56,14 @@ ORDER = (
         "doctor",
         "runs",
         "trackers",
+        "rehearse",
     ),
 )
 # what plugs in from outside: nothing in the library imports it
-OUTSIDE = {"explain", "plan", "chart", "report", "report_page", "report_markdown", "doctor", "runs", "trackers"}
+OUTSIDE = {
+    *("explain", "plan", "chart", "report", "report_page", "report_markdown", "doctor", "runs", "trackers"),
+    "rehearse",
+}
 READING_PATH = ("model", "loss", "data", "schedule", "optim", "train")
 
 

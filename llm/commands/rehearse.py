@@ -9,8 +9,8 @@ from llm.errors import UserError
 
 DESCRIPTION = (
     "Rehearse a run of several processes on this machine, with a smaller model: train, save, lose a process to "
-    "SIGKILL, resume in one process, compare with an undisturbed run. Takes the flags of train. Nothing in out_dir is touched; "
-    "exit code 1 if a check fails."
+    "SIGKILL, resume in one process, compare with an undisturbed run. Takes the flags of train. Nothing in out_dir is "
+    "touched; exit code 1 if a check fails."
 )
 MARKS = {True: "ok", False: "FAILED", None: "see"}
 

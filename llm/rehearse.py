@@ -36,8 +36,9 @@ EVAL_TOKENS = 3 * 2048  # three batches: among two processes one is left over
 PIECE = 200_000  # characters of a text without token files; no more than every first chunk of a document has
 LIMIT = 300.0  # seconds for a job of a few; one that takes longer hangs
 # how far apart two runs may be that add up in another order: losses in nats per token; weights, as the root of the mean
-# square, in units of max_lr. Measured: 1e-6 and 2e-6 in float32, 8e-5 and 5e-3 in bfloat16
-TOLERANCES = {"float32": (1e-4, 1e-2), "bfloat16": (1e-2, 5e-2), "float16": (1e-2, 5e-2)}
+# square, in units of max_lr. Measured: 1e-6 and 2e-6 in float32, 8e-5 and 2e-2 in bfloat16; 1 or more where a resume
+# forgets the optimizer's state
+TOLERANCES = {"float32": (1e-4, 1e-2), "bfloat16": (1e-2, 0.1), "float16": (1e-2, 0.1)}
 NOT_CHECKED = (
     "NCCL and GPUs, the network between machines, whether each machine sees the same files, "
     "the accelerator's memory and speed"
@@ -159,6 +160,8 @@ class Rehearsal:
     def text(self) -> tuple[bool, str]:
         """Whether the tokens fit the vocabulary and the window; leaves what is trained on here."""
         config, given = self.config, self.given
+        if "-" in config.text:
+            raise UserError("text = '-': is read more than once here; make token files first, with losscurve prepare -")
         tokens = Path(config.data_dir or default_folder(config))
         self.prepared, where = any((tokens / name).exists() for name in FILES), ""
         if self.prepared:
@@ -239,20 +242,21 @@ class Rehearsal:
         self.workers = _children(self.job.pid)
         if len(self.workers) != self.nproc:
             raise Failure("the run was over before it could be killed; rehearse again")
-        os.kill(self.workers[-1], signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it ended just now; what is saved will tell
+            os.kill(self.workers[-1], signal.SIGKILL)
         began = time.monotonic()
         while self.job.poll() is None or _processes().keys() & set(self.workers):
             _in_time(began, "after one process was killed, the others")
             time.sleep(0.1)
         self.job.communicate()
-        if self.job.returncode == 0:
-            raise Failure("a process was killed, and the run says that it ended well")
         took = time.monotonic() - began
         _, facts, passed_over = checkpoint.newest_state(self.parts)
         if passed_over:
             raise Failure(f"saved and damaged: {next(iter(passed_over.values()))}")
         if facts["step"] == STEPS:
             raise Failure("the run was over before it could be killed; rehearse again")
+        if self.job.returncode == 0:
+            raise Failure("one of its processes was killed, and the run says that it ended well")
         self.job, self.workers, self.resumed_at = None, [], facts["step"]
         return True, f"one process killed for good: the others ended in {took:.0f} s; step {facts['step']} is whole"
 

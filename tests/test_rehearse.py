@@ -196,6 +196,26 @@ def test_another_batch_rate_or_gradient_is_not_the_same_run(here, monkeypatch, d
     assert differences(rehearsing.whole, rehearsing.whole) == (0.0, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "loss", "weight", "good"),
+    [
+        ("float32", 9e-5, 9e-3, True),
+        ("float32", 2e-4, 0.0, False),
+        ("float32", 0.0, 2e-2, False),
+        ("float32", float("nan"), 0.0, False),
+        ("bfloat16", 9e-3, 0.09, True),
+        ("bfloat16", 2e-2, 0.0, False),
+        ("bfloat16", 0.0, 0.2, False),
+    ],
+)
+def test_losses_and_weights_each_have_to_be_near(here, monkeypatch, dtype, loss, weight, good):
+    rehearsing = rehearsal(here, dtype=dtype, max_lr=0.02)
+    rehearsing.preset = here / "small.toml"
+    monkeypatch.setattr(Rehearsal, "_alone", lambda self, words: None)
+    monkeypatch.setattr(rehearse, "differences", lambda whole, parts: (loss, weight * 0.02))
+    assert rehearsing.compare()[0] is good
+
+
 def test_windows_that_do_not_divide_are_found_before_anything_runs(here, losscurve):
     code, out, _ = losscurve(f"rehearse --text text.txt {flags()} --world_size 64")
     assert code == 1
@@ -211,7 +231,8 @@ def test_windows_that_do_not_divide_are_found_before_anything_runs(here, losscur
         ("--block_size 10000", "a window of block_size = 10000 needs one more"),
         ("--text missing.txt", "missing.txt: there is no such file"),
         ("--text empty.txt", "empty.txt: the text is empty"),
-        ("--data_dir nowhere", "nowhere"),
+        ("--text -", "text = '-': is read more than once here"),
+        ("--data_dir nowhere", "data_dir = nowhere: no train.bin there"),
         ("--parallel fsdp --compile", "compile: does not work with --parallel fsdp"),
         ("--device cuda:1", "device = 'cuda:1': is one device"),
         ("--cpu_offload", "cpu_offload: works with --parallel fsdp only"),
@@ -262,8 +283,9 @@ class SimpleUsage:
         self.free = free
 
 
-def fake_job(monkeypatch, rehearsing: Rehearsal, script: str) -> None:
-    """Let a shell script stand for the job of several processes."""
+def fake_job(monkeypatch, rehearsing: Rehearsal, script: str, limit: float = 5.0) -> None:
+    """Let a shell script stand for the job of several processes, and have it hang after so many seconds."""
+    monkeypatch.setattr(rehearse, "LIMIT", limit)
     monkeypatch.setattr(
         prove,
         "start",
@@ -283,8 +305,7 @@ def test_a_job_that_fails_says_why(here, monkeypatch):
 
 def test_a_job_that_saves_nothing_or_hangs_is_ended(here, monkeypatch):
     rehearsing = rehearsal(here)
-    monkeypatch.setattr(rehearse, "LIMIT", 0.5)
-    fake_job(monkeypatch, rehearsing, "sleep 100 & sleep 100")
+    fake_job(monkeypatch, rehearsing, "sleep 100 & sleep 100", limit=0.5)
     findings = list(rehearsing.findings())
     assert [f.good for f in findings[:4]] == [True] * 4
     assert findings[-1].name == "training"
@@ -294,9 +315,8 @@ def test_a_job_that_saves_nothing_or_hangs_is_ended(here, monkeypatch):
 
 def test_processes_that_outlive_a_kill_are_found_and_ended(here, monkeypatch):
     rehearsing = rehearsal(here)
-    monkeypatch.setattr(rehearse, "LIMIT", 2.0)
     folder = shlex.quote(str(rehearsing.parts / "step-000004"))
-    fake_job(monkeypatch, rehearsing, f"mkdir -p {folder}; sleep 7654 & sleep 7654 & wait")
+    fake_job(monkeypatch, rehearsing, f"mkdir -p {folder}; sleep 7654 & sleep 7654 & wait", limit=2.0)
     findings = list(rehearsing.findings())
     assert findings[-1].name == "a kill"
     assert "after one process was killed, the others did not end" in findings[-1].words
@@ -308,9 +328,8 @@ def test_processes_that_outlive_a_kill_are_found_and_ended(here, monkeypatch):
 
 def test_a_process_that_outlives_its_launcher_is_found_and_ended(here, monkeypatch):
     rehearsing = rehearsal(here)
-    monkeypatch.setattr(rehearse, "LIMIT", 2.0)
     folder = shlex.quote(str(rehearsing.parts / "step-000004"))
-    fake_job(monkeypatch, rehearsing, f"sleep 7653 & sleep 7653 & mkdir -p {folder}; wait $!; exit 1")
+    fake_job(monkeypatch, rehearsing, f"sleep 7653 & sleep 7653 & mkdir -p {folder}; wait $!; exit 1", limit=2.0)
     assert "the others did not end" in list(rehearsing.findings())[-1].words
     time.sleep(0.2)
     assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"7653" in path.read_bytes()]
@@ -325,6 +344,15 @@ def test_a_state_that_is_not_whole_after_the_kill_is_said(here, monkeypatch):
     assert (finding.name, finding.good) == ("a kill", False)
     assert "no saved state to resume from" in finding.words
     assert "manifest.json" in finding.words
+
+
+def test_a_job_that_calls_a_killed_process_well_is_not_believed(here, monkeypatch):
+    rehearsing = rehearsal(here)
+    monkeypatch.setattr(rehearse.checkpoint, "newest_state", lambda folder: ({}, {"step": 4}, {}))
+    folder = shlex.quote(str(rehearsing.parts / "step-000004"))
+    ends = "wait $!; kill $first; exit 0"
+    fake_job(monkeypatch, rehearsing, f"sleep 100 & first=$!; sleep 100 & mkdir -p {folder}; {ends}")
+    assert "the run says that it ended well" in list(rehearsing.findings())[-1].words
 
 
 @pytest.mark.parametrize("last", ["exit 0", "sleep 0.2"])

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     from llm.commands.bars import tell
     from llm.rehearse import NOT_CHECKED, Rehearsal, changes
 
-    signal.signal(signal.SIGTERM, _leave)
+    before = signal.signal(signal.SIGTERM, _leave)
     began, world_size = time.monotonic(), args.world_size or args.nproc
     folder = Path(tempfile.mkdtemp(prefix="losscurve-rehearsal-"))
     try:
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> int:
             tell(f"{'':<8}not reached: {', '.join(left)}")
         tell(f"not checked: {NOT_CHECKED}")
     finally:
+        signal.signal(signal.SIGTERM, before)
         if args.keep_folder:
             tell(f"left for you: {folder}")
         else:

@@ -70,7 +70,6 @@ def shrunk(config: TrainConfig, nproc: int, world_size: int) -> TrainConfig:
         "gradient_accumulation_steps": micro_batches,
         "max_steps": STEPS,
         "warmup_steps": min(STEPS - 1, math.ceil(STEPS * config.warmup / config.max_steps)),
-        "min_lr": config.final_lr,
         "eval_every": EVALUATE,
         "eval_tokens": min(EVAL_TOKENS, config.eval_tokens),
         "save_every": SAVE,

@@ -295,6 +295,14 @@ def fake_job(monkeypatch, rehearsing: Rehearsal, script: str, limit: float = 5.0
     )
 
 
+NAP = f"sleep 70.{os.getpid()}"  # nobody else's
+
+
+def napping() -> list[int]:
+    listed = subprocess.run(["ps", "-A", "-o", "pid=", "-o", "args="], capture_output=True, text=True, check=True)
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if line.endswith(NAP)]
+
+
 def test_a_job_that_fails_says_why(here, monkeypatch):
     rehearsing = rehearsal(here)
     fake_job(monkeypatch, rehearsing, "echo 'error: it cannot work' >&2; echo torchrun: failed >&2; exit 1")
@@ -316,23 +324,22 @@ def test_a_job_that_saves_nothing_or_hangs_is_ended(here, monkeypatch):
 def test_processes_that_outlive_a_kill_are_found_and_ended(here, monkeypatch):
     rehearsing = rehearsal(here)
     folder = shlex.quote(str(rehearsing.parts / "step-000004"))
-    fake_job(monkeypatch, rehearsing, f"mkdir -p {folder}; sleep 7654 & sleep 7654 & wait", limit=2.0)
+    fake_job(monkeypatch, rehearsing, f"mkdir -p {folder}; {NAP} & {NAP} & wait", limit=2.0)
     findings = list(rehearsing.findings())
     assert findings[-1].name == "a kill"
     assert "after one process was killed, the others did not end" in findings[-1].words
     assert rehearsing.job.poll() is not None
     time.sleep(0.2)
-    ours = [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"7654" in path.read_bytes()]
-    assert not ours
+    assert not napping()
 
 
 def test_a_process_that_outlives_its_launcher_is_found_and_ended(here, monkeypatch):
     rehearsing = rehearsal(here)
     folder = shlex.quote(str(rehearsing.parts / "step-000004"))
-    fake_job(monkeypatch, rehearsing, f"sleep 7653 & sleep 7653 & mkdir -p {folder}; wait $!; exit 1", limit=2.0)
+    fake_job(monkeypatch, rehearsing, f"{NAP} & {NAP} & mkdir -p {folder}; wait $!; exit 1", limit=2.0)
     assert "the others did not end" in list(rehearsing.findings())[-1].words
     time.sleep(0.2)
-    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"7653" in path.read_bytes()]
+    assert not napping()
 
 
 def test_a_state_that_is_not_whole_after_the_kill_is_said(here, monkeypatch):
@@ -346,13 +353,17 @@ def test_a_state_that_is_not_whole_after_the_kill_is_said(here, monkeypatch):
     assert "manifest.json" in finding.words
 
 
-def test_a_job_that_calls_a_killed_process_well_is_not_believed(here, monkeypatch):
+@pytest.mark.parametrize(
+    ("step", "code", "words"),
+    [(4, 0, "the run says that it ended well"), (STEPS, 1, "over before it could be killed")],
+)
+def test_a_kill_that_changed_nothing_is_not_believed(here, monkeypatch, step, code, words):
     rehearsing = rehearsal(here)
-    monkeypatch.setattr(rehearse.checkpoint, "newest_state", lambda folder: ({}, {"step": 4}, {}))
+    monkeypatch.setattr(rehearse.checkpoint, "newest_state", lambda folder: ({}, {"step": step}, {}))
     folder = shlex.quote(str(rehearsing.parts / "step-000004"))
-    ends = "wait $!; kill $first; exit 0"
+    ends = f"wait $!; kill $first; exit {code}"
     fake_job(monkeypatch, rehearsing, f"sleep 100 & first=$!; sleep 100 & mkdir -p {folder}; {ends}")
-    assert "the run says that it ended well" in list(rehearsing.findings())[-1].words
+    assert words in list(rehearsing.findings())[-1].words
 
 
 @pytest.mark.parametrize("last", ["exit 0", "sleep 0.2"])

@@ -34,6 +34,7 @@ from llm.tokens import GPT2_VOCAB, count_tokens, has_tokens, read_meta
 from llm.train import train_step
 
 MIB = 2**20
+COPIES = 28  # bytes a parameter while a state is saved: weights and moments, and the moments twice more as a file
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal for text that is read once
 # measured, on the configurations that benchmarks/plan.py calls tuned
 PROCESS = 350 * MIB  # Python, PyTorch, Matplotlib, the tokenizer and their scratch space
@@ -115,8 +116,8 @@ def memory_on(on_cpu: bool, size: int, config: TrainConfig) -> dict[str, int]:
         "loss": loss,
         "activations": model.n_layer * layer + passing,
     }
-    if on_cpu:  # copies of weights and moments, and the moments twice more as they become a file
-        found |= {"copies being saved": 28 * count, "process": PROCESS}
+    if on_cpu:
+        found |= {"copies being saved": COPIES * count, "process": PROCESS}
     return found
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def _json(value: Any) -> str:
 
 def whole_run(flags: list[str], out_dir: Path) -> None:
     """Train without any interruption, in a process of its own. Raises Failure if it does not end well."""
-    _finish(_start([*flags, "--out_dir", str(out_dir), "--overwrite"]))
+    finish(start([*flags, "--out_dir", str(out_dir), "--overwrite"]))
 
 
 def killed_run(flags: list[str], out_dir: Path, max_steps: int, kills: int, luck: random.Random) -> Iterator[int]:
@@ -59,20 +60,20 @@ def killed_run(flags: list[str], out_dir: Path, max_steps: int, kills: int, luck
     (out_dir / "metrics.jsonl").unlink(missing_ok=True)
     moments = sorted(luck.uniform(0, max_steps) for _ in range(kills))
     for moment in moments:
-        process = _start(_go_on(flags, out_dir))
+        process = start(_go_on(flags, out_dir))
         before = _recorded(out_dir)
         while process.poll() is None and _recorded(out_dir) < int(moment):
             time.sleep(0.005)
         time.sleep(luck.uniform(0, 0.5))
         if process.poll() is not None:
-            _finish(process)  # it ended before its moment came: well, or it says why not
+            finish(process)  # it ended before its moment came: well, or it says why not
             return
         process.kill()
         process.communicate()
         yield max(before, _recorded(out_dir))
         if checkpoint.saved_steps(out_dir)[-1:] == [max_steps]:
             return  # all was done but its last words
-    _finish(_start(_go_on(flags, out_dir)))
+    finish(start(_go_on(flags, out_dir)))
 
 
 def _go_on(flags: list[str], out_dir: Path) -> list[str]:
@@ -82,16 +83,20 @@ def _go_on(flags: list[str], out_dir: Path) -> list[str]:
     return ["--out_dir", str(out_dir), "--resume"]
 
 
-def _start(words: list[str]) -> "subprocess.Popen[str]":
+def start(words: list[str], environment: dict[str, str] | None = None) -> "subprocess.Popen[str]":
+    """`train` with these flags, in a process of its own, with more variables in its environment."""
     command = [sys.executable, "-m", "llm", "train", *words]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    env = os.environ | (environment or {})
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
 
 
-def _finish(process: "subprocess.Popen[str]") -> None:
+def finish(process: "subprocess.Popen[str]") -> None:
+    """Wait for a run. Raises Failure, with the line that says why, if it does not end well."""
     _, errors = process.communicate()
     if process.returncode:
         lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
-        raise Failure(f"a training run did not end well: {lines[-1]}")
+        said = next((line for line in lines if line.startswith("error: ")), lines[-1])  # torchrun has the last word
+        raise Failure(f"a training run did not end well: {said}")
 
 
 def _recorded(out_dir: Path) -> int:

@@ -62,6 +62,7 @@ ORDER = (
         "doctor",
         "runs",
         "trackers",
+        "rehearse",
     ),
 )
 # what plugs in from outside: nothing in the library imports it
@@ -76,6 +77,7 @@ OUTSIDE = {
     "doctor",
     "runs",
     "trackers",
+    "rehearse",
 }
 READING_PATH = ("model", "loss", "data", "schedule", "optim", "train")
 

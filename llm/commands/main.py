@@ -23,6 +23,7 @@ COMMANDS = {
     "show-batch": "print the text of any step",
     "memorised": "how much of what a model writes stands in its training text",
     "doctor": "what of this machine works, and how to mend what does not",
+    "rehearse": "the same run, small: several processes, one killed, resumed, compared",
     "prove-resume": "kill and resume runs of your settings, and compare",
 }
 

@@ -1,0 +1,414 @@
+"""A rehearsal keeps what can break, passes where a run holds together, and says which check does not."""
+
+import os
+import shlex
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, flags
+
+from llm import data, distributed, plan, prove, rehearse, start
+from llm.config import PRESETS, from_settings, read_toml, to_settings
+from llm.distributed import World
+from llm.errors import Failure
+from llm.rehearse import STEPS, Rehearsal, changes, differences, shrunk
+from llm.start import begun
+from llm.train import Step
+
+ROOT = Path(__file__).parent.parent
+KEPT = (
+    *("parallel", "activation_checkpointing", "cpu_offload", "dtype", "dropout", "n_head", "bias", "tied_lm_head"),
+    *("gelu", "ffn_mult", "vocab_size", "text", "tokenizer", "val_fraction", "schedule", "max_lr", "grad_clip"),
+    *("weight_decay", "weight_decay_split", "beta1", "beta2", "seed"),
+)
+
+
+@pytest.fixture(autouse=True)
+def jobs_find_the_package_and_their_temporary_folder(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("temporary")))
+
+
+def left_over() -> list[Path]:
+    import tempfile
+
+    # torch keeps a torchinductor_… there, as everywhere
+    return [path for path in Path(tempfile.gettempdir()).iterdir() if not path.name.startswith("torchinductor_")]
+
+
+def rehearsal(here: Path, nproc: int = 2, world_size: int = 2, is_here: bool = True, **settings: object) -> Rehearsal:
+    config = from_settings(SMALL | {"text": str(here / "text.txt")} | settings)
+    (here / "rehearsal").mkdir()
+    return Rehearsal(config, nproc, world_size, is_here, here / "rehearsal")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_what_can_break_is_kept_and_the_rest_is_small_for_every_preset(preset, parallel):
+    more = {"parallel": parallel, "activation_checkpointing": True, "schedule": "linear", "dropout": 0.3}
+    config = from_settings(read_toml(preset) | more)
+    small = shrunk(config, 2, 8)
+    before, after = to_settings(config), to_settings(small)
+    assert {name: before.get(name) for name in KEPT} == {name: after.get(name) for name in KEPT}
+    assert small.final_lr == config.final_lr
+    assert 0 < small.warmup < STEPS
+    assert plan.run_flops(small) < 3e11  # a second or two of one core
+    assert sum(plan.parameters(small.model).values()) < 7e6
+    assert (small.device, small.compile, small.max_time, small.patience) == ("cpu", False, None, None)
+
+
+def test_no_warm_up_stays_none_and_a_long_one_stays_long():
+    assert shrunk(from_settings({"warmup_steps": 0}), 2, 2).warmup == 0
+    assert shrunk(from_settings({"warmup_steps": 2500}), 2, 2).warmup == STEPS / 2
+    assert shrunk(from_settings({"warmup_steps": 4999}), 2, 2).warmup == STEPS - 1
+
+
+@pytest.mark.parametrize(("heads", "width"), [(1, 64), (4, 128), (12, 768), (96, 12288), (3, 3)])
+def test_the_heads_stay_and_divide_the_smaller_width(heads, width):
+    model = shrunk(from_settings({"n_head": heads, "n_embd": width}), 2, 2).model
+    assert model.n_head == heads
+    assert model.n_embd <= min(width, max(64, heads))
+
+
+def dealt(config, processes):
+    """(several micro-batches, the last is smaller) for each process, as llm.train cuts them."""
+    share, rest = divmod(config.windows_per_step, processes)
+    assert rest == 0
+    sizes = [min(config.batch_size, share - first) for first in range(0, share, config.batch_size)]
+    return len(sizes) > 1, sizes[-1] < config.batch_size
+
+
+@pytest.mark.parametrize("nproc", [2, 3, 4, 9])
+@pytest.mark.parametrize(
+    ("batch", "micro_batches", "world_size", "kind"),
+    [(32, 1, 8, (False, True)), (4, 8, 8, (False, False)), (12, 40, 8, (True, False)), (4, 3, 2, (True, True))],
+)
+def test_a_process_accumulates_as_in_the_run_itself(nproc, batch, micro_batches, world_size, kind):
+    config = from_settings({"batch_size": batch, "gradient_accumulation_steps": micro_batches})
+    small = shrunk(config, nproc, world_size)
+    assert dealt(config, world_size) == dealt(small, nproc) == kind
+    assert small.windows_per_step <= 12 * nproc
+
+
+def test_what_was_shrunk_is_told():
+    config = from_settings(read_toml("gpt2-124m") | {"patience": 3})
+    told = changes(config, shrunk(config, 2, 2))
+    assert {"n_layer 12 -> 2", "n_embd 768 -> 60", "block_size 1024 -> 32", "patience 3 -> none"} <= set(told)
+    assert not [line for line in told if line.startswith(("out_dir", "parallel", "dtype", "max_lr"))]
+
+
+def test_a_run_that_holds_together_passes_and_leaves_nothing(here, losscurve):
+    settings = {"dropout": 0.2, "batch_size": 4, "gradient_accumulation_steps": 3, "grad_clip": 1.0}
+    code, out, err = losscurve(f"rehearse --text text.txt {flags(**settings)}")
+    assert code == 0, out + err
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[2:10]] == ["ok"] * 8, out
+    assert "batch_size 4 -> 2" in lines[1]
+    assert "2 processes (ddp) trained and saved step 4" in out
+    assert "one process went on from step" in out
+    assert "in float32" in lines[9]
+    assert lines[10].startswith("not checked: NCCL")
+    assert lines[11].startswith("the run of 2 processes with ddp will hold together (")
+    assert sorted(path.name for path in here.iterdir()) == ["text.txt"]
+    assert not left_over()
+
+
+def test_shards_pass_too_on_the_token_files_that_are_there(here, losscurve):
+    assert losscurve("prepare text.txt --tokenizer char")[0] == 0
+    more = "--parallel fsdp --cpu_offload --activation_checkpointing --tied_lm_head --data_dir data"
+    code, out, err = losscurve(f"rehearse {more} {flags(batch_size=8)} --world_size 4 --keep_folder")
+    assert code == 0, out + err
+    assert "8 windows a step: 2 each of 4 processes, in 1 micro-batches" in out
+    assert "rehearsing on data" in out
+    assert "2 processes (fsdp) trained and saved" in out
+    assert "the run of 4 processes with fsdp will hold together" in out
+    (folder,) = left_over()
+    assert f"left for you: {folder}" in out
+    assert 'parallel = "fsdp"' in (folder / "small.toml").read_text()
+    assert not Path("checkpoints").exists()
+
+
+def test_a_resume_that_forgets_the_optimizer_fails_in_one_line(here, losscurve, monkeypatch):
+    """In the very processes of the rehearsal: Python runs a sitecustomize.py it finds before anything else."""
+    (here / "broken").mkdir()
+    (here / "broken" / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if '--resume' in sys.orig_argv:\n"
+        "    import llm.state\n"
+        "    llm.state.restore_optimizer = lambda *_: None\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here / "broken"), str(ROOT)]))
+    code, out, _ = losscurve(f"rehearse --text text.txt {flags()}")
+    assert code == 1
+    (failed,) = [line for line in out.splitlines() if line.startswith("FAILED")]
+    assert "same run" in failed
+    assert "NOT the same run: losses within" in failed
+    assert "will NOT hold together as it is: mend same run" in out
+    assert not left_over()
+
+
+def ran(rehearsing: Rehearsal, folder: str) -> Path:
+    """The small run, in this process."""
+    config = from_settings({"out_dir": rehearsal_folder(rehearsing, folder)}, rehearsing.small)
+    with begun(config) as run:
+        assert sum(isinstance(event, Step) for event in run) == STEPS
+    return Path(config.out_dir)
+
+
+def rehearsal_folder(rehearsing: Rehearsal, name: str) -> str:
+    return str(rehearsing.folder / name)
+
+
+WRONG = {
+    "windows of another process": lambda patch: patch.setattr(
+        World, "rows", lambda self, count: slice(count // 2, count)
+    ),
+    "another batch": lambda patch: patch.setattr(
+        "llm.train.batch_at", lambda tokens, seed, step, *more: data.batch_at(tokens, seed, max(step, 1), *more)
+    ),
+    "no clipping": lambda patch: patch.setattr("torch.nn.utils.clip_grads_with_norm_", lambda *_: None),
+    "another learning rate": lambda patch: patch.setattr("llm.train.lr_at", lambda step, config: 1.01 * config.max_lr),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_another_batch_rate_or_gradient_is_not_the_same_run(here, monkeypatch, dtype, wrong):
+    rehearsing = rehearsal(here, dtype=dtype, grad_clip=0.1)
+    rehearsing.text()
+    rehearsing.whole = ran(rehearsing, "whole")
+    with monkeypatch.context() as patch:
+        WRONG[wrong](patch)
+        rehearsing.parts = ran(rehearsing, "parts")
+    monkeypatch.setattr(Rehearsal, "_alone", lambda self, words: None)
+    if wrong == "another learning rate":  # which the record shows
+        with pytest.raises(Failure, match="the lr of its rows"):
+            rehearsing.compare()
+        return
+    good, words = rehearsing.compare()
+    assert good is False
+    assert words.startswith("NOT the same run: losses within")
+    rehearsing.parts = rehearsing.whole
+    assert rehearsing.compare()[0] is True
+    assert differences(rehearsing.whole, rehearsing.whole) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loss", "weight", "good"),
+    [
+        ("float32", 9e-5, 9e-3, True),
+        ("float32", 2e-4, 0.0, False),
+        ("float32", 0.0, 2e-2, False),
+        ("float32", float("nan"), 0.0, False),
+        ("bfloat16", 9e-3, 0.09, True),
+        ("bfloat16", 2e-2, 0.0, False),
+        ("bfloat16", 0.0, 0.2, False),
+    ],
+)
+def test_losses_and_weights_each_have_to_be_near(here, monkeypatch, dtype, loss, weight, good):
+    rehearsing = rehearsal(here, dtype=dtype, max_lr=0.02)
+    rehearsing.preset = here / "small.toml"
+    monkeypatch.setattr(Rehearsal, "_alone", lambda self, words: None)
+    monkeypatch.setattr(rehearse, "differences", lambda whole, parts: (loss, weight * 0.02))
+    assert rehearsing.compare()[0] is good
+
+
+def test_windows_that_do_not_divide_are_found_before_anything_runs(here, losscurve):
+    code, out, _ = losscurve(f"rehearse --text text.txt {flags()} --world_size 64")
+    assert code == 1
+    assert "FAILED  processes  batch_size x gradient_accumulation_steps = 4 windows do not divide among 64" in out
+    assert "not reached: text, disk, memory, training, a kill, resuming, same run" in out
+    assert "the run of 64 processes with ddp will NOT hold together as it is: mend processes" in out
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("--tokenizer byte --vocab_size 20", "vocab_size = 20 is below the 257 of byte"),
+        ("--block_size 10000", "a window of block_size = 10000 needs one more"),
+        ("--text missing.txt", "missing.txt: there is no such file"),
+        ("--text empty.txt", "empty.txt: the text is empty"),
+        ("--text -", "text = '-': is read more than once here"),
+        ("--data_dir nowhere", "data_dir = nowhere: no train.bin there"),
+        ("--parallel fsdp --compile", "compile: does not work with --parallel fsdp"),
+        ("--device cuda:1", "device = 'cuda:1': is one device"),
+        ("--cpu_offload", "cpu_offload: works with --parallel fsdp only"),
+    ],
+)
+def test_what_the_run_would_refuse_is_found_first(here, losscurve, settings, words):
+    Path("empty.txt").touch()
+    before = sorted(here.iterdir())
+    text = "" if "--text" in settings or "--data_dir" in settings else "--text text.txt"
+    code, out, _ = losscurve(f"rehearse {flags()} {text} {settings}")
+    assert code == 1
+    (failed,) = [line for line in out.splitlines() if line.startswith("FAILED")]
+    assert words in failed
+    assert "not reached" in out
+    assert sorted(here.iterdir()) == before
+    assert not left_over()
+
+
+def test_token_files_are_held_to_the_real_settings(here, losscurve):
+    losscurve("prepare text.txt --tokenizer char")
+    code, out, _ = losscurve(f"rehearse --data_dir data {flags()} --vocab_size 5")
+    assert code == 1
+    assert "FAILED  text       vocab_size = 5 is below the" in out
+
+
+def test_disk_and_memory_are_those_of_the_real_model(here, monkeypatch):
+    large = {"n_layer": 100, "n_head": 16, "n_embd": 2048}
+    rehearsing = rehearsal(here, **large)
+    rehearsing.text()
+    count = sum(plan.parameters(rehearsing.config.model).values())
+    assert count > 5e9
+    monkeypatch.setattr(plan, "machine_memory", lambda: 29 * count)
+    assert rehearsing.memory() == (True, f"{(28 * count + plan.PROCESS) / 2**30:.2f} GiB on the host of rank 0 to "
+                                   f"save; {29 * count / 2**30:.2f} here")  # fmt: skip
+    monkeypatch.setattr(plan, "machine_memory", lambda: 27 * count)
+    assert rehearsing.memory()[0] is False
+    for free, good in ((61 * count, True), (59 * count, False)):  # three kept, two on their way, the weights
+        monkeypatch.setattr(rehearse.shutil, "disk_usage", lambda path, free=free: SimpleUsage(free))
+        assert rehearsing.disk()[0] is good
+    rehearsing.here = False  # then it is the cluster that has to have it
+    good, words = rehearsing.disk()
+    assert good is None
+    assert "so see that the machine of rank 0 has it" in words
+
+
+class SimpleUsage:
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+
+def fake_job(monkeypatch, rehearsing: Rehearsal, script: str, limit: float = 5.0) -> None:
+    """Let a shell script stand for the job of several processes, and have it hang after so many seconds."""
+    monkeypatch.setattr(rehearse, "LIMIT", limit)
+    monkeypatch.setattr(
+        prove,
+        "start",
+        lambda words, environment: subprocess.Popen(
+            ["bash", "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ),
+    )
+
+
+NAP = f"sleep 70.{os.getpid()}"  # nobody else's
+
+
+def napping() -> list[int]:
+    listed = subprocess.run(["ps", "-A", "-o", "pid=", "-o", "args="], capture_output=True, text=True, check=True)
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if line.endswith(NAP)]
+
+
+def test_a_job_that_fails_says_why(here, monkeypatch):
+    rehearsing = rehearsal(here)
+    fake_job(monkeypatch, rehearsing, "echo 'error: it cannot work' >&2; echo torchrun: failed >&2; exit 1")
+    finding = list(rehearsing.findings())[-1]
+    assert (finding.name, finding.good) == ("training", False)
+    assert finding.words == "a training run did not end well: error: it cannot work"
+
+
+def test_a_job_that_saves_nothing_or_hangs_is_ended(here, monkeypatch):
+    rehearsing = rehearsal(here)
+    fake_job(monkeypatch, rehearsing, "sleep 100 & sleep 100", limit=0.5)
+    findings = list(rehearsing.findings())
+    assert [f.good for f in findings[:4]] == [True] * 4
+    assert findings[-1].name == "training"
+    assert "2 processes did not end in 0 s: something hangs" in findings[-1].words
+    assert rehearsing.job.poll() is not None
+
+
+def test_processes_that_outlive_a_kill_are_found_and_ended(here, monkeypatch):
+    rehearsing = rehearsal(here)
+    folder = shlex.quote(str(rehearsing.parts / "step-000004"))
+    fake_job(monkeypatch, rehearsing, f"mkdir -p {folder}; {NAP} & {NAP} & wait", limit=2.0)
+    findings = list(rehearsing.findings())
+    assert findings[-1].name == "a kill"
+    assert "after one process was killed, the others did not end" in findings[-1].words
+    assert rehearsing.job.poll() is not None
+    time.sleep(0.2)
+    assert not napping()
+
+
+def test_a_process_that_outlives_its_launcher_is_found_and_ended(here, monkeypatch):
+    rehearsing = rehearsal(here)
+    folder = shlex.quote(str(rehearsing.parts / "step-000004"))
+    fake_job(monkeypatch, rehearsing, f"{NAP} & {NAP} & mkdir -p {folder}; wait $!; exit 1", limit=2.0)
+    assert "the others did not end" in list(rehearsing.findings())[-1].words
+    time.sleep(0.2)
+    assert not napping()
+
+
+def test_a_state_that_is_not_whole_after_the_kill_is_said(here, monkeypatch):
+    rehearsing = rehearsal(here)
+    folder = shlex.quote(str(rehearsing.parts / "step-000004"))
+    ends = "wait $!; kill $first; exit 1"  # once the second of them is killed
+    fake_job(monkeypatch, rehearsing, f"sleep 100 & first=$!; sleep 100 & mkdir -p {folder}; {ends}")
+    finding = list(rehearsing.findings())[-1]
+    assert (finding.name, finding.good) == ("a kill", False)
+    assert "no saved state to resume from" in finding.words
+    assert "manifest.json" in finding.words
+
+
+@pytest.mark.parametrize(
+    ("step", "code", "words"),
+    [(4, 0, "the run says that it ended well"), (STEPS, 1, "over before it could be killed")],
+)
+def test_a_kill_that_changed_nothing_is_not_believed(here, monkeypatch, step, code, words):
+    rehearsing = rehearsal(here)
+    monkeypatch.setattr(rehearse.checkpoint, "newest_state", lambda folder: ({}, {"step": step}, {}))
+    folder = shlex.quote(str(rehearsing.parts / "step-000004"))
+    ends = f"wait $!; kill $first; exit {code}"
+    fake_job(monkeypatch, rehearsing, f"sleep 100 & first=$!; sleep 100 & mkdir -p {folder}; {ends}")
+    assert words in list(rehearsing.findings())[-1].words
+
+
+@pytest.mark.parametrize("last", ["exit 0", "sleep 0.2"])
+def test_a_run_that_is_over_too_soon_is_said(here, monkeypatch, last):
+    rehearsing = rehearsal(here)
+    fake_job(monkeypatch, rehearsing, f"mkdir -p {shlex.quote(str(rehearsing.parts / 'step-000004'))}; {last}")
+    finding = list(rehearsing.findings())[-1]
+    assert (finding.name, finding.good) == ("a kill", False)
+    assert "over before it could be killed" in finding.words
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ("--nproc 1", "nproc = 1: expected a number of processes from 2 to 64"),
+        ("--nproc many", "argument --nproc: invalid int value"),
+        ("--world_size 0", "world_size = 0: expected a number of processes from 1"),
+        ("--world_sizes 2", "unknown argument --world_sizes; did you mean --world_size?"),
+        ("--n_layer 0", "n_layer = 0: expected a whole number at least 1"),
+        ("--init_from nowhere", "nowhere: no run and no .pt file there"),
+    ],
+)
+def test_a_mistake_is_one_line(here, losscurve, mistake, words):
+    code, out, err = losscurve(f"rehearse {mistake}")
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert words in err
+    assert not left_over()
+
+
+def test_under_torchrun_it_says_to_run_it_without(here, losscurve, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    code, _, err = losscurve("rehearse")
+    assert code == 2
+    assert "RANK is set" in err
+
+
+def test_it_starts_from_weights_in_words_only(here, losscurve):
+    assert losscurve(f"train --text text.txt --data_dir data {flags(max_steps=3, eval_every=3)} --out_dir old")[0] == 0
+    config = from_settings({"init_from": "old", "text": str(here / "text.txt"), "batch_size": 4})
+    (here / "rehearsal").mkdir()
+    rehearsing = Rehearsal(config, 2, 2, True, here / "rehearsal")
+    assert rehearsing.config.model.n_layer == 2
+    assert rehearsing.small.init_from is None
+    assert rehearsing.text()[0] is True
+    assert rehearsing.small.model.vocab_size == rehearsing.config.model.vocab_size
+    assert distributed.ALONE.size == 1
+    assert start.run_config(Path("old")).model == rehearsing.config.model

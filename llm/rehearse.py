@@ -323,16 +323,21 @@ def _piece(config: TrainConfig, folder: Path, given: Tokenizer | None, block_siz
     """(token files of the first PIECE characters of the text, whether that is all of it), made in `folder`."""
     files, left = [], PIECE
     (folder / "text").mkdir()
-    with corpus.opened(config.text) as source:
+    with corpus.opened(config.text, limit=PIECE) as source:
         if source.missing:
             say(f"{source.missing}. Rehearsing on the help topics that Python carries instead")
         kind = "bpe" if source.missing and config.tokenizer == "auto" else config.tokenizer
-        for number, document in enumerate(source.documents):
+        for number, file in enumerate(source.files):
             if left <= 0:
                 break
-            start = next(document.read(), "")[:left]
+            start = ""
+            for piece in file.read():  # of a text, or the rows of a file
+                start += piece + ("\n" if file.in_rows else "")
+                if len(start) >= left:
+                    break
+            start = start[:left]
             left -= len(start)
-            files.append(folder / "text" / f"{number:06d}-{Path(document.label).name}")
+            files.append(folder / "text" / f"{number:06d}-{Path(file.label).name}.txt")
             files[-1].write_text(start, encoding="utf-8", newline="")
     settings = (kind, config.vocab_size, config.val_fraction)
     prepare(tuple(map(str, files)), folder / "tokens", *settings, say=say, block_size=block_size, given=given)

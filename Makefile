@@ -28,7 +28,7 @@ test: setup
 
 torture: setup
 	-$(BIN)/pip install --quiet --disable-pip-version-check "atheris>=2.3"
-	LOSSCURVE_TORTURE=1 $(BIN)/python -m pytest -n auto --dist load tests/faults $(ARGS)
+	LOSSCURVE_TORTURE=1 $(BIN)/python -m pytest -n auto --dist load tests/faults tests/test_distributed.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from llm.errors import Failure, UserError
 T = TypeVar("T")
 BEAT = 1.0  # seconds between the signs of life of a process
 SILENCE = float(os.environ.get("LOSSCURVE_SILENCE", 60))  # seconds without one after which the job ends
+STORE_WAIT = 30  # seconds for an answer of torchrun's store
 STALLED = datetime.timedelta(minutes=10)  # for which an exchange of a step may make no progress
 PATIENCE = datetime.timedelta(hours=12)  # of what is said in JSON: who says it may have prepared a large text
 LOST = "the processes of the run lost each other"
@@ -209,8 +211,11 @@ def joined() -> Iterator[World]:
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=STALLED)
-    watch = Watch(world)
+    store = _store(leads=world.leads)
+    name = _name_of_start(world, store)
+    named = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, timeout=STALLED, rank=world.rank, world_size=world.size, store=named)
+    watch = Watch(world, name)
     restarted = watch.store.check(["losscurve/begun"])
     groups = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=PATIENCE)
     world = World(world.rank, world.size, world.local_rank, True, restarted, *groups, watch)
@@ -223,10 +228,44 @@ def joined() -> Iterator[World]:
         if not _is_of_a_connection(error):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, which ends the rest: first it is said who failed
-        raise Failure(f"{LOST}: {watch.missing() or str(error).splitlines()[0]}") from error
+        cause = watch.missing() or str(error).splitlines()[0]
+        raise _shared(Failure(f"{LOST}: {cause}; go on with --resume"), watch.says()) from error
     finally:
         watch.close()
     dist.destroy_process_group()
+
+
+def _store(leads: bool = False) -> Any:
+    """A connection to torchrun's store, in which the processes can say what they cannot say to each other.
+
+    The launcher keeps it; where it does not, the leading process does. It takes one call at a time.
+    """
+    keeps = leads and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    where, wait = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), datetime.timedelta(seconds=STORE_WAIT)
+    return dist.TCPStore(*where, is_master=keeps, wait_for_workers=False, timeout=wait)  # type: ignore[attr-defined]
+
+
+def _name_of_start(world: World, store: Any) -> str:
+    """A name for this start of the processes, which no other start had.
+
+    torchrun's store outlives a restart, and what its machines count of restarts may differ. So that nobody takes what
+    an earlier start left there for this one's, each process asks by a name that is new, and rank 0 answers.
+    """
+    mine = uuid.uuid4().hex
+    if not world.leads:
+        store.set(f"losscurve/asks/{world.rank}", mine)
+        store.wait([f"losscurve/answer/{mine}"], PATIENCE)
+        name = str(store.get(f"losscurve/answer/{mine}").decode())
+        store.set(f"losscurve/{name}/heard/{world.rank}", "")
+        return f"losscurve/{name}"
+    silent = list(range(1, world.size))
+    while silent:
+        for rank in silent:
+            if store.check([key := f"losscurve/asks/{rank}"]):
+                store.set(f"losscurve/answer/{store.get(key).decode()}", mine)
+        silent = [rank for rank in silent if not store.check([f"losscurve/{mine}/heard/{rank}"])]
+        time.sleep(0.01)
+    return f"losscurve/{mine}"
 
 
 def _is_of_a_connection(error: RuntimeError) -> bool:
@@ -240,14 +279,10 @@ class Watch(threading.Thread):
     Rank 0 looks at all, the others at rank 0.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, prefix: str) -> None:
         super().__init__(daemon=True, name="watch")
-        self.rank, self.local_rank, self.launcher = world.rank, world.local_rank, os.getppid()
-        self.host, self.port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.store = dist.TCPStore(  # type: ignore[attr-defined]
-            self.host, self.port, is_master=False, timeout=datetime.timedelta(seconds=30)
-        )
-        self.prefix = f"losscurve/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self.rank, self.local_rank, self.size, self.launcher = world.rank, world.local_rank, world.size, os.getppid()
+        self.store, self.prefix = _store(), prefix
         self.store.set(f"{self.prefix}/host/{self.rank}", f"{socket.gethostname()}, process {os.getpid()}")
         self.others = [rank for rank in range(world.size) if rank != world.rank and (self.rank == 0 or rank == 0)]
         self._done = threading.Event()
@@ -259,19 +294,18 @@ class Watch(threading.Thread):
         answered = time.monotonic()
         while not self._done.wait(BEAT):
             if os.getppid() != self.launcher:
-                self._end("the launcher of this process is gone", self.local_rank == 0)
+                self._end("the launcher of this process is gone")
             try:
                 self._look()
                 answered = time.monotonic()
                 named = self._named(self._silent(SILENCE))
             except (RuntimeError, ValueError, OSError) as error:  # what the store raises when it is gone
                 if time.monotonic() - answered > SILENCE:
-                    where = f"the store of the run at {self.host}:{self.port}"
-                    words = f"{where} has not answered for {SILENCE:.0f} s ({str(error).splitlines()[0]})"
-                    self._end(words, self.local_rank == 0)
+                    where = "the store of the run at {MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+                    self._end(f"{where} has not answered for {SILENCE:.0f} s ({str(error).splitlines()[0]})")
                 continue
             if named:
-                self._end(f"{named} for {SILENCE:.0f} s: it hangs, was stopped, or was cut off", self.rank <= 1)
+                self._end(f"{named} for {SILENCE:.0f} s: it hangs, was stopped, or was cut off")
 
     def _look(self) -> None:
         with self._store_lock:
@@ -298,17 +332,32 @@ class Watch(threading.Thread):
         return f"nothing was heard of {names}" + (f" and {len(ranks) - 3} more" if len(ranks) > 3 else "")
 
     def missing(self) -> str:
-        """Who has given no sign of life lately, in words; "" if that cannot be told."""
-        time.sleep(4 * BEAT)
+        """Who gives no sign of life, in words; "" if that cannot be told."""
         try:
-            named = self._named(self._silent(2.5 * BEAT))
-            return f"{named}: it has ended" if named else ""
+            before = self._signs()
+            time.sleep(4 * BEAT)
+            silent = [rank for rank, (then, now) in enumerate(zip(before, self._signs(), strict=True)) if then == now]
+            named = self._named(silent)
+            return f"{named}: it has ended, or was cut off" if named else ""
         except (RuntimeError, ValueError, OSError):
             return ""
 
-    def _end(self, cause: str, says: bool) -> None:
+    def says(self) -> bool:
+        """Whether it is for this process to say why the job ends: the first to ask, of those that reach the store."""
+        try:
+            with self._store_lock:
+                return int(self.store.add(f"{self.prefix}/said", 1)) == 1
+        except (RuntimeError, ValueError, OSError):
+            return self.local_rank == 0
+
+    def _signs(self) -> list[bytes]:
+        keys = [f"{self.prefix}/beat/{rank}" for rank in range(self.size)]
+        with self._store_lock:
+            return [self.store.get(key) if self.store.check([key]) else b"" for key in keys]
+
+    def _end(self, cause: str) -> None:
         """End this process from beside its work, which waits for another in vain. What was saved stays."""
-        if says:
+        if self.says():
             with contextlib.suppress(OSError):
                 print(f"error: {LOST}: {cause}; go on with --resume", file=sys.stderr, flush=True)
         else:

@@ -392,6 +392,23 @@ def connect(trainer: Trainer, say: Say) -> None:
     if trainer.config.parallel == "fsdp" and not trainer.world.started:
         say("parallel = 'fsdp' needs torchrun; in this one process there is nothing to share")
     trainer.forward, trainer.exchange = exchanging(trainer.model, trainer.forward, trainer.world)
+    if trainer.config.parallel == "ddp" and trainer.world.size > 1:
+        # DDP settles what it adds up together, and so in which order, after the first backward: a resumed run would
+        # take its first step in another order than the run that was never stopped
+        try_out(trainer, trainer.forward)
+
+
+def try_out(trainer: Trainer, forward: Callable[..., Any]) -> None:
+    """Forward and backward as in a step, of nothing and for nothing."""
+    config = trainer.config
+    windows = min(config.batch_size, config.windows_per_step // trainer.world.size)
+    ids = torch.zeros(windows, config.model.block_size, dtype=torch.int64, device=trainer.device)
+    try:
+        with precision(trainer.dtype, trainer.device):
+            loss: Any = forward(ids, ids, ids[:, 0].int())[1]
+        loss.backward()
+    finally:
+        trainer.model.zero_grad(set_to_none=True)
 
 
 def compile_forward(trainer: Trainer, say: Say) -> None:
@@ -400,22 +417,18 @@ def compile_forward(trainer: Trainer, say: Say) -> None:
     The blocks are compiled; the loss stays as it is, since it is one product after another, and so does the
     embedding: compiled code adds up its gradient in the order in which threads happen to come.
     """
-    model, config = trainer.model, trainer.config
+    model = trainer.model
     stream = torch.compile(model.stream)
 
     def forward(idx: Tensor, targets: Tensor, seeds: Tensor) -> tuple[None, Tensor]:
         return None, linear_cross_entropy(stream(model.wte(idx), seeds=seeds), model.lm_head.weight, targets)
 
-    ids = torch.zeros(config.batch_size, config.model.block_size, dtype=torch.int64, device=trainer.device)
     try:
-        with precision(trainer.dtype, trainer.device):
-            loss: Any = forward(ids, ids, ids[:, 0].int())[1]
-        loss.backward()
+        try_out(trainer, forward)
         trainer.forward = forward
     except Exception as error:  # whatever a compiler can raise: the run does not depend on it
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         say(f"torch.compile does not work here, training without it ({reason})")
-    model.zero_grad(set_to_none=True)
 
 
 def disk_needed(model: GPT, config: TrainConfig) -> int:

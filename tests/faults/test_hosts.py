@@ -1,0 +1,177 @@
+"""Two hosts: two network namespaces joined by a cable (veth), each with its own folder, and torchrun in both.
+
+Skipped by name where namespaces are not permitted. LOSSCURVE_TORTURE=1 (make torture) does all of it.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+from conftest import flags
+from ranks import job, values, world_of
+
+import llm
+from llm import checkpoint
+from llm.prove import fingerprint
+from llm.verify import verify
+
+TORTURE = bool(os.environ.get("LOSSCURVE_TORTURE"))
+SILENCE = 3
+LONG = {"text": "text.txt", "max_steps": 300, "eval_every": 150, "save_every": 10, "dropout": 0.1, "keep": 99}
+PORT = 29400
+RENDEZVOUS = "join_timeout=120,last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=4,read_timeout=20"
+
+
+def ip(*words):
+    return subprocess.run(["ip", *map(str, words)], capture_output=True, text=True, check=False)
+
+
+class Host:
+    """A network namespace with one end of a cable, and torchrun in it."""
+
+    def __init__(self, name, address, folder):
+        self.name, self.address, self.folder = name, address, folder
+        self.launcher = None
+
+    def plugged(self, state):
+        done = ip("-n", self.name, "link", "set", "cable", state)
+        assert done.returncode == 0, done.stderr
+
+    def torchrun(self, line, *options, nnodes="2"):
+        env = {"PYTHONPATH": str(Path(llm.__file__).parent.parent), "LOSSCURVE_SILENCE": str(SILENCE)}
+        env |= {"GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1", "RES_OPTIONS": "attempts:0"}
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            self.name,
+            "unshare",
+            "--uts",
+            "sh",
+            "-c",
+            'hostname "$0"; exec "$@"',
+            self.name,
+        ]
+        command += [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nnodes}", "--nproc_per_node=1"]
+        command += ["--rdzv_backend=c10d", f"--rdzv_endpoint=10.77.0.1:{PORT}", "--rdzv_id=curve"]
+        command += [f"--rdzv_conf={RENDEZVOUS}", *options, "-m", "llm", "train"]
+        with open(self.folder / "err.txt", "wb") as err, open(self.folder / "out.txt", "wb") as out:
+            self.launcher = subprocess.Popen(
+                [*command, *line.split()], stdout=out, stderr=err, cwd=self.folder, env=os.environ | env
+            )
+
+    def inside(self):
+        """What makes a command run there, on a machine of its own name that knows both names."""
+        known = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
+        names = [str(self.folder.parent / "hosts"), self.name]
+        return ["ip", "netns", "exec", self.name, "unshare", "--uts", "--mount", "sh", "-c", known, "sh", *names]
+
+    def processes(self):
+        return [int(pid) for pid in ip("netns", "pids", self.name).stdout.split()]
+
+    def kill(self):
+        """All at once, as a power cut does; nothing says goodbye, since the cable is out first."""
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        if self.launcher:
+            self.launcher.wait(30)
+
+    def ended(self, patience):
+        code = self.launcher.wait(patience)
+        assert not self.processes()
+        return code
+
+    @property
+    def err(self):
+        return (self.folder / "err.txt").read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def errors(self):
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+@pytest.fixture
+def hosts(here):
+    """Two hosts; the run folder is on the first, and each has the token files."""
+    if shutil.which("ip") is None:
+        pytest.skip("no ip here to make network namespaces with (iproute2)")
+    found = []
+    for number in (1, 2):
+        name, folder = f"lc{os.getpid()}-{number}", here / f"host{number}"
+        folder.mkdir()
+        shutil.copy(here / "text.txt", folder)
+        if (made := ip("netns", "add", name)).returncode:
+            pytest.skip(f"network namespaces are not permitted here ({made.stderr.strip()})")
+        found.append(Host(name, f"10.77.0.{number}", folder))
+    try:
+        one, two = found
+        made = ip("link", "add", "cable", "netns", one.name, "type", "veth", "peer", "name", "cable", "netns", two.name)
+        if made.returncode:
+            pytest.skip(f"a veth pair is not permitted here ({made.stderr.strip()})")
+        for host in found:
+            for words in (("link", "set", "lo", "up"), ("addr", "add", f"{host.address}/24", "dev", "cable")):
+                assert ip("-n", host.name, *words).returncode == 0
+            host.plugged("up")
+        lines = [f"127.0.0.1 localhost\n{one.address} {one.name}\n{two.address} {two.name}\n"]
+        (here / "hosts").write_text("".join(lines))
+        if subprocess.run([*one.inside(), "true"], capture_output=True, check=False).returncode:
+            pytest.skip("a machine of another name is not permitted here")
+        yield found
+    finally:
+        for host in found:
+            host.kill()
+            ip("netns", "del", host.name)
+
+
+def at_step(step, one):
+    until = time.monotonic() + 90
+    while not any(saved >= step for saved in checkpoint.saved_steps(one.folder / "checkpoints")):
+        assert one.launcher.poll() is None, one.err
+        assert time.monotonic() < until, one.err
+        time.sleep(0.01)
+
+
+def undisturbed(here, kind):
+    line = f"train {flags(**LONG, parallel=kind)} --out_dir {here / 'whole'}"
+    assert values(world_of(2, [job(ranks.command, lines=[line])], here / "told")[0]) == [0, 0]
+    return fingerprint(here / "whole")
+
+
+FAULTS = ["cable", "second", "first"]
+
+
+@pytest.mark.parametrize("fault", FAULTS if TORTURE else FAULTS[:1])
+def test_two_hosts_of_which_one_is_lost(here, hosts, fault, record_property):
+    expected = undisturbed(here, "ddp")
+    one, two = hosts
+    for host in hosts:
+        host.torchrun(flags(**LONG))
+    at_step(50, one)
+    began = time.monotonic()
+    one.plugged("down")
+    if fault != "cable":
+        {"first": one, "second": two}[fault].kill()
+    seconds = {}
+    for host in hosts:
+        if fault == "cable" or host is {"first": two, "second": one}[fault]:
+            assert host.ended(90) != 0
+            seconds[host.name] = round(time.monotonic() - began, 1)
+            print(fault, seconds[host.name], host.errors)
+            assert len(host.errors) == 1, host.err
+    print(seconds)
+    record_property("hosts cut off or killed", 1)
+    assert not (two.folder / "checkpoints").exists()
+    assert [
+        found for found in verify(one.folder / "checkpoints") if found.good is False and "bin" not in str(found)
+    ] == []
+    one.plugged("up")
+    for host in hosts:
+        host.torchrun("--resume --out_dir checkpoints")
+    assert [host.ended(90) for host in hosts] == [0, 0], one.err + two.err
+    assert fingerprint(one.folder / "checkpoints") == expected

@@ -28,7 +28,8 @@ from llm.errors import Failure, UserError
 
 T = TypeVar("T")
 BEAT = 1.0  # seconds between the signs of life of a process
-SILENCE = float(os.environ.get("LOSSCURVE_SILENCE", 60))  # seconds without one after which the job ends
+SILENCE = 60.0  # seconds without one after which the job ends, unless LOSSCURVE_SILENCE says otherwise
+PARTING = 6 * BEAT  # for which processes that are left go on beating, so that the one that is gone can be told
 STORE_WAIT = 30  # seconds for an answer of torchrun's store
 STALLED = datetime.timedelta(minutes=10)  # for which an exchange of a step may make no progress
 PATIENCE = datetime.timedelta(hours=12)  # of what is said in JSON: who says it may have prepared a large text
@@ -116,11 +117,11 @@ class World:
     def agree(self, facts: dict[str, Any]) -> None:
         """Raises UserError naming the first of `facts` that is not the same everywhere."""
         told = self.gather({"host": socket.gethostname(), **facts})
-        for rank, other in enumerate(told):
-            for name in facts:
-                if other[name] != told[0][name]:
-                    ours, theirs = (f"{told[r][name]} on rank {r} ({told[r]['host']})" for r in (0, rank))
-                    raise _shared(UserError(f"{name} is {ours} and {theirs}; make them the same"), self.leads)
+        names = dict.fromkeys(name for other in told for name in other if name != "host")
+        for rank, name in ((rank, name) for rank in range(len(told)) for name in names):
+            if told[rank].get(name) != told[0].get(name):
+                ours, theirs = (f"{told[r].get(name, 'absent')} on rank {r} ({told[r]['host']})" for r in (0, rank))
+                raise _shared(UserError(f"{name} is {ours} and {theirs}; make them the same"), self.leads)
 
     def begun(self) -> None:
         """The run has begun: if torchrun starts this job's processes again, they go on with it."""
@@ -191,13 +192,26 @@ def described() -> World | None:
     """Who this process is among those that torchrun started; None without it. Raises UserError."""
     if "RANK" not in os.environ:
         return None
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if absent := [name for name in names if name not in os.environ]:
+        raise UserError(f"RANK is set and {absent[0]} is not; start processes with torchrun, or unset RANK")
     try:
-        rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"RANK is set and {error} is not a number; start several processes with torchrun, or unset RANK"
-        ) from None
+        rank, size, local, _ = (int(os.environ[name]) for name in names if name != "MASTER_ADDR")
+    except ValueError as error:
+        raise UserError(f"{', '.join(names)}: {error}; start processes with torchrun, or unset RANK") from None
     return World(rank, size, local, started=True)
+
+
+def silence() -> float:
+    """Seconds. Raises UserError for a LOSSCURVE_SILENCE that is none."""
+    given = os.environ.get("LOSSCURVE_SILENCE", str(SILENCE))
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 2 * BEAT <= seconds < 1e6:
+        raise UserError(f"LOSSCURVE_SILENCE = {given!r}: expected seconds, at least {2 * BEAT:g}")
+    return seconds
 
 
 @contextmanager
@@ -205,33 +219,37 @@ def joined() -> Iterator[World]:
     """The world of this process: what torchrun describes, all of it there; without torchrun, of one.
 
     A process that ends, hangs or is cut off ends the others too, within SILENCE, with one line that names it.
+    Raises UserError, and Failure for that.
     """
     world = described()
     if world is None:
         yield ALONE
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store = _store(leads=world.leads)
-    name = _name_of_start(world, store)
-    named = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-    dist.init_process_group(backend, timeout=STALLED, rank=world.rank, world_size=world.size, store=named)
-    watch = Watch(world, name)
-    restarted = watch.store.check(["losscurve/begun"])
-    groups = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=PATIENCE)
-    world = World(world.rank, world.size, world.local_rank, True, restarted, *groups, watch)
-    watch.start()
+    watch = None
     try:
+        store, allowed = _store(leads=world.leads), silence()
+        name = _name_of_start(world, store)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        named = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, timeout=STALLED, rank=world.rank, world_size=world.size, store=named)
+        watch = Watch(world, name, allowed)
+        watch.start()
+        restarted = store.check(["losscurve/begun"])
+        groups = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=PATIENCE)
+        world = World(world.rank, world.size, world.local_rank, True, restarted, *groups, watch)
         yield world
-        if world.size > 1:
-            world.gather(None)  # none leaves while another is at work
+        world.gather(None)  # none leaves while another is at work
     except RuntimeError as error:
         if not _is_of_a_connection(error):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, which ends the rest: first it is said who failed
-        cause = watch.missing() or str(error).splitlines()[0]
-        raise _shared(Failure(f"{LOST}: {cause}; go on with --resume"), watch.says()) from error
+        says = watch.says() if watch else world.local_rank == 0
+        cause = watch.missing(says) if watch else ""
+        failure = Failure(f"{LOST}: {cause or str(error).splitlines()[0]}; go on with --resume")
+        raise _shared(failure, says) from error
     finally:
-        watch.close()
+        if watch:
+            watch.close()
     dist.destroy_process_group()
 
 
@@ -254,17 +272,19 @@ def _name_of_start(world: World, store: Any) -> str:
     mine = uuid.uuid4().hex
     if not world.leads:
         store.set(f"losscurve/asks/{world.rank}", mine)
-        store.wait([f"losscurve/answer/{mine}"], PATIENCE)
+        store.wait([f"losscurve/answer/{mine}"], STALLED)
         name = str(store.get(f"losscurve/answer/{mine}").decode())
         store.set(f"losscurve/{name}/heard/{world.rank}", "")
         return f"losscurve/{name}"
-    silent = list(range(1, world.size))
+    silent, began = list(range(1, world.size)), time.monotonic()
     while silent:
+        if time.monotonic() - began > STALLED.total_seconds():
+            raise Failure(f"rank {silent[0]} did not start within {STALLED}; see what its machine is doing")
         for rank in silent:
             if store.check([key := f"losscurve/asks/{rank}"]):
                 store.set(f"losscurve/answer/{store.get(key).decode()}", mine)
         silent = [rank for rank in silent if not store.check([f"losscurve/{mine}/heard/{rank}"])]
-        time.sleep(0.01)
+        time.sleep(0.05)
     return f"losscurve/{mine}"
 
 
@@ -279,16 +299,18 @@ class Watch(threading.Thread):
     Rank 0 looks at all, the others at rank 0.
     """
 
-    def __init__(self, world: World, prefix: str) -> None:
+    def __init__(self, world: World, prefix: str, allowed: float) -> None:
         super().__init__(daemon=True, name="watch")
         self.rank, self.local_rank, self.size, self.launcher = world.rank, world.local_rank, world.size, os.getppid()
-        self.store, self.prefix = _store(), prefix
+        self.store, self.prefix, self.allowed = _store(), prefix, allowed
         self.store.set(f"{self.prefix}/host/{self.rank}", f"{socket.gethostname()}, process {os.getpid()}")
         self.others = [rank for rank in range(world.size) if rank != world.rank and (self.rank == 0 or rank == 0)]
         self._done = threading.Event()
         self._store_lock = threading.Lock()
         self._seen: dict[int, tuple[bytes, float]] = {}  # by rank: its last sign, and when it was new
         self._beat = 0
+        self._mine = False  # whether this process says why the job ends
+        self._over: float | None = None  # when it was seen that another does
 
     def run(self) -> None:
         answered = time.monotonic()
@@ -298,20 +320,24 @@ class Watch(threading.Thread):
             try:
                 self._look()
                 answered = time.monotonic()
-                named = self._named(self._silent(SILENCE))
+                named = self._named(self._silent(self.allowed))
             except (RuntimeError, ValueError, OSError) as error:  # what the store raises when it is gone
-                if time.monotonic() - answered > SILENCE:
+                if time.monotonic() - answered > self.allowed:
                     where = "the store of the run at {MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
-                    self._end(f"{where} has not answered for {SILENCE:.0f} s ({str(error).splitlines()[0]})")
+                    self._end(f"{where} has not answered for {self.allowed:.0f} s ({str(error).splitlines()[0]})")
                 continue
             if named:
-                self._end(f"{named} for {SILENCE:.0f} s: it hangs, was stopped, or was cut off")
+                self._end(f"{named} for {self.allowed:.0f} s: it hangs, was stopped, or was cut off")
+            if self._over is not None and time.monotonic() - self._over > PARTING:
+                os._exit(1)  # its exchange waits for one that waits for another, and so on to the one that is gone
 
     def _look(self) -> None:
         with self._store_lock:
             self._beat += 1
             self.store.set(f"{self.prefix}/beat/{self.rank}", str(self._beat))
             now = time.monotonic()
+            if self._over is None and not self._mine and self.store.check([f"{self.prefix}/said"]):
+                self._over = now
             for rank in self.others:
                 key = f"{self.prefix}/beat/{rank}"
                 sign = self.store.get(key) if self.store.check([key]) else b""
@@ -331,8 +357,13 @@ class Watch(threading.Thread):
         names = ", ".join(f"rank {rank} ({host})" for rank, host in zip(ranks, hosts, strict=False))
         return f"nothing was heard of {names}" + (f" and {len(ranks) - 3} more" if len(ranks) > 3 else "")
 
-    def missing(self) -> str:
-        """Who gives no sign of life, in words; "" if that cannot be told."""
+    def missing(self, says: bool) -> str:
+        """Who gives no sign of life, in words, for the process that says it; "" for the others, which stay for so long
+        that they can be told from it, and where it cannot be told.
+        """
+        if not says:
+            time.sleep(PARTING)
+            return ""
         try:
             before = self._signs()
             time.sleep(4 * BEAT)
@@ -346,7 +377,8 @@ class Watch(threading.Thread):
         """Whether it is for this process to say why the job ends: the first to ask, of those that reach the store."""
         try:
             with self._store_lock:
-                return int(self.store.add(f"{self.prefix}/said", 1)) == 1
+                self._mine = int(self.store.add(f"{self.prefix}/said", 1)) == 1
+            return self._mine
         except (RuntimeError, ValueError, OSError):
             return self.local_rank == 0
 

@@ -211,8 +211,9 @@ def interrupts() -> Iterator[list[int]]:
             os._exit(128 + number)
         caught.append(number)
         with contextlib.suppress(OSError):  # the terminal may be what went away
+            again = "" if "RANK" in os.environ else " (again: leave at once)"
             if os.environ.get("RANK", "0") == "0":  # torchrun tells all processes
-                print("finishing this step, then saving (again: leave at once)", file=sys.stderr)
+                print(f"finishing this step, then saving{again}", file=sys.stderr)
 
     wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in wanted}

@@ -116,8 +116,8 @@ def agree(config: TrainConfig, data: TokenData, device: torch.device, world: Wor
     """Raises UserError naming what is not the same for all processes: versions, code, tokens, settings, device."""
     settings = {name: value for name, value in to_settings(config).items() if name not in ("out_dir", "data_dir")}
     versions = {"losscurve": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    tokens = {f"{data.folder.name}/{name}": digest for name, digest in data.hashes.items()}
-    world.agree({**versions, "the code of losscurve": code_hash(), **tokens, **settings, "device": device.type})
+    facts = {**versions, "the code of losscurve": code_hash(), **data.hashes, **settings, "device": device.type}
+    world.agree(facts)
 
 
 def code_hash() -> str:

@@ -243,17 +243,19 @@ class Training:
             x, y, seeds = (torch.cat(parts) for parts in zip(*micro_batches(self.trainer, step - 1), strict=True))
             told = self.trainer.world.gather(describe_batch(self.trainer, step, x, y, seeds))
             facts = next((facts for facts in told if not facts["first"].startswith(FINITE)), told[0])
-            self.trainer.world.first(lambda: storage.write_json(self.out_dir / "refused.json", facts))
-            raise Failure(
-                f"{reason}, first in {facts['first']}, and going back {GO_BACK} times did not help; "
-                f"the batch is in {self.out_dir / 'refused.json'}; {REMEDY}"
-            )
+            with self.trainer.world.together():
+                if self.trainer.world.leads:
+                    storage.write_json(self.out_dir / "refused.json", facts)
+                    raise Failure(
+                        f"{reason}, first in {facts['first']}, and going back {GO_BACK} times did not help; "
+                        f"the batch is in {self.out_dir / 'refused.json'}; {REMEDY}"
+                    )
         yield from self._saved(wait=True)
         groups, facts, _ = newest_state(self.out_dir, self.trainer.world)
         self.progress = restore(self.trainer, groups, facts)
         self.progress.passed_over = sorted({*progress.passed_over, *self.progress.passed_over, *batches})
         self.progress.went_back, self.progress.bookkeeping = progress.went_back + 1, progress.bookkeeping
-        self._record.cut(self.progress.step)
+        self.trainer.world.first(lambda: self._record.cut(self.progress.step))
         self._unread.clear()
         self._samples, self._pace = "", (self._stepping(), self.progress.tokens)
         without = f", without the batches of steps {batches[0]} to {batches[-1]}" if batches else ""
@@ -361,6 +363,7 @@ class Training:
         """
         yield from self._saved(wait=True)
         trainer, progress = self.trainer, self.progress
+        trainer.world.gather(None)  # the others wait for the disk with patience
         self._read()
         yield from self._write_record()
         with self._bookkeeping():

@@ -23,6 +23,19 @@ DESCRIPTION = "Train a small GPT from scratch. With no flags: the chapter's reci
 
 
 def main(argv: list[str]) -> int:
+    if "RANK" not in os.environ:
+        args = parsed(argv)
+        settings_of(args)  # a mistake is said before torch is loaded, which takes a second, or started many times
+        if args.nproc is not None:
+            return several(args.nproc, argv)
+    from llm.distributed import joined
+
+    with joined() as world:
+        return train(argv, world)
+
+
+def parsed(argv: list[str]) -> argparse.Namespace:
+    """Raises UserError."""
     parser = Parser("losscurve train", DESCRIPTION)
     parser.add_argument("--preset", metavar="NAME|FILE.toml", help=f"settings to start from: {', '.join(PRESETS)}")
     add_settings(parser, FIELDS)
@@ -38,15 +51,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="processes on this machine, started by torchrun; see docs/scale.md"
     )
-    args = parser.read(argv)
-    if args.nproc is not None and "RANK" not in os.environ:
-        return several(args.nproc, argv)
-    if "RANK" not in os.environ:
-        settings_of(args)  # a mistake is said before torch is loaded, which takes a second
-    from llm.distributed import joined
-
-    with joined() as world, world.together():
-        return train(args, world)
+    return parser.read(argv)
 
 
 def settings_of(args: argparse.Namespace) -> TrainConfig:
@@ -69,11 +74,10 @@ def several(nproc: int, argv: list[str]) -> int:
     os.execv(sys.executable, [sys.executable, *torchrun, *rest])
 
 
-def train(args: argparse.Namespace, world: "World") -> int:
+def train(argv: list[str], world: "World") -> int:
     """The run, as one of its processes sees it: the leading one talks and writes."""
     from pathlib import Path
 
-    from llm.checkpoint import saved_steps
     from llm.commands.bars import StepBar, tell, tokenizing
     from llm.commands.watch import beside
     from llm.device import describe_device
@@ -85,14 +89,21 @@ def train(args: argparse.Namespace, world: "World") -> int:
     from llm.trackers import following, starts
     from llm.train import Line, Notice, Step
 
-    config = settings_of(args)
+    with world.together():
+        args = parsed(argv)
+        config = settings_of(args)
+        if world.started and args.nproc is not None:
+            raise UserError(f"nproc = {args.nproc}: torchrun has started the processes already; leave it out")
+        trackers = starts(args.track, warn) if world.leads else {}
     out_dir, say = Path(config.out_dir), warn if world.leads else (lambda line: None)
-    trackers = starts(args.track, warn) if world.leads else {}
     # started again by torchrun's --max-restarts: this job's own run goes on, however it was begun
-    going_on = world.restarted and world.first(lambda: bool(saved_steps(out_dir)))
+    left = world.first(lambda: steps_left(out_dir)) if world.restarted else None
+    if left == 0:
+        say(f"{out_dir}: complete before it was started again")
+        return 0
     with contextlib.ExitStack() as stack:
         tell_address = stack.enter_context(beside(out_dir)) if args.watch and world.leads else None
-        if args.resume or going_on:
+        if args.resume or left:
             run = stack.enter_context(resumed(out_dir, typed_settings(args), say, world))
         else:
             overwrite = args.overwrite or world.restarted
@@ -104,7 +115,8 @@ def train(args: argparse.Namespace, world: "World") -> int:
         if not world.leads:
             for _ in run:
                 pass
-            return 128 + caught[0] if caught else 0
+            check_saved(run)
+            return 128 + (caught[0] if caught else signal.SIGTERM) if run.reason == "interrupted" else 0
         if warning := warmup_warning(config):
             warn(warning)
         tell(f"training on {describe_device(run.trainer.device, run.trainer.dtype)}")
@@ -128,11 +140,7 @@ def train(args: argparse.Namespace, world: "World") -> int:
                     shown.advance(event.step)
                     if said := forecast.at(event.step, run.seconds(), run.progress.bookkeeping):
                         shown.note(said)
-    if run.unsaved:
-        raise Failure(
-            f"the last save failed: {run.unsaved}; {last_saved(out_dir)}; make room, then go on with: "
-            f"losscurve train --out_dir {shlex.quote(str(out_dir))} --resume"
-        )
+    check_saved(run)
     if run.reason == "interrupted":
         again = f"losscurve train --out_dir {shlex.quote(str(out_dir))} --resume"
         tell(f"saved step {run.progress.step} in {out_dir}; go on with: {again}")
@@ -142,6 +150,32 @@ def train(args: argparse.Namespace, world: "World") -> int:
         tell(came)
     tell(f"saved {out_dir / 'model.pt'}")
     return 0
+
+
+def steps_left(out_dir: "Path") -> int | None:
+    """Of the run in `out_dir` from its newest saved state on; None where none was saved."""
+    from llm.checkpoint import newest_state, saved_steps
+    from llm.start import check_unfinished
+    from llm.weights import run_config
+
+    if not saved_steps(out_dir):
+        return None
+    config, progress = run_config(out_dir), newest_state(out_dir)[1]["progress"]
+    try:
+        check_unfinished(config, progress)
+    except UserError:
+        return 0
+    return int(config.max_steps - progress["step"])
+
+
+def check_saved(run: "Training") -> None:
+    """Raises Failure, on all processes, if the last state is not on the disk."""
+    with run.trainer.world.together():
+        if run.unsaved:
+            raise Failure(
+                f"the last save failed: {run.unsaved}; {last_saved(run.out_dir)}; make room, then go on with: "
+                f"losscurve train --out_dir {shlex.quote(str(run.out_dir))} --resume"
+            )
 
 
 def last_saved(out_dir: "Path") -> str:

@@ -293,56 +293,65 @@ def _is_of_a_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
-class Watch(threading.Thread):
+class Watch:
     """Signs of life in torchrun's store, given and looked for: a collective does not say who keeps it waiting.
 
-    Rank 0 looks at all, the others at rank 0.
+    Rank 0 looks at all, the others at rank 0. One thread speaks with the store, which may keep it waiting for good; the
+    other judges what it heard, and ends this process where that is too little.
     """
 
     def __init__(self, world: World, prefix: str, allowed: float) -> None:
-        super().__init__(daemon=True, name="watch")
-        self.rank, self.local_rank, self.size, self.launcher = world.rank, world.local_rank, world.size, os.getppid()
+        self.rank, self.local_rank, self.launcher = world.rank, world.local_rank, os.getppid()
         self.store, self.prefix, self.allowed = _store(), prefix, allowed
-        self.store.set(f"{self.prefix}/host/{self.rank}", f"{socket.gethostname()}, process {os.getpid()}")
-        self.others = [rank for rank in range(world.size) if rank != world.rank and (self.rank == 0 or rank == 0)]
-        self._done = threading.Event()
-        self._store_lock = threading.Lock()
-        self._seen: dict[int, tuple[bytes, float]] = {}  # by rank: its last sign, and when it was new
-        self._beat = 0
+        self.everyone = [rank for rank in range(world.size) if rank != world.rank]
+        self.others = self.everyone if world.leads else [0]
+        self._done, self._store_lock = threading.Event(), threading.Lock()
+        self._seen: dict[int, tuple[str, float]] = {}  # by rank: its last sign, and when it was new
+        self._heard, self._trouble = time.monotonic(), ""  # when the store last answered, and what it said instead
         self._mine = False  # whether this process says why the job ends
         self._over: float | None = None  # when it was seen that another does
+        work = {"watch": self._judge, "signs": self._speak}
+        self._threads = [threading.Thread(target=do, daemon=True, name=name) for name, do in work.items()]
 
-    def run(self) -> None:
-        answered = time.monotonic()
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def _speak(self) -> None:
+        host, beat = f"{socket.gethostname()}, process {os.getpid()}", 0
         while not self._done.wait(BEAT):
+            beat += 1
+            try:
+                with self._store_lock:
+                    self.store.set(f"{self.prefix}/sign/{self.rank}", f"{beat} {host}")
+                    for rank in self.others:
+                        key = f"{self.prefix}/sign/{rank}"
+                        sign = self.store.get(key).decode() if self.store.check([key]) else ""
+                        if rank not in self._seen or self._seen[rank][0] != sign:
+                            self._seen[rank] = sign, time.monotonic()
+                    if self._over is None and not self._mine and self.store.check([f"{self.prefix}/said"]):
+                        self._over = time.monotonic()
+                self._heard = time.monotonic()
+            except (RuntimeError, ValueError, OSError) as error:  # what the store raises when it is gone
+                self._trouble = f" ({str(error).splitlines()[0]})"
+
+    def _judge(self) -> None:
+        woke = time.monotonic()
+        while not self._done.wait(BEAT):
+            now = time.monotonic()
+            if now - woke > self.allowed:  # this process was itself stopped, and perhaps all were: nobody is to blame
+                self._heard, self._seen = now, {}
+            woke = now
             if os.getppid() != self.launcher:
                 self._end("the launcher of this process is gone")
-            try:
-                self._look()
-                answered = time.monotonic()
-                named = self._named(self._silent(self.allowed))
-            except (RuntimeError, ValueError, OSError) as error:  # what the store raises when it is gone
-                if time.monotonic() - answered > self.allowed:
-                    where = "the store of the run at {MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
-                    self._end(f"{where} has not answered for {self.allowed:.0f} s ({str(error).splitlines()[0]})")
-                continue
-            if named:
-                self._end(f"{named} for {self.allowed:.0f} s: it hangs, was stopped, or was cut off")
-            if self._over is not None and time.monotonic() - self._over > PARTING:
+            if now - self._heard > self.allowed:
+                where = "the store of the run at {MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+                self._end(f"{where} has not answered for {self.allowed:.0f} s{self._trouble}")
+            if self._over is not None and now - self._over > PARTING:
                 os._exit(1)  # its exchange waits for one that waits for another, and so on to the one that is gone
-
-    def _look(self) -> None:
-        with self._store_lock:
-            self._beat += 1
-            self.store.set(f"{self.prefix}/beat/{self.rank}", str(self._beat))
-            now = time.monotonic()
-            if self._over is None and not self._mine and self.store.check([f"{self.prefix}/said"]):
-                self._over = now
-            for rank in self.others:
-                key = f"{self.prefix}/beat/{rank}"
-                sign = self.store.get(key) if self.store.check([key]) else b""
-                if rank not in self._seen or self._seen[rank][0] != sign:
-                    self._seen[rank] = sign, now
+            named = self._named(self._silent(self.allowed))
+            if named and self._over is None and not self._mine:
+                self._end(f"{named} for {self.allowed:.0f} s: it hangs, was stopped, or was cut off")
 
     def _silent(self, seconds: float) -> list[int]:
         now = time.monotonic()
@@ -352,9 +361,7 @@ class Watch(threading.Thread):
         """The processes that are silent, in words; "" if there are none."""
         if not ranks:
             return ""
-        with self._store_lock:
-            hosts = [self.store.get(f"{self.prefix}/host/{rank}").decode() for rank in ranks[:3]]
-        names = ", ".join(f"rank {rank} ({host})" for rank, host in zip(ranks, hosts, strict=False))
+        names = ", ".join(f"rank {rank} ({self._seen[rank][0].partition(' ')[2]})" for rank in ranks[:3])
         return f"nothing was heard of {names}" + (f" and {len(ranks) - 3} more" if len(ranks) > 3 else "")
 
     def missing(self, says: bool) -> str:
@@ -364,28 +371,23 @@ class Watch(threading.Thread):
         if not says:
             time.sleep(PARTING)
             return ""
-        try:
-            before = self._signs()
-            time.sleep(4 * BEAT)
-            silent = [rank for rank, (then, now) in enumerate(zip(before, self._signs(), strict=True)) if then == now]
-            named = self._named(silent)
-            return f"{named}: it has ended, or was cut off" if named else ""
-        except (RuntimeError, ValueError, OSError):
-            return ""
+        self.others = self.everyone
+        time.sleep(4 * BEAT)
+        named = self._named(self._silent(2.5 * BEAT))
+        return f"{named}: it has ended, or was cut off" if named else ""
 
     def says(self) -> bool:
         """Whether it is for this process to say why the job ends: the first to ask, of those that reach the store."""
+        reached = time.monotonic() - self._heard < 3 * BEAT and self._store_lock.acquire(timeout=2 * BEAT)
         try:
-            with self._store_lock:
-                self._mine = int(self.store.add(f"{self.prefix}/said", 1)) == 1
-            return self._mine
+            first = int(self.store.add(f"{self.prefix}/said", 1)) == 1 if reached else self.local_rank == 0
         except (RuntimeError, ValueError, OSError):
-            return self.local_rank == 0
-
-    def _signs(self) -> list[bytes]:
-        keys = [f"{self.prefix}/beat/{rank}" for rank in range(self.size)]
-        with self._store_lock:
-            return [self.store.get(key) if self.store.check([key]) else b"" for key in keys]
+            first = self.local_rank == 0
+        finally:
+            if reached:
+                self._store_lock.release()
+        self._mine = first
+        return first
 
     def _end(self, cause: str) -> None:
         """End this process from beside its work, which waits for another in vain. What was saved stays."""
@@ -398,4 +400,5 @@ class Watch(threading.Thread):
 
     def close(self) -> None:
         self._done.set()
-        self.join(5)
+        for thread in self._threads:
+            thread.join(5)

@@ -295,7 +295,7 @@ def test_saved_by_any_number_and_gone_on_with_by_any_other(place, told, gone_on,
 
 
 REFUSED = {  # what is not as it should be -> (lines by rank, what makes a rank another, words of the error)
-    "other tokens": (["", "--data_dir other/data"], None, r"data/train\.bin is \w+ on rank 0 .* and \w+ on rank 1"),
+    "other tokens": (["", "--data_dir other/data"], None, r"train\.bin is \w+ on rank 0 .* and \w+ on rank 1"),
     "other settings": (["", "--max_lr 0.5"], None, r"max_lr is 0\.01 on rank 0 .* and 0\.5 on rank 1"),
     "another version": ([""], ranks.another_version, r"losscurve is [\d.]+\S* on rank 0 .* and 0\.0\.9 on rank 1"),
     "other code": ([""], ranks.other_code, r"the code of losscurve is \w+ on rank 0 .* and f{64} on rank 1"),

@@ -227,7 +227,7 @@ def test_a_process_that_hangs_ends_the_others_with_its_name(here, rank):
     assert f"for {SILENCE} s: it hangs, was stopped, or was cut off; go on with --resume" in said[0]
     assert time.monotonic() - start < SILENCE + 15
     good()
-    assert checkpoint.saved_steps(Path("checkpoints"))[-1] == 5
+    assert checkpoint.saved_steps(Path("checkpoints"))[-1] in (5, 8)  # 8: a new best, if it was written by then
 
 
 @pytest.mark.skipif(not TORTURE, reason="torchrun waits 30 s for a process that is stopped: in make torture")
@@ -243,6 +243,20 @@ def test_a_process_that_hangs_ends_torchruns_job(here, torchrun, undisturbed, ra
     print(f"rank {rank} stopped: {seconds:.1f} s to the end; {run.errors[0]}")
     record_property("ranks stopped under torchrun", 1)
     goes_on(here, "ddp", 2, expected)
+
+
+@pytest.mark.skipif(not TORTURE, reason="in make torture")
+def test_a_job_that_was_stopped_whole_goes_on(here, torchrun, undisturbed):
+    """As by Ctrl-Z in a terminal, for longer than the silence after which a process is given up."""
+    expected = undisturbed(here)
+    run = torchrun(2, flags(**LONG))
+    pids = list(run.at_step(30).values())
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in pids:
+            os.kill(pid, number)
+        time.sleep(2 * SILENCE if number == signal.SIGSTOP else 0)
+    assert run.ended(60)[0] == 0, run.err
+    assert fingerprint(Path("checkpoints")) == expected
 
 
 # Killed at each exchange of a save.
@@ -261,7 +275,10 @@ def killed_at(here, kind, size, kill, number):
         return None
     said = [line for rank, one in enumerate(told) if rank != kill.rank for line in one.err.splitlines()]
     said = [line for line in said if line.startswith("error: ")]
-    assert [one.value for rank, one in enumerate(told) if rank != kill.rank] == [1] * (size - 1), told
+    # 1, or ended beside an exchange that waits for one that waits for the one that is gone
+    left = [one.value for rank, one in enumerate(told) if rank != kill.rank]
+    assert set(left) <= {1, None}, told
+    assert 1 in left, told
     return said
 
 
@@ -277,14 +294,15 @@ def test_killed_at_any_exchange_of_a_save(here, kind, rank, after, record_proper
     expected, at, step = fingerprint(Path("whole")), 0, 1 if TORTURE else 4 if kind == "ddp" else 30
     while True:
         at += step if at else 1
-        said = killed_at(here, kind, 2, Kill(rank, 5, at, after), at)
+        said = killed_at(here, kind, 2, Kill(rank, 10, at, after), at)
         if said is None:
             break
         assert len(said) == 1, (at, said)
         assert f"nothing was heard of rank {rank} (" in said[0], (at, said)
         good()
         states = checkpoint.saved_steps(Path("checkpoints"))
-        assert states in ([0], [0, 5]), at
+        assert states, at
+        assert states[-1] in (0, 5, 10), at  # of step 5's nobody waited to hear, unless the save of 10 had begun
         told = world_of(2, [job(ranks.command, lines=["train --resume"])], here / f"told again {at}")[0]
         assert values(told) == [0, 0]
         assert fingerprint(Path("checkpoints")) == expected, at

@@ -337,7 +337,8 @@ def _piece(config: TrainConfig, folder: Path, given: Tokenizer | None, block_siz
                     break
             start = start[:left]
             left -= len(start)
-            files.append(folder / "text" / f"{number:06d}-{Path(file.label).name}.txt")
+            name = Path(file.label).name + (".txt" if file.in_rows else "")
+            files.append(folder / "text" / f"{number:06d}-{name}")
             files[-1].write_text(start, encoding="utf-8", newline="")
     settings = (kind, config.vocab_size, config.val_fraction)
     prepare(tuple(map(str, files)), folder / "tokens", *settings, say=say, block_size=block_size, given=given)

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-from llm.commands import flags, plan, train
+from llm.commands import flags, plan, rehearse, train
 from llm.commands.flags import config_from
 from llm.config import TrainConfig
 
@@ -282,7 +282,7 @@ def test_every_command_of_the_page_is_one(parsed, line):
     if words[0] == "torchrun":
         parsed(train.main, torchrun(words[1:])[1])
     elif words[0] == "losscurve":
-        parsed({"train": train.main, "plan": plan.main}[words[1]], words[2:])
+        parsed({"train": train.main, "plan": plan.main, "rehearse": rehearse.main}[words[1]], words[2:])
     else:
         assert words[0] in ("sbatch", "kubectl", "sky")
         assert (ROOT / words[-1]).is_file()

@@ -324,7 +324,7 @@ def test_a_job_that_saves_nothing_or_hangs_is_ended(here, monkeypatch):
 def test_processes_that_outlive_a_kill_are_found_and_ended(here, monkeypatch):
     rehearsing = rehearsal(here)
     folder = shlex.quote(str(rehearsing.parts / "step-000004"))
-    fake_job(monkeypatch, rehearsing, f"mkdir -p {folder}; {NAP} & {NAP} & wait", limit=2.0)
+    fake_job(monkeypatch, rehearsing, f"{NAP} & {NAP} & mkdir -p {folder}; wait", limit=2.0)
     findings = list(rehearsing.findings())
     assert findings[-1].name == "a kill"
     assert "after one process was killed, the others did not end" in findings[-1].words

@@ -170,6 +170,11 @@ class TrainConfig:
     def windows_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
 
+    def share(self, processes: int) -> tuple[int, int]:
+        """(windows, micro-batches) that each of so many processes has of a step, which divides among them."""
+        windows = self.windows_per_step // processes
+        return windows, math.ceil(windows / self.batch_size)
+
     @property
     def tokens_per_step(self) -> int:
         return self.windows_per_step * self.model.block_size

@@ -47,6 +47,13 @@ def batch_at(tokens: Tokens, seed: int, step: int, windows: int, block_size: int
     return Batch(ids[:, :-1], ids[:, 1:], seeds)
 
 
+def reopen_data(folder: Path, block_size: int, vocab_size: int) -> TokenData:
+    """`open_data` of a folder that a run was trained on, which may be elsewhere by now."""
+    if not has_tokens(folder) and not storage.unfinished(folder):
+        raise UserError(f"{folder}: the run's token files are not there (seen from here); say where by --data_dir")
+    return open_data(folder, block_size, vocab_size)
+
+
 def open_data(folder: Path, block_size: int, vocab_size: int | None = None) -> TokenData:
     """Open and check the token files of `folder`; ids must be below `vocab_size` where it is given.
 

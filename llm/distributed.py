@@ -47,7 +47,7 @@ class World:
     restarted: bool = False  # by torchrun's --max-restarts, after this job had begun its run
     group: Any = None  # of all processes, over the CPU: for what is exchanged in steps
     patient: Any = None  # the same, for what is said in JSON
-    watch: "Watch | None" = None
+    store: Any = None  # torchrun's
 
     @property
     def leads(self) -> bool:
@@ -110,7 +110,7 @@ class World:
         return value
 
     def rows(self, count: int) -> slice:
-        """This process's share of a batch of `count` windows. They divide evenly: see `check_split`."""
+        """This process's share of a batch of `count` windows. They divide evenly: see `check_parallel`."""
         share = count // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
@@ -125,8 +125,8 @@ class World:
 
     def begun(self) -> None:
         """The run has begun: if torchrun starts this job's processes again, they go on with it."""
-        if self.watch and self.leads:
-            self.watch.store.set("losscurve/begun", "1")
+        if self.store and self.leads:
+            self.store.set("losscurve/begun", "1")
 
     def _exchange(self, outcome: dict[str, Any]) -> list[Any]:
         """What each process came to, of which this is ours; raises the first error among them."""
@@ -236,7 +236,7 @@ def joined() -> Iterator[World]:
         watch.start()
         restarted = store.check(["losscurve/begun"])
         groups = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=PATIENCE)
-        world = World(world.rank, world.size, world.local_rank, True, restarted, *groups, watch)
+        world = World(world.rank, world.size, world.local_rank, True, restarted, *groups, store)
         yield world
         world.gather(None)  # none leaves while another is at work
     except RuntimeError as error:

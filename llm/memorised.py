@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 
 from llm import storage
-from llm.data import TokenData, open_data
+from llm.data import TokenData, reopen_data
 from llm.errors import UserError
 from llm.generate import generate
 from llm.model import GPT
 from llm.run import Run
 from llm.tokenizer import Ids, Tokenizer
-from llm.tokens import Tokens, has_tokens
+from llm.tokens import Tokens
 
 PIECE = 2**18  # training tokens looked at together: their hashes stay in a processor's cache
 ODD = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: spreads small ids over all 64 bits
@@ -139,9 +139,7 @@ def run_tokens(run: Run, data_dir: str | None = None) -> TokenData:
     Raises UserError where they are not there, or are not those of the run's env.json.
     """
     folder = Path(data_dir or run.config.data_dir or "data")
-    if not has_tokens(folder) and not storage.unfinished(folder):
-        raise UserError(f"{folder}: the run's token files are not there (seen from here); say where by --data_dir")
-    data = open_data(folder, run.config.model.block_size, run.config.model.vocab_size)
+    data = reopen_data(folder, run.config.model.block_size, run.config.model.vocab_size)
     try:
         written = storage.read_json(run.path / "env.json")
     except UserError:  # a run whose env.json was lost: nothing to compare with

@@ -117,7 +117,7 @@ def ensure(
     if storage.unfinished(folder):
         with storage.locked(folder, "this token folder"):
             settle(folder)
-    if not _there(folder):
+    if not files_there(folder):
         if config.data_dir and not config.text:
             raise UserError(
                 f"data_dir = {config.data_dir}: no train.bin there; make it with losscurve prepare --data_dir, "
@@ -170,7 +170,8 @@ def _key(settings: dict[str, Any], survey: Survey, given: Tokenizer | None, shar
     return {"version": VERSION, "settings": settings, "text": text, "given": tokens, "shard_tokens": shard_tokens}
 
 
-def _there(folder: Path) -> list[str]:
+def files_there(folder: Path) -> list[str]:
+    """The names of what a preparation makes, as far as they are in `folder`."""
     return sorted({name for name in FILES if (folder / name).exists()} | set(token_files(folder)))
 
 
@@ -184,7 +185,7 @@ def _taken_up(folder: Path, key: Key, tokenizer: Tokenizer, say: Say) -> list[jo
 
 
 def _refuse_occupied(folder: Path, overwrite: bool) -> None:
-    there = _there(folder)
+    there = files_there(folder)
     if there and not overwrite:
         few = [*there[:4], f"{len(there) - 4} more"] if len(there) > 5 else there
         raise UserError(f"{folder} already holds {', '.join(few)}; add --overwrite, or choose another --data_dir")

@@ -26,14 +26,14 @@ from llm.errors import Failure, UserError
 from llm.metrics import read_record
 from llm.model import GPT
 from llm.parallel import check_parallel
-from llm.prepare import FILES, default_folder, prepare
-from llm.start import Say, disk_needed, name_of, open_text, same_tokens, starting_point
+from llm.prepare import default_folder, files_there, prepare
+from llm.start import Say, check_tokens, disk_needed, name_of, open_text, starting_point
 from llm.tokenizer import Tokenizer, load_tokenizer
 
 LAYERS, WIDTH, CONTEXT, WINDOWS = 2, 64, 32, 2  # of the small model; windows in a micro-batch
 STEPS, SAVE, EVALUATE = 16, 4, 8  # of the small run, and how often it saves and evaluates
 EVAL_TOKENS = 3 * 2048  # three batches: among two processes one is left over
-PIECE = 200_000  # characters of a text without token files; no more than every first chunk of a document has
+PIECE = 200_000  # characters of a text without token files
 LIMIT = 300.0  # seconds for a job of a few; one that takes longer hangs
 # how far apart two runs may be that add up in another order: losses in nats per token; weights, as the root of the mean
 # square, in units of max_lr. Measured: 1e-6 and 2e-6 in float32, 8e-5 and 2e-2 in bfloat16; 1 or more where a resume
@@ -152,8 +152,8 @@ class Rehearsal:
         if self.world_size > 1 and config.device.startswith(("cuda:", "mps")):
             choose_device(config.device, 0)  # says that this is one device
         check_parallel(config, World(size=self.world_size), DTYPES.get(config.dtype, torch.float32))
-        share = config.windows_per_step // self.world_size
-        sizes = f"{share} each of {self.world_size} processes, in {-(-share // config.batch_size)} micro-batches"
+        share, micro_batches = config.share(self.world_size)
+        sizes = f"{share} each of {self.world_size} processes, in {micro_batches} micro-batches"
         return True, f"{config.windows_per_step} windows a step: {sizes}"
 
     def text(self) -> tuple[bool, str]:
@@ -162,7 +162,7 @@ class Rehearsal:
         if "-" in config.text:
             raise UserError("text = '-': is read more than once here; make token files first, with losscurve prepare -")
         tokens = Path(config.data_dir or default_folder(config))
-        self.prepared, where = any((tokens / name).exists() for name in FILES), ""
+        self.prepared, where = bool(files_there(tokens)), ""
         if self.prepared:
             data, tokenizer = open_text(config, self.say, None, given, ALONE)
         else:
@@ -172,8 +172,8 @@ class Rehearsal:
             if all_of_it and len(data.train) <= config.model.block_size:
                 needed = f"and a window of block_size = {config.model.block_size} needs one more than that"
                 raise UserError(f"{len(data.train)} tokens in the text, {needed}; give more text or a smaller one")
-        if config.init_from and (config.model.vocab_size < data.vocab_size or not same_tokens(given, tokenizer)):
-            raise UserError(f"{tokens}: its tokens are not those that {config.init_from} was trained on")
+        if config.init_from:
+            check_tokens(config, data, given, tokenizer)
         if self.prepared and config.sample_prompt and tokenizer is not None:
             tokenizer.encode(config.sample_prompt)
         vocabulary = config.model.vocab_size if config.init_from else config.vocab_size or data.vocab_size

@@ -131,7 +131,7 @@ def rank_memory(
     "PyTorch FSDP"). activation_checkpointing keeps only the float32 stream into each block, and one block's
     activations (Chen et al. 2016); cpu_offload moves what is split into the host's memory. One rank splits nothing.
     """
-    share, model = config.windows_per_step // ranks, config.model
+    (share, _), model = config.share(ranks), config.model
     micro = from_settings({"batch_size": min(share, config.batch_size), "gradient_accumulation_steps": 1}, config)
     held = memory_on(on_cpu, size, micro)
     if activation_checkpointing:
@@ -245,8 +245,7 @@ def predicted(
     Raises UserError where the step cannot be split so.
     """
     check(config, ranks, accelerator)
-    share = config.windows_per_step // ranks
-    micro = math.ceil(share / config.batch_size)
+    share, micro = config.share(ranks)
     computing = share * config.model.block_size * speed.token
     forward, backward = (accelerator.overlap * computing / micro * part / 3 for part in (1, 2))
     update = speed.update / (ranks if parallel == "fsdp" else 1)

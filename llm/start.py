@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm import __version__, checkpoint, metrics, storage
 from llm.config import MODEL_FIELDS, GPTConfig, TrainConfig, from_settings, to_settings, write_toml
-from llm.data import TokenData, open_data
+from llm.data import TokenData, open_data, reopen_data
 from llm.device import DTYPES, choose_device, choose_dtype, environment, fast_products, keep_memory, precision
 from llm.distributed import ALONE, World
 from llm.errors import Failure, UserError
@@ -28,7 +28,7 @@ from llm.parallel import check_parallel, exchanging, recompute_activations, shar
 from llm.prepare import default_folder, ensure
 from llm.state import Progress, Trainer, newest_state, restore
 from llm.tokenizer import Tokenizer, gpt2, load_tokenizer, save_tokenizer
-from llm.tokens import GPT2_VOCAB, has_tokens
+from llm.tokens import GPT2_VOCAB
 from llm.train import Training
 from llm.weights import read_weights, run_config, weights_file
 
@@ -81,11 +81,8 @@ def begun(
             if weights is None:
                 vocab_size = config.vocab_size or data.vocab_size
                 config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-            elif config.model.vocab_size < data.vocab_size or not same_tokens(given, tokenizer):
-                raise UserError(
-                    f"{data.folder}: its tokens are not those that {config.init_from} was trained on; "
-                    f"give the text by --text with another --data_dir, and it is prepared with the right ones"
-                )
+            else:
+                check_tokens(config, data, given, tokenizer)
             prompt = config.sample_prompt or default_prompt(data, tokenizer)
             if tokenizer is not None:
                 tokenizer.encode(prompt)  # says now if it has a character that is not in the vocabulary
@@ -128,8 +125,14 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
-def same_tokens(given: Tokenizer | None, tokenizer: Tokenizer | None) -> bool:
-    return given is None or tokenizer is None or given.to_json() == tokenizer.to_json()
+def check_tokens(config: TrainConfig, data: TokenData, given: Tokenizer | None, tokenizer: Tokenizer | None) -> None:
+    """Raises UserError where the weights of `init_from`, with the tokenizer `given`, know other tokens than `data`."""
+    same = given is None or tokenizer is None or given.to_json() == tokenizer.to_json()
+    if config.model.vocab_size < data.vocab_size or not same:
+        raise UserError(
+            f"{data.folder}: its tokens are not those that {config.init_from} was trained on; "
+            f"give the text by --text with another --data_dir, and it is prepared with the right ones"
+        )
 
 
 def starting_point(config: TrainConfig, say: Say) -> tuple[TrainConfig, dict[str, Tensor], Tokenizer | None]:
@@ -186,11 +189,7 @@ def resumed(
             check_same_settings(out_dir, before, facts)
             check_unfinished(config, facts.get("progress", {}))
             folder = Path(config.data_dir or "data")
-            if not has_tokens(folder) and not storage.unfinished(folder):
-                raise UserError(
-                    f"{folder}: the run's token files are not there (seen from here); say where by --data_dir"
-                )
-            data = open_data(folder, config.model.block_size, config.model.vocab_size)
+            data = reopen_data(folder, config.model.block_size, config.model.vocab_size)
             tokenizer = run_tokenizer(out_dir, config.model.vocab_size, say, folder)
             agree(config, data, device, world)
         trainer = build(config, data, tokenizer, device, DTYPES[config.dtype], world)
@@ -401,7 +400,7 @@ def connect(trainer: Trainer, say: Say) -> None:
 def try_out(trainer: Trainer, forward: Callable[..., Any]) -> None:
     """Forward and backward as in a step, of nothing and for nothing."""
     config = trainer.config
-    windows = min(config.batch_size, config.windows_per_step // trainer.world.size)
+    windows = min(config.batch_size, config.share(trainer.world.size)[0])
     ids = torch.zeros(windows, config.model.block_size, dtype=torch.int64, device=trainer.device)
     try:
         with precision(trainer.dtype, trainer.device):

@@ -96,7 +96,7 @@ def train_step(trainer: Trainer, step: int) -> Step:
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, config)
     optimizer.zero_grad()
-    total, done, share = torch.zeros((), device=trainer.device), 0, config.windows_per_step // trainer.world.size
+    total, done, (share, _) = torch.zeros((), device=trainer.device), 0, config.share(trainer.world.size)
     for x, y, seeds in micro_batches(trainer, step):
         done += len(x)
         with trainer.exchange(done == share):
@@ -242,7 +242,7 @@ class Training:
         if progress.went_back == GO_BACK:
             x, y, seeds = (torch.cat(parts) for parts in zip(*micro_batches(self.trainer, step - 1), strict=True))
             told = self.trainer.world.gather(describe_batch(self.trainer, step, x, y, seeds))
-            facts = next((facts for facts in told if not facts["first"].startswith(FINITE)), told[0])
+            facts = next((facts for facts in told if facts["first"] != FINITE), told[0])
             with self.trainer.world.together():
                 if self.trainer.world.leads:
                     storage.write_json(self.out_dir / "refused.json", facts)
@@ -399,6 +399,6 @@ class Training:
 def first_loss(trainer: Trainer) -> float:
     """Loss of the first batch before any update, in nats per token."""
     with torch.no_grad(), precision(trainer.dtype, trainer.device):
-        share = trainer.config.windows_per_step // trainer.world.size
+        share, _ = trainer.config.share(trainer.world.size)
         losses = [trainer.forward(x, y, seeds)[1] / (share / len(x)) for x, y, seeds in micro_batches(trainer, 0)]
         return float(trainer.world.mean(sum(losses)))

@@ -8,6 +8,10 @@ from pathlib import Path
 from llm.commands.main import COMMANDS
 
 LIBRARY = Path(__file__).parent.parent / "llm"
+LAST = (
+    *("plan", "scale", "chart", "report", "report_page", "report_markdown", "doctor", "runs", "trackers"),
+    "rehearse",
+)
 ORDER = (
     *(
         "errors",
@@ -53,32 +57,11 @@ ORDER = (
         "memorised",
         "verify",
         "prove",
-        "plan",
-        "scale",
-        "chart",
-        "report",
-        "report_page",
-        "report_markdown",
-        "doctor",
-        "runs",
-        "trackers",
-        "rehearse",
     ),
+    *LAST,
 )
 # what plugs in from outside: nothing in the library imports it
-OUTSIDE = {
-    "explain",
-    "plan",
-    "scale",
-    "chart",
-    "report",
-    "report_page",
-    "report_markdown",
-    "doctor",
-    "runs",
-    "trackers",
-    "rehearse",
-}
+OUTSIDE = {"explain", *LAST}
 READING_PATH = ("model", "loss", "data", "schedule", "optim", "train")
 
 

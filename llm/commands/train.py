@@ -116,7 +116,7 @@ def train(argv: list[str], world: "World") -> int:
             for _ in run:
                 pass
             check_saved(run)
-            return 128 + (caught[0] if caught else signal.SIGTERM) if run.reason == "interrupted" else 0
+            return exit_code(run, caught)
         if warning := warmup_warning(config):
             warn(warning)
         tell(f"training on {describe_device(run.trainer.device, run.trainer.dtype)}")
@@ -144,12 +144,17 @@ def train(argv: list[str], world: "World") -> int:
     if run.reason == "interrupted":
         again = f"losscurve train --out_dir {shlex.quote(str(out_dir))} --resume"
         tell(f"saved step {run.progress.step} in {out_dir}; go on with: {again}")
-        return 128 + (caught[0] if caught else signal.SIGTERM)
+        return exit_code(run, caught)
     tell("\n".join(ending(run)))
     if run.reason != "patience" and (came := forecast.ended(run.progress.seconds)):
         tell(came)
     tell(f"saved {out_dir / 'model.pt'}")
-    return 0
+    return exit_code(run, caught)
+
+
+def exit_code(run: "Training", caught: list[int]) -> int:
+    """Of every process of a run that ended in good order; the signal may have been another process's."""
+    return 128 + (caught[0] if caught else signal.SIGTERM) if run.reason == "interrupted" else 0
 
 
 def steps_left(out_dir: "Path") -> int | None:
@@ -195,8 +200,7 @@ def opening(run: "Training") -> str:
     begin = f"going on from step {run.progress.step}" if run.progress.step else "starting"
     windows = f"{config.windows_per_step} windows"
     if (processes := trainer.world.size) > 1:
-        share = config.windows_per_step // processes
-        micro = -(-share // config.batch_size)
+        share, micro = config.share(processes)
         windows += f" ({processes} processes x {micro} micro-batches x {min(share, config.batch_size)})"
     return (
         f"{parameters / 1e6:.2f} M parameters, vocabulary {config.model.vocab_size:,}\n"

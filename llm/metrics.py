@@ -34,6 +34,7 @@ class Record:
 
     def __init__(self, run_dir: Path, writes: bool = True) -> None:
         self.path, self.writes, self._waiting = run_dir / NAME, writes, b""
+        self.added = self._written = 0  # rows
 
     def add(self, **row: Any) -> None:
         """A row to be written. A number that is not finite becomes null: JSON has no NaN."""
@@ -41,16 +42,19 @@ class Record:
             return
         plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self._waiting += json.dumps(plain, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        self.added += 1
 
     def catch_up(self) -> None:
         """Write the rows that wait, all or none. Raises OSError."""
         if self._waiting:
             storage.append(self.path, self._waiting)
-            self._waiting = b""
+            self._waiting, self._written = b"", self.added
 
-    def flush(self) -> None:
-        """Put the rows on the disk. Raises OSError, also if some still wait."""
-        if self._waiting:
+    def flush(self, rows: int) -> None:
+        """Put the first `rows` rows added on the disk. Raises OSError, also if some of them still wait. The thread that
+        saves calls it, while the next rows are added.
+        """
+        if self._written < rows:
             raise OSError(errno.ENOSPC, "its record could not be written", str(self.path))
         storage.flush(self.path)
 

@@ -117,6 +117,7 @@ def facts_of(trainer: Trainer, progress: Progress) -> dict[str, Any]:
 def write_state(
     out_dir: Path,
     record: metrics.Record,
+    rows: int,
     step: int,
     weights: dict[str, Tensor],
     groups: checkpoint.Groups,
@@ -124,8 +125,8 @@ def write_state(
     keep: int,
     is_best: bool,
 ) -> Path:
-    """Put a state on the disk, and all that it relies on before it. Raises OSError."""
-    record.flush()
+    """Put a state on the disk, and all that it relies on before it, `rows` of the record too. Raises OSError."""
+    record.flush(rows)
     content = io.BytesIO()  # PyTorch's own writer turns a full disk into a RuntimeError, now and then
     torch.save(weights, content)
     for name in ("model.pt", "best.pt") if is_best else ("model.pt",):

@@ -374,7 +374,7 @@ class Training:
                 return
             is_best = progress.best_loss is not None and progress.best_step == progress.step
             weights, facts = weights_of(trainer, copies), facts_of(trainer, progress)
-            where = self.out_dir, self._record, progress.step
+            where = self.out_dir, self._record, self._record.added, progress.step
             write = partial(write_state, *where, weights, copies, facts, trainer.config.keep, is_best)
             self._saver.start(progress.step, write)
         yield from self._saved(wait)

@@ -114,13 +114,16 @@ def test_rows_that_a_full_disk_refused_go_with_the_next(tmp_path, monkeypatch):
         written.add(step=step, split="train", loss=1.0)
         with pytest.raises(OSError, match="No space left"):
             written.catch_up()
+        written.flush(1)  # the row of step 1 is there
         with pytest.raises(OSError, match="its record"):
-            written.flush()
+            written.flush(2)
         assert [row["step"] for row in read_record(tmp_path)] == [1]
     monkeypatch.undo()
     written.add(step=4, split="train", loss=1.0)
     written.catch_up()
-    written.flush()
+    written.flush(4)
+    written.add(step=5, split="train", loss=1.0)  # and waits, which is no matter of the four before it
+    written.flush(4)
     assert [row["step"] for row in read_record(tmp_path)] == [1, 2, 3, 4]
 
 

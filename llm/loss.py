@@ -8,7 +8,6 @@ products instead (as in online softmax, Milakov & Gimelshein 2018).
 N tokens, C channels, V vocabulary.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -17,12 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from llm.kernel import exp_sum
 
-ROWS_BYTES = 100 * 2**20  # of the exponentials of one chunk of rows, and
+ROWS_BYTES = 68 * 2**20  # at most, of the exponentials of one chunk of rows, and
 BLOCK_BYTES = 8192  # of one row, in a block of columns: both measured, see docs/decisions.md
 GPU_ROWS_BYTES = 2**30  # elsewhere a block is a whole row: no cache to stay in, and every launch costs
+ROUND = 64  # rows: products of other numbers are slower
 SAFE = 60.0  # exp of no logit up to this size leaves float32 or bfloat16, nor does the sum of all of them
-
-_buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -38,21 +36,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     return _LinearCrossEntropy.apply(rows, weight, targets.reshape(-1), dtype)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _buffer(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Scratch space that outlives the step: fresh pages would cost more than the arithmetic in them."""
-    kept = _buffers.get((device, dtype))
-    if kept is None or kept.numel() < size:
-        kept = _buffers[device, dtype] = torch.empty(size, device=device, dtype=dtype)
-    return kept
+def chunk_rows(vocab_size: int, size: int, on_cpu: bool) -> int:
+    """Rows whose logits, of `size` bytes each, are held at a time."""
+    rows = (ROWS_BYTES if on_cpu else GPU_ROWS_BYTES) // (vocab_size * size)
+    return rows // ROUND * ROUND or max(rows, 1)
 
 
 def _bounded(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether no logit can be above SAFE in size, by the lengths of the vectors; then none has to be shifted.
-
-    Asked on the CPU only: elsewhere the answer would have to be waited for.
-    """
-    if hidden.device.type != "cpu" or hidden.dtype == torch.float16:  # float16 ends at exp(11)
-        return False
+    """Whether no logit can be above SAFE in size, by the lengths of the vectors; then none has to be shifted."""
     longest = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).max() for x in (hidden, weight)]
     return bool(longest[0] * longest[1] <= SAFE)
 
@@ -80,30 +71,29 @@ def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, wants_hidden: bool, wants_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     n, vocab, dtypes = hidden.size(0), weight.size(0), (hidden.dtype, weight.dtype)
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    on_cpu = hidden.device.type == "cpu"
+    # elsewhere the answer would have to be waited for, and float16 ends at exp(11)
+    bounded = on_cpu and dtype != torch.float16 and _bounded(hidden, weight)
+    hidden = hidden.to(dtype)
     # summed in fp32, whatever the products' precision
     grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if wants_hidden else None
     grad_weight = torch.empty_like(weight, dtype=torch.float32) if wants_weight else None
     total = hidden.new_zeros((), dtype=torch.float32)
-    on_cpu = hidden.device.type == "cpu"
-    rows_bytes, wide = (ROWS_BYTES, BLOCK_BYTES // hidden.element_size()) if on_cpu else (GPU_ROWS_BYTES, vocab)
-    chunks = math.ceil(n * vocab * hidden.element_size() / rows_bytes)
-    chunk = math.ceil(n / min(n, chunks))  # all about the same size
+    chunk, wide = chunk_rows(vocab, dtype.itemsize, on_cpu), BLOCK_BYTES // dtype.itemsize if on_cpu else vocab
     blocks = [slice(start, min(start + wide, vocab)) for start in range(0, vocab, wide)]
-    bounded = _bounded(hidden, weight)
     for start in range(0, n, chunk):
         rows, wanted = hidden[start : start + chunk], targets[start : start + chunk]
-        kept = _buffer(len(rows) * (vocab if wants_weight else wide), hidden.device, hidden.dtype)
         top, norm = total.new_full((len(rows), 1), 0.0 if bounded else -torch.inf), total.new_zeros(len(rows), 1)
         sums = torch.zeros_like(rows, dtype=torch.float32)
         parts = []
         for block in blocks:
-            at, width = block.start if wants_weight else 0, block.stop - block.start
-            logits = kept[len(rows) * at : len(rows) * (at + width)].view(len(rows), width)
-            torch.mm(rows, weight[block].t(), out=logits)
+            columns = weight[block].to(dtype)
+            # in memory that the allocator uses again (device.keep_memory), for the gradients of the other layers too
+            logits = torch.mm(rows, columns.t())
             part, shift = exp_sum(logits, shifted=not bounded)
-            parts.append((block, logits, shift))
-            product: Any = torch.mm(logits, weight[block]) if wants_hidden else 0.0
+            if wants_weight:
+                parts.append((block, logits, shift))
+            product: Any = torch.mm(logits, columns) if wants_hidden else 0.0
             if shift is not None:  # each block has its own, its largest logit: safe for logits of any size
                 higher = torch.maximum(top, shift)
                 norm, sums = norm * (top - higher).exp(), sums * (top - higher).exp()
@@ -111,7 +101,7 @@ def _loss_and_gradients(
                 top = higher
             norm += part
             sums += product
-        ours = weight[wanted].float()
+        ours = weight[wanted].to(dtype).float()
         total += (top + norm.log() - (rows.float() * ours).sum(1, keepdim=True)).sum()
         if grad_hidden is not None:
             torch.sub(sums / norm, ours, out=grad_hidden[start : start + chunk]).div_(n)

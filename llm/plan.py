@@ -25,7 +25,7 @@ from llm.device import choose_device, choose_dtype, precision
 from llm.errors import UserError
 from llm.evaluate import WINDOW_TOKENS, evaluate
 from llm.generate import generate
-from llm.loss import GPU_ROWS_BYTES, ROWS_BYTES
+from llm.loss import chunk_rows
 from llm.model import SHORT
 from llm.prepare import default_folder
 from llm.start import build
@@ -95,10 +95,10 @@ def memory_on(on_cpu: bool, size: int, config: TrainConfig) -> dict[str, int]:
     model, low = config.model, size != 4
     count, table = sum(parameters(model).values()), model.vocab_size * model.n_embd
     n = config.batch_size * model.block_size
-    chunks = math.ceil(n * model.vocab_size * size / (ROWS_BYTES if on_cpu else GPU_ROWS_BYTES))
-    rows = math.ceil(n / min(n, chunks))  # as llm.loss cuts them
-    loss = rows * model.vocab_size * size + n * model.n_embd * 8  # and the hidden states' gradient, and sums
-    loss += 4 * table if model.tied_lm_head else 0  # the head's own gradient, before it joins the embedding's
+    rows = min(n, chunk_rows(model.vocab_size, size, on_cpu))
+    # the embedding's gradient takes the place of the exponentials; tied, the head's joins it, else it is counted below
+    loss = max(rows * model.vocab_size * size, 4 * table) - (0 if model.tied_lm_head else 4 * table)
+    loss += n * model.n_embd * 8  # and the hidden states' gradient, and sums
     # kept for the backward pass of a block: the stream before each of its halves, in float32; in the precision of the
     # products both normed copies, queries, keys, values, what attention gives, and the feed-forward layer before and
     # after its GELU
@@ -112,7 +112,7 @@ def memory_on(on_cpu: bool, size: int, config: TrainConfig) -> dict[str, int]:
         "weights": 4 * count,
         "gradients": 4 * count,
         "optimizer state": 8 * count,
-        "low-precision copies": size * (parameters(model)["blocks"] + table) if low else 0,
+        "low-precision copies": size * parameters(model)["blocks"] if low else 0,
         "loss": loss,
         "activations": model.n_layer * layer + passing,
     }

@@ -17,6 +17,7 @@ from llm.commands.plan import main
 from llm.config import TrainConfig, from_settings, read_toml
 from llm.device import precision
 from llm.errors import UserError
+from llm.loss import BLOCK_BYTES, chunk_rows
 from llm.plan import Forecast, Pace, Text
 
 PACE = Pace(step=0.01, evaluated_token=1e-6, sampled_token=1e-3)
@@ -115,8 +116,8 @@ def test_the_loss_holds_no_more_than_is_planned(monkeypatch, tied):
     llm.loss.linear_cross_entropy(hidden, weight, torch.zeros(n, dtype=torch.int64)).backward()
     embedding = 0 if tied else 4 * 4 * 40_000
     assert max(held) > 8 * embedding
-    planned = plan.memory(config)["loss"] - n * 4 * 8  # a block of the chunk before lives a little longer
-    assert planned == pytest.approx(max(held) - embedding, rel=0.01)
+    block = chunk_rows(40_000, 4, on_cpu=True) * BLOCK_BYTES  # one of the chunk before may live a little longer
+    assert 0 <= max(held) - (plan.memory(config)["loss"] - n * 4 * 8 + embedding) <= block
 
 
 def test_the_peak_of_a_process_is_what_it_held():

@@ -21,27 +21,30 @@ from torch import Tensor
 GROUPS = 8  # sums of a row that are rounded to bfloat16, by PyTorch's way, before they are added up in float32
 
 
-def exp_sum(x: Tensor, shifted: bool) -> tuple[Tensor, Tensor | None]:
-    """Replace what is in x (rows, width), contiguous, by its exponentials; returns its rows' sums (rows, 1) in fp32.
+def exp_sum(x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Replace what is in x (rows, width), contiguous, by exp(x - shift); returns its rows' sums and the shift that was
+    taken, both (rows, 1) in fp32.
 
-    `shifted`: by those of x less each row's largest, which is the second of the pair, (rows, 1) in fp32.
+    `shift`: one that is known to be safe. Without it each row's largest is taken, and also where x - shift would have
+    to be rounded to few bits.
     """
     rows, width = x.shape
     small = x.dtype == torch.bfloat16 and x.device.type == "cpu"
     if small and (compiled := built()) is not None:
-        sums = torch.empty(rows, 1)
-        largest = torch.empty(rows, 1) if shifted else None
-        compiled(x.data_ptr(), sums.data_ptr(), None if largest is None else largest.data_ptr(), rows, width)
-        return sums, largest
+        sums, taken = torch.empty(rows, 1), torch.empty(rows, 1) if shift is None else shift
+        compiled(x.data_ptr(), sums.data_ptr(), taken.data_ptr(), shift is None, rows, width)
+        return sums, taken
+    shifted = shift is None or bool(shift.any())
+    if shift is None or (shifted and x.dtype != torch.float32):
+        shift = x.amax(1, keepdim=True).float()
     if shifted:
-        top = x.amax(1, keepdim=True)
-        x.sub_(top)
+        x.sub_(shift.to(x.dtype))
     x.exp_()
     if small and width % GROUPS == 0:  # a sum in float32 would first copy all of x to float32
         sums = x.view(rows, GROUPS, -1).sum(2).sum(1, keepdim=True, dtype=torch.float32)
     else:
         sums = x.sum(1, keepdim=True, dtype=torch.float32)
-    return sums, top.float() if shifted else None
+    return sums, shift
 
 
 def compiler() -> str | None:
@@ -67,5 +70,5 @@ def built() -> Any:
             found = ctypes.CDLL(str(library)).exp_sum
         except (OSError, subprocess.SubprocessError):  # another compiler's OpenMP among them
             return None
-    found.argtypes, found.restype = [*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int64], None
+    found.argtypes, found.restype = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3], None
     return found

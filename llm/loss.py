@@ -20,7 +20,7 @@ ROWS_BYTES = 68 * 2**20  # at most, of the exponentials of one chunk of rows, an
 BLOCK_BYTES = 8192  # of one row, in a block of columns: both measured, see docs/decisions.md
 GPU_ROWS_BYTES = 2**30  # elsewhere a block is a whole row: no cache to stay in, and every launch costs
 ROUND = 64  # rows: products of other numbers are slower
-SAFE = 60.0  # exp of no logit up to this size leaves float32 or bfloat16, nor does the sum of all of them
+SAFE = 60.0  # exp of no number up to this size leaves float32 or bfloat16, nor does the sum of all of them
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -42,10 +42,20 @@ def chunk_rows(vocab_size: int, size: int, on_cpu: bool) -> int:
     return rows // ROUND * ROUND or max(rows, 1)
 
 
-def _bounded(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether no logit can be above SAFE in size, by the lengths of the vectors; then none has to be shifted."""
-    longest = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).max() for x in (hidden, weight)]
-    return bool(longest[0] * longest[1] <= SAFE)
+def _safe_shift(hidden: Tensor, weight: Tensor) -> Tensor | None:
+    """What to take away from each row's logits, (N, 1) in fp32, so that none is above SAFE and the largest not below
+    -SAFE; None where that cannot be told before they are there.
+
+    No logit is larger than the lengths of its two vectors make it, and the largest is no smaller than their mean.
+    """
+    lengths, longest = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) for x in (hidden, weight))
+    highest = lengths * longest.max()
+    shift: Tensor = (highest - SAFE).clamp(min=0)
+    if highest.max() > SAFE:
+        mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
+        if not (mean - shift >= -SAFE).all():
+            return None
+    return shift[:, None]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -73,7 +83,7 @@ def _loss_and_gradients(
     n, vocab, dtypes = hidden.size(0), weight.size(0), (hidden.dtype, weight.dtype)
     on_cpu = hidden.device.type == "cpu"
     # elsewhere the answer would have to be waited for, and float16 ends at exp(11)
-    bounded = on_cpu and dtype != torch.float16 and _bounded(hidden, weight)
+    safe = _safe_shift(hidden, weight) if on_cpu and dtype != torch.float16 else None
     hidden = hidden.to(dtype)
     # summed in fp32, whatever the products' precision
     grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if wants_hidden else None
@@ -83,18 +93,20 @@ def _loss_and_gradients(
     blocks = [slice(start, min(start + wide, vocab)) for start in range(0, vocab, wide)]
     for start in range(0, n, chunk):
         rows, wanted = hidden[start : start + chunk], targets[start : start + chunk]
-        top, norm = total.new_full((len(rows), 1), 0.0 if bounded else -torch.inf), total.new_zeros(len(rows), 1)
+        known = safe[start : start + chunk] if safe is not None else None
+        top = known if known is not None else total.new_full((len(rows), 1), -torch.inf)
+        norm = total.new_zeros(len(rows), 1)
         sums = torch.zeros_like(rows, dtype=torch.float32)
         parts = []
         for block in blocks:
             columns = weight[block].to(dtype)
             # in memory that the allocator uses again (device.keep_memory), for the gradients of the other layers too
             logits = torch.mm(rows, columns.t())
-            part, shift = exp_sum(logits, shifted=not bounded)
+            part, shift = exp_sum(logits, known)
             if wants_weight:
                 parts.append((block, logits, shift))
             product: Any = torch.mm(logits, columns) if wants_hidden else 0.0
-            if shift is not None:  # each block has its own, its largest logit: safe for logits of any size
+            if shift is not known:  # each block has its own, its largest logit: safe for logits of any size
                 higher = torch.maximum(top, shift)
                 norm, sums = norm * (top - higher).exp(), sums * (top - higher).exp()
                 part, product = part * (shift - higher).exp(), product * (shift - higher).exp()
@@ -109,7 +121,7 @@ def _loss_and_gradients(
             norm *= n
             scaled = (rows / norm).to(dtype)
             for block, exponentials, shift in parts:
-                if shift is not None:
+                if shift is not known:
                     scaled = (rows * ((shift - top).exp() / norm)).to(dtype)
                 product = torch.mm(exponentials.t(), scaled)
                 (grad_weight[block].add_ if start else grad_weight[block].copy_)(product)

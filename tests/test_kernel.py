@@ -13,41 +13,48 @@ def numbers(rows, width, scale):
     return (torch.randn(rows, width) * scale).to(torch.bfloat16)
 
 
-def exponentials(x, shifted):
-    """In fp64, of x or of x less each row's largest."""
-    x = x.double()
-    return (x - x.amax(1, keepdim=True) if shifted else x).exp()
+SHIFTS = (None, 0.0, 3.3)  # None: each row's largest
+
+
+def shift_of(x, given):
+    return None if given is None else torch.full((len(x), 1), given)
+
+
+def exponentials(x, given):
+    """In fp64, of x less what is given or each row's largest, and what that is."""
+    taken = x.amax(1, keepdim=True).float() if given is None else shift_of(x, given)
+    return (x.double() - taken.double()).exp(), taken
 
 
 @needs_compiler
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 8), (7, 1000), (65, 4097)])
 @pytest.mark.parametrize("scale", [0.1, 5.0, 25.0])
-@pytest.mark.parametrize("shifted", [False, True])
-def test_each_is_the_nearest_bfloat16_but_for_a_few(rows, width, scale, shifted):
+@pytest.mark.parametrize("given", SHIFTS)
+def test_each_is_the_nearest_bfloat16_but_for_a_few(rows, width, scale, given):
     x = numbers(rows, width, scale).clamp(-40, 40)
-    exact, found = exponentials(x, shifted), x.clone()
-    sums, largest = kernel.exp_sum(found, shifted)
+    (exact, taken), found = exponentials(x, given), x.clone()
+    sums, shift = kernel.exp_sum(found, shift_of(x, given))
     nearest = exact.to(torch.bfloat16)
     assert (found != nearest).double().mean() < 0.01  # the polynomial's 4e-6 decides a few ties otherwise
     assert ((found.double() - exact).abs() / exact).max() < 2**-8 * 1.01
     assert sums.shape == (rows, 1)
     assert torch.allclose(sums.double(), found.double().sum(1, keepdim=True), rtol=1e-5)
-    assert torch.equal(largest, x.float().amax(1, keepdim=True)) if shifted else largest is None
+    assert torch.equal(shift, taken)
 
 
 @needs_compiler
 def test_logits_of_any_size():
     x = torch.tensor([[1e30, 1e30, -1e30], [-1e30, -2e30, -1e30]], dtype=torch.bfloat16)
-    sums, largest = kernel.exp_sum(x, shifted=True)
+    sums, shift = kernel.exp_sum(x)
     assert sums.tolist() == [[2.0], [2.0]]
-    assert largest[:, 0].tolist() == pytest.approx([1e30, -1e30], rel=1e-2)
+    assert shift[:, 0].tolist() == pytest.approx([1e30, -1e30], rel=1e-2)
 
 
 @needs_compiler
-@pytest.mark.parametrize("shifted", [False, True])
-def test_the_ends_of_the_range(shifted):
+@pytest.mark.parametrize("given", [None, 0.0])
+def test_the_ends_of_the_range(given):
     x = torch.tensor([[0.0, -200.0, -torch.inf], [0.0, torch.nan, 0.0], [0.0, torch.inf, 0.0]], dtype=torch.bfloat16)
-    sums, _ = kernel.exp_sum(x, shifted)
+    sums, _ = kernel.exp_sum(x, shift_of(x, given))
     assert x[0].tolist() == [1.0, 2.0**-126, 2.0**-126]
     assert sums[0].item() == 1.0
     assert torch.isnan(sums[1:]).all()
@@ -57,28 +64,32 @@ def test_the_ends_of_the_range(shifted):
 def test_the_threads_share_the_rows():
     x = numbers(999, 513, 3.0)
     alone, together, before = x.clone(), x.clone(), torch.get_num_threads()
-    one = kernel.exp_sum(alone, True)
+    one = kernel.exp_sum(alone)
     torch.set_num_threads(2)
     try:
-        two = kernel.exp_sum(together, True)
+        two = kernel.exp_sum(together)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(alone, together)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("given", SHIFTS)
 @pytest.mark.parametrize("width", [64, 65])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_without_a_compiler_pytorch_does_the_same(monkeypatch, width, dtype, shifted):
+def test_without_a_compiler_pytorch_does_the_same(monkeypatch, width, dtype, given):
     monkeypatch.setattr(kernel, "built", lambda: None)
     x = numbers(20, width, 1.0).to(dtype)
-    exact, found = exponentials(x, shifted), x.clone()
-    sums, largest = kernel.exp_sum(found, shifted)
+    if given and dtype != torch.float32:  # then it takes the largest, from which the near ones differ by little
+        exact, taken = exponentials(x, None)
+    else:
+        exact, taken = exponentials(x, given)
+    found = x.clone()
+    sums, shift = kernel.exp_sum(found, shift_of(x, given))
     near = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]  # the difference is rounded too
     assert torch.allclose(found.double(), exact, rtol=near)
     assert torch.allclose(sums.double(), exact.sum(1, keepdim=True), rtol=near)
-    assert torch.equal(largest, x.float().amax(1, keepdim=True)) if shifted else largest is None
+    assert torch.equal(shift, taken)
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true"])

@@ -179,3 +179,40 @@ def test_logits_as_large_as_may_be(size, dtype):
     assert loss.item() == pytest.approx(expected.item(), rel=near)
     assert error(hidden.grad, hidden_grad) < near
     assert error(weight.grad, weight_grad) < near
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 8.0, 30.0, 1e3])
+@pytest.mark.parametrize("offset", [-80.0, 0.0, 80.0])
+def test_a_safe_shift_keeps_each_row_within_the_range(scale, offset):
+    hidden, weight, _ = inputs(50, 16, 400, scale)
+    with torch.no_grad():
+        weight[:, 0], hidden[:, 0] = offset / 20, 20.0  # on all logits of a row
+        shift = loss_module._safe_shift(hidden, weight)
+        logits = hidden.double() @ weight.double().T
+    if shift is None:
+        assert hidden.norm(dim=1).max() * weight.norm(dim=1).max() > loss_module.SAFE
+    else:
+        highest = (logits - shift).amax(1)
+        assert highest.max() <= loss_module.SAFE
+        assert highest.min() >= -loss_module.SAFE
+
+
+@pytest.mark.usefixtures("exponentials")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shift_that_is_known_beforehand(monkeypatch, dtype):
+    """Vectors too long to go without one, of logits that are not large, as of a trained model."""
+    hidden, weight, targets = inputs(70, 128, 900, 1.0)
+    with torch.no_grad():
+        hidden *= 15 / hidden.norm(dim=1, keepdim=True)
+        weight *= 6 / weight.norm(dim=1, keepdim=True)
+        assert loss_module._safe_shift(hidden, weight).min() > 29
+    monkeypatch.setattr(loss_module, "BLOCK_BYTES", 400)
+    monkeypatch.setattr(loss_module, "ROWS_BYTES", 30 * 900 * dtype.itemsize)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    expected, hidden_grad, weight_grad = reference(hidden, weight, targets)
+    near = 1e-5 if dtype == torch.float32 else 1e-2
+    assert loss.item() == pytest.approx(expected.item(), rel=near)
+    assert error(hidden.grad, hidden_grad) < near
+    assert error(weight.grad, weight_grad) < near

@@ -103,10 +103,10 @@ def test_the_loss_holds_no_more_than_is_planned(monkeypatch, tied):
     """The exponentials of a chunk of rows, in whose place the embedding's gradient comes later."""
     plain, alive, held = llm.loss.exp_sum, weakref.WeakValueDictionary(), []
 
-    def exp_sum(x, shifted):
+    def exp_sum(x, shift):
         alive[id(x)] = x
         held.append(sum(x.numel() * x.element_size() for x in alive.values()))
-        return plain(x, shifted)
+        return plain(x, shift)
 
     monkeypatch.setattr(llm.loss, "exp_sum", exp_sum)
     sizes = {"vocab_size": 40_000, "n_embd": 4, "n_head": 1, "batch_size": 64, "tied_lm_head": tied}

@@ -34,6 +34,7 @@ STORE_WAIT = 30  # seconds for an answer of torchrun's store
 STALLED = datetime.timedelta(minutes=10)  # for which an exchange of a step may make no progress
 PATIENCE = datetime.timedelta(hours=12)  # of what is said in JSON: who says it may have prepared a large text
 LOST = "the processes of the run lost each other"
+LATE = "rank {rank} did not start within {time} h; see what its machine says, and start again"
 
 
 @dataclass(frozen=True)
@@ -272,14 +273,17 @@ def _name_of_start(world: World, store: Any) -> str:
     mine = uuid.uuid4().hex
     if not world.leads:
         store.set(f"losscurve/asks/{world.rank}", mine)
-        store.wait([f"losscurve/answer/{mine}"], STALLED)
+        try:
+            store.wait([f"losscurve/answer/{mine}"], STALLED)
+        except dist.DistStoreError:
+            raise Failure(LATE.format(rank=0, time=STALLED)) from None
         name = str(store.get(f"losscurve/answer/{mine}").decode())
         store.set(f"losscurve/{name}/heard/{world.rank}", "")
         return f"losscurve/{name}"
     silent, began = list(range(1, world.size)), time.monotonic()
     while silent:
         if time.monotonic() - began > STALLED.total_seconds():
-            raise Failure(f"rank {silent[0]} did not start within {STALLED}; see what its machine is doing")
+            raise Failure(LATE.format(rank=silent[0], time=STALLED))
         for rank in silent:
             if store.check([key := f"losscurve/asks/{rank}"]):
                 store.set(f"losscurve/answer/{store.get(key).decode()}", mine)

@@ -8,6 +8,7 @@ nowhere. Without one, or for other than bfloat16 on a CPU, PyTorch does the same
 import ctypes
 import functools
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -63,7 +64,9 @@ def built() -> Any:
         return None
     with resources.as_file(resources.files("llm") / "kernel.c") as source, tempfile.TemporaryDirectory() as folder:
         part, library = Path(folder, "kernel.o"), Path(folder, "kernel.so")
-        flags = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+        flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            flags.append("-mprefer-vector-width=512")  # gcc prefers 256 bits on Intel's: 9 ms become 17
         try:
             for words in ([*flags, "-c", str(source), "-o", str(part)], ["-shared", str(part), "-o", str(library)]):
                 subprocess.run([cc, *words], check=True, capture_output=True, timeout=60)

@@ -230,6 +230,12 @@ def other_code(rank: int) -> AbstractContextManager[Any]:
     return mock.patch("llm.start.code_hash", return_value="f" * 64) if rank == 1 else nullcontext()
 
 
+def never_comes(rank: int, absent: int) -> AbstractContextManager[Any]:
+    if rank == absent:
+        os._exit(3)
+    return mock.patch("llm.distributed.STALLED", datetime.timedelta(seconds=1))
+
+
 @dataclass
 class Kill:
     """SIGKILL of rank `rank` before or after exchange number `at`, counted from 1, of the save at step `step`. Without

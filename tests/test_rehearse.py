@@ -298,9 +298,14 @@ def fake_job(monkeypatch, rehearsing: Rehearsal, script: str, limit: float = 5.0
 NAP = f"sleep 70.{os.getpid()}"  # nobody else's
 
 
-def napping() -> list[int]:
-    listed = subprocess.run(["ps", "-A", "-o", "pid=", "-o", "args="], capture_output=True, text=True, check=True)
-    return [int(line.split()[0]) for line in listed.stdout.splitlines() if line.endswith(NAP)]
+def none_naps() -> bool:
+    """Whether none of the sleeping processes is left, soon."""
+    for _ in range(100):
+        listed = subprocess.run(["ps", "-A", "-o", "args="], capture_output=True, text=True, check=True)
+        if not any(line.endswith(NAP) for line in listed.stdout.splitlines()):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_a_job_that_fails_says_why(here, monkeypatch):
@@ -329,8 +334,7 @@ def test_processes_that_outlive_a_kill_are_found_and_ended(here, monkeypatch):
     assert findings[-1].name == "a kill"
     assert "after one process was killed, the others did not end" in findings[-1].words
     assert rehearsing.job.poll() is not None
-    time.sleep(0.2)
-    assert not napping()
+    assert none_naps()
 
 
 def test_a_process_that_outlives_its_launcher_is_found_and_ended(here, monkeypatch):
@@ -338,8 +342,7 @@ def test_a_process_that_outlives_its_launcher_is_found_and_ended(here, monkeypat
     folder = shlex.quote(str(rehearsing.parts / "step-000004"))
     fake_job(monkeypatch, rehearsing, f"{NAP} & {NAP} & mkdir -p {folder}; wait $!; exit 1", limit=2.0)
     assert "the others did not end" in list(rehearsing.findings())[-1].words
-    time.sleep(0.2)
-    assert not napping()
+    assert none_naps()
 
 
 def test_a_state_that_is_not_whole_after_the_kill_is_said(here, monkeypatch):

@@ -266,6 +266,13 @@ def test_a_model_too_large_for_ddp_is_planned_with_fsdp(here, capsys):
     assert "speed       fsdp:" in out
 
 
+def test_a_preset_says_how_the_model_is_shared(here, capsys):
+    (here / "cluster.toml").write_text('parallel = "fsdp"\nvocab_size = 50257\n')
+    words = ("--preset", "cluster.toml", "--text", "text.txt", "--tokenizer", "gpt2", "--accelerator", "h100")
+    assert "speed       fsdp:" in shown(capsys, *words, "--nproc", "2")
+    assert "speed       ddp:" in shown(capsys, *words, "--nproc", "2", "--parallel", "ddp")
+
+
 def test_a_table_over_a_thousand_and_its_picture(here, capsys):
     out = shown(capsys, *H100, "--scale", "--price", "2", "--out", "scale.png")
     strong, weak = out.split("\n\n")[1:]

@@ -398,7 +398,7 @@ def test_what_cannot_be_replayed_says_why(recorded, losscurve, monkeypatch):
         deadline = time.monotonic() + 5
         while not (recorded / "wandb" / ".lock").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(0.05)
+        time.sleep(0.5)
         with pytest.raises(UserError, match="in use by another process"):
             replay(recorded, from_settings({}), "wandb", Told)
 

@@ -174,7 +174,8 @@ def planned(args: argparse.Namespace, config: TrainConfig) -> Plan:
         "fsdp, activation_checkpointing": held("fsdp", True),
         "fsdp, that and cpu_offload": held("fsdp", True, True),
     }
-    parallel: Parallel = args.parallel or ("fsdp" if scale.fits(memory["ddp"], accelerator) is False else "ddp")
+    too_large = not args.parallel and scale.fits(memory["ddp"], accelerator) is False
+    parallel: Parallel = "fsdp" if too_large else config.parallel
     found = scale.predicted(config, ranks, parallel, accelerator, speed, size)
     facts = accelerator, source, rate, size, speed, parallel, memory, found, args.price
     return Plan(config, text.tokens, *facts)

@@ -175,3 +175,22 @@ def test_two_hosts_of_which_one_is_lost(here, hosts, fault, record_property):
         host.torchrun("--resume --out_dir checkpoints")
     assert [host.ended(90) for host in hosts] == [0, 0], one.err + two.err
     assert fingerprint(one.folder / "checkpoints") == expected
+
+
+@pytest.mark.skipif(not TORTURE, reason="one host lost is enough: in make torture")
+def test_of_two_hosts_one_goes_on_alone(here, hosts):
+    """With --nnodes=1:2 and --max-restarts, torchrun starts what is left again; the run goes on in one process."""
+    one, two = hosts
+    for host in hosts:
+        host.torchrun(flags(**LONG), "--max-restarts=3", nnodes="1:2")
+    at_step(50, one)
+    one.plugged("down")
+    two.kill()
+    began = time.monotonic()
+    assert one.ended(180) == 0, one.err
+    print(f"the first host went on alone and was done {time.monotonic() - began:.1f} s later")
+    undisturbed(here, "ddp")
+    folders = (one.folder / "checkpoints", here / "whole")
+    ours, whole = (checkpoint.load_state(folder / "step-000300")[0]["model"] for folder in folders)
+    for name, value in whole.items():  # added up in another order from there on: 250 steps make 1e-7 this
+        assert (ours[name] - value).abs().max() < 1e-3, name

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,7 @@ def test_a_killed_process_ends_the_others_with_its_name(here, torchrun, undistur
         assert code != 0
         assert len(run.errors) == 1, run.err
         assert f"lost each other: nothing was heard of rank {rank} (" in run.errors[0]
-        assert seconds < 20
+        assert seconds < 40
         record_property("ranks killed under torchrun", 1)
         print(f"rank {rank} killed: {seconds:.1f} s to the end; {run.errors[0]}")
         good()
@@ -159,7 +160,7 @@ def test_a_killed_launcher_leaves_no_orphan(here, torchrun, undisturbed, record_
     assert code == -signal.SIGKILL
     assert len(run.errors) == 1, run.err
     assert "the launcher of this process is gone" in run.errors[0]
-    assert seconds < 10
+    assert seconds < 30
     print(f"launcher killed: {seconds:.1f} s to the end; {run.errors[0]}")
     record_property("launchers killed", 1)
     good()
@@ -225,9 +226,20 @@ def test_a_process_that_hangs_ends_the_others_with_its_name(here, rank):
     assert len(said) == 1, said
     assert f"nothing was heard of rank {rank} (" in said[0]
     assert f"for {SILENCE} s: it hangs, was stopped, or was cut off; go on with --resume" in said[0]
-    assert time.monotonic() - start < SILENCE + 15
+    assert time.monotonic() - start < SILENCE + 45  # starting three processes on a busy machine is most of it
     good()
     assert checkpoint.saved_steps(Path("checkpoints"))[-1] in (5, 8)  # 8: a new best, if it was written by then
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_never_comes_is_named(here, rank):
+    """On another machine it may have ended before it could say so here."""
+    line, change = f"train {flags(text='text.txt')}", partial(ranks.never_comes, absent=rank)
+    told = world_of(2, [job(ranks.command, lines=[line], change=change)], here / "told")[0]
+    assert told[1 - rank].value == 1
+    said = [line for line in told[1 - rank].err.splitlines() if line.startswith("error: ")]
+    assert said == [f"error: rank {rank} did not start within 0:00:01 h; see what its machine says, and start again"]
+    assert not Path("checkpoints").exists()
 
 
 @pytest.mark.skipif(not TORTURE, reason="torchrun waits 30 s for a process that is stopped: in make torture")

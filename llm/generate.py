@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llm.errors import UserError
@@ -84,9 +83,10 @@ def last_logits(model: GPT, hidden: Tensor) -> Tensor:
     if last.device.type != "cpu" or last.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or V < BLOCK:
         return model.lm_head(last)  # type: ignore[no-any-return]
     whole = V // BLOCK * BLOCK
-    blocks = weight[:whole].view(-1, BLOCK, C)
-    products = torch.bmm(blocks, last.t().expand(len(blocks), -1, -1)).view(whole, -1)
-    return torch.cat([products.t(), F.linear(last, weight[whole:])], 1)
+    blocks, vectors, logits = weight[:whole].view(-1, BLOCK, C), last.t(), last.new_empty(V, len(last))
+    torch.bmm(blocks, vectors.expand(len(blocks), -1, -1), out=logits[:whole].view(len(blocks), BLOCK, -1))
+    torch.mm(weight[whole:], vectors, out=logits[whole:])
+    return logits.t().contiguous()
 
 
 def check_knobs(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
@@ -133,11 +133,13 @@ def generate(
         hidden = model.hidden(new, cache) if fits else model.hidden(context)
         logits = last_logits(model, hidden)[:, :vocab_size]
         probabilities, ids = candidates(logits, temperature, top_k, top_p)
-        token = torch.multinomial(probabilities, 1, generator=generator)
-        token = token if ids is None else ids.gather(1, token)
-        yield token[:, 0]
-        new = token
-        context = torch.cat([context, token], 1)[:, -limit:]
+        if ids is None or ids.size(1) > 1:
+            drawn = torch.multinomial(probabilities, 1, generator=generator)
+            new = drawn if ids is None else ids.gather(1, drawn)
+        else:  # nothing to draw
+            new = ids
+        yield new[:, 0]
+        context = torch.cat([context, new], 1)[:, -limit:]
 
 
 def _dtype(model: GPT) -> torch.dtype:

@@ -8,6 +8,7 @@ products instead (as in online softmax, Milakov & Gimelshein 2018).
 N tokens, C channels, V vocabulary.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from llm.kernel import exp_sum
 
-ROWS_BYTES = 68 * 2**20  # at most, of the exponentials of one chunk of rows, and
+ROWS_BYTES = 68 * 2**20  # about, of the exponentials of one chunk of rows, and
 BLOCK_BYTES = 8192  # of one row, in a block of columns: both measured, see docs/decisions.md
 GPU_ROWS_BYTES = 2**30  # elsewhere a block is a whole row: no cache to stay in, and every launch costs
 ROUND = 64  # rows: products of other numbers are slower
@@ -36,10 +37,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     return _LinearCrossEntropy.apply(rows, weight, targets.reshape(-1), dtype)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def chunk_rows(vocab_size: int, size: int, on_cpu: bool) -> int:
-    """Rows whose logits, of `size` bytes each, are held at a time."""
-    rows = (ROWS_BYTES if on_cpu else GPU_ROWS_BYTES) // (vocab_size * size)
-    return rows // ROUND * ROUND or max(rows, 1)
+def chunk_rows(n: int, vocab_size: int, size: int, on_cpu: bool) -> int:
+    """Of n rows, those whose logits, of `size` bytes each, are held at a time: all chunks are about as large."""
+    most = max(1, (ROWS_BYTES if on_cpu else GPU_ROWS_BYTES) // (vocab_size * size))
+    rows = math.ceil(n / math.ceil(n / most))
+    return rows if rows < ROUND else math.ceil(rows / ROUND) * ROUND
 
 
 def _safe_shift(hidden: Tensor, weight: Tensor) -> Tensor | None:
@@ -89,7 +91,7 @@ def _loss_and_gradients(
     grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if wants_hidden else None
     grad_weight = torch.empty_like(weight, dtype=torch.float32) if wants_weight else None
     total = hidden.new_zeros((), dtype=torch.float32)
-    chunk, wide = chunk_rows(vocab, dtype.itemsize, on_cpu), BLOCK_BYTES // dtype.itemsize if on_cpu else vocab
+    chunk, wide = chunk_rows(n, vocab, dtype.itemsize, on_cpu), BLOCK_BYTES // dtype.itemsize if on_cpu else vocab
     blocks = [slice(start, min(start + wide, vocab)) for start in range(0, vocab, wide)]
     for start in range(0, n, chunk):
         rows, wanted = hidden[start : start + chunk], targets[start : start + chunk]

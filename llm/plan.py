@@ -95,7 +95,7 @@ def memory_on(on_cpu: bool, size: int, config: TrainConfig) -> dict[str, int]:
     model, low = config.model, size != 4
     count, table = sum(parameters(model).values()), model.vocab_size * model.n_embd
     n = config.batch_size * model.block_size
-    rows = min(n, chunk_rows(model.vocab_size, size, on_cpu))
+    rows = min(n, chunk_rows(n, model.vocab_size, size, on_cpu))
     # the embedding's gradient takes the place of the exponentials; tied, the head's joins it, else it is counted below
     loss = max(rows * model.vocab_size * size, 4 * table) - (0 if model.tied_lm_head else 4 * table)
     loss += n * model.n_embd * 8  # and the hidden states' gradient, and sums
@@ -112,7 +112,7 @@ def memory_on(on_cpu: bool, size: int, config: TrainConfig) -> dict[str, int]:
         "weights": 4 * count,
         "gradients": 4 * count,
         "optimizer state": 8 * count,
-        "low-precision copies": size * parameters(model)["blocks"] if low else 0,
+        "low-precision copies": size * (parameters(model)["blocks"] + (0 if on_cpu else table)) if low else 0,
         "loss": loss,
         "activations": model.n_layer * layer + passing,
     }

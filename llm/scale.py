@@ -143,7 +143,7 @@ def rank_memory(
     largest = max(groups(config)["attention"], groups(config)["feed-forward"])
     for part in ("weights", "gradients", "optimizer state"):
         held[part] = 0 if cpu_offload else math.ceil(held[part] / ranks)
-    held["low-precision copies"] = size * model.vocab_size * model.n_embd if size != 4 else 0  # of the head alone
+    held["low-precision copies"] = 0 if size == 4 or on_cpu else size * model.vocab_size * model.n_embd  # of the head
     return held | {"gathered root": 8 * groups(config)["root"], "gathered groups": 2 * largest * (2 * size + 4)}
 
 

@@ -116,7 +116,7 @@ def test_the_loss_holds_no_more_than_is_planned(monkeypatch, tied):
     llm.loss.linear_cross_entropy(hidden, weight, torch.zeros(n, dtype=torch.int64)).backward()
     embedding = 0 if tied else 4 * 4 * 40_000
     assert max(held) > 8 * embedding
-    block = chunk_rows(40_000, 4, on_cpu=True) * BLOCK_BYTES  # one of the chunk before may live a little longer
+    block = chunk_rows(n, 40_000, 4, on_cpu=True) * BLOCK_BYTES  # one of the chunk before may live a little longer
     assert 0 <= max(held) - (plan.memory(config)["loss"] - n * 4 * 8 + embedding) <= block
 
 

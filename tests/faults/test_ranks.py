@@ -139,7 +139,8 @@ def goes_on(here, kind, size, expected):
 def test_a_killed_process_ends_the_others_with_its_name(here, torchrun, undisturbed, record_property):
     expected = undisturbed(here)
     for rank in (0, 1) if TORTURE else (1,):
-        run = torchrun(2, f"{flags(**LONG)} --overwrite")
+        shutil.rmtree("checkpoints", ignore_errors=True)
+        run = torchrun(2, flags(**LONG))
         run.strike(run.at_step(30)[rank], signal.SIGKILL)
         code, seconds = run.ended()
         assert code != 0

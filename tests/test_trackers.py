@@ -126,7 +126,8 @@ def no_account(monkeypatch, tmp_path):
 def typed(line: str, **environment: str) -> subprocess.CompletedProcess:
     """A command in a process of its own: W&B starts another, which ends with it."""
     variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    words = [sys.executable, "-W", "error", "-m", "llm", *line.split()]
+    # requests turns this warning off for itself, which another thread's `catch_warnings` may undo at that moment
+    words = [sys.executable, "-W", "error", "-W", "ignore:SOCKS support", "-m", "llm", *line.split()]
     return subprocess.run(words, env=variables, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 
 

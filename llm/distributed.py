@@ -197,7 +197,9 @@ def described() -> World | None:
     if absent := [name for name in names if name not in os.environ]:
         raise UserError(f"RANK is set and {absent[0]} is not; start processes with torchrun, or unset RANK")
     try:
-        rank, size, local, _ = (int(os.environ[name]) for name in names if name != "MASTER_ADDR")
+        rank, size, local, port = (int(os.environ[name]) for name in names if name != "MASTER_ADDR")
+        if not (0 <= rank < size and 0 <= local < size and 0 < port < 2**16):
+            raise ValueError(f"{rank}, {size}, {local} and port {port} cannot be")
     except ValueError as error:
         raise UserError(f"{', '.join(names)}: {error}; start processes with torchrun, or unset RANK") from None
     return World(rank, size, local, started=True)
@@ -228,7 +230,7 @@ def joined() -> Iterator[World]:
         return
     watch = None
     try:
-        store, allowed = _store(leads=world.leads), silence()
+        store, allowed = _met(world)
         name = _name_of_start(world, store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         named = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
@@ -240,6 +242,10 @@ def joined() -> Iterator[World]:
         world = World(world.rank, world.size, world.local_rank, True, restarted, *groups, store)
         yield world
         world.gather(None)  # none leaves while another is at work
+    except (UserError, Failure) as error:
+        if hasattr(error, "quiet") and dist.is_initialized():  # raised on all of them: none waits for another
+            dist.destroy_process_group()
+        raise
     except RuntimeError as error:
         if not _is_of_a_connection(error):
             raise
@@ -252,6 +258,18 @@ def joined() -> Iterator[World]:
         if watch:
             watch.close()
     dist.destroy_process_group()
+
+
+def _met(world: World) -> tuple[Any, float]:
+    """The store, and the silence that is allowed. Raises UserError and Failure, for the first of a machine to print."""
+    try:
+        return _store(leads=world.leads), silence()
+    except UserError as error:
+        raise _shared(error, world.local_rank == 0) from None
+    except RuntimeError as error:
+        where, why = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ), str(error).splitlines()[0].rstrip(".")
+        failure = Failure(f"the store at {where} cannot be reached ({why}); see MASTER_ADDR, and start again")
+        raise _shared(failure, world.local_rank == 0) from error
 
 
 def _store(leads: bool = False) -> Any:

@@ -68,8 +68,12 @@ def several(nproc: int, argv: list[str]) -> int:
         raise UserError(f"nproc = {nproc}: expected a number of processes from 1 to 1024")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", "llm", "train")
-    flag = next(place for place, word in enumerate(argv) if word.split("=")[0] == "--nproc")
-    rest = argv[:flag] + argv[flag + (1 if "=" in argv[flag] else 2) :]  # torchrun would take it for its own
+    rest, words = [], iter(argv)
+    for word in words:  # without --nproc, which torchrun would take for its own
+        if word == "--nproc":
+            next(words)
+        elif not word.startswith("--nproc="):
+            rest.append(word)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *torchrun, *rest])
 
@@ -143,6 +147,8 @@ def train(argv: list[str], world: "World") -> int:
     check_saved(run)
     if run.reason == "interrupted":
         again = f"losscurve train --out_dir {shlex.quote(str(out_dir))} --resume"
+        if world.size > 1 and os.environ.get("LOCAL_WORLD_SIZE") == str(world.size):  # all on this machine
+            again += f" --nproc {world.size}"
         tell(f"saved step {run.progress.step} in {out_dir}; go on with: {again}")
         return exit_code(run, caught)
     tell("\n".join(ending(run)))

@@ -17,7 +17,10 @@ from conftest import SMALL, flags, words
 from ranks import job, values, world_of
 
 from llm import GPT, checkpoint
+from llm.commands import train
 from llm.data import batch_at, open_data
+from llm.distributed import described
+from llm.errors import UserError
 from llm.metrics import read_record
 from llm.prepare import prepare
 from llm.verify import verify
@@ -343,3 +346,33 @@ def test_what_goes_wrong_later_is_told_too(place, monkeypatch):
     assert [one.err.count("error: ") for one in told] == [1, 0, 0, 0]
     assert "holds a run saved at step 3" in told[0].err
     assert {path: path.read_bytes() for path in (place / "held").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"RANK": "-1", "WORLD_SIZE": "0"},
+        {"RANK": "2"},
+        {"LOCAL_RANK": "2"},
+        {"MASTER_PORT": "99999"},
+        {"MASTER_PORT": "x"},
+        {"MASTER_ADDR": None},
+    ],
+)
+def test_what_no_torchrun_says_is_refused(monkeypatch, given):
+    told = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in (told | given).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="start processes with torchrun, or unset RANK"):
+        described()
+
+
+def test_what_is_handed_to_torchrun(monkeypatch):
+    handed = []
+    monkeypatch.setattr(os, "execv", lambda path, words: handed.append(words))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    train.several(2, ["--nproc", "3", "--text", "a b.txt", "--nproc=2", "--max_steps", "7"])
+    assert handed[0][1:] == [
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "llm", "train"),
+        *("--text", "a b.txt", "--max_steps", "7"),
+    ]

@@ -77,10 +77,11 @@ def _bf16_is_fast() -> bool:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     if x86 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return False
-    # without hardware support a bf16 product is hundreds of times slower, so a small one goes first
-    if seconds(torch.bfloat16, 64) > 20 * seconds(torch.float32, 64) + 1e-3:
+    # without hardware support a bf16 product is hundreds of times slower, so a small one goes first; of this and of
+    # the larger ones a neighbour may disturb any
+    if all(seconds(torch.bfloat16, 64) > 20 * seconds(torch.float32, 64) + 1e-3 for _ in range(3)):
         return False
-    # in turn, the best of five: AVX512-BF16 gives twice the speed and AMX far more, and a neighbour may disturb any one
+    # in turn, the best of five: AVX512-BF16 gives twice the speed and AMX far more
     trials = [(seconds(torch.bfloat16, 512), seconds(torch.float32, 512)) for _ in range(5)]
     return min(bf16 for bf16, _ in trials) * 1.4 < min(fp32 for _, fp32 in trials)
 

@@ -1,5 +1,6 @@
 """Names of devices and precisions, on machines that this one pretends to be."""
 
+import itertools
 import json
 
 import pytest
@@ -104,13 +105,18 @@ def test_float16_on_mps_is_refused():
     assert choose_dtype("bfloat16", MPS) == torch.bfloat16
 
 
+@pytest.mark.parametrize("disturbed", [(), range(4), range(6, 14)])
 @pytest.mark.parametrize(("slow", "fast"), [(2e-3, False), (8e-4, False), (5e-4, True)])
-def test_the_probe_wants_a_clear_gain(monkeypatch, slow, fast):
-    """A clock that makes a float32 product of 512 take 1 ms, and a bfloat16 one `slow`."""
-    now, real = [0.0], torch.mm
+def test_the_probe_wants_a_clear_gain(monkeypatch, slow, fast, disturbed):
+    """A clock that makes a float32 product of 512 take 1 ms, and a bfloat16 one `slow`; some take longer than they do,
+    where a neighbour has the processor.
+    """
+    now, real, count = [0.0], torch.mm, itertools.count()
 
     def mm(a, b):
         now[0] += (slow if a.dtype == torch.bfloat16 else 1e-3) * (len(a) / 512) ** 3
+        if a.dtype == torch.bfloat16 and next(count) in disturbed:
+            now[0] += 0.02
         return a
 
     monkeypatch.setattr(torch, "mm", mm)

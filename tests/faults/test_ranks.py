@@ -25,8 +25,8 @@ from llm.prove import fingerprint
 from llm.verify import verify
 
 TORTURE = bool(os.environ.get("LOSSCURVE_TORTURE"))
-STEPS = 240
-LONG = {"text": "text.txt", "max_steps": STEPS, "eval_every": 120, "save_every": 10, "dropout": 0.1, "keep": 99}
+STEPS = 240 if TORTURE else 100
+LONG = {"text": "text.txt", "max_steps": STEPS, "eval_every": STEPS // 2, "save_every": 10, "dropout": 0.1, "keep": 99}
 SILENCE = 3  # seconds without a sign of life after which a job ends, 60 if nobody asks for less
 ENV = {"LOSSCURVE_SILENCE": str(SILENCE), "OMP_NUM_THREADS": "1"}
 

@@ -136,7 +136,8 @@ def test_a_resume_that_is_not_exact_is_noticed(here, monkeypatch, mutant, record
 
 @pytest.mark.parametrize("kind", [*KINDS, "compiled"] if TORTURE else ["dropout"])
 def test_killed_at_random_moments_for_good(here, losscurve, kind, record_property):
-    """SIGKILL to real processes, five in a row."""
+    """SIGKILL to real processes, one after the other."""
+    kills = 5 if TORTURE else 3
     settings = (KINDS | {"compiled": {"compile": True, "dropout": 0.2}})[kind] | {
         "max_steps": 120,
         "eval_every": 30,
@@ -144,10 +145,10 @@ def test_killed_at_random_moments_for_good(here, losscurve, kind, record_propert
         "out_dir": "proof",
         "text": "text.txt",
     }
-    code, out, err = losscurve(f"prove-resume --kills 5 {flags(**settings)}")
+    code, out, err = losscurve(f"prove-resume --kills {kills} {flags(**settings)}")
     assert code == 0, out + err
     hits = sum(line.startswith("killed after step") for line in out.splitlines())
-    assert hits >= 3
+    assert hits >= kills - 2
     assert f"{hits} kills: bit for bit" in out
     record_property("real kills of training", hits)
 

@@ -6,20 +6,27 @@ are text files with a folder's name. Loading runs no code: safetensors and JSON 
 """
 
 import itertools
+import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from llm import storage
 from llm.errors import UserError
 
 Groups = dict[str, dict[str, Tensor]]
+DTYPES = {  # safetensors' names
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"},
+}
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -43,8 +50,9 @@ def save_state(run_dir: Path, step: int, groups: Groups, facts: dict[str, Any], 
     final = run_dir / folder_name(step)
     with storage.folder_in_place(final) as folder:
         for name, tensors in groups.items():
-            ready = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-            storage.write_bytes(folder / f"{name}.safetensors", save(ready))
+            with storage.writing(folder / f"{name}.safetensors") as file:
+                for piece in pieces(tensors):
+                    file.write(piece)
         storage.write_json(folder / "state.json", {"step": step, **facts})
     storage.write_text(run_dir / "latest", final.name + "\n")
     if is_best:
@@ -55,6 +63,23 @@ def save_state(run_dir: Path, step: int, groups: Groups, facts: dict[str, Any], 
         if folder_name(old) != spared:
             shutil.rmtree(run_dir / folder_name(old))
     return final
+
+
+def pieces(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file of the tensors, the same bytes as `safetensors.torch.save` makes of them, one tensor after the
+    other: that function would hold all of them twice more.
+    """
+    ordered = sorted(tensors.items(), key=lambda named: (-named[1].element_size(), named[0]))  # so all are aligned
+    ends = [0, *itertools.accumulate(value.nbytes for _, value in ordered)]
+    header = {
+        name: {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+        for (name, value), start, end in zip(ordered, ends, ends[1:], strict=False)
+    }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, value in ordered:
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def load_state(folder: Path) -> tuple[Groups, dict[str, Any]]:

@@ -34,7 +34,7 @@ from llm.tokens import GPT2_VOCAB, count_tokens, has_tokens, read_meta
 from llm.train import train_step
 
 MIB = 2**20
-COPIES = 28  # bytes a parameter while a state is saved: weights and moments, and the moments twice more as a file
+COPIES = 16  # bytes a parameter while a state is saved: weights and moments, and the weights once more as model.pt
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal for text that is read once
 # measured, on the configurations that benchmarks/plan.py calls tuned
 PROCESS = 350 * MIB  # Python, PyTorch, Matplotlib, the tokenizer and their scratch space

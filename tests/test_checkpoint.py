@@ -7,7 +7,9 @@ import os
 import pickle
 import struct
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from llm import checkpoint, storage
@@ -73,6 +75,20 @@ def test_every_bit_comes_back(tmp_path):
     assert told == {"step": 7, **facts}
     assert (tmp_path / "latest").read_text() == "step-000007\n"
     assert not (tmp_path / "best").exists()
+
+
+@pytest.mark.parametrize("group", ["model", "optimizer", "one dtype", "none"])
+def test_the_files_are_those_of_safetensors_own_writer(tmp_path, group):
+    more = {"one dtype": {f'h.{i}.{kind} "é"': torch.randn(i, 3) for i in (10, 2, 0) for kind in "ab"}, "none": {}}
+    save_state(tmp_path, 3, (every := groups(3) | more), {}, 2, False)
+    dense = {name: value.contiguous() for name, value in every[group].items()}
+    assert (tmp_path / folder_name(3) / f"{group}.safetensors").read_bytes() == safetensors.torch.save(dense)
+
+
+def test_a_state_is_not_held_a_second_time_while_it_is_written():
+    tensors = {f"{number}": torch.zeros(9) for number in range(3)}
+    _, *written = checkpoint.pieces(tensors)
+    assert [np.asarray(piece).ctypes.data for piece in written] == [value.data_ptr() for value in tensors.values()]
 
 
 def test_the_saved_tensors_are_copies(tmp_path):

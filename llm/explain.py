@@ -6,6 +6,7 @@ colon name it: what was said once is not said again with newer figures. Losses a
 """
 
 import math
+import re
 import statistics
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from llm.plot import LANDMARKS
 MEANINGS = ("guessing", "token frequencies", "coherent text")  # of LANDMARKS
 EXPLODES = 10  # times a gradient norm is above what it was
 PARTS = 10  # of a record, compared by their medians
+STEP = re.compile(r"step [\d,]+")  # in a line's name: which it is said of may change
 STILL = 0.005  # a loss that moved by less than this share of itself stands still
 
 
@@ -31,6 +33,7 @@ def explain(rows: list[Row], config: TrainConfig, band: Band | None = None) -> l
         short_warmup(rows, config),
         overfits(rows, config),
         spikes(rows, config),
+        refused(rows, config),
         too_slow(rows, config),
         plateau(rows),
         not_training(rows),
@@ -61,8 +64,9 @@ class News:
             lines = explain(read_record(self.run_dir), self.config, self.band)
         except UserError as error:  # no reason to end a run
             lines = [str(error)]
-        new = [line for line in lines if line.partition(":")[0] not in self._said]
-        self._said |= {line.partition(":")[0] for line in new}
+        named = {STEP.sub("", line.partition(":")[0]): line for line in lines}
+        new = [line for name, line in named.items() if name not in self._said]
+        self._said |= named.keys()
         return new
 
 
@@ -127,10 +131,10 @@ def overfits(rows: list[Row], config: TrainConfig) -> str | None:
         "a smaller model (--n_layer, --n_embd)",
         "more text",
     )
+    stops = "--patience 3 stops in time, and " if config.patience is None else ""
     return (
         f"overfits since step {since}: the validation loss rises ({low['loss']:.2f} to {val:.2f}) while the training "
-        f"loss falls{falls}; try {', '.join(cure for cure in cures if cure)}; --patience 3 stops in time, and best.pt "
-        f"keeps step {since}"
+        f"loss falls{falls}; try {', '.join(cure for cure in cures if cure)}; {stops}best.pt keeps step {since}"
     )
 
 
@@ -166,13 +170,37 @@ def spikes(rows: list[Row], config: TrainConfig) -> str | None:
     )
 
 
-def diverges(rows: list[Row], config: TrainConfig) -> str | None:
-    """Learning rate probably too high: after the warm-up, the training loss or the gradient norm rises.
+def refused(rows: list[Row], config: TrainConfig) -> str | None:
+    """Steps that made no update, since their loss or gradient was not a finite number."""
+    steps = [step for row in rows if isinstance(row.get("refused"), list) for step in row["refused"]]
+    if not steps:
+        return None
+    more = f" to {steps[-1]}, {len(steps)} in all" if len(steps) > 1 else ""
+    return (
+        f"steps without an update: {steps[0]}{more}, since loss or gradient was not a finite number; losscurve "
+        f"show-batch --out_dir {config.out_dir} --step {steps[0]} prints the text; if it is no cause, try "
+        f"{_gentler(config)}"
+    )
 
-    Of ten equal parts of the training rows (4 rows or more each), the median loss of the last is above the lowest
-    by 0.1 nats and by 4 standard errors, or its median gradient norm is more than 10 times the lowest. A loss that
-    settles too high without rising is not told apart from a plateau.
+
+def diverges(rows: list[Row], config: TrainConfig) -> str | None:
+    """Learning rate probably too high: the losses are worse than guessing, or, after the warm-up, the training loss or
+    the gradient norm rises.
+
+    Worse than guessing: the median of the newest three losses, of both splits after step 0 (two where there are no
+    more), is above ln V and above the loss at step 0 by half a nat. Rising: of ten equal parts of the training rows
+    (4 rows or more each), the median loss of the last is above the lowest by 0.1 nats and by 4 standard errors, or
+    its median gradient norm is more than 10 times the lowest. A loss that settles too high without rising is not
+    told apart from a plateau.
     """
+    start = [loss for step, loss in losses(rows, "val") if step == 0]
+    newest = [row["loss"] for row in rows if row["step"] > 0 and row["loss"] is not None][-3:]
+    guessing = max([math.log(config.model.vocab_size), *start])
+    if len(newest) > 1 and statistics.median(newest) > guessing + 0.5:
+        return (
+            f"learning rate probably too high: losses of {statistics.median(newest):.4g} are worse than guessing "
+            f"({guessing:.2f}), and what was learned is lost; try {_gentler(config)}"
+        )
     parts, norms = _parts(rows, "loss"), [statistics.median(part) for part in _parts(rows, "grad_norm")]
     if not parts or rows[-1]["step"] <= config.warmup:
         return None

@@ -103,6 +103,9 @@ def standing(rows: list[Row], config: TrainConfig) -> tuple[str, str]:
     stale = sum(row["step"] > low["step"] for row in evaluations) if low else len(evaluations)
     if config.patience is not None and stale >= config.patience:
         return "stopped", "patience"
+    trained = [row for row in rows if row["split"] == "train"]
+    if trained and trained[-1].get("refused") and trained[-1]["loss"] is None:
+        return "unfinished", "its last losses or gradients were not finite"
     return "unfinished", "" if evaluations else "no evaluation yet"
 
 

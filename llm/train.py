@@ -276,7 +276,9 @@ class Training:
             progress.recent = [*progress.recent[1 - metrics.SPIKE_HISTORY :], loss]
         trained = [loss for loss in progress.losses if loss is not None]
         progress.losses = []
-        speed = (progress.tokens - tokens) / (self._pace[0] - then)
+        # a step that is passed over takes no time
+        idle = any(number in progress.passed_over for number in marks["refused"])
+        speed = None if idle else (progress.tokens - tokens) / (self._pace[0] - then)
         self._record.add(
             step=step.step,
             split="train",
@@ -285,8 +287,8 @@ class Training:
             grad_norm=step.grad_norm.item(),
             tokens=progress.tokens,
             seconds=round(self.seconds(), 3),
-            tokens_per_second=round(speed, 1),
-            mfu=round(self.utilisation(speed), 4),
+            tokens_per_second=None if speed is None else round(speed, 1),
+            mfu=None if speed is None else round(self.utilisation(speed), 4),
             data_seconds=round(self.trainer.data_seconds, 4),
             **{name: steps for name, steps in marks.items() if steps},
         )

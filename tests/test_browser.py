@@ -142,7 +142,7 @@ def test_two_runs_lie_over_each_other_and_hostile_ones_stay_text(browser, tmp_pa
     (runs[1] / "samples.txt").write_text(
         f"--- step 0 | val 4.0000 ---\nearly\n\n--- step 5 | val 3.9500 ---\n{sample}\n\n", encoding="utf-8"
     )
-    with opened(browser, *runs) as page:
+    with opened(browser, *runs, tmp_path / "not begun") as page:
         until(lambda: trace(page, "plain: training"), list(range(6)), "first run")
         validation = "document.getElementById('loss-chart').data.filter(trace => /validation/.test(trace.name))"
         until(lambda: trace(page, "plain: validation"), [0, 5], "its evaluations")
@@ -153,7 +153,7 @@ def test_two_runs_lie_over_each_other_and_hostile_ones_stay_text(browser, tmp_pa
         assert HOSTILE in page.locator(".run .name").nth(1).inner_text()
         assert any("<img" in text for text in page.locator("#loss-chart .legendtext").all_text_contents())
         differing = page.locator("#differences tbody tr").all_inner_texts()
-        assert [text.split() for text in differing] == [["max_lr", "0.0003", "0.5"]]
+        assert [text.split() for text in differing] == [["max_lr", "0.0003", "0.5", "–"]]  # the third has none yet
         page.select_option("#sample-run", "1")
         until(
             lambda: page.locator("#sample").inner_text(), lambda text: HOSTILE in text and "\x1b" not in text, "sample"
@@ -226,6 +226,8 @@ def test_the_playground_streams_and_shows_the_models_probabilities(browser, trai
         page.fill("#prompt", "\u00e9")
         until(lambda: page.locator("#play-words").get_attribute("class"), "bad", "an error in words")
         assert page.locator("#play-words").inner_text()
+        assert page.locator("#likely").is_hidden()  # what it showed was said of another prompt
+        assert page.locator("#likely-words").inner_text() == ""
 
 
 def test_a_prompt_typed_before_the_runs_are_known_stays(browser, trained):

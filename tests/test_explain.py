@@ -286,6 +286,54 @@ def test_news_says_each_line_once_and_looks_ever_more_rarely(tmp_path, monkeypat
     assert 500 < len(looks) < 600  # 100, then one for each 1 %
 
 
+def test_overfitting_is_said_once_though_its_step_moves(tmp_path, monkeypatch):
+    news, said = News(tmp_path, CHAPTER), []
+    for now, line in (
+        (1, "overfits since step 220: a"),
+        (2, "overfits since step 1,360: b"),
+        (3, "passed ln V / 2: c"),
+    ):
+        monkeypatch.setattr(explain, "explain", lambda *_, line=line: [line])
+        monkeypatch.setattr(explain, "read_record", lambda path: [])
+        said += news.at(now)
+    assert said == ["overfits since step 220: a", "passed ln V / 2: c"]
+
+
+def test_patience_is_not_advised_to_a_run_that_has_it():
+    assert "--patience 3 stops in time, and best.pt keeps step 1750" in explain.overfits(chapter(), CHAPTER)
+    assert explain.overfits(chapter(), replace(CHAPTER, patience=2)).endswith("more text; best.pt keeps step 1750")
+
+
+def few(*values, start=10.85):
+    """A record of as many training rows."""
+    shared = {"lr": 1.0, "grad_norm": None, "tokens": 64, "seconds": 1.0, "tokens_per_second": None}
+    rows = [shared | {"step": 10 * (i + 1), "split": "train", "loss": value} for i, value in enumerate(values)]
+    return [shared | {"step": 0, "split": "val", "loss": start}, *rows]
+
+
+def test_losses_worse_than_guessing_are_said_from_the_second_on():
+    line = explain.diverges(few(64.0, 61.0), CHAPTER)
+    assert line.startswith("learning rate probably too high: losses of 62.5 are worse than guessing (10.85)")
+    assert "--max_lr 0.0001" in line
+    assert explain.diverges(few(9.0, None, 2e5, 3e5, 2e5), CHAPTER)  # what was learned at first is no help
+    for fine in ((64.0,), (11.2, 11.3), (64.0, 9.0, 8.0), (None, None), ()):
+        assert explain.diverges(few(*fine), CHAPTER) is None
+    assert explain.diverges(few(20.0, 21.0, start=25.0), CHAPTER) is None  # begun with other weights, and better now
+    assert explain.diverges(few(64.0, 61.0)[1:], CHAPTER)  # without an evaluation ln V is what there is
+
+
+def test_steps_without_an_update_are_said():
+    rows = few(9.0, None, 8.0)
+    assert explain.refused(rows, CHAPTER) is None
+    rows[2]["refused"] = [15]
+    assert explain.refused(rows, CHAPTER).startswith("steps without an update: 15, since loss or gradient was not a")
+    rows[3]["refused"] = [21, 22]
+    assert explain.refused(rows, CHAPTER).startswith("steps without an update: 15 to 22, 3 in all, since")
+    assert "--step 15 prints the text" in explain.refused(rows, CHAPTER)
+    assert explain.refused(rows, CHAPTER) in explain.explain(rows, CHAPTER)
+    assert explain.refused([few()[0] | {"refused": "15"}], CHAPTER) is None
+
+
 def test_a_damaged_record_ends_no_run_and_is_said_once(tmp_path):
     append(tmp_path, step=0, split="val", loss=1.0)
     with open(tmp_path / "metrics.jsonl", "a") as file:

@@ -94,11 +94,13 @@ def test_a_folder_deleted_under_it_is_waited_for(tmp_path):
     follower.look()  # not there yet
     assert facts(follower)["there"] is False
     fill(run, range(5))
+    append(run, **row(4, "val"))
+    (run / "samples.txt").write_text("--- step 4 | val 3.0000 ---\nwords\n\n")
     follower.look()
-    assert facts(follower)["there"] is True
+    assert (facts(follower)["there"], facts(follower)["samples"]) == (True, [4])
     shutil.rmtree(run)
     follower.look()
-    assert (facts(follower)["there"], shown_steps(follower)) == (False, [])
+    assert (facts(follower)["there"], shown_steps(follower), facts(follower)["samples"]) == (False, [], [])
     fill(run, [0, 1])
     follower.look()
     assert shown_steps(follower) == [0, 1]
@@ -362,6 +364,20 @@ def test_time_left_is_that_of_the_pace_so_far(tmp_path):
     follower.look()
     assert pace(follower)["seconds_left"] == pytest.approx(70)  # max_time; the steps would take 100 s
     assert pace(follower)["tokens_per_second"] == 100
+
+
+@pytest.mark.parametrize(
+    ("settings", "ended"),
+    [("max_steps = 9", ""), ("max_steps = 3", "finished"), ("max_steps = 9\npatience = 2", "stopped by patience")],
+)
+def test_a_run_that_has_ended_is_said_to(tmp_path, settings, ended):
+    follower = Follower(tmp_path, "a")
+    assert facts(follower)["ended"] == ""
+    (tmp_path / "config.toml").write_text(f"vocab_size = 100\n{settings}\n")
+    for step in range(4):
+        append(tmp_path, **row(step, "val", 3.0 + step))
+    follower.look()
+    assert facts(follower)["ended"] == ended
 
 
 def test_landmarks_are_the_chapters():

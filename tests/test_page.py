@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from llm.errors import UserError
 from llm.page.playground import Playground, question
 from llm.run import Run
 from llm.schedule import lr_at, warmup_warning
+from llm.tokenizer import Bytes
 
 for package in ("starlette", "uvicorn", "plotly", "httpx"):
     pytest.importorskip(package)
@@ -196,6 +199,27 @@ def test_stepping_goes_on_from_the_tokens_so_far(trained):
         t["id"] for t in events(page.post("runs/0/stream", json={"prompt": "ab", "count": 4, "temperature": 0}))[:-1]
     ]
     assert ids == whole
+
+
+def test_a_character_of_several_tokens_is_shown_where_it_ends():
+    def logits(ids):  # what follows C3 is A9, and anything else is followed by C3
+        found = torch.full((1, Bytes().vocab_size), -1e9)
+        found[0, 0xA9 if ids == 0xC3 else 0xC3] = 0.0
+        return found
+
+    def rows(model, ids, vocab_size):
+        token = ids[0, -1].item()
+        while True:
+            token = (yield logits(token)).item()
+
+    playground = Playground()
+    playground.opened = lambda *_: (None, Bytes())
+    with mock.patch("llm.page.playground.logits_after", rows):
+        told = [
+            next(playground.stream(Path(), question(json.dumps({"prompt": "a", "ids": ids, "count": 1}).encode())))
+            for ids in ([], [0xC3], [0xC3, 0xA9])
+        ]
+    assert [token["text"] for token in told] == ["", "\u00e9", ""]
 
 
 def test_the_model_is_loaded_once_and_anew_when_its_file_changes(trained, tmp_path):

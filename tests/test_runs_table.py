@@ -123,6 +123,15 @@ def test_why_a_run_is_not_done(settings, losses, state, reason, tmp_path):
     assert (found.state, found.reason) == (state, reason)
 
 
+def test_a_run_whose_numbers_broke_says_so(tmp_path):
+    path = make(tmp_path / "run", (5.0, 4.0), max_steps=99)
+    assert summary(path).reason == ""
+    append(path, step=30, split="train", loss=None, refused=[29, 30])
+    assert (summary(path).state, summary(path).reason) == ("unfinished", "its last losses or gradients were not finite")
+    append(path, step=40, split="train", loss=4.0, refused=[31])  # it came back
+    assert summary(path).reason == ""
+
+
 def damage_the_record(path):
     lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (path / "metrics.jsonl").write_bytes(b"".join([lines[0], b"{torn\n", *lines[1:]]))

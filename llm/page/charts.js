@@ -19,6 +19,7 @@ export function draw(id, traces, layout, label, config = {}) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: css("--ink"), size: 12, family: "system-ui, sans-serif" },
     margin: { l: 52, r: 14, t: 10, b: 40 }, hovermode: "closest", showlegend: false,
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--accent") },
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink") } },
     ...layout,
     xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis },
@@ -160,10 +161,14 @@ function region(run, shapes, annotations) { // of overfitting
 function marks(log, shapes, annotations) { // the landmarks; returns their losses
   const all = new Map(known().flatMap((run) => run.facts.landmarks).map((mark) => [mark.loss, mark]));
   const room = wide() && all.size <= 3; // in runs of several vocabularies they lie close
-  for (const mark of all.values()) {
+  const sorted = [...all.values()].sort((a, b) => b.loss - a.loss), apart = 0.05 * (sorted[0]?.loss || 0);
+  let named = Infinity; // the last that has its words: none is written over another
+  for (const mark of sorted) {
     const line = { color: css("--soft"), width: 1, dash: "dot" };
     const words = `${mark.name} = ${mark.loss.toFixed(2)}${room ? `<br>${mark.meaning}` : ""}`;
     shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: mark.loss, y1: mark.loss, line, layer: "below" });
+    if (named - mark.loss < apart) continue;
+    named = mark.loss;
     annotations.push({ // beside the chart, where no curve runs over it
       xref: "paper", x: 1, xshift: 4, y: log ? Math.log10(mark.loss) : mark.loss, xanchor: "left", yanchor: "middle",
       text: wide() ? words : mark.name, align: "left", showarrow: false,

@@ -62,7 +62,7 @@ class Follower:
         self._tail = b""
         self._stamp: Stamp = ()
         self._sampled: list[Row] = []  # every `_every`-th training row
-        self._special: deque[Row] = deque(maxlen=ROWS)  # evaluations, and rows with spikes
+        self._special: deque[Row] = deque(maxlen=ROWS)  # evaluations, and rows with spikes or refused steps
         self._every = 1
         self.verdicts: list[str] = []
         self._explained = -1  # step
@@ -77,7 +77,7 @@ class Follower:
         self._look_at_settings()
         self._look_at_record()
         if evaluated != (self.generation, len(self.val)):
-            self._samples_stamp = None  # which headers are known has changed
+            self._samples_stamp = object()  # unlike any: which headers are known has changed
         if evaluated != (self.generation, len(self.val)) or self._explained < 0:
             self._explain()
         self._look_at_samples()
@@ -154,7 +154,7 @@ class Follower:
         for curve in self.curves.values():
             curve.add(values)
         self.recent.append(values)
-        if row.get("spikes"):
+        if row.get("spikes") or row.get("refused"):
             self._special.append(row)
         elif self.count % self._every == 0:
             self._sampled.append(row)

@@ -13,6 +13,7 @@ function stateOf({ facts, pace }) {
   if (!facts.there) return "waiting for a run in this folder";
   if (pace.read < 1) return `reading its record, ${Math.floor(100 * pace.read)} %`;
   if (facts.max_steps && pace.step >= facts.max_steps) return "finished";
+  if (facts.ended) return facts.ended;
   return ago < 120 ? "training" : `quiet for ${duration(ago)}`;
 }
 const nameOf = (run) => (known().length > 1 ? `${SIGN[known().indexOf(run) % SIGN.length]} ` : "") + run.facts.name;
@@ -27,7 +28,7 @@ function drawRuns() {
       ["best validation loss", low ? `${number(low[3])} at ${whole(low[0])}` : "–"],
       ["bits per byte there", low ? number(low[4]) : "–"],
       ["tokens per second", whole(pace.tokens_per_second)],
-      state === "finished" ? ["took", duration(pace.seconds)] : ["time left", duration(pace.seconds_left)],
+      state === "training" ? ["time left", duration(pace.seconds_left)] : ["trained for", duration(pace.seconds)],
     ].map(([what, value]) => {
       const line = element("dl");
       line.append(element("dt", what), element("dd", value));
@@ -100,7 +101,8 @@ $("sample-run").onchange = drawSample;
 
 function drawSettings() {
   const all = known(), names = [...new Set(all.flatMap((run) => Object.keys(run.facts.settings)))];
-  const differs = (name) => new Set(all.map((run) => run.facts.settings[name])).size > 1;
+  const there = all.filter((run) => Object.keys(run.facts.settings).length); // the others have none as yet
+  const differs = (name) => new Set(there.map((run) => run.facts.settings[name])).size > 1;
   const rowFor = (name) => rowOf([name, ...all.map((run) => run.facts.settings[name] ?? "–")], 1);
   const heads = () => rowOf(["setting", ...all.map((run) => nameOf(run))], all.length + 1);
   const differing = names.filter(differs);

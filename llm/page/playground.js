@@ -47,9 +47,13 @@ async function ask() { // for the distribution of the next token
   const mine = (asking = new AbortController());
   try {
     const answer = await (await post("next", question(), mine.signal)).json();
-    if (answer.error) return say(answer.error, true);
-    say("");
     if (pressed) return;
+    if (answer.error) {
+      $("likely").hidden = true; // it was that of another question
+      $("likely-words").textContent = "";
+      return say(answer.error, true);
+    }
+    say("");
     showLikely(answer.likely, null, "Next token");
     const [before, after] = answer.entropy.map((nats) => number(nats, 2));
     const can = `${whole(answer.possible)} of ${whole(answer.vocab_size)} tokens can be drawn`;

@@ -127,6 +127,7 @@ class Playground:
         luck = torch.Generator()
         luck.manual_seed(asked.seed if not asked.ids else (asked.seed * 1_000_003 + len(asked.ids)) % 2**63)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(tokenizer.decode_bytes(asked.ids))  # a character may be under way
         rows = logits_after(model, context(tokenizer, asked), tokenizer.vocab_size)
         with torch.no_grad():
             logits = next(rows)

@@ -14,6 +14,7 @@ from llm.metrics import Row, best, overfits_since
 from llm.page.follow import RECENT, Follower
 from llm.page.thin import POINTS, Values, columns, evenly
 from llm.plot import LANDMARKS
+from llm.runs import standing
 from llm.schedule import lr_at
 
 EVALUATION = ("step", "tokens", "seconds", "loss", "bits_per_byte")
@@ -79,6 +80,7 @@ def facts(run: Follower) -> dict[str, Any]:
         "there": run.there,
         "error": "; ".join(run.errors.values()),
         "settings": {key: spelled(value) for key, value in to_settings(config).items()} if config else {},
+        "ended": ended(run),
         "max_steps": config.max_steps if config else None,
         "tokens_per_step": config.tokens_per_step if config else None,
         "knobs": {
@@ -101,6 +103,14 @@ def facts(run: Follower) -> dict[str, Any]:
         "samples": [step for step, _, _ in run.samples],
         "weights": run.weights,
     }
+
+
+def ended(run: Follower) -> str:
+    """In a word or two, that a run has ended; "" while it may go on."""
+    if run.config is None or not run.there:
+        return ""
+    state, reason = standing(run.rows(), run.config)
+    return {"done": "finished", "stopped": f"stopped by {reason}"}.get(state, "")
 
 
 def spelled(value: object) -> str:

@@ -187,14 +187,16 @@ def diverges(rows: list[Row], config: TrainConfig) -> str | None:
     """Learning rate probably too high: the losses are worse than guessing, or, after the warm-up, the training loss or
     the gradient norm rises.
 
-    Worse than guessing: the median of the newest three losses, of both splits after step 0 (two where there are no
-    more), is above ln V and above the loss at step 0 by half a nat. Rising: of ten equal parts of the training rows
-    (4 rows or more each), the median loss of the last is above the lowest by 0.1 nats and by 4 standard errors, or
-    its median gradient norm is more than 10 times the lowest. A loss that settles too high without rising is not
-    told apart from a plateau.
+    Worse than guessing: the median of the newest three training losses after step 0 is above ln V and above the loss at
+    step 0 by half a nat (two will do, or, where there are none, evaluations; where the training loss is fine, those may
+    be worse than guessing by overfitting). Rising: of ten equal parts of the training rows (4 rows or more each), the
+    median loss of the last is above the lowest by 0.1 nats and by 4 standard errors, or its median gradient norm is
+    more than 10 times the lowest. A loss that settles too high without rising is not told apart from a plateau.
     """
     start = [loss for step, loss in losses(rows, "val") if step == 0]
-    newest = [row["loss"] for row in rows if row["step"] > 0 and row["loss"] is not None][-3:]
+    after = [row for row in rows if row["step"] > 0 and row["loss"] is not None]
+    trained = [row for row in after if row["split"] == "train"]
+    newest = [row["loss"] for row in (trained if len(trained) > 1 else after)[-3:]]
     guessing = max([math.log(config.model.vocab_size), *start])
     if len(newest) > 1 and statistics.median(newest) > guessing + 0.5:
         return (

@@ -319,6 +319,11 @@ def test_losses_worse_than_guessing_are_said_from_the_second_on():
     for fine in ((64.0,), (11.2, 11.3), (64.0, 9.0, 8.0), (None, None), ()):
         assert explain.diverges(few(*fine), CHAPTER) is None
     assert explain.diverges(few(20.0, 21.0, start=25.0), CHAPTER) is None  # begun with other weights, and better now
+    overfit = few(3.0, 1.0, 0.2)
+    overfit = [row | more for row in overfit[1:] for more in ({}, {"split": "val", "loss": 15.0})]
+    assert explain.diverges(overfit, CHAPTER) is None
+    unread = few(None, 2e5, 3e5)
+    assert explain.diverges([unread[0], unread[1], *(row | {"split": "val"} for row in unread[2:])], CHAPTER)
     assert explain.diverges(few(64.0, 61.0)[1:], CHAPTER)  # without an evaluation ln V is what there is
 
 

@@ -56,6 +56,8 @@ def test_a_command_of_the_readme_runs(home, line, monkeypatch, capsys):
     if any(word in ("train", "scripts.train") for word in words):
         smaller = "--max_steps 6 --eval_every 3" if "--resume" in words else SMALLER
         words += shlex.split(smaller)
+    if "prove-resume" in words:
+        words += ["--max_steps", "40", "--save_every", "5", "--n_embd", "16", "--n_head", "2"]
     if "--time" in words:
         words[words.index("--time") + 1] = "20s"
     if words[0] == "losscurve" and not {"watch", "--nproc", "--help"} & {*words}:  # PyTorch is imported here already

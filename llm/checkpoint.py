@@ -79,7 +79,7 @@ def pieces(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for _, value in ordered:
-        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        yield value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def load_state(folder: Path) -> tuple[Groups, dict[str, Any]]:

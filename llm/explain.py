@@ -160,7 +160,7 @@ def plateau(rows: list[Row]) -> str | None:
 
 def spikes(rows: list[Row], config: TrainConfig) -> str | None:
     """Steps whose loss leapt, as `metrics.is_spike` marks them in the record."""
-    steps = [step for row in rows if isinstance(row.get("spikes"), list) for step in row["spikes"]]
+    steps = _marked(rows, "spikes")
     if not steps:
         return None
     more = f", {len(steps)} times in all, last at step {steps[-1]}" if len(steps) > 1 else ""
@@ -172,7 +172,7 @@ def spikes(rows: list[Row], config: TrainConfig) -> str | None:
 
 def refused(rows: list[Row], config: TrainConfig) -> str | None:
     """Steps that made no update, since their loss or gradient was not a finite number."""
-    steps = [step for row in rows if isinstance(row.get("refused"), list) for step in row["refused"]]
+    steps = _marked(rows, "refused")
     if not steps:
         return None
     more = f" to {steps[-1]}, {len(steps)} in all" if len(steps) > 1 else ""
@@ -314,6 +314,11 @@ def _stepping(train: list[Row]) -> float:
 def _marks(vocab_size: int) -> list[tuple[str, float, str]]:
     """Name, loss and meaning of each landmark."""
     return [(name, math.log(vocab_size) / k, means) for (k, name), means in zip(LANDMARKS, MEANINGS, strict=True)]
+
+
+def _marked(rows: list[Row], mark: str) -> list[int]:
+    """The steps that rows list as "spikes" or "refused"."""
+    return [step for row in rows if isinstance(row.get(mark), list) for step in row[mark]]
 
 
 def _gentler(config: TrainConfig) -> str:

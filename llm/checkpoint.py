@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def save_state(run_dir: Path, step: int, groups: Groups, facts: dict[str, Any], 
     spared = best.read_text(encoding="utf-8", errors="replace").strip() if best.exists() else ""
     for old in [saved for saved in saved_steps(run_dir) if saved <= step][:-keep]:
         if folder_name(old) != spared:
-            shutil.rmtree(run_dir / folder_name(old))
+            storage.remove_folder(run_dir / folder_name(old))
     return final
 
 

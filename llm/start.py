@@ -284,7 +284,7 @@ def clear(out_dir: Path) -> None:
     """Remove the files of an earlier run, and nothing else."""
     states = [out_dir / checkpoint.folder_name(step) for step in checkpoint.saved_steps(out_dir)]
     for folder in (*states, *out_dir.glob("damaged-step-*")):
-        shutil.rmtree(folder)
+        storage.remove_folder(folder)
     for name in (*OURS, *WEIGHTS, "latest", "best"):
         (out_dir / name).unlink(missing_ok=True)
 

@@ -154,6 +154,15 @@ def folder_in_place(final: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; after a crash at any moment it is there, whole, or its name is gone (see `sweep`)."""
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.replace(folder, temporary)
+    sync_folder(folder.parent)
+    shutil.rmtree(temporary)
+
+
 def verify_folder(folder: Path) -> None:
     """Raises UserError naming the first file that is missing, added or changed since it was written."""
     if (folder / "manifest.json").is_symlink():

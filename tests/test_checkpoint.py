@@ -282,15 +282,14 @@ def test_a_failed_save_leaves_the_states_before(tmp_path, operation, forever):
 def test_older_states_go_only_after_the_new_one_stands(tmp_path, monkeypatch):
     save(tmp_path, 1)
     save(tmp_path, 2, keep=1)
-    seen, real = [], checkpoint.shutil.rmtree
+    seen, real = [], checkpoint.storage.remove_folder
 
-    def watched(path, *args, **kwargs):
-        if path.name.startswith("step-"):
-            seen.append(path.name)
-            load_state(tmp_path / folder_name(3))
-        real(path, *args, **kwargs)
+    def watched(folder):
+        seen.append(folder.name)
+        load_state(tmp_path / folder_name(3))
+        real(folder)
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", watched)
+    monkeypatch.setattr(checkpoint.storage, "remove_folder", watched)
     save(tmp_path, 3, keep=1)
     assert seen == ["step-000002"]
 

@@ -427,6 +427,8 @@ class Saves:
         if not promised and not run.exists():
             return
         _recovered(run)
+        for step in checkpoint.saved_steps(run):  # those that were being retired too
+            checkpoint.load_state(run / checkpoint.folder_name(step))
         for name, least in (("latest", saved), ("best", best)):
             if least or (run / name).exists():
                 pointed = run / (run / name).read_text(encoding="utf-8").strip()

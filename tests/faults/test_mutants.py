@@ -245,6 +245,28 @@ MUTANTS = [
         faults(ONE),
     ),
     Mutant(
+        "a retired state goes file by file",
+        storage,
+        [
+            (
+                "    os.replace(folder, temporary)\n    sync_folder(folder.parent)\n    shutil.rmtree(temporary)\n",
+                "    shutil.rmtree(folder)\n",
+            )
+        ],
+        faults(ONE),
+    ),
+    Mutant(
+        "the end of a retired state is not flushed",
+        storage,
+        [
+            (
+                "    os.replace(folder, temporary)\n    sync_folder(folder.parent)\n",
+                "    os.replace(folder, temporary)\n",
+            )
+        ],
+        cuts(ONE),
+    ),
+    Mutant(
         "the best is retired",
         checkpoint,
         [("        if folder_name(old) != spared:\n", "        if True:\n")],

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llm.errors import UserError
 
@@ -15,6 +15,7 @@ SUFFIXES = (*LINES, ".parquet")
 FIELD = "text"
 LONGEST = 2**27  # bytes of a line: it is held whole
 AT_ONCE = 256  # rows of a Parquet file held together
+SAMPLE = 2**24  # bytes of text by which the rest is judged
 
 
 def in_rows(path: Path) -> bool:
@@ -24,12 +25,37 @@ def in_rows(path: Path) -> bool:
 
 def read_rows(path: Path, label: str) -> Iterator[str]:
     """The texts in their order. Raises UserError naming `label`, the line or row, and the field that is not a text."""
-    return _lines(path, label) if path.name.lower().endswith(LINES) else _parquet(path, label)
+    return (text for text, _ in _lines(path, label)) if _is_lines(path) else _parquet(path, label)
 
 
-def _lines(path: Path, label: str) -> Iterator[str]:
+def text_bytes(path: Path, label: str) -> int:
+    """About how many bytes of text (UTF-8) the rows hold, judged by the first of them: they may be compressed, and hold
+    more than their text. Raises UserError as `read_rows` does.
+    """
+    done = 0
+    if _is_lines(path):
+        for text, file in _lines(path, label):
+            done += len(text.encode())
+            if done >= SAMPLE:
+                return done * path.stat().st_size // file.tell()
+        return done
+    for number, text in enumerate(_parquet(path, label), 1):
+        done += len(text.encode())
+        if done >= SAMPLE:
+            from pyarrow import parquet
+
+            return done * int(parquet.read_metadata(path).num_rows) // number
+    return done
+
+
+def _is_lines(path: Path) -> bool:
+    return path.name.lower().endswith(LINES)
+
+
+def _lines(path: Path, label: str) -> Iterator[tuple[str, IO[bytes]]]:
+    """The texts, each with the file on the disk as far as it was read for it."""
     try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
+        with open(path, "rb") as raw, gzip.open(raw) if path.name.lower().endswith(".gz") else raw as file:
             for number in count(1):
                 line = file.readline(LONGEST + 1)
                 if not line:
@@ -39,7 +65,7 @@ def _lines(path: Path, label: str) -> Iterator[str]:
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if not line.isspace():
-                    yield _text_of(line, f"{label}: line {number}")
+                    yield _text_of(line, f"{label}: line {number}"), raw
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{label}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 

@@ -1,6 +1,9 @@
 """What several tests use: a small text, and the commands as a person types them."""
 
 import os
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +14,11 @@ import torch
 from llm.commands.main import main
 from llm.metrics import Record
 
+for number in (signal.SIGINT, signal.SIGHUP):  # ignored below `nohup` or a shell's `&`, and by all that we would start
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
+ROOT = Path(__file__).parent.parent
 CACHE = os.environ.get("LOSSCURVE_CACHE", "")
 SMALL = {
     "n_layer": 2,
@@ -69,6 +76,22 @@ def losscurve(capsys):
         return code, out, err
 
     return run
+
+
+@pytest.fixture
+def start():
+    """`start("train --max_steps 3")`: a process of its own, which does not outlive the test."""
+    started = []
+
+    def run(line: str) -> subprocess.Popen[str]:
+        command, env = [sys.executable, "-m", "llm", *line.split()], os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def flags(**settings: object) -> str:

@@ -79,11 +79,8 @@ def test_resume_goes_on_and_refuses_what_would_be_another_run(run, losscurve):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_an_interrupt_saves_and_says_how_to_go_on(here, number, code):
-    command = f"{sys.executable} -m llm train --text text.txt --data_dir data {flags(max_steps=10**6)}"
-    process = subprocess.Popen(
-        command.split(), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def test_an_interrupt_saves_and_says_how_to_go_on(here, start, number, code):
+    process = start(f"train --text text.txt --data_dir data {flags(max_steps=10**6)}")
     record = here / "checkpoints" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (record.exists() and record.read_text().count("\n") > 5):

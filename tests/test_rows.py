@@ -3,6 +3,7 @@
 import builtins
 import gzip
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,21 @@ def test_each_row_is_a_document(tmp_path):
             found = [(end, "".join(text)) for end, text in span(source, survey, start, stop)]
             assert "".join(text for _, text in found) == whole[start:stop]
             assert all(whole[:end].endswith(text) for end, text in found if end <= stop)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_how_much_text_there_is_can_be_told_from_the_first_rows(tmp_path, monkeypatch, whole):
+    """Also where the rows are compressed, or hold more than the text."""
+    texts = [f"é{n} " + random.Random(n).randbytes(50).hex() * 2 for n in range(20_000)]
+    there = sum(len(text.encode()) for text in texts)
+    monkeypatch.setattr(rows, "SAMPLE", there + 1 if whole else there // 2)
+    (tmp_path / "a.jsonl").write_bytes(lines(texts, url="x" * 100))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines(texts, url="x" * 100)))
+    parquet(tmp_path / "c.parquet", {"text": texts})
+    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet"):
+        found = rows.text_bytes(tmp_path / name, name)
+        assert found == (there if whole else pytest.approx(there, rel=0.1)), name
+        assert (found == there) == whole, "all of it was read"
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=6))

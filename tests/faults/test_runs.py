@@ -7,7 +7,6 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -153,13 +152,7 @@ def test_killed_at_random_moments_for_good(here, losscurve, kind, record_propert
     record_property("real kills of training", hits)
 
 
-def start(words):
-    return subprocess.Popen(
-        [sys.executable, "-m", "llm", *words.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def test_preparing_survives_kills(here, record_property):
+def test_preparing_survives_kills(here, start, record_property):
     text = (here / "text.txt").read_text() * 30000
     (here / "long.txt").write_text(text)
     luck, kills = random.Random(1), 0
@@ -206,7 +199,7 @@ MORE_TIMES = [(0.3, {}), (1.6, {}), (2.2, {}), (3.5, {}), *((delay, {"compile": 
 
 
 @pytest.mark.parametrize(("delay", "more"), TIMES + MORE_TIMES if TORTURE else TIMES)
-def test_sigterm_at_any_time_leaves_a_run_that_can_go_on(here, losscurve, delay, more, record_property):
+def test_sigterm_at_any_time_leaves_a_run_that_can_go_on(here, losscurve, start, delay, more, record_property):
     process = start(f"train {flags(text='text.txt', max_steps=100000, **more)}")
     time.sleep(delay)
     process.terminate()
@@ -224,7 +217,7 @@ def test_sigterm_at_any_time_leaves_a_run_that_can_go_on(here, losscurve, delay,
     record_property("SIGTERM by time", 1)
 
 
-def test_a_second_signal_leaves_at_once_with_the_last_state(here):
+def test_a_second_signal_leaves_at_once_with_the_last_state(here, start):
     process = start(f"train {flags(text='text.txt', max_steps=10**6, eval_every=10**6, save_every=20)}")
     while len(checkpoint.saved_steps(Path("checkpoints"))) < 2:
         time.sleep(0.01)

@@ -84,7 +84,8 @@ def start():
     started = []
 
     def run(line: str) -> subprocess.Popen[str]:
-        command, env = [sys.executable, "-m", "llm", *line.split()], os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "llm", *line.split()]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return started[-1]
 

@@ -1,15 +1,18 @@
-/* exp(x - its row's shift) of bfloat16, in place, and the sum of each row, in one pass: see llm/kernel.py.
+/* exp(x - its row's shift), in place, and the sum of each row, in one pass: see llm/kernel.py.
 
-   exp(x) = 2^n 2^f with x log2(e) = n + f, n the nearest whole number, f in [-1/2, 1/2]; 2^f by a polynomial (through
-   Chebyshev's points) whose error, 4e-6, is far below bfloat16's 2e-3. Nothing is below 2^-126; NaN and +inf give NaN. */
+   exp(x) = 2^n times an exponential near 1, n a whole number. Nothing is below 2^-126; NaN and +inf give NaN. */
 #include <stdint.h>
 
+typedef union { uint32_t bits; float value; } number;
+
 static inline float value(uint16_t x) {
-    union { uint32_t bits; float value; } v = { (uint32_t)x << 16 };
+    number v = { (uint32_t)x << 16 };
     return v.value;
 }
 
-/* find: the shifts are the largest of each row, to be found here; else they are given */
+/* In bfloat16, a row's numbers beside each other. With x log2(e) = n + f, f in [-1/2, 1/2], 2^f by a polynomial (through
+   Chebyshev's points) whose error, 4e-6, is far below bfloat16's 2e-3.
+   find: the shifts are the largest of each row, to be found here; else they are given */
 void exp_sum(uint16_t *x, float *sums, float *shifts, int64_t find, int64_t rows, int64_t width) {
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
@@ -23,7 +26,7 @@ void exp_sum(uint16_t *x, float *sums, float *shifts, int64_t find, int64_t rows
         }
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = 0; i < width; i++) {
-            union { uint32_t bits; float value; } y;
+            number y;
             float t = (value(row[i]) - shift) * 1.44269504f;
             t = t < -126.0f ? -126.0f : t;
             float n = __builtin_rintf(t), f = t - n;
@@ -34,5 +37,40 @@ void exp_sum(uint16_t *x, float *sums, float *shifts, int64_t find, int64_t rows
             sum += y.value;
         }
         sums[r] = sum;
+    }
+}
+
+enum { SIDE = 32, DEEP = 64 }; /* rows that are gone through together; numbers added up before they join a row's sum */
+
+static inline void some_rows(float *x, float *sums, const float *shifts, int64_t rows, int64_t width, int some) {
+    float sum[SIDE] = {0}, shift[SIDE];
+    for (int r = 0; r < some; r++) shift[r] = shifts[r];
+    for (int64_t start = 0; start < width; start += DEEP) {
+        float part[SIDE] = {0};
+        for (int64_t i = start; i < width && i < start + DEEP; i++) {
+            float *column = x + i * rows;
+#pragma omp simd
+            for (int r = 0; r < some; r++) {
+                number y;
+                float t = column[r] - shift[r];
+                t = t < -87.3365448f ? -87.3365448f : t;
+                float n = __builtin_rintf(t * 1.44269504f), f = t - n * 0.693359375f + n * 2.12194440e-4f;
+                y.value = 1.0f + f * (1.0f + f * (1.0f / 2 + f * (1.0f / 6 + f * (1.0f / 24 + f * (1.0f / 120 + f / 720)))));
+                y.bits += (uint32_t)(int32_t)n << 23;
+                part[r] += column[r] = y.value;
+            }
+        }
+        for (int r = 0; r < some; r++) sum[r] += part[r];
+    }
+    for (int r = 0; r < some; r++) sums[r] = sum[r];
+}
+
+/* In float32, a column's numbers beside each other. With x = n ln 2 + f, ln 2 in two parts of which the product of n with
+   the first is exact (Cody and Waite 1980), exp(f) by its series, whose next term is below 2e-7. */
+void exp_sum_columns(float *x, float *sums, const float *shifts, int64_t rows, int64_t width) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; r += SIDE) {
+        if (r + SIDE <= rows) some_rows(x + r, sums + r, shifts + r, rows, width, SIDE);
+        else some_rows(x + r, sums + r, shifts + r, rows, width, rows - r);
     }
 }

@@ -92,6 +92,7 @@ def _loss_and_gradients(
     grad_weight = torch.empty_like(weight, dtype=torch.float32) if wants_weight else None
     total = hidden.new_zeros((), dtype=torch.float32)
     chunk, wide = chunk_rows(n, vocab, dtype.itemsize, on_cpu), BLOCK_BYTES // dtype.itemsize if on_cpu else vocab
+    upright = on_cpu and dtype == torch.float32  # logits by columns, which is faster for the products there
     blocks = [slice(start, min(start + wide, vocab)) for start in range(0, vocab, wide)]
     for start in range(0, n, chunk):
         rows, wanted = hidden[start : start + chunk], targets[start : start + chunk]
@@ -103,18 +104,20 @@ def _loss_and_gradients(
         for block in blocks:
             columns = weight[block].to(dtype)
             # in memory that the allocator uses again (device.keep_memory), for the gradients of the other layers too
-            logits = torch.mm(rows, columns.t())
+            logits = torch.mm(columns, rows.t()).t() if upright else torch.mm(rows, columns.t())
             part, shift = exp_sum(logits, known)
             if wants_weight:
                 parts.append((block, logits, shift))
-            product: Any = torch.mm(logits, columns) if wants_hidden else 0.0
-            if shift is not known:  # each block has its own, its largest logit: safe for logits of any size
+            if shift is known:
+                norm += part
+                if wants_hidden:
+                    sums += torch.mm(logits, columns)  # not `addmm_`, which would round once for each column
+            else:  # each block has its own, its largest logit: safe for logits of any size
                 higher = torch.maximum(top, shift)
-                norm, sums = norm * (top - higher).exp(), sums * (top - higher).exp()
-                part, product = part * (shift - higher).exp(), product * (shift - higher).exp()
-                top = higher
-            norm += part
-            sums += product
+                before, now = (top - higher).exp(), (shift - higher).exp()
+                norm, top = norm * before + part * now, higher
+                if wants_hidden:
+                    sums = sums * before + torch.mm(logits, columns) * now
         ours = weight[wanted].to(dtype).float()
         total += (top + norm.log() - (rows.float() * ours).sum(1, keepdim=True)).sum()
         if grad_hidden is not None:
@@ -125,8 +128,11 @@ def _loss_and_gradients(
             for block, exponentials, shift in parts:
                 if shift is not known:
                     scaled = (rows * ((shift - top).exp() / norm)).to(dtype)
-                product = torch.mm(exponentials.t(), scaled)
-                (grad_weight[block].add_ if start else grad_weight[block].copy_)(product)
+                if dtype == torch.float32:
+                    grad_weight[block].addmm_(exponentials.t(), scaled, beta=1 if start else 0)
+                else:
+                    product = torch.mm(exponentials.t(), scaled)
+                    (grad_weight[block].add_ if start else grad_weight[block].copy_)(product)
             grad_weight.index_add_(0, wanted, rows.float(), alpha=-1 / n)
     found = [g if g is None else g.to(kind) for g, kind in zip((grad_hidden, grad_weight), dtypes, strict=True)]
     return total / n, found[0], found[1]

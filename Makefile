@@ -24,7 +24,7 @@ train: setup
 	$(BIN)/python -m scripts.sample
 
 test: setup
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 torture: setup
 	-$(BIN)/pip install --quiet --disable-pip-version-check "atheris>=2.3"

@@ -10,8 +10,8 @@ static inline float value(uint16_t x) {
     return v.value;
 }
 
-/* In bfloat16, a row's numbers beside each other. With x log2(e) = n + f, f in [-1/2, 1/2], 2^f by a polynomial (through
-   Chebyshev's points) whose error, 4e-6, is far below bfloat16's 2e-3.
+/* In bfloat16, a row's numbers beside each other. With x log2(e) = n + f, f in [-1/2, 1/2], 2^f by a polynomial
+   (through Chebyshev's points) whose error, 4e-6, is far below bfloat16's 2e-3.
    find: the shifts are the largest of each row, to be found here; else they are given */
 void exp_sum(uint16_t *x, float *sums, float *shifts, int64_t find, int64_t rows, int64_t width) {
 #pragma omp parallel for schedule(static)
@@ -55,7 +55,7 @@ static inline void some_rows(float *x, float *sums, const float *shifts, int64_t
                 float t = column[r] - shift[r];
                 t = t < -87.3365448f ? -87.3365448f : t;
                 float n = __builtin_rintf(t * 1.44269504f), f = t - n * 0.693359375f + n * 2.12194440e-4f;
-                y.value = 1.0f + f * (1.0f + f * (1.0f / 2 + f * (1.0f / 6 + f * (1.0f / 24 + f * (1.0f / 120 + f / 720)))));
+                y.value = 1 + f * (1 + f * (1.0f / 2 + f * (1.0f / 6 + f * (1.0f / 24 + f * (1.0f / 120 + f / 720)))));
                 y.bits += (uint32_t)(int32_t)n << 23;
                 part[r] += column[r] = y.value;
             }
@@ -65,8 +65,8 @@ static inline void some_rows(float *x, float *sums, const float *shifts, int64_t
     for (int r = 0; r < some; r++) sums[r] = sum[r];
 }
 
-/* In float32, a column's numbers beside each other. With x = n ln 2 + f, ln 2 in two parts of which the product of n with
-   the first is exact (Cody and Waite 1980), exp(f) by its series, whose next term is below 2e-7. */
+/* In float32, a column's numbers beside each other. With x = n ln 2 + f, ln 2 in two parts of which the product of n
+   with the first is exact (Cody and Waite 1980), exp(f) by its series, whose next term is below 2e-7. */
 void exp_sum_columns(float *x, float *sums, const float *shifts, int64_t rows, int64_t width) {
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; r += SIDE) {

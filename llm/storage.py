@@ -48,7 +48,7 @@ def make_folder(folder: Path) -> None:
 def writing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes the name `path` only when the block ends without an exception."""
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = _beside(path, "tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -128,7 +128,7 @@ def folder_in_place(final: Path) -> Iterator[Path]:
     the folder is still what was written. A folder of that name is set aside until the new one stands.
     """
     make_folder(final.parent)
-    temporary, aside = (final.with_name(f".{final.name}.{what}-{os.getpid()}") for what in ("tmp", "old"))
+    temporary, aside = _beside(final, "tmp"), _beside(final, "old")
     if aside.exists() and not final.exists():  # of an attempt that could not even be undone
         os.replace(aside, final)
     for left in (temporary, aside):
@@ -156,7 +156,7 @@ def folder_in_place(final: Path) -> Iterator[Path]:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder; after a crash at any moment it is there, whole, or its name is gone (see `sweep`)."""
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    temporary = _beside(folder, "tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     os.replace(folder, temporary)
     sync_folder(folder.parent)
@@ -253,7 +253,12 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         yield
 
 
-_LEFT = re.compile(r"\.(.+)\.(tmp|old|probe)-(\d+)")
+_LEFT = re.compile(r"\.(.+)\.(tmp|old|probe)-(\d+)")  # the names that `_beside` gives
+
+
+def _beside(path: Path, what: str) -> Path:
+    """A temporary name in the folder of `path`, for this process."""
+    return path.with_name(f".{path.name}.{what}-{os.getpid()}")
 
 
 def sweep(folder: Path) -> None:
@@ -306,7 +311,7 @@ def check_writable(folder: Path, needed: int = 0) -> None:
     """
     there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     try:
-        probe = there / f".x.probe-{os.getpid()}"
+        probe = _beside(there / "x", "probe")
         probe.touch()
         probe.unlink()
     except OSError as error:

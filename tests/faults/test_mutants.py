@@ -69,7 +69,7 @@ MUTANTS = [
     Mutant(
         "the temporary name is the final one",
         storage,
-        [('temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")', "temporary = path")],
+        [('temporary = _beside(path, "tmp")', "temporary = path")],
         faults(checks.FILE),
     ),
     Mutant(

@@ -58,6 +58,11 @@ def append(run_dir: Path, **row: object) -> None:
     record.catch_up()
 
 
+def environment() -> dict[str, str]:
+    """For a process of its own: the package, and one thread, as here."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty current folder with a text in it, text.txt."""
@@ -85,8 +90,9 @@ def start():
 
     def run(line: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "llm", *line.split()]
-        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        started.append(
+            subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
         return started[-1]
 
     yield run

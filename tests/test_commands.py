@@ -12,13 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import flags, needs_gpt2
+from conftest import environment, flags, needs_gpt2
 
 from llm import GPT, GPTConfig, storage
 from llm.metrics import read_record
-
-ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def untouched(folder: Path) -> list[str]:
@@ -102,7 +99,7 @@ def test_a_shape_that_no_machine_holds_is_one_clear_line(here, losscurve):
 
 def test_a_closed_pipe_does_not_end_a_run(here):
     command = f"{sys.executable} -m llm train --text text.txt {flags()} | head -c 1"
-    subprocess.run(command, shell=True, env=ENVIRONMENT, check=False, stdout=subprocess.DEVNULL)
+    subprocess.run(command, shell=True, env=environment(), check=False, stdout=subprocess.DEVNULL)
     assert Path("checkpoints/step-000012/manifest.json").exists()
 
 
@@ -200,7 +197,7 @@ with llm.storage.locked(pathlib.Path("run"), "this run folder"):
     print(1, flush=True)
     time.sleep(60)
 """
-    holder = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"1\n"
         code, _, err = losscurve(f"train --text text.txt --out_dir run {flags()}")
@@ -302,14 +299,14 @@ def test_schedule_and_plot_say_where_they_wrote(run, losscurve):
 @pytest.mark.parametrize("words", ["", "--help", "trian", "train --help"])
 def test_usage(words, capsys):
     command = [sys.executable, "-m", "llm", *words.split()]
-    shown = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    shown = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert shown.returncode == (0 if "help" in words else 2)
     assert ("did you mean 'train'?" in shown.stderr) == (words == "trian")
 
 
 def test_a_dead_process_leaves_no_lock(here):
     code = "import os, llm.storage as s, pathlib\nwith s.locked(pathlib.Path('run'), 'x'):\n os._exit(9)"
-    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=False)
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=False)
     with storage.locked(Path("run"), "this run folder"):
         pass
 

@@ -1,21 +1,18 @@
 """Every command in the README runs as typed; the long ones with smaller numbers."""
 
 import io
-import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
 import urllib.request
-from pathlib import Path
 
 import pytest
-from conftest import flags, needs_gpt2, needs_shakespeare
+from conftest import ROOT, environment, flags, needs_gpt2, needs_shakespeare
 
 from llm.commands.main import main
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
@@ -68,12 +65,11 @@ def test_a_command_of_the_readme_runs(home, line, monkeypatch, capsys):
         return
     module = {"losscurve": ["-m", "llm"], "torchrun": ["-m", "torch.distributed.run"], "python": []}[words[0]]
     words = [sys.executable, *module, *words[1:]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if "watch" in words:
-        serves(words, home, environment)
+        serves(words, home, environment())
         return
     shown = subprocess.run(
-        words, cwd=home, env=environment, capture_output=True, text=True, check=False, input="to be\n" * 500
+        words, cwd=home, env=environment(), capture_output=True, text=True, check=False, input="to be\n" * 500
     )
     assert shown.returncode == 0, shown.stderr
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import append, flags
+from conftest import append, environment, flags
 
 from llm import metrics, trackers
 from llm.config import from_settings, to_settings, write_toml
@@ -23,7 +23,6 @@ from llm.metrics import read_record
 from llm.run import samples_in
 from llm.trackers import View, following, replay, scalars, starts
 
-ROOT = Path(__file__).parent.parent
 TRAIN = f"train --text text.txt --data_dir data {flags()}"
 Shown = dict[str, list[tuple[int, float]]]  # by name, the points (step, value)
 
@@ -123,12 +122,12 @@ def no_account(monkeypatch, tmp_path):
     (tmp_path / "home").mkdir()
 
 
-def typed(line: str, **environment: str) -> subprocess.CompletedProcess:
+def typed(line: str, **variables: str) -> subprocess.CompletedProcess:
     """A command in a process of its own: W&B starts another, which ends with it."""
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    env = environment() | variables
     # requests turns this warning off for itself, which another thread's `catch_warnings` may undo at that moment
     words = [sys.executable, "-W", "error", "-W", "ignore:SOCKS support", "-m", "llm", *line.split()]
-    return subprocess.run(words, env=variables, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    return subprocess.run(words, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 
 
 @pytest.fixture
@@ -352,9 +351,8 @@ def test_no_tracker_is_imported_unless_asked_for(here):
         f"assert main({TRAIN.split()!r}) == 0\n"
         "print(sorted({'wandb', 'tensorboard', 'torch.utils.tensorboard'} & set(sys.modules)))"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     shown = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=here
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True, cwd=here
     )
     assert shown.stdout.splitlines()[-1] == "[]"
 

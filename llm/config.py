@@ -86,6 +86,7 @@ class TrainConfig:
     text_limit: int | None = setting(
         None, "of tinystories or fineweb-edu, take this much (default: 200M)", low=1, unit="characters"
     )
+    text_field: str | None = setting(None, "field or column of rows that holds the text (default: text)")
     tokenizer: Literal["auto", "gpt2", "bpe", "byte", "char"] = setting(
         "auto", "auto: gpt2 where its vocabulary can be had, else a bpe trained on the text"
     )
@@ -352,7 +353,7 @@ def read_toml(source: str) -> dict[str, Any]:
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PRESETS)}, or a .toml file"
             raise UserError(f"unknown preset {source!r}; {hint}")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin it with a byte-order mark
         except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no path at all
             raise UserError(f"{source}: cannot be read ({error})") from None
     try:

@@ -5,58 +5,80 @@ A document is a file, or a row of a file of rows; those are never counted one by
 
 import codecs
 import hashlib
-import os
 import shutil
 import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from llm import download, hub, storage
+from llm import compressed, download, folders, hub, recognise, rows, storage
 from llm.errors import Failure, UserError
-from llm.rows import SUFFIXES as ROWS
-from llm.rows import in_rows, read_rows
+from llm.oddities import Oddities
+from llm.rows import FIELD, in_rows, read_rows
 
 SHAKESPEARE = "shakespeare"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 BUILT_IN = "pydoc topics"
-SUFFIXES = (".txt", ".md", *ROWS)
 CHUNK = 2**20  # bytes read at once
 ROW_END = b"\xff"  # in the hash of a text; no UTF-8 has this byte
 
 
 @dataclass(frozen=True)
 class File:
-    """Text, or rows of it: `label` names it to a person, `path` is where its bytes are (perhaps a temporary file)."""
+    """Text, or rows of it: `label` names it to a person, `path` is where its bytes are (perhaps a temporary file).
+
+    `field` is the field or column of rows that holds the text.
+    """
 
     label: str
     path: Path
     size: int  # bytes
     mtime_ns: int
+    field: str = FIELD
 
     @property
     def in_rows(self) -> bool:
         """Whether it holds a document in each row, instead of being one."""
         return in_rows(self.path)
 
+    @property
+    def name(self) -> str:
+        """Its name for a shell; a stream or a text by name has none."""
+        return self.label if Path(self.label) == self.path else ""
+
     def read(self) -> Iterator[str]:
         """The text in pieces of bounded size, line ends as they are, without a byte-order mark at its start; or the
         documents, a row each.
 
-        Raises UserError if it cannot be read, or is not UTF-8 (saying at which byte).
+        Raises UserError if it cannot be read, or is not UTF-8 (saying at which byte, what it is instead, and what makes
+        text of it).
         """
-        return read_rows(self.path, self.label) if self.in_rows else self._pieces()
+        return read_rows(self.path, self.label, self.field) if self.in_rows else self._pieces()
+
+    def text_bytes(self) -> int:
+        """About how many bytes of text it holds: judged by its beginning where it is compressed or has rows."""
+        if self.in_rows:
+            return rows.text_bytes(self.path, self.label, self.field)
+        with compressed.opened(self.path, self.label) as (file, raw):
+            head = file.read(recognise.HEAD)
+            recognise.check(head, self.label, self.name)
+            if file is raw:
+                return self.size
+            read = len(head) + len(file.read(rows.SAMPLE))
+            return read * self.size // raw.tell() if file.read(1) else read
 
     def _pieces(self) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")()
         done, first = 0, True
         try:
-            with open(self.path, "rb") as file:
+            with compressed.opened(self.path, self.label) as (file, _):
+                recognise.check(file.read(recognise.HEAD), self.label, self.name)
+                file.seek(0)
                 while True:
                     content = file.read(CHUNK)
                     waiting = len(decoder.getstate()[0])  # bytes of a character that the last piece cut
@@ -68,13 +90,18 @@ class File:
                     if not content:
                         return
         except UnicodeDecodeError as error:
-            place = done - waiting + error.start
-            raise UserError(
-                f"{self.label}: not UTF-8 at byte {place} ({error.reason}); "
-                "save it as UTF-8, for example with iconv -f latin1 -t utf-8"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{self.label}: cannot be read ({error.strerror})") from None
+            raise self._not_utf8(done - waiting + error.start) from None
+
+    def _not_utf8(self, place: int) -> UserError:
+        """The error that says where the text stops being UTF-8, and what it is there."""
+        with compressed.opened(self.path, self.label) as (file, _):
+            line, begin = 1, max(0, place - recognise.HEAD)
+            for start in range(0, begin, CHUNK):
+                line += file.read(min(CHUNK, begin - start)).count(b"\n")
+            window = file.read(place - begin + recognise.HEAD)
+        line += window.count(b"\n", 0, place - begin)
+        cause = recognise.not_utf8(window, place - begin, self.name, begin)
+        return UserError(f"{self.label}: not UTF-8 at byte {place} (line {line}): {cause}")
 
 
 @dataclass(frozen=True)
@@ -99,6 +126,7 @@ class Survey:
     bytes: int = 0
     sha256: str = ""  # of all documents' UTF-8, joined; with ROW_END after each row, as its end makes a token
     alphabet: set[str] = field(default_factory=set)
+    notices: list[str] = field(default_factory=list)  # a line for each kind of thing that a person may not expect
 
     @property
     def total(self) -> int:
@@ -111,19 +139,30 @@ def opened(
     offline: bool = False,
     limit: int | None = None,
     say: Callable[[str], None] = lambda line: None,
+    text_field: str | None = None,
 ) -> Iterator[Corpus]:
     """The corpus that `text` names: files, folders, `-` (standard input), a name; nothing is the default.
 
     The default is tiny Shakespeare, or the text that Python carries where that cannot be had. Of a text from the hub,
-    `limit` characters are taken. Standard input and pipes are copied to a temporary file that lives as long as the
-    block. Raises UserError, and Failure for a named text that cannot be had.
+    `limit` characters are taken. Rows have their text in the field or column `text_field`. Standard input and pipes are
+    copied to a temporary file that lives as long as the block. What a search of folders found and left out is said.
+    Raises UserError, and Failure for a named text that cannot be had.
     """
     with tempfile.TemporaryDirectory(prefix="losscurve-") as folder:
         if text:
             files: list[File] = []
             for word in text:
                 named = word in hub.TEXTS
-                files += [_file(word, hub.fetch(word, limit, offline, say))] if named else _files(word, folder, offline)
+                if named:
+                    files.append(_file(word, hub.fetch(word, limit, offline, say)))
+                else:
+                    found = _files(word, folder, offline, say)
+                    files += [replace(file, field=text_field or FIELD) for file in found]
+            if text_field not in (None, FIELD) and not any(f.in_rows and f.field == text_field for f in files):
+                raise UserError(
+                    f"text_field = {text_field!r}: is for rows of {', '.join(rows.SUFFIXES)}, "
+                    "and there are none; leave it out"
+                )
             yield Corpus(name_of(text), files)
             return
         try:
@@ -135,14 +174,16 @@ def opened(
 
 def look(source: Corpus, alphabet: bool = False) -> Survey:
     """The first reading: counts, the hash, and on demand the distinct characters. UserError if it is not UTF-8."""
-    survey, digest = Survey(), hashlib.sha256()
+    survey, digest, oddities = Survey(), hashlib.sha256(), Oddities()
     for file in source.files:
         survey.characters.append(0)
+        oddities.begin(file.label, file.name, file.in_rows)
         for chunk in file.read():
             content = chunk.encode("utf-8")
             digest.update(content)
             survey.bytes += len(content)
             survey.characters[-1] += len(chunk)
+            oddities.add(chunk)
             if file.in_rows and chunk:
                 survey.documents += 1
                 digest.update(ROW_END)
@@ -150,6 +191,7 @@ def look(source: Corpus, alphabet: bool = False) -> Survey:
                 survey.alphabet.update(chunk)
         survey.documents += not file.in_rows and survey.characters[-1] > 0
     survey.sha256 = digest.hexdigest()
+    survey.notices = list(oddities.notices())
     return survey
 
 
@@ -185,7 +227,7 @@ def name_of(text: tuple[str, ...]) -> str:
     return "stdin" if text[0] == "-" else Path(text[0]).resolve().stem or "text"
 
 
-def _files(word: str, spool: str, offline: bool) -> list[File]:
+def _files(word: str, spool: str, offline: bool, say: Callable[[str], None]) -> list[File]:
     if word == SHAKESPEARE:
         return [_shakespeare(offline)]
     if word == "-":
@@ -196,7 +238,9 @@ def _files(word: str, spool: str, offline: bool) -> list[File]:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            return [_file(str(found), found) for found in _search(path)]
+            found = folders.search(path)
+            say(found.summary())
+            return [_file(str(text), text) for text in found.texts]
         if stat.S_ISREG(mode):
             return [_file(word, path)]
         with open(path, "rb") as pipe:
@@ -206,17 +250,6 @@ def _files(word: str, spool: str, offline: bool) -> list[File]:
         raise UserError(f"{word}: there is no such file; {hint}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{word!r}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-
-
-def _search(folder: Path) -> list[Path]:
-    """The texts below a folder, sorted by path; hidden files and folders are left out."""
-    found = []
-    for where, names, files in os.walk(folder):
-        names[:] = [name for name in names if not name.startswith(".")]
-        found += [Path(where, name) for name in files if name.lower().endswith(SUFFIXES) and name[0] != "."]
-    if not found:
-        raise UserError(f"{folder}: no file that ends in {', '.join(SUFFIXES)} in it; name the files themselves")
-    return sorted(path for path in found if path.is_file())
 
 
 def _file(label: str, path: Path) -> File:

@@ -28,7 +28,6 @@ from llm.generate import generate
 from llm.loss import chunk_rows
 from llm.model import SHORT
 from llm.prepare import default_folder
-from llm.rows import text_bytes
 from llm.start import build
 from llm.state import Trainer
 from llm.tokens import GPT2_VOCAB, count_tokens, has_tokens, read_meta
@@ -198,8 +197,8 @@ def text_of(config: TrainConfig) -> Text:
     size = count = sum(taken if word in hub.TEXTS else TEXT_BYTES for word in words if word in named)
     vocabulary = VOCABULARY[config.tokenizer]
     if files:
-        with corpus.opened(files) as source:
-            size += sum(text_bytes(file.path, file.label) if file.in_rows else file.size for file in source.files)
+        with corpus.opened(files, text_field=config.text_field) as source:
+            size += sum(file.text_bytes() for file in source.files)
             if config.tokenizer == "char":
                 survey = corpus.look(source, alphabet=True)
                 count, vocabulary = count + survey.total, len(survey.alphabet)

@@ -15,6 +15,7 @@ from llm.config import TrainConfig, from_settings
 from llm.corpus import Corpus, Survey, look, span
 from llm.errors import Failure, UserError
 from llm.journal import Journal, Key
+from llm.rows import FIELD
 from llm.shards import SHARD_TOKENS, Progress, write_splits
 from llm.tokenizer import BPE_VOCAB_SIZE, Bytes, Characters, Tokenizer, gpt2, save_tokenizer, train_bpe
 from llm.tokens import has_tokens, settle, token_files
@@ -40,6 +41,7 @@ def prepare(
     given: Tokenizer | None = None,
     text_limit: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
+    text_field: str | None = None,
 ) -> dict[str, Any]:
     """Make the token files of `text` in `data_dir`, and return what meta.json holds.
 
@@ -49,14 +51,16 @@ def prepare(
     given. Raises UserError before anything is written, among others where `data_dir` holds token files and
     `overwrite` is false; Failure if the work fails.
     """
-    settings = _settings(text, tokenizer, vocab_size, val_fraction, text_limit)
+    settings = _settings(text, tokenizer, vocab_size, val_fraction, text_limit, text_field)
     if shard_tokens < 1:
         raise UserError(f"shard_tokens = {shard_tokens}: expected at least 1")
     say = say or (lambda line: None)
     _refuse_occupied(data_dir, overwrite)
-    with corpus.opened(text, offline, text_limit, say) as source:
+    with corpus.opened(text, offline, text_limit, say, text_field) as source:
         ready = given or _ready(tokenizer, source, offline, say)
         survey = look(source, alphabet=tokenizer == "char")
+        for notice in survey.notices:
+            say(notice)
         names = ", ".join([file.label for file in source.files][:3])
         cut = int(survey.total * (1 - val_fraction))
         if not survey.total:
@@ -125,7 +129,10 @@ def ensure(
             )
         settings = (config.tokenizer, config.vocab_size, config.val_fraction)
         block_size = config.model.block_size
-        prepare(config.text, folder, *settings, offline, False, progress, say, block_size, given, config.text_limit)
+        limit, field = config.text_limit, config.text_field
+        prepare(
+            config.text, folder, *settings, offline, False, progress, say, block_size, given, limit, text_field=field
+        )
     elif not has_tokens(folder):
         raise UserError(f"{folder}: has no train.bin; prepare it again with --overwrite, or choose another --data_dir")
     elif config.text:
@@ -148,11 +155,18 @@ def default_folder(config: TrainConfig) -> str:
 
 
 def _settings(
-    text: tuple[str, ...], tokenizer: str, vocab_size: int | None, val_fraction: float, text_limit: int | None
+    text: tuple[str, ...],
+    tokenizer: str,
+    vocab_size: int | None,
+    val_fraction: float,
+    text_limit: int | None,
+    text_field: str | None,
 ) -> dict[str, Any]:
     """What meta.json says was asked for. Raises UserError for a value out of its bounds."""
     wanted = {"tokenizer": tokenizer, "vocab_size": vocab_size, "val_fraction": val_fraction}
-    from_settings(wanted | {"text_limit": text_limit})
+    from_settings(wanted | {"text_limit": text_limit, "text_field": text_field})
+    if text_field not in (None, FIELD):  # so that a meta.json from before there was this setting says the same
+        wanted["text_field"] = text_field
     if tokenizer == "bpe" and vocab_size is not None and vocab_size < 257:
         raise UserError(f"vocab_size = {vocab_size}: a bpe has the 256 bytes and end-of-text, so at least 257")
     if text_limit is None:
@@ -197,18 +211,21 @@ def _refuse_other(folder: Path, config: TrainConfig, offline: bool, say: Say) ->
     if not (folder / "meta.json").exists():
         raise UserError(f"{folder} holds token files of another program; choose another --data_dir")
     meta = storage.read_json(folder / "meta.json")
-    wanted = _settings(config.text, config.tokenizer, config.vocab_size, config.val_fraction, config.text_limit)
+    wanted = _settings(
+        config.text, config.tokenizer, config.vocab_size, config.val_fraction, config.text_limit, config.text_field
+    )
     try:
         made, made_from = dict(meta["settings"]), meta["source"]
         if wanted["tokenizer"] not in ("auto", "bpe"):  # there it is a size for the model, not for the text
             wanted["vocab_size"] = made["vocab_size"]
-        for name in ("tokenizer", "vocab_size", "val_fraction", "text_limit"):
-            before, now = made.get(name) if name == "text_limit" else made[name], wanted.get(name)
+        for name in ("tokenizer", "vocab_size", "val_fraction", "text_limit", "text_field"):
+            optional = name in ("text_limit", "text_field")
+            before, now = made.get(name) if optional else made[name], wanted.get(name)
             if before != now:
                 raise UserError(f"{folder} was made with {name} = {before}, not {now}; {remedy}")
         if made["text"] == wanted["text"] == [corpus.SHAKESPEARE]:  # one known text, wherever its file went
             return
-        with corpus.opened(config.text, offline, config.text_limit, say) as source:
+        with corpus.opened(config.text, offline, config.text_limit, say, config.text_field) as source:
             if made["text"] == wanted["text"] and made_from["files"] == source.stamps():
                 return
             if made_from["sha256"] == look(source).sha256 and len(made_from["files"]) == len(source.files):

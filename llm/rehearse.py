@@ -323,7 +323,7 @@ def _piece(config: TrainConfig, folder: Path, given: Tokenizer | None, block_siz
     """(token files of the first PIECE characters of the text, whether that is all of it), made in `folder`."""
     files, left = [], PIECE
     (folder / "text").mkdir()
-    with corpus.opened(config.text, limit=PIECE) as source:
+    with corpus.opened(config.text, limit=PIECE, text_field=config.text_field) as source:
         if source.missing:
             say(f"{source.missing}. Rehearsing on the help topics that Python carries instead")
         kind = "bpe" if source.missing and config.tokenizer == "auto" else config.tokenizer

@@ -15,13 +15,17 @@ LAST = (
 ORDER = (
     *(
         "errors",
+        "recognise",
         "config",
         "storage",
         "download",
         "cut",
         "tokenizer",
+        "compressed",
         "rows",
         "hub",
+        "folders",
+        "oddities",
         "corpus",
         "tokens",
         "data",

@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     messages = {
         "long.jsonl": "line 2: longer than 100 bytes",
         "cut.jsonl.gz": "cannot be read",
-        "other.jsonl.gz": "cannot be read",
+        "other.jsonl.gz": "its name ends in .gz, but it is not compressed so",
         "torn.jsonl.gz": "",
         "none.jsonl": "cannot be read",
         "no.parquet": "cannot be read as Parquet",

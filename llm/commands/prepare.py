@@ -16,11 +16,11 @@ def main(argv: list[str]) -> int:
         "paths",
         nargs="*",
         metavar="TEXT",
-        help="files (.jsonl and .parquet: the column 'text', a document a row), folders of .txt, .md and these, - for "
-        "standard input, or a name: shakespeare, tinystories, fineweb-edu; "
+        help="files (.jsonl and .parquet: the column 'text', a document a row), folders of .txt, .md and these "
+        "(also as .gz and .zst), - for standard input, or a name: shakespeare, tinystories, fineweb-edu; "
         "nothing: tiny Shakespeare, or a text that Python carries where that cannot be had",
     )
-    add_settings(parser, ["text", "text_limit", "tokenizer", "vocab_size", "val_fraction"])
+    add_settings(parser, ["text", "text_limit", "text_field", "tokenizer", "vocab_size", "val_fraction"])
     parser.add_argument("--data_dir", default="data", metavar="DIR", help="folder to write to (default: data)")
     parser.add_argument("--offline", action="store_true", help="never touch the network")
     parser.add_argument("--overwrite", action="store_true", help="replace the token files that are there")
@@ -48,6 +48,7 @@ def main(argv: list[str]) -> int:
             progress=progress,
             say=warn,
             text_limit=config.text_limit,
+            text_field=config.text_field,
             shard_tokens=args.shard_tokens,
         )
     print("\n".join(summary(meta, folder)))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from llm.commands.flags import Parser, add_settings, typed_settings, warn
 from llm.config import from_settings
 from llm.errors import UserError
+from llm.recognise import decode
 
 if TYPE_CHECKING:
     from llm.model import GPT
@@ -107,10 +108,9 @@ def bare_model(path: Path, n_head: int, gelu: str) -> "tuple[GPT, Tokenizer]":
 
 
 def read_prompt(source: str) -> str:
+    """The text of a file, or of standard input for -. Raises UserError."""
     try:
         content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        return content.decode("utf-8")
     except OSError as error:
         raise UserError(f"prompt_file {source}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompt_file {source}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    return decode(content, f"prompt_file {source}", "" if source == "-" else source)

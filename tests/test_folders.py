@@ -1,0 +1,170 @@
+"""What is read below a folder, what is not, and that both are said: runs, tokens, environments, links, locked doors."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import flags, words
+
+from llm import folders, report_markdown
+from llm.corpus import opened
+from llm.errors import UserError
+
+
+def made(*names: str) -> None:
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(f"text of {name}\n", encoding="utf-8")
+
+
+def read(folder: str) -> tuple[list[str], list[str]]:
+    """The texts below a folder, and what is said of it."""
+    said: list[str] = []
+    with opened((folder,), say=said.append) as source:
+        return [file.label for file in source.files], said
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_second_time_in_a_project_what_the_first_left_is_left_out(place, losscurve):
+    """A run and token files; an environment stands there too."""
+    made(
+        "venv/pyvenv.cfg", "venv/lib/site-packages/a/LICENSE.txt", "node_modules/b/README.md", "x.egg-info/SOURCES.txt"
+    )
+    made("more/b.md")
+    Path("text.txt").write_text(words(900), encoding="utf-8")
+    settings = flags(max_steps=2, eval_every=2, warmup_steps=0)
+    left = "left out: node_modules/ (installed packages), venv/ (an environment), x.egg-info/ (installed packages)"
+    code, _, err = losscurve(f"train --text . {settings} --data_dir tokens/first")
+    assert code == 0, err
+    assert err.count(f"warning: .: reading 2 texts: more/b.md, text.txt; {left}\n") == 1
+    made("tokens/first/notes.txt")
+    code, _, err = losscurve("prepare . --tokenizer byte --data_dir second")
+    assert code == 0, err
+    assert [line for line in err.splitlines() if line.startswith("warning: .: ")] == [
+        "warning: .: reading 2 texts: more/b.md, text.txt; left out: checkpoints/ (a run), "
+        "node_modules/ (installed packages), tokens/first/notes.txt (beside token files) and 2 more"
+    ]
+    first, second = (json.loads(Path(f"{name}/meta.json").read_text())["source"] for name in ("tokens/first", "second"))
+    assert first["sha256"] == second["sha256"]
+
+
+def test_what_is_left_out_has_its_reason(place):
+    made("runs/a/config.toml", "runs/a/metrics.jsonl", "runs/a/samples.txt", "runs/a/deep/own.txt", "runs/notes.txt")
+    made("data/train.bin", "data/readme.md", "data/books/one.txt", "shards/train-00000.bin", "shards/input.txt")
+    made("conda/conda-meta/x", "conda/share/doc.txt", "src/__pycache__/a.txt", "a.txt", "config.toml")
+    Path("r.md").write_text(report_markdown.MARK + "# run\n", encoding="utf-8")
+    found = folders.search(Path())
+    assert [str(path) for path in found.texts] == ["a.txt", "data/books/one.txt", "runs/notes.txt"]
+    assert sorted(found.left_out) == [
+        "conda/ (an environment)",
+        "data/readme.md (beside token files)",
+        "r.md (a report)",
+        "runs/a/ (a run)",
+        "shards/input.txt (beside token files)",
+        "src/__pycache__/ (installed packages)",
+    ]
+    assert report_markdown.MARK.encode() == folders.REPORT
+
+
+def test_a_folder_that_is_named_itself_is_read_but_for_the_files_of_a_run(place):
+    """Its own texts are meant: nanoGPT keeps its tokens beside them, and an environment may stand in a project."""
+    made(
+        "train.bin", "pyvenv.cfg", "config.toml", "metrics.jsonl", "samples.txt", "input.txt", "lib/site-packages/b.txt"
+    )
+    texts, said = read(".")
+    assert texts == ["input.txt"]
+    assert said == [
+        ".: reading 1 text: input.txt; left out: metrics.jsonl (of a run), samples.txt (of a run), "
+        "lib/site-packages/ (installed packages)"
+    ]
+    os.remove("input.txt")
+    with pytest.raises(
+        UserError, match=r"^\.: no file that ends in .*; left out: metrics\.jsonl \(of a run\), samples"
+    ):
+        read(".")
+
+
+def test_the_same_text_converted_or_unpacked_is_read_once(place):
+    """So the command that a message names for a text helps in a folder too."""
+    made("a.txt", "a.utf8.txt", "b.txt", "b.txt.gz", "c.jsonl.zst", "d.txt.gz")
+    os.remove("c.jsonl.zst")
+    found = folders.search(Path())
+    assert [path.name for path in found.texts] == ["a.utf8.txt", "b.txt", "d.txt.gz"]
+    assert found.left_out == ["a.txt (a.utf8.txt is beside it)", "b.txt.gz (b.txt is beside it)"]
+
+
+def test_linked_folders_are_followed_once(place):
+    made("texts/a.txt", "elsewhere/deep/b.txt", "elsewhere/c.md")
+    for link, target in (
+        ("texts/0-link", "../elsewhere"),
+        ("texts/1-again", "../elsewhere/deep"),
+        ("elsewhere/loop", "."),
+        ("elsewhere/deep/back", "../../texts"),
+        ("texts/up", ".."),
+    ):
+        Path(link).symlink_to(target)
+    texts, said = read("texts")
+    assert texts == ["texts/0-link/c.md", "texts/0-link/deep/b.txt", "texts/a.txt"]
+    assert said == [
+        "texts: reading 3 texts: 0-link/c.md, 0-link/deep/b.txt, a.txt; left out: up/ (a link to a folder above)"
+    ]
+    shutil.copytree("elsewhere/deep", "texts/z", symlinks=True)
+    Path("texts/0-z").symlink_to("z")
+    assert "texts/z/b.txt" in read("texts")[0], "by its own name, though a link comes before it"
+
+
+def test_dead_links_and_what_is_no_file_are_named(place):
+    made("a.txt")
+    for name in ("gone.txt", "gone", ".hidden"):
+        Path(name).symlink_to("nowhere")
+    Path("self.md").symlink_to("self.md")
+    os.mkfifo("pipe.txt")
+    assert read(".") == (
+        ["a.txt"],
+        [".: reading 1 text: a.txt; left out: pipe.txt (no file); dead links: gone, gone.txt, self.md"],
+    )
+    os.remove("a.txt")
+    with pytest.raises(UserError, match=r"dead links: gone, gone\.txt, self\.md; name the files themselves"):
+        read(".")
+
+
+def test_folders_that_cannot_be_read_are_named(place, monkeypatch):
+    made("a.txt", "locked/b.txt", "blind/c.txt")
+    scandir, stat = os.scandir, os.stat
+
+    def refusing(path=".", *more):  # as for a user who is not root
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path, *more)
+
+    def without_x(path, **more):
+        if str(path).endswith("c.txt"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **more)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    monkeypatch.setattr(os, "stat", without_x)
+    assert read(".") == (
+        ["a.txt"],
+        [
+            ".: reading 1 text: a.txt; cannot be read: blind/c.txt (Permission denied), locked (Permission denied)",
+        ],
+    )
+    os.remove("a.txt")
+    with pytest.raises(UserError, match=r"^\.: no file .*cannot be read: .*locked \(Permission denied\)"):
+        read(".")
+    with pytest.raises(UserError, match=r"^locked: no file .*cannot be read: locked \(Permission denied\)"):
+        read("locked")
+
+
+def test_of_many_files_the_first_are_named(place):
+    made(*(f"{n:02}.txt" for n in range(12)))
+    assert read(".")[1] == [".: reading 12 texts: 00.txt, 01.txt, 02.txt and 9 more"]

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from llm.recognise import convert
 
 MARKED = {  # what is counted, how it is called, and the filter that takes it out of a file
-    "\r\n": ("line ends of Windows (CRLF)", "tr -d '\\r'"),
-    "\ufeff": ("byte-order marks inside the text", "perl -pe 's/\\xEF\\xBB\\xBF//g'"),
-    "\0": ("NUL characters", "tr -d '\\000'"),
-    "<|endoftext|>": ("<|endoftext|>", ""),
+    "\r\n": ("CRLF line end(s), as Windows writes them", "tr -d '\\r'"),
+    "\ufeff": ("byte-order mark(s) inside the text", "perl -pe 's/\\xEF\\xBB\\xBF//g'"),
+    "\0": ("NUL character(s)", "tr -d '\\000'"),
+    "<|endoftext|>": ("times <|endoftext|>", ""),
 }
 OVERLAP = max(map(len, MARKED)) - 1
 MARKUP = {  # an ending, and what a file of that ending holds besides its text
@@ -58,9 +58,10 @@ class Oddities:
 
     def notices(self) -> Iterator[str]:
         """A line for each kind of thing that was found."""
-        for kind, files in self._found.items():
+        for kind in (kind for kind in (*dict.fromkeys(MARKUP.values()), *MARKED) if kind in self._found):
+            files = self._found[kind]
             label, name, _ = files[0]
-            where = label + (f" and {len(files) - 1} more files" if len(files) > 1 else "")
+            where = label + (f" and {len(files) - 1} more file(s)" if len(files) > 1 else "")
             if kind not in MARKED:
                 remedy = REMEDIES.get(kind) or f"for its text alone: {convert('pandoc -f html -t plain', name)}"
                 yield f"{where}: read as plain text, though it is {kind}; {remedy}"
@@ -69,11 +70,9 @@ class Oddities:
             total = sum(count for _, _, count in files)
             if not command:
                 remedy = "ordinary text here, not the token; documents in files or rows of their own have it between"
-            elif name:
-                remedy = f"kept as they are; without them: {convert(command, name)}"
             else:
-                remedy = "kept as they are"
-            yield f"{where}: {total:,} {what} in it, {remedy}"
+                remedy = "kept as they are" + (f"; without them: {convert(command, name)}" if name else "")
+            yield f"{where}: {total:,} {what}: {remedy}"
 
 
 def _markup(label: str, begin: str) -> str:

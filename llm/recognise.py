@@ -190,7 +190,7 @@ def _remedy(remedy: str, name: str) -> str:
 def _format(head: bytes, name: str) -> tuple[str, str] | None:
     """What a file is by its first bytes, and the remedy."""
     for place, magic, what, remedy in MAGIC:
-        if head.startswith(magic, place):
+        if head.startswith(magic, place) and (0 in head or not magic.isalnum()):  # a text may begin with "PAR1" too
             archive = remedy.startswith("| ") and name.lower().endswith(ARCHIVES)
             return what, UNPACK if archive else remedy
     if re.match(rb"BZh[1-9]1AY&SY", head):

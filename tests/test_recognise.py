@@ -134,8 +134,8 @@ FORMATS = {
     b"\xff\xd8\xff\xe0": "a picture (JPEG)",
     b"\x7fELF\2\1": "a program (ELF)",
     b"SQLite format 3\0": "an SQLite database",
-    b"PAR1\x15": "mv a.x a.x.parquet",
-    b"GGUF\3": "weights of a model (GGUF)",
+    b"PAR1\x15\0": "mv a.x a.x.parquet",
+    b"GGUF\3\0": "weights of a model (GGUF)",
     b'\x50\0\0\0\0\0\0\0{"a": {}}': "weights of a model (safetensors)",
     pickle.dumps({"a": 1}): "a pickle of Python",
     b"x" * 257 + b"ustar\x0000": "mkdir a-unpacked && tar -xf a.x -C a-unpacked",
@@ -148,6 +148,15 @@ FORMATS = {
 def test_a_file_that_is_no_text_is_named(here, losscurve, content):
     Path("a.x").write_bytes(content)
     assert FORMATS[content] in refused(losscurve, "a.x")
+
+
+@pytest.mark.parametrize(
+    "begin", ["PAR1 is magic. ", "GIF89a and GGUF. ", "x" * 256 + "mustard ", "BZh, PK, 7z, Rar! "]
+)
+def test_a_text_that_begins_like_a_format_is_a_text(here, begin):
+    Path("a.txt").write_text(begin + ENGLISH, encoding="utf-8")
+    with opened(("a.txt",)) as source:
+        assert "".join(source.files[0].read()) == begin + ENGLISH
 
 
 def test_token_files_are_named(here, losscurve):

@@ -27,6 +27,8 @@ PACKED = {".gz": "gzip -dc", ".zst": "zstd -dc"}  # read as what is in them
 ARCHIVES = (".tgz", ".txz", ".tbz", ".tar.gz", ".tar.xz", ".tar.bz2", ".tar.zst")
 UNPACK = "unpack it and give the folder: mkdir {folder} && tar -xf {file} -C {folder}"
 OTHER = "give a text instead"
+WITHOUT_NUL = "tr -d '\\000'"
+ONLY_UTF8 = "iconv -c -f UTF-8 -t UTF-8"
 
 # where the bytes stand, the bytes, what they say, and the remedy: a filter after "|", or words
 MAGIC = (
@@ -101,11 +103,8 @@ def check(head: bytes, label: str, name: str = "") -> None:
             )
         raise UserError(
             f"{label}: binary data, not text ({count:,} of its first {len(head):,} bytes are NUL); give a text, or "
-            f"drop them: {convert(_TR_NUL, name)}"
+            f"drop them: {convert(WITHOUT_NUL, name)}"
         )
-
-
-_TR_NUL = "tr -d '\\000'"
 
 
 def not_utf8(window: bytes, place: int, name: str = "", begin: int | None = None) -> str:
@@ -127,7 +126,7 @@ def not_utf8(window: bytes, place: int, name: str = "", begin: int | None = None
     if good > 2 or later > bad:
         return (
             f"UTF-8 before and another encoding from there on, byte 0x{after[0]:02X}; convert that part alone, "
-            f"or drop what is not UTF-8: {convert(_DROP, name)}"
+            f"or drop what is not UTF-8: {convert(ONLY_UTF8, name)}"
         )
     if _western(window, counts):
         encoding = "WINDOWS-1252" if any(counts[byte] for byte in range(0x80, 0xA0)) else "LATIN1"
@@ -140,9 +139,6 @@ def not_utf8(window: bytes, place: int, name: str = "", begin: int | None = None
         f"byte 0x{after[0]:02X}{shown}; convert it from the ENCODING that reads right (iconv -l lists all): "
         + convert("iconv -f ENCODING -t UTF-8", name)
     )
-
-
-_DROP = "iconv -c -f UTF-8 -t UTF-8"
 
 
 def decode(content: bytes, label: str, name: str = "") -> str:

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 import os
 import platform
 import re
@@ -23,6 +24,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+RATE_SECONDS = 0.2  # after which no further product is measured
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
@@ -65,44 +67,63 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and _bf16_is_fast() else torch.float32
 
 
+@functools.cache
 def _bf16_is_fast() -> bool:
-    def seconds(dtype: torch.dtype, size: int) -> float:
-        a = torch.ones(size, size, dtype=dtype)
-        torch.mm(a, a)
-        start = time.perf_counter()
-        torch.mm(a, a)
-        return time.perf_counter() - start
-
     # a product that the processor has no instructions for takes a second to be set up; on x86 they came after AVX-512
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     if x86 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return False
-    # without hardware support a bf16 product is hundreds of times slower, so a small one goes first; of this and of
-    # the larger ones a neighbour may disturb any
-    if all(seconds(torch.bfloat16, 64) > 20 * seconds(torch.float32, 64) + 1e-3 for _ in range(3)):
+    # without hardware support a bf16 product is hundreds of times slower, so a small one goes first
+    fp32, bf16 = _best_times(64, rounds=5)
+    if bf16 > 20 * fp32 + 1e-3:
         return False
-    # in turn, the best of five: AVX512-BF16 gives twice the speed and AMX far more
-    trials = [(seconds(torch.bfloat16, 512), seconds(torch.float32, 512)) for _ in range(5)]
-    return min(bf16 for bf16, _ in trials) * 1.4 < min(fp32 for _, fp32 in trials)
+    fp32, bf16 = _best_times(256 if torch.get_num_threads() < 8 else 512, rounds=20)
+    return bf16 * 1.4 < fp32  # AVX512-BF16 gives twice the speed and AMX far more
+
+
+def _best_times(size: int, rounds: int) -> tuple[float, float]:
+    """Return the seconds of a square product in float32 and in bfloat16, the best of `rounds`, measured in turn: under
+    load most products are interrupted, and the longer ones more often.
+    """
+    squares = [torch.ones(size, size, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    best = [math.inf, math.inf]
+    for a in squares:
+        torch.mm(a, a)  # sets up
+    for _ in range(rounds):
+        for number, a in enumerate(squares):
+            start = time.perf_counter()
+            torch.mm(a, a)
+            best[number] = min(best[number], time.perf_counter() - start)
+    return best[0], best[1]
 
 
 @functools.cache
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of one square product here and now, the best of five, measured once.
+    """Return the floating-point operations a second of one square product here and now, the best of ten.
 
-    What a step could reach if it were nothing but such products: model FLOP utilisation is counted against it.
-    The product grows until it is large enough for the device, or takes long enough to be measured.
+    What a step could reach if it were nothing but such products: model FLOP utilisation is counted against it. The
+    size is chosen beforehand: one that depended on times would end with small products on a machine under load.
     """
-    size, large = 128, 8192 if device.type == "cuda" else 1024
-    while True:
-        a, times = torch.ones(size, size, device=device, dtype=dtype), []
-        for _ in range(6):  # the first sets up
-            start = time.perf_counter()
-            torch.mm(a, a)[0, 0].item()  # waits for the device
-            times.append(time.perf_counter() - start)
-        if size == large or min(times[1:]) > 0.01:
-            return 2 * size**3 / min(times[1:])
-        size *= 2
+    size = _measured_size(device, dtype)
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < 11 and (len(times) < 3 or time.perf_counter() - began < RATE_SECONDS):
+        start = time.perf_counter()
+        torch.mm(a, a)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times[1:])  # the first sets up
+
+
+def _measured_size(device: torch.device, dtype: torch.dtype) -> int:
+    """Return a size that keeps the device busy for some milliseconds: short enough to be left alone now and then."""
+    if device.type == "cuda":
+        return 8192 if torch.cuda.get_device_properties(device).multi_processor_count >= 64 else 4096
+    if device.type == "cpu" and dtype == torch.float32:
+        return 512 if torch.get_num_threads() < 8 else 1024
+    if device.type == "cpu" and not (dtype == torch.bfloat16 and _bf16_is_fast()):
+        return 128  # without instructions for it a larger one may take seconds
+    return 1024
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:

@@ -259,25 +259,38 @@ def _median(work: Callable[[int], object], seconds: float) -> float:
 
 def _stepping(trainer: Trainer) -> float:
     """Seconds of a step. A long one is counted up from fewer windows and micro-batches: the time of a step is that of
-    its optimizer, and as many times that of a window as there are windows.
+    its optimizer, and as many times that of a window as there are windows. What is counted up is the best of several
+    measured in turn, since one that other work held up would count as many times.
     """
     config = trainer.config
 
-    def timed(windows: int, micro_batches: int, seconds: float) -> float:
+    def smaller(windows: int, micro_batches: int) -> Trainer:
         few = from_settings({"batch_size": windows, "gradient_accumulation_steps": micro_batches}, config)
-        smaller = dataclasses.replace(trainer, config=few)
-        train_step(smaller, 0).loss.item()  # sets up
-        return _median(lambda number: train_step(smaller, number).loss.item(), seconds)
+        return dataclasses.replace(trainer, config=few)
+
+    def timed(trainer: Trainer, number: int) -> float:
+        start = time.perf_counter()
+        train_step(trainer, number).loss.item()
+        return time.perf_counter() - start
 
     trainer.model.train()
-    windows, one = 1, timed(1, 1, 0.0)
+    windows, one = 0, 0.0
     while windows < config.batch_size and one < PROBE_SECONDS / 10:
-        windows = min(4 * windows, config.batch_size)
-        one = timed(windows, 1, 0.0)
+        windows = min(max(1, 4 * windows), config.batch_size)
+        single = smaller(windows, 1)
+        one = min(timed(single, number) for number in range(3))  # the first sets up
     if windows == config.batch_size and one * config.gradient_accumulation_steps < PROBE_SECONDS / 2:
-        return timed(windows, config.gradient_accumulation_steps, PROBE_SECONDS)
-    one, two = (timed(windows, count, PROBE_SECONDS / 2) for count in (1, 2))
-    return one + max(two - one, 0.0) * (config.windows_per_step / windows - 1)
+        train_step(trainer, 0).loss.item()  # sets up
+        return _median(lambda number: train_step(trainer, number).loss.item(), PROBE_SECONDS)
+    double, two = smaller(windows, 2), math.inf
+    began, rounds = time.perf_counter(), 0
+    while rounds < 2 or time.perf_counter() - began < PROBE_SECONDS:
+        one = min(one, timed(single, rounds))
+        two = min(two, timed(double, rounds))
+        rounds += 1
+    if two <= one:  # other work ended in between: count the optimizer as often as a window
+        one = two / 2
+    return one + (two - one) * (config.windows_per_step / windows - 1)
 
 
 def _evaluating(trainer: Trainer) -> float:

@@ -224,6 +224,46 @@ def test_a_step_that_takes_long_is_counted_up_from_a_short_one(monkeypatch):
     assert clock[0] < 30
 
 
+@pytest.mark.parametrize("late", [{1}, {2}, {3}, {4, 6}, {5, 9}, {7}, {8}, {11}])
+def test_a_neighbour_now_and_then_does_not_change_a_counted_step(monkeypatch, late):
+    """As above, and some steps are held up for 3 s: what one of them takes decides nothing."""
+    clock, done = [0.0], []
+
+    class Loss:
+        loss = torch.zeros(())
+
+    def train_step(trainer, step):
+        done.append(trainer.config.windows_per_step)
+        clock[0] += 0.005 + 0.02 * trainer.config.windows_per_step + (3.0 if len(done) in late else 0.0)
+        return Loss
+
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(plan, "train_step", train_step)
+    for name in ("_evaluating", "_sampling"):
+        monkeypatch.setattr(plan, name, lambda trainer: 1.0)
+    config = small(batch_size=1024)
+    assert plan.probe(config).step == pytest.approx(0.005 + 0.02 * 1024)
+    assert max(done) >= 16
+
+
+def test_one_window_is_never_taken_for_a_whole_step(monkeypatch):
+    """Two micro-batches that seem to take no longer than one: the other work ended in between."""
+    clock = [0.0]
+
+    class Loss:
+        loss = torch.zeros(())
+
+    def train_step(trainer, step):
+        clock[0] += 1.0
+        return Loss
+
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(plan, "train_step", train_step)
+    for name in ("_evaluating", "_sampling"):
+        monkeypatch.setattr(plan, name, lambda trainer: 1.0)
+    assert plan.probe(small(batch_size=1024)).step > 100
+
+
 def test_a_text_read_again_and_a_model_it_does_not_suit_promise_less():
     fresh = plan.expected_loss(1e6, 4e6, 4e6)
     again = plan.expected_loss(1e6, 4e6, 1e6)

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from llm import storage
 from llm.errors import UserError
-from llm.tokens import GPT2_VOCAB, SPLITS, Tokens, has_tokens, open_split, read_meta, settle
+from llm.tokens import SPLITS, Tokens, has_tokens, open_split, read_meta, settle, vocabulary_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class TokenData:
     train: Tokens
     val: Tokens
     vocab_size: int  # what the ids stay below
-    foreign: bool  # no meta.json: GPT-2's vocabulary is assumed
+    foreign: bool  # no meta.json: characters where nanoGPT's meta.pkl says so, else GPT-2's tokens
     source: str  # name of the text, for people
     hashes: dict[str, str]  # SHA-256 by file name
 
@@ -66,10 +66,7 @@ def open_data(folder: Path, block_size: int, vocab_size: int | None = None) -> T
     if not has_tokens(folder):
         raise UserError(f"{folder / 'train.bin'}: no such file; make it with: losscurve prepare --data_dir {folder}")
     meta = read_meta(folder)
-    limit = meta["vocab_size"] if meta else GPT2_VOCAB
-    if vocab_size is not None and meta and vocab_size < limit:
-        raise UserError(f"vocab_size = {vocab_size} is below the {limit} of {folder / 'meta.json'}; leave it out")
-    limit = vocab_size if vocab_size is not None and meta is None else limit
+    limit = vocabulary_of(folder, meta, vocab_size)
     (train, train_hashes), (val, val_hashes) = (open_split(folder, split, meta, block_size, limit) for split in SPLITS)
     return TokenData(
         folder=folder,

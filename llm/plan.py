@@ -30,7 +30,7 @@ from llm.model import SHORT
 from llm.prepare import default_folder
 from llm.start import build
 from llm.state import Trainer
-from llm.tokens import GPT2_VOCAB, count_tokens, has_tokens, read_meta
+from llm.tokens import GPT2_VOCAB, count_tokens, has_tokens, read_meta, vocabulary_of
 from llm.train import train_step
 
 MIB = 2**20
@@ -187,7 +187,8 @@ def text_of(config: TrainConfig) -> Text:
     if has_tokens(folder):
         meta = read_meta(folder)
         tokens = count_tokens(folder, "train", meta)
-        return _not_empty(Text(tokens, given or (meta["vocab_size"] if meta else GPT2_VOCAB)))
+        vocabulary = vocabulary_of(folder, meta, given)
+        return _not_empty(Text(tokens, given or vocabulary))
     if config.data_dir and not config.text:
         raise UserError(f"data_dir = {config.data_dir}: no train.bin there; name a text with --text")
     words = config.text or (corpus.SHAKESPEARE,)

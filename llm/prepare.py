@@ -236,9 +236,9 @@ def _refuse_other(folder: Path, config: TrainConfig, offline: bool, say: Say) ->
 
 
 def _kind(folder: Path) -> str:
-    """The kind of tokens in a folder; without meta.json, GPT-2's are assumed."""
+    """The kind of tokens in a folder; without meta.json, characters or GPT-2's (`tokens.vocabulary_of`)."""
     if not (folder / "meta.json").exists():
-        return "gpt2"
+        return "char" if (folder / "meta.pkl").exists() else "gpt2"
     meta = storage.read_json(folder / "meta.json")
     try:
         return str(meta["tokenizer"]["kind"])

@@ -21,6 +21,7 @@ from llm.data import TokenData, open_data, reopen_data
 from llm.device import DTYPES, choose_device, choose_dtype, environment, fast_products, keep_memory, precision
 from llm.distributed import ALONE, World
 from llm.errors import Failure, UserError
+from llm.foreign import characters
 from llm.loss import linear_cross_entropy
 from llm.model import GPT
 from llm.optim import make_optimizer
@@ -304,6 +305,9 @@ def open_text(
     data = open_data(folder, config.model.block_size, config.vocab_size)
     if not data.foreign:
         return data, load_tokenizer(folder / "tokenizer.json")
+    if alphabet := characters(folder):
+        say(f"{folder}: no meta.json; by its meta.pkl the ids are {data.vocab_size} characters")
+        return data, alphabet
     say(f"{folder}: no meta.json, so its ids are taken for GPT-2's ({data.vocab_size} tokens)")
     if data.vocab_size != GPT2_VOCAB:
         return data, None
@@ -321,6 +325,8 @@ def run_tokenizer(out_dir: Path, vocab_size: int, say: Say, data_dir: Path | Non
     for path in (out_dir / "tokenizer.json", (data_dir or out_dir) / "tokenizer.json"):
         if path.exists():
             return load_tokenizer(path)
+    if data_dir and (alphabet := characters(data_dir)):
+        return alphabet
     try:
         return gpt2() if vocab_size >= GPT2_VOCAB else None
     except Failure as error:

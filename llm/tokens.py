@@ -2,7 +2,8 @@
 
 A split is one file, `train.bin`, or several shards, `train-00000.bin` and on: bare little-endian token ids that go on
 from file to file. `meta.json` beside them says what they are. A `train.bin` and `val.bin` without it (nanoGPT's, the
-chapter's) are taken for uint16 ids of GPT-2's vocabulary.
+chapter's) are taken for uint16 ids: of the characters in nanoGPT's `meta.pkl` where it is there, else of GPT-2's
+vocabulary. What looks like anything else is refused (`llm/foreign.py`).
 """
 
 import re
@@ -13,11 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from llm import storage
+from llm import foreign, storage
 from llm.errors import UserError
 
 GPT2_VOCAB = 50257
 SCANNED = "scanned.json"  # what a scan of a file found, valid while its size and time are the same
+MANY = 1000  # tokens of a text, which GPT-2 does not cut into single bytes only
 SPLITS = ("train", "val")
 TOKEN_FILE = re.compile(r"(?:train|val)(?:-\d{5,})?\.bin")
 FACTS = {"size": int, "mtime_ns": int, "max_id": int, "sha256": str}  # that are known of a file
@@ -148,6 +150,31 @@ def dtype_of(meta: dict[str, Any] | None) -> np.dtype[Any]:
     return np.dtype("<u4" if meta and meta["dtype"] == "uint32" else "<u2")
 
 
+def vocabulary_of(folder: Path, meta: dict[str, Any] | None, given: int | None) -> int:
+    """The exclusive upper bound of token ids: what `meta` or nanoGPT's meta.pkl says, else as `given`, else GPT-2's.
+
+    Raises UserError where ids are taken for GPT-2's that cannot be, or fewer are given than there are.
+    """
+    known = meta["vocab_size"] if meta else None
+    source = folder / "meta.json"
+    if meta is None and (alphabet := foreign.characters(folder)):
+        known, source = alphabet.vocab_size, folder / "meta.pkl"
+    if known is not None:
+        if given is not None and given < known:
+            raise UserError(f"vocab_size = {given} is below the {known} of {source}; leave it out")
+        return int(known)
+    if given is not None:
+        return given
+    path = folder / "train.bin"
+    tokens = _mapped(path, dtype_of(meta)) if count_tokens(folder, "train", meta) >= MANY else None
+    if tokens is not None and tokens[:MANY].max() < 256 and (largest := _largest(tokens)) < 256:
+        raise UserError(
+            f"{path}: the largest id is {largest}, so these are characters or bytes and not GPT-2's tokens; put "
+            f"nanoGPT's meta.pkl beside it, or give --vocab_size {largest + 1} and train without samples"
+        )
+    return GPT2_VOCAB
+
+
 def open_split(
     folder: Path, split: str, meta: dict[str, Any] | None, block_size: int, limit: int
 ) -> tuple[Tokens, dict[str, str]]:
@@ -165,14 +192,18 @@ def open_split(
         )
     files, hashes = [], {}
     for path, facts in listed:
-        try:
-            files.append(np.memmap(path, dtype=dtype, mode="r"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be opened ({error.strerror})") from None
-        except ValueError:  # an empty one among others
-            raise UserError(f"{path}: 0 tokens; prepare the data again") from None
+        files.append(_mapped(path, dtype))
         hashes[path.name] = _check_ids(path, files[-1], limit, facts)
     return files[0] if len(files) == 1 else Shards(files), hashes
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    try:
+        return np.memmap(path, dtype=dtype, mode="r")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened ({error.strerror})") from None
+    except ValueError:  # an empty one among others
+        raise UserError(f"{path}: 0 tokens; prepare the data again") from None
 
 
 def _size(path: Path, dtype: np.dtype[Any], facts: dict[str, Any] | None) -> int:
@@ -181,6 +212,8 @@ def _size(path: Path, dtype: np.dtype[Any], facts: dict[str, Any] | None) -> int
         size = path.stat().st_size
     except OSError:
         raise UserError(f"{path}: no such file; prepare the data again") from None
+    if facts is None:
+        foreign.check_format(path)
     if size % dtype.itemsize:
         raise UserError(f"{path}: {size} bytes is not a whole number of {dtype.name} ids; prepare it again")
     if facts and facts["size"] != size:
@@ -209,9 +242,13 @@ def _check_ids(path: Path, tokens: Tokens, limit: int, described: dict[str, Any]
     for start, piece in stretches(tokens) if known["max_id"] >= limit else ():
         if (above := piece >= limit).any():
             where = start + int(np.argmax(above))
+            remedy = "prepare the data again"
+            if described is None and not (path.parent / "meta.pkl").exists():
+                remedy = (
+                    f"give --vocab_size {known['max_id'] + 1} if its tokens are not GPT-2's, or prepare the data again"
+                )
             raise UserError(
-                f"{path}: token {where} has id {int(tokens[where])}, and the vocabulary has {limit}; "
-                f"prepare it again, or give a larger --vocab_size"
+                f"{path}: token {where} has id {int(tokens[where])}, and the vocabulary has {limit}; {remedy}"
             )
     return str(known["sha256"])
 

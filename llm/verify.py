@@ -8,6 +8,7 @@ from typing import Any
 
 from llm import checkpoint, metrics, storage
 from llm.errors import UserError
+from llm.foreign import check_format
 from llm.tokenizer import load_tokenizer
 from llm.tokens import SPLITS, files_of, has_tokens, read_meta
 from llm.weights import read_weights, run_config
@@ -75,11 +76,19 @@ def verify_data(folder: Path, expected: dict[str, str]) -> Iterator[Finding]:
         known = [expected.get(path.name), facts["sha256"] if facts else None]
         sums = {value for value in known if value is not None}
         if not sums:
-            yield Finding(path, None, "no meta.json says what it should be")
+            yield _undescribed(path)
             continue
         yield from _try(path, "token ids", partial(_has_sum, path, sums))
     if meta and (folder / "tokenizer.json").exists():
         yield from _try(folder / "tokenizer.json", "tokenizer", partial(load_tokenizer, folder / "tokenizer.json"))
+
+
+def _undescribed(path: Path) -> Finding:
+    try:
+        check_format(path)
+    except UserError as error:
+        return Finding(path, False, str(error).removeprefix(f"{path}: "))
+    return Finding(path, None, "no meta.json says what it should be")
 
 
 def _try(path: Path, what: str, check: Callable[[], Any]) -> Generator[Finding, None, Any]:

@@ -27,6 +27,7 @@ ORDER = (
         "folders",
         "oddities",
         "corpus",
+        "foreign",
         "tokens",
         "data",
         "workers",

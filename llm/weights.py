@@ -1,15 +1,23 @@
 """Weights in .pt files: which file is meant, and what shape of model is in it. Loading runs no code."""
 
 import dataclasses
+import re
+import shlex
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llm.config import GPTConfig, TrainConfig, from_settings, read_toml
 from llm.errors import UserError
+from llm.foreign import is_text, signature
 from llm.model import GPT
+
+WRAPPERS = ("model", "state_dict", "model_state_dict")  # under which training programs keep the weights
+SAVE = "save the weights alone: torch.save(model.state_dict(), 'weights.pt')"
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch.save's magic number, before it wrote zip
 
 
 def run_config(folder: Path) -> TrainConfig:
@@ -38,18 +46,89 @@ def load_model(path: Path, device: torch.device, base: GPTConfig | None = None) 
 
 
 def check_sums(path: Path) -> None:
-    """Raises UserError if a byte of a .pt file changed: it is a zip archive, whose checksums torch does not look at."""
+    """Raises UserError if the file is no archive of torch.save, or a byte of it changed: it is a zip archive, whose
+    checksums torch does not look at.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-            if marked := [info.filename for info in archive.infolist() if info.external_attr]:
-                raise ValueError(f"{marked[0]} is marked as no plain file")
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(4096)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; train a model first, or give the path of a .pt file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a .pt file") from None
+    if not head.startswith(b"PK\3\4"):
+        raise UserError(f"{path}: {_no_archive(path, head, size)}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            names = {entry.filename.rpartition("/")[2] for entry in entries}
+            if "data.pkl" not in names:
+                raise UserError(f"{path}: is a zip archive, but not one of torch.save; {SAVE}")
+            if "constants.pkl" in names:
+                raise UserError(f"{path}: is TorchScript, which is a program; {SAVE}")
+            damaged = archive.testzip()
+            if marked := [entry.filename for entry in entries if entry.external_attr]:
+                raise ValueError(f"{marked[0]} is marked as no plain file")
+    except UserError:
+        raise
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path}: is cut off or damaged ({error}; {size:,} bytes); copy or download it again") from None
     except Exception as error:  # zipfile raises many kinds for a file that is not its own
-        raise UserError(f"{path}: not a state_dict saved by torch.save ({error})") from None
+        raise UserError(f"{path}: not a state_dict saved by torch.save ({error}); {SAVE}") from None
     if damaged is not None:
         raise UserError(f"{path}: changed since it was written ({damaged}: CRC-32 differs); use another of the run's")
+
+
+def _no_archive(path: Path, head: bytes, size: int) -> str:
+    """What a file is that is no zip archive, and the remedy."""
+    if not head:
+        return "is empty; copy or download it again"
+    if found := signature(head):
+        return f"is {found[0]}; {found[1]}"
+    if head.startswith(LEGACY):
+        convert = _command("torch.save(torch.load(a, 'cpu', weights_only=True), b)", path)
+        return f"is in the format of torch.save before PyTorch 1.6, which has no checksums; write it anew: {convert}"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
+        convert = _command("from safetensors.torch import load_file; torch.save(load_file(a), b)", path)
+        return f"is a safetensors file; write it as a .pt file: {convert}"
+    if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+        return f"is a pickle that torch.save did not write, and loading it could run code; {SAVE}"
+    if is_text(head):
+        return f"is a text, not weights; {SAVE}"
+    return f"not a state_dict saved by torch.save; {SAVE}"
+
+
+def _command(code: str, path: Path) -> str:
+    """A line for a shell by which `code` writes file `b`, beside the file `a` at `path`."""
+    files = f"{shlex.quote(str(path))} {shlex.quote(str(path.with_suffix('.new.pt')))}"
+    return f'python -c "import sys, torch; a, b = sys.argv[1:]; {code}" {files}'
+
+
+def _state_dict(path: Path, content: Any, base: GPTConfig) -> tuple[dict[str, Tensor], GPTConfig]:
+    """The weights in what a .pt file holds: taken out of the dict that a training program puts around them, with our
+    names where torch.compile, DDP or a module around the model put a prefix before them. `base` with the heads that
+    nanoGPT's `model_args` tell.
+
+    Raises UserError where there are none.
+    """
+    for _ in range(3):  # one in another; a hostile file has itself in it
+        inner = [content[key] for key in WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)]
+        if not inner:
+            break
+        arguments = content.get("model_args")
+        if isinstance(arguments, dict) and type(arguments.get("n_head")) is int:
+            base = dataclasses.replace(base, n_head=arguments["n_head"])
+        content = inner[0]
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__} and no weights; {SAVE}")
+    found = [name for name in content if isinstance(name, str) and name.endswith("wte.weight")]
+    if len(found) != 1:
+        some = ", ".join(map(repr, list(content)[:3])) or "none"
+        raise UserError(f"{path}: has no wte.weight (its names: {some}, …), so no weights of a GPT of ours; {SAVE}")
+    prefix = found[0].removesuffix("wte.weight")
+    weights = {name.removeprefix(prefix) if isinstance(name, str) else name: w for name, w in content.items()}
+    return (weights if len(weights) == len(content) else content), base
 
 
 def read_weights(path: Path, base: GPTConfig) -> tuple[GPTConfig, dict[str, Tensor]]:
@@ -60,9 +139,14 @@ def read_weights(path: Path, base: GPTConfig) -> tuple[GPTConfig, dict[str, Tens
     """
     check_sums(path)
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not its own
-        raise UserError(f"{path}: not a state_dict saved by torch.save ({type(error).__name__})") from None
+        if objects := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path}: holds Python objects ({objects[1]}) besides weights, and loading those could run code; {SAVE}"
+            ) from None
+        raise UserError(f"{path}: not a state_dict saved by torch.save ({type(error).__name__}); {SAVE}") from None
+    weights, base = _state_dict(path, content, base)
     if (path.parent / "config.toml").exists():
         base = run_config(path.parent).model
     try:
@@ -91,11 +175,20 @@ def read_weights(path: Path, base: GPTConfig) -> tuple[GPTConfig, dict[str, Tens
         RuntimeError,
         UserError,
     ) as error:
-        raise UserError(f"{path}: not the weights of a GPT of ours ({type(error).__name__}: {error})") from None
+        raise UserError(
+            f"{path}: not the weights of a GPT of ours ({type(error).__name__}: {error}); give other weights"
+        ) from None
     for name in sorted(set(expected) | set(weights)):
-        found = getattr(weights.get(name), "shape", None)
-        if found != expected.get(name):
-            raise UserError(f"{path}: {name} is {found and tuple(found)}, and this shape needs {expected.get(name)}")
+        if name not in weights:
+            raise UserError(f"{path}: has no {name}, which a GPT of ours of this shape needs; give other weights")
+        if name not in expected:
+            raise UserError(f"{path}: has {name}, which a GPT of ours of this shape has not; give other weights")
+        found = getattr(weights[name], "shape", None)
+        if found != expected[name]:
+            raise UserError(
+                f"{path}: {name} is {found and tuple(found)}, and this shape needs {tuple(expected[name])}; "
+                f"give other weights"
+            )
         if weights[name].layout != torch.strided:
             raise UserError(f"{path}: {name} is a sparse tensor; save a plain state_dict")
         if not torch.isfinite(weights[name]).all():

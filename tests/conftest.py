@@ -1,6 +1,7 @@
 """What several tests use: a small text, and the commands as a person types them."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -104,6 +105,16 @@ def start():
 def flags(**settings: object) -> str:
     """The small settings as flags, with others over them."""
     return " ".join(f"--{name} {value}" for name, value in (SMALL | settings).items())
+
+
+def run_python(line: str) -> None:
+    """What a shell does with `python -c "…" ARGUMENTS`, in this process."""
+    python, flag, code, *arguments = shlex.split(line)
+    assert (python, flag) == ("python", "-c")
+    assert not set("$`!\\") & set(line)  # which a shell would take for itself
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["-c", *arguments])
+        exec(code, {})
 
 
 def pytest_terminal_summary(terminalreporter):

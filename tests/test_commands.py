@@ -129,7 +129,7 @@ MISTAKES = {
     "--text nothing": "nothing",
     "--text text.txt --out_dir text.txt/run": "text.txt/run: cannot write there",
     "--text text.txt --init_from nowhere": "nowhere: no run and no .pt file there",
-    "--text text.txt --init_from text.txt": "text.txt: not a state_dict saved by torch.save",
+    "--text text.txt --init_from text.txt": "text.txt: is a text, not weights",
     "--text text.txt --sample_prompt !": "'!'",
     "--out_dir=": "out_dir = '': expected a text that is not empty",
     "--text text.txt --data_dir d --out_dir d": "out_dir = d: is the folder of the token files",
@@ -249,7 +249,7 @@ def test_sample_is_the_runs_own(run, losscurve):
         ("--max_new_tokens -1", "max_new_tokens = -1"),
         ("--out_dir nowhere", "nowhere: no run here"),
         ("--checkpoint missing.pt", "missing.pt: no such file"),
-        ("--checkpoint text.txt", "text.txt: not a state_dict"),
+        ("--checkpoint text.txt", "text.txt: is a text"),
         ("--promt x", "did you mean --prompt?"),
         ("--prompt_file missing", "prompt_file missing: cannot be read"),
     ],
@@ -283,7 +283,7 @@ def test_a_pickle_that_runs_code_is_refused(here, losscurve):
     torch.save({"wte.weight": Evil()}, "evil.pt")
     code, _, err = losscurve("sample --checkpoint evil.pt")
     assert code == 2
-    assert "not a state_dict" in err
+    assert "holds Python objects" in err
     assert not Path("pwned").exists()
 
 

@@ -4,14 +4,11 @@ import contextlib
 import gzip
 import os
 import pickle
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import environment, flags, words
+from conftest import flags, run_python, words
 
 from llm import plan
 from llm.config import from_settings
@@ -202,9 +199,7 @@ def test_ids_in_another_format_are_refused_with_a_command_that_converts_them(her
     assert [finding.good for finding in verify(folder)] == [False, False]
     before = {path: path.read_bytes() for path in folder.iterdir()}
     for _ in range(2):  # again, it does the same
-        command = shlex.split(message.partition("converted them: ")[2])
-        assert command[:2] == ["python", "-c"]
-        subprocess.run([sys.executable, *command[1:]], env=environment(), check=True)
+        run_python(message.partition("converted them: ")[2])
         data = open_data(folder / "uint16", 16)
         assert data.train.tolist() == ids[:-300].tolist()
         assert data.val.tolist() == ids[-300:].tolist()

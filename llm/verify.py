@@ -8,7 +8,7 @@ from typing import Any
 
 from llm import checkpoint, metrics, storage
 from llm.errors import UserError
-from llm.foreign import check_format
+from llm.foreign import characters, check_format
 from llm.tokenizer import load_tokenizer
 from llm.tokens import SPLITS, files_of, has_tokens, read_meta
 from llm.weights import read_weights, run_config
@@ -65,6 +65,8 @@ def verify_data(folder: Path, expected: dict[str, str]) -> Iterator[Finding]:
     meta = None
     if (folder / "meta.json").exists():
         meta = yield from _try(folder / "meta.json", "description of the token files", partial(read_meta, folder))
+    elif (folder / "meta.pkl").exists():
+        yield from _try(folder / "meta.pkl", "characters of the token files", partial(characters, folder))
     try:
         files = [file for split in SPLITS for file in files_of(folder, split, meta)]
     except UserError as error:

@@ -6,19 +6,23 @@ and the keyword of `llm.fit`.
 
 import dataclasses
 import difflib
+import glob
 import json
 import math
+import os
 import re
 import reprlib
 import sys
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from llm import other_names
 from llm.errors import UserError
 
 PRESETS = ("chapter", "shakespeare-char", "shakespeare-char-cpu", "gpt2-124m")
@@ -30,6 +34,9 @@ ALIASES = {
     "learning_rate": "max_lr",
     "warmup_iters": "warmup_steps",
 }
+PATHS = ("text", "data_dir", "out_dir", "init_from")
+LIMITED = ("tinystories", "fineweb-edu")  # the texts of llm.hub, which have a text_limit
+TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 COUNTS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -152,9 +159,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         validate(self)
         if self.warmup >= self.max_steps:
-            raise UserError(f"warmup_steps = {self.warmup} is not below max_steps = {self.max_steps}; lower it")
+            raise UserError(
+                f"warmup_steps = {self.warmup} is not below max_steps = {self.max_steps}; lower it, or raise max_steps"
+            )
         if self.final_lr > self.max_lr:
-            raise UserError(f"min_lr = {self.min_lr} is above max_lr = {self.max_lr}; lower it")
+            raise UserError(f"min_lr = {self.min_lr} is above max_lr = {self.max_lr}; lower it, or raise max_lr")
 
     @property
     def warmup(self) -> int:
@@ -212,7 +221,7 @@ def coerce(name: str, value: Any) -> Any:
         items = [value] if isinstance(value, (str, Path)) else value
         if not isinstance(items, (list, tuple)) or not all(isinstance(i, (str, Path)) for i in items):
             raise wrong
-        return tuple(str(item) for item in items)
+        return tuple(expanded(str(item)) for item in items)
     try:
         if get_origin(kind) is Literal:
             if value not in get_args(kind):
@@ -221,10 +230,9 @@ def coerce(name: str, value: Any) -> Any:
         if kind is str:
             if not isinstance(value, (str, Path)):
                 raise wrong
-            return str(value)
+            return expanded(str(value)) if name in PATHS else str(value)
         if kind is bool:
-            spoken = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-            return value if isinstance(value, bool) else spoken[value.lower()]
+            return value if isinstance(value, bool) else TRUTHS[value.lower()]
         if isinstance(value, bool):
             raise wrong
         if f.metadata["unit"] == "duration" and isinstance(value, str):
@@ -243,6 +251,34 @@ def coerce(name: str, value: Any) -> Any:
         return kind(value)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise wrong from None
+
+
+def expanded(path: str) -> str:
+    """`path` with a leading ~ or ~name replaced by that home folder. Raises UserError where nobody knows it.
+
+    A shell does this too, but not after `=`, in quotes, in a TOML file or in Python.
+    """
+    if not path.startswith("~"):
+        return path
+    found = os.path.expanduser(path) if os.environ.get("HOME") != "" else path  # an empty one would make ~/x be /x
+    if found == path and not os.path.lexists(path):  # a file may be called ~x, and a pattern of the shell names it
+        user = path.partition("/")[0]
+        raise UserError(f"{shown(path)}: the home folder {user} is not known here; give the whole path")
+    return found
+
+
+def is_pattern(path: str) -> bool:
+    """Whether `path` names no file, but stands for those that a shell would have put in its place."""
+    return bool(re.search(r"[*?[]", path)) and not os.path.lexists(path)
+
+
+def check_expanded(path: str) -> None:
+    """Raises UserError for a pattern that matches something: no shell has expanded it."""
+    if is_pattern(path) and (found := len(glob.glob(path))):
+        raise UserError(
+            f"{path}: is a pattern that no shell has expanded (it matches {found}); leave out its quotes, or give "
+            "the names themselves"
+        )
 
 
 def shown(value: Any) -> str:
@@ -314,25 +350,97 @@ def validate(config: Any) -> None:
 
 
 def known_name(name: str) -> str:
-    """The field that `name` (perhaps with hyphens, perhaps nanoGPT's) means, or UserError with the nearest."""
+    """The field that `name` (perhaps with hyphens, perhaps nanoGPT's) means, or UserError with ours or the nearest."""
     plain = name.replace("-", "_")
     plain = ALIASES.get(plain, plain)
     if plain not in FIELDS:
-        near = difflib.get_close_matches(plain, [*FIELDS, *ALIASES], n=1)
-        raise UserError(f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise UserError(f"unknown setting {shown(name)}{_hint(plain)}")
     return plain
+
+
+def _hint(name: str) -> str:
+    if found := other_names.ours(name, FIELDS):
+        own, note = found
+        return f"; here it is {own!r}" + (f" ({note})" if note else "")
+    if found := other_names.ours(name, ("resume", "track", "nproc")):
+        return f"; that is no setting but a flag: losscurve train --{found[0]} ({found[1] or 'see docs/scale.md'})"
+    near = difflib.get_close_matches(name, [*FIELDS, *ALIASES], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def known_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` by the names and in the types of our fields. Raises UserError, also for one that is given twice."""
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        known = known_name(name)
+        if known in values:
+            raise UserError(f"{known} is given twice, by several of its names; give it once")
+        values[known] = coerce(known, value)
+    return values
 
 
 def from_settings(settings: dict[str, Any], base: TrainConfig | None = None) -> TrainConfig:
     """`base` (the chapter's recipe if None) with flat `settings` laid over it, checked."""
-    values = {known_name(name): value for name, value in settings.items()}
-    values = {name: coerce(name, value) for name, value in values.items()}
+    values = known_settings(settings)
     base = base or TrainConfig()
     ours = {name: value for name, value in values.items() if name in TRAIN_FIELDS}
     model = {name: value for name, value in values.items() if name in MODEL_FIELDS}
     if ours.get("vocab_size") is not None:
         model["vocab_size"] = ours["vocab_size"]
     return dataclasses.replace(base, model=dataclasses.replace(base.model, **model), **ours)
+
+
+def over_preset(preset: dict[str, Any], given: dict[str, Any], say: Callable[[str], None]) -> TrainConfig:
+    """The settings of a preset with those that a person gave over them, checked.
+
+    A setting of the preset that one of the person's makes impossible is replaced by its default, and `say` gets a
+    line about each. What the person gave is never changed. Raises UserError.
+    """
+    preset, given = known_settings(preset), known_settings(given)
+    left_out: dict[str, list[str]] = {}  # settings by reason
+    for name, instead, reason in _impossible(preset, given):
+        left_out.setdefault(reason, []).append(f"{name} = {shown(preset[name])}")
+        preset[name] = FIELDS[name].default if instead is None else instead
+    config = from_settings(preset | given)
+    for reason, settings in left_out.items():
+        say(f"{', '.join(settings)} of the preset is left out: {reason}")
+    return config
+
+
+def _impossible(preset: dict[str, Any], given: dict[str, Any]) -> list[tuple[str, Any, str]]:
+    """What of a preset cannot be with what a person gave: the setting, the value instead (None: its default), why."""
+    found: list[tuple[str, Any, str]] = []
+    both = preset | given
+
+    def clash(name: str, reason: str, instead: Any = None) -> None:
+        if preset.get(name) is not None and name not in given:
+            found.append((name, instead, reason))
+
+    steps, lr, width = (given.get(name) for name in ("max_steps", "max_lr", "n_embd"))
+    if steps is not None and (both.get("warmup_steps") or 0) >= steps:
+        clash("warmup_steps", f"it is not below max_steps = {steps}; the warm-up is {steps // 50} steps (2 %)")
+    if lr is not None and (both.get("min_lr") or 0) > lr:
+        clash("min_lr", f"it is above max_lr = {lr:g}; the learning rate ends at a tenth of that")
+    heads = preset.get("n_head") or 1
+    if width is not None and width > 0 and heads > 0 and width % heads:
+        fitting = max(number for number in range(1, heads + 1) if width % number == 0)
+        clash("n_head", f"it does not divide n_embd = {width}; n_head is {fitting}", fitting)
+    if given.get("parallel") == "ddp" and both.get("cpu_offload"):
+        clash("cpu_offload", "it works with parallel = 'fsdp' only")
+    if given.get("parallel") == "fsdp" and both.get("compile"):
+        clash("compile", "it does not work with parallel = 'fsdp'")
+    if given.get("parallel") == "fsdp" and both.get("dtype") == "float16":
+        clash("dtype", "it does not work with parallel = 'fsdp'; dtype is auto")
+    text, tokenizer = (name in given and given[name] != preset.get(name) for name in ("text", "tokenizer"))
+    if text and not set(given["text"]) & set(LIMITED):
+        clash("text_limit", f"it is for {' and '.join(LIMITED)}, and text is another")
+    if given.get("init_from") and given["init_from"] != preset.get("init_from"):
+        for name in (*MODEL_FIELDS, "tokenizer", "vocab_size"):
+            if name != "dropout":
+                clash(name, "the weights of init_from decide it")
+    elif tokenizer or (text and both.get("tokenizer") == "char"):
+        clash("vocab_size", "it was that of another text or tokenizer")
+    return found
 
 
 def to_settings(config: TrainConfig) -> dict[str, Any]:
@@ -347,18 +455,18 @@ def read_toml(source: str) -> dict[str, Any]:
     if source in PRESETS:
         text = resources.files("llm").joinpath("presets", f"{source}.toml").read_text(encoding="utf-8")
     else:
-        path = Path(source)
+        source = expanded(source)
         if not source.endswith(".toml"):
             near = difflib.get_close_matches(source, PRESETS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PRESETS)}, or a .toml file"
             raise UserError(f"unknown preset {source!r}; {hint}")
         try:
-            text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin it with a byte-order mark
+            # Windows' editors begin it with a byte-order mark
+            text = Path(source).read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no path at all
             raise UserError(f"{source}: cannot be read ({error})") from None
     try:
-        values = tomllib.loads(text)
-        return {known_name(name): value for name, value in values.items()}
+        return known_settings(tomllib.loads(text))
     except (ValueError, RecursionError, UserError) as error:  # ValueError: not TOML, or a number too long
         raise UserError(f"{source}: {error}") from None
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llm import compressed, download, folders, hub, recognise, rows, storage
+from llm.config import check_expanded, is_pattern
 from llm.errors import Failure, UserError
 from llm.oddities import Oddities
 from llm.rows import FIELD, in_rows, read_rows
@@ -246,6 +247,9 @@ def _files(word: str, spool: str, offline: bool, say: Callable[[str], None]) -> 
         with open(path, "rb") as pipe:
             return [_spooled(word, pipe, Path(spool))]
     except FileNotFoundError:
+        check_expanded(word)
+        if is_pattern(word):
+            raise UserError(f"{word}: is a pattern that matches nothing; give the files, or their folder") from None
         hint = f"give a file, a folder, - for standard input, or a name ({', '.join((SHAKESPEARE, *hub.TEXTS))})"
         raise UserError(f"{word}: there is no such file; {hint}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name

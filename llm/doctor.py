@@ -41,7 +41,7 @@ EXTRAS = {  # what is installed together: its packages, and what they bring
     "tensorboard": (("tensorboard",), "losscurve train --track tensorboard"),
     "wandb": (("wandb",), "losscurve train --track wandb"),
 }
-HOME = "%USERPROFILE%" if os.name == "nt" else "$HOME"
+HOME = "%USERPROFILE%" if os.name == "nt" else "$HOME" if os.environ.get("HOME") else "$PWD"
 CACHE, ELSEWHERE = f"{HOME}/losscurve-cache", f'losscurve train --out_dir "{HOME}/losscurve-runs"'
 SECONDS = 60.0  # for a check that hangs; the slowest here, a first look at a GPU, takes a few
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # a container's: microseconds of processor in a period, and the period

@@ -191,8 +191,14 @@ class Report:
         """What to type for such a run."""
         values = differing_settings(self.config)
         values = differing_settings(self.config)
-        flags = [f"--{name} {shlex.join(spelled_words(name, value))}" for name, value in values.items()]
-        return " ".join(["losscurve train", *flags])
+        command = ["losscurve train"]
+        for name, value in values.items():
+            words = spelled_words(name, value)
+            dashed = any(word.startswith("-") for word in words)  # which would be taken for a flag
+            command += (
+                [shlex.quote(f"--{name}={word}") for word in words] if dashed else [f"--{name}", shlex.join(words)]
+            )
+        return " ".join(command)
 
 
 def gather(run_dir: Path, data_dir: str | None = None, memorised: bool = True) -> Report:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm import metrics
-from llm.config import TrainConfig, from_settings, read_toml, to_settings
+from llm.config import TrainConfig, expanded, over_preset, read_toml, to_settings
 from llm.device import choose_device
 from llm.errors import Failure, UserError
 from llm.generate import continue_text
@@ -47,7 +47,8 @@ class Run:
     @classmethod
     def open(cls, path: str | Path) -> "Run":
         """The run in the folder `path`. Raises UserError where there is none."""
-        return cls(Path(path), run_config(Path(path)))
+        folder = Path(expanded(str(path)))
+        return cls(folder, run_config(folder))
 
     @property
     def record(self) -> list[Row]:
@@ -136,7 +137,7 @@ class Run:
     def plot(self, out: str | Path | None = None) -> "Figure":
         """The loss curve as a figure, which a notebook shows; also written to `out` where given."""
         if out is not None:
-            plot_runs([self.path], Path(out))
+            plot_runs([self.path], Path(expanded(str(out))))
         return draw([self.path])
 
 
@@ -174,11 +175,12 @@ def fit(
     interrupt saves; `resume=True` goes on. Raises UserError for settings that cannot work, and Failure where
     training cannot go on or the last state could not be saved.
     """
+    out_dir = expanded(str(out_dir))
     given = settings | ({} if text is None else {"text": text}) | {"out_dir": out_dir}
     if resume:
         opened = resumed(Path(out_dir), given, say=say)
     else:
-        config = from_settings((read_toml(preset) if preset else {}) | given)
+        config = over_preset(read_toml(preset) if preset else {}, given, say)
         opened = begun(config, overwrite=overwrite, say=say)
     with opened as training, interrupts() as caught:
         training.stop = lambda: bool(caught)

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from llm.errors import UserError
+from llm.config import expanded
+from llm.errors import Failure, UserError
 
 JSON_LIMIT = 64 * 2**20  # bytes; nothing we write comes near it, a hostile file might
 STAGING, READY = ".preparing", ".prepared"  # a transaction before and after its point of no return
@@ -323,8 +324,10 @@ def check_writable(folder: Path, needed: int = 0) -> None:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: LOSSCURVE_CACHE, or `losscurve/` in the user's cache folder."""
+    """Where downloads are kept: LOSSCURVE_CACHE, or `losscurve/` in the user's cache folder. Raises Failure."""
     if own := os.environ.get("LOSSCURVE_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "losscurve"
+        return Path(expanded(own))
+    try:
+        return Path(expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "losscurve")
+    except UserError:
+        raise Failure("the cache folder: no home folder is known here; set LOSSCURVE_CACHE to a folder") from None

@@ -117,6 +117,12 @@ def run_python(line: str) -> None:
         exec(code, {})
 
 
+def with_small(line: str) -> str:
+    """A line of flags, with the small settings that it does not give itself."""
+    typed = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in line.split()}
+    return " ".join([*(f"--{name} {value}" for name, value in SMALL.items() if name not in typed), line])
+
+
 def pytest_terminal_summary(terminalreporter):
     """A table of the faults that tests injected (their `record_property`), and of those survived."""
     counted, failed = Counter(), Counter()

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import environment, flags, needs_gpt2
+from conftest import environment, flags, needs_gpt2, with_small
 
 from llm import GPT, GPTConfig, storage
 from llm.metrics import read_record
@@ -143,7 +143,7 @@ def test_a_mistake_in_train_is_one_clear_line(here, losscurve, mistake):
     Path("latin.txt").write_bytes(b"abc\xe9 " * 100)
     Path("nothing").mkdir()
     before = untouched(here)
-    code, out, err = losscurve(f"train {flags()} {mistake}")
+    code, out, err = losscurve(f"train {with_small(mistake)}")
     assert (code, out) == (2, "")
     lines = [line for line in err.splitlines() if not line.startswith("warning")]
     assert len(lines) == 1

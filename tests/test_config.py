@@ -13,17 +13,20 @@ from hypothesis import strategies as st
 
 from llm.config import (
     FIELDS,
+    LIMITED,
     PRESETS,
     GPTConfig,
     TrainConfig,
     coerce,
     from_settings,
+    over_preset,
     parse_duration,
     read_toml,
     to_settings,
     write_toml,
 )
 from llm.errors import UserError
+from llm.hub import TEXTS
 
 CHAPTER = {
     **{"vocab_size": 50257, "block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128, "ffn_mult": 4},
@@ -269,13 +272,14 @@ def test_a_later_layer_lies_over_the_earlier():
 
 
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+PATH = UNICODE.filter(lambda text: not text.startswith("~"))  # a home folder
 RATE = st.floats(1e-12, 1.0)
 SETTINGS = st.fixed_dictionaries(
     {},
     optional={
-        "text": st.lists(UNICODE, max_size=3).map(tuple),
-        "out_dir": UNICODE,
-        "data_dir": UNICODE,
+        "text": st.lists(PATH, max_size=3).map(tuple),
+        "out_dir": PATH,
+        "data_dir": PATH,
         "sample_prompt": UNICODE,
         "device": UNICODE,
         "tokenizer": st.sampled_from(["auto", "gpt2", "bpe", "byte", "char"]),
@@ -395,3 +399,134 @@ def test_settings_load_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def notices(preset, **given):
+    said = []
+    return over_preset(preset, given, said.append), said
+
+
+CLASHES = {  # what a person gives over a preset: what it leaves of the preset, and what the line says
+    "steps": (
+        {"warmup_steps": 100},
+        {"max_iters": 50},
+        {"warmup": 1},
+        "warmup_steps = 100 of the preset is left out",
+    ),
+    "peak": (
+        {"min_lr": 1e-4},
+        {"max_lr": 5e-5},
+        {"final_lr": 5e-6},
+        "min_lr = 0.0001 of the preset",
+    ),
+    "width": ({"n_head": 6, "n_embd": 384}, {"n_embd": 128}, {"n_head": 4}, "n_head = 6 of the preset is left out"),
+    "ddp": (
+        {"cpu_offload": True, "parallel": "fsdp"},
+        {"parallel": "ddp"},
+        {"cpu_offload": False},
+        "cpu_offload = True",
+    ),
+    "fsdp": ({"compile": True}, {"parallel": "fsdp"}, {"compile": False}, "compile = True of the preset"),
+    "half": ({"dtype": "float16"}, {"parallel": "fsdp"}, {"dtype": "auto"}, "dtype = 'float16' of the preset"),
+    "limit": (
+        {"text": ["tinystories"], "text_limit": "9M"},
+        {"text": "a"},
+        {"text_limit": None},
+        "text_limit = 9000000",
+    ),
+    "tokens": ({"tokenizer": "char", "vocab_size": 65}, {"tokenizer": "byte"}, {"vocab_size": None}, "vocab_size = 65"),
+    "letters": ({"tokenizer": "char", "vocab_size": 65}, {"text": "a"}, {"vocab_size": None}, "vocab_size = 65"),
+    "shape": (
+        {"n_layer": 6, "n_head": 6, "n_embd": 384, "dropout": 0.2, "tokenizer": "char"},
+        {"init_from": "old"},
+        {"n_layer": 4, "n_head": 4, "n_embd": 128, "dropout": 0.2, "tokenizer": "auto"},
+        "tokenizer = 'char' of the preset is left out: the weights of init_from decide it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLASHES)
+def test_what_is_given_wins_over_a_preset(name):
+    preset, given, expected, words = CLASHES[name]
+    config, said = notices(preset, **given)
+    assert {name: value_of(config, name) for name in expected} == expected
+    assert len(said) == 1
+    assert words in said[0]
+
+
+@pytest.mark.parametrize(
+    ("preset", "given"),
+    [
+        ({"warmup_steps": 100}, {"max_steps": 101}),
+        ({"warmup_steps": 100}, {"out_dir": "a"}),
+        ({"min_lr": 1e-4}, {"max_lr": 1e-4}),
+        ({"n_head": 6, "n_embd": 384}, {"n_embd": 192}),
+        ({"text": ["a"], "text_limit": None, "tokenizer": "char", "vocab_size": 65}, {"text": "a"}),
+        ({"text": ["tinystories"], "text_limit": "9M"}, {"text": "fineweb-edu"}),
+        ({"tokenizer": "bpe", "vocab_size": 8192}, {"text": "a"}),
+        ({"init_from": "old", "n_layer": 6}, {"init_from": "old"}),
+    ],
+)
+def test_the_rest_of_a_preset_stays(preset, given):
+    config, said = notices(preset, **given)
+    assert said == []
+    assert config == from_settings(preset | given)
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "words"),
+    [
+        (
+            {"max_steps": 100},
+            {"warmup_steps": 100},
+            "warmup_steps = 100 is not below max_steps = 100; lower it",
+        ),
+        ({"max_lr": 1e-3}, {"min_lr": 1e-2}, "min_lr = 0.01 is above max_lr = 0.001; lower it, or raise max_lr"),
+        ({"n_embd": 384}, {"n_head": 5}, "n_embd = 384 is not divisible by n_head = 5; try --n_embd 385"),
+        ({"warmup_steps": 100}, {"max_steps": 0}, "max_steps = 0: expected"),
+        ({"n_head": 6, "n_embd": 384}, {"n_embd": -1}, "n_embd = -1: expected"),
+    ],
+)
+def test_what_is_given_is_never_changed(preset, given, words):
+    said = []
+    with pytest.raises(UserError, match=words):
+        over_preset(preset, given, said.append)
+    assert said == []
+
+
+def test_the_limited_texts_are_those_of_the_hub():
+    assert set(LIMITED) == set(TEXTS)
+
+
+@pytest.mark.parametrize("name", ["out_dir", "data_dir", "init_from", "text"])
+def test_a_home_folder_is_expanded(monkeypatch, name):
+    monkeypatch.setenv("HOME", "/home/ann")
+    value = value_of(from_settings({name: "~/x"}), name)
+    assert value == (("/home/ann/x",) if name == "text" else "/home/ann/x")
+    assert value_of(from_settings({name: "a~/~"}), name) in ("a~/~", ("a~/~",))
+
+
+def test_an_unknown_home_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refused(out_dir="~nobody-of-that-name/x") == (
+        "'~nobody-of-that-name/x': the home folder ~nobody-of-that-name is not known here; give the whole path"
+    )
+    monkeypatch.setenv("HOME", "")
+    assert "'~/x': the home folder ~ is not known here" in refused(out_dir="~/x")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # as in a container with a user without a name
+    assert "'~/x': the home folder ~ is not known here" in refused(text=["~/x"])
+    (tmp_path / "~notes.txt").touch()
+    assert from_settings({"text": "~notes.txt"}).text == ("~notes.txt",)  # a file, as a shell's pattern names it
+
+
+def test_a_toml_file_in_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.toml").write_text('out_dir = "~/run"\n', encoding="utf-8")
+    assert from_settings(read_toml("~/mine.toml")).out_dir == f"{tmp_path}/run"
+
+
+def test_a_toml_file_that_names_a_setting_twice(tmp_path):
+    (tmp_path / "twice.toml").write_text("max_iters = 5\nmax_steps = 7\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"twice\.toml: max_steps is given twice"):
+        read_toml(str(tmp_path / "twice.toml"))

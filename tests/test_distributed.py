@@ -13,7 +13,7 @@ import pytest
 import ranks
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, flags, words
+from conftest import SMALL, flags, with_small, words
 from ranks import job, values, world_of
 
 from llm import GPT, checkpoint
@@ -321,10 +321,10 @@ def test_what_cannot_work_together_is_refused_by_name_in_one_line(place, monkeyp
     (place / "torn/meta.json").unlink()
     with open(place / "torn/train.bin", "ab") as file:
         file.write(b"x")
-    plain = flags() + " --out_dir refused"
     jobs = []
     for lines, change, _ in REFUSED.values():
-        both = [f"train {plain if '--resume' not in line else '--out_dir refused'} {line}" for line in lines]
+        both = [line if "--resume" in line else with_small(line) for line in lines]
+        both = [f"train {line} --out_dir refused" for line in both]
         both = [line if "--data_dir" in line or "--resume" in line else f"{line} --data_dir data" for line in both]
         jobs.append(job(ranks.command, lines=both, change=change))
     for (what, (_, _, said)), told in zip(REFUSED.items(), world_of(2, jobs, place / "told refused"), strict=True):
@@ -371,8 +371,9 @@ def test_what_is_handed_to_torchrun(monkeypatch):
     handed = []
     monkeypatch.setattr(os, "execv", lambda path, words: handed.append(words))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    train.several(2, ["--nproc", "3", "--text", "a b.txt", "--nproc=2", "--max_steps", "7"])
+    monkeypatch.delenv("RANK", raising=False)
+    train.main(["--text", "a b.txt", "--nproc", "2", "--max_steps", "7"])
     assert handed[0][1:] == [
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "llm", "train"),
-        *("--text", "a b.txt", "--max_steps", "7"),
+        *("--text=a b.txt", "--max_steps=7"),
     ]

@@ -16,6 +16,7 @@ ORDER = (
     *(
         "errors",
         "recognise",
+        "other_names",
         "config",
         "storage",
         "download",

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, flags
+from conftest import SMALL, flags, with_small
 
 from llm import data, distributed, plan, prove, rehearse, start
 from llm.config import PRESETS, from_settings, read_toml, to_settings
@@ -242,7 +242,7 @@ def test_what_the_run_would_refuse_is_found_first(here, losscurve, settings, wor
     Path("empty.txt").touch()
     before = sorted(here.iterdir())
     text = "" if "--text" in settings or "--data_dir" in settings else "--text text.txt"
-    code, out, _ = losscurve(f"rehearse {flags()} {text} {settings}")
+    code, out, _ = losscurve(f"rehearse {with_small(settings)} {text}")
     assert code == 1
     (failed,) = [line for line in out.splitlines() if line.startswith("FAILED")]
     assert words in failed

@@ -453,6 +453,12 @@ def test_the_command_repeats_the_run(run):
     assert made.config.model.n_embd == again.model.n_embd == 16
 
 
+def test_the_command_keeps_a_name_that_begins_with_a_dash(run):
+    made = gather(run, memorised=False)
+    odd = replace(made, config=replace(made.config, text=("a b.txt", "-x.txt")))
+    assert "'--text=a b.txt' --text=-x.txt" in odd.command()
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 5000), (2.3, 11.2), (0, 3e-4), (-1, 1), (0, 1), (5, 5), (1e-9, 2e-9)])
 def test_ticks_are_round_few_and_inside(low, high):
     found = ticks(low, high, 5)

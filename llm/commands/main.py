@@ -5,6 +5,7 @@ import io
 import os
 import sys
 
+from llm import __version__
 from llm.errors import Failure, UserError
 
 COMMANDS = {
@@ -73,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if words else 2
+    if words[0] in ("--version", "-V", "version"):
+        print(f"losscurve {__version__}")
+        return 0
     if words[0] not in COMMANDS:
         import difflib
 

@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from llm.commands.flags import Parser, add_settings, typed_settings
+from llm.commands.flags import Parser, add_settings, input_path, typed_settings
 from llm.config import from_settings
 from llm.errors import UserError
 
@@ -23,7 +23,12 @@ MEANING = (
 def main(argv: list[str]) -> int:
     parser = Parser("losscurve memorised", DESCRIPTION)
     parser.add_argument(
-        "run", nargs="?", default="checkpoints", metavar="RUN", help="run folder (default: checkpoints)"
+        "run",
+        nargs="?",
+        default="checkpoints",
+        metavar="RUN",
+        type=input_path,
+        help="run folder (default: checkpoints)",
     )
     parser.add_argument("--weights", choices=("last", "best"), default="last", help="model.pt or best.pt")
     parser.add_argument("--num_samples", type=int, default=10, metavar="N", help="for each temperature (default: 10)")

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from llm.commands import plan_scale
-from llm.commands.flags import Parser, add_settings, config_from, typed_settings, warn
+from llm.commands.flags import Parser, add_settings, config_from, flag, path, typed_settings, warn
 from llm.config import FIELDS, PRESETS, TrainConfig, parse_duration
 from llm.errors import UserError
 
@@ -22,11 +22,11 @@ PROPOSED = (
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("losscurve plan", DESCRIPTION)
+    parser = Parser("losscurve plan", DESCRIPTION, bare=("text",))
     parser.add_argument("--preset", metavar="NAME|FILE.toml", help=f"settings to start from: {', '.join(PRESETS)}")
     add_settings(parser, FIELDS)
     parser.add_argument("--time", metavar="TIME", help="propose a run that fits this long (90, 10m, 2h)")
-    parser.add_argument("--out", metavar="FILE.toml", help="write the settings there, for train --preset")
+    parser.add_argument("--out", metavar="FILE.toml", type=path, help="write the settings there, for train --preset")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan_scale.add_flags(parser)
     args = parser.read(argv)
@@ -38,14 +38,13 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{typed[0]}: --time decides that; leave one of the two out")
 
     import json
-    from pathlib import Path
 
     from llm.commands.bars import tell
     from llm.plan import check_new, fits, probe, propose, text_of, with_vocabulary, write
     from llm.start import starting_point
 
     if args.out:
-        check_new(Path(args.out))
+        check_new(args.out)
     if config.init_from:
         config = starting_point(config, warn)[0]
     text = text_of(config)
@@ -61,9 +60,9 @@ def main(argv: list[str]) -> int:
     facts = planned(config, text, pace)
     tell(json.dumps(facts) if args.json else "\n".join(lines(config, facts, text, budget)))
     if args.out:
-        write(config, Path(args.out))
+        write(config, args.out)
         if not args.json:
-            tell(f"wrote {args.out}; train it with: losscurve train --preset {args.out}")
+            tell(f"wrote {args.out}; train it with: losscurve train {flag('preset', args.out)}")
     return 0
 
 

@@ -113,7 +113,6 @@ def main(typed: argparse.Namespace) -> int:
     config = config_from(typed)
 
     import json
-    from pathlib import Path
 
     from llm import scale
     from llm.commands.bars import tell
@@ -138,7 +137,7 @@ def main(typed: argparse.Namespace) -> int:
             ]
             for way, rows in tables.items()
         }
-        plot_scaling(curves, f"predicted: {plan.parallel} on {plan.accelerator.name}", Path(args.out))
+        plot_scaling(curves, f"predicted: {plan.parallel} on {plan.accelerator.name}", args.out)
         if not args.json:
             tell(f"wrote {args.out}")
     return 0

@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-from llm.commands.flags import Parser
+from llm.commands.flags import Parser, input_path, path
 
 
 def main(argv: list[str]) -> int:
     parser = Parser("losscurve plot", "Draw the loss curve of one run, or of several together, from their records.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folder (the --out_dir of a training)")
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="picture to write: .png, .svg, .pdf … (default: RUN/loss_curve.png)"
+        "runs", nargs="+", metavar="RUN", type=input_path, help="run folder (the --out_dir of a training)"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", type=path, help="picture to write: .png, .svg, .pdf … (default: RUN/loss_curve.png)"
     )
     args = parser.read(argv)
     from llm.plot import plot_runs

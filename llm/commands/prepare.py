@@ -1,25 +1,22 @@
 """`losscurve prepare`: a text in, token files out, and what they would be enough for."""
 
-import shlex
 from collections.abc import Iterator
 from typing import Any
 
 from llm.commands.bars import tokenizing
-from llm.commands.flags import Parser, add_settings, config_from, warn
+from llm.commands.flags import Parser, add_settings, config_from, flag, warn
 
+DESCRIPTION = (
+    "Turn a text into token files: train.bin, val.bin, meta.json, tokenizer.json. The text: files (.jsonl and "
+    ".parquet: a document a row), folders of .txt, .md and these (also as .gz and .zst), - for standard input, or a name: "
+    "shakespeare, tinystories, fineweb-edu. Nothing: tiny Shakespeare, or a text that Python carries where that cannot "
+    "be had."
+)
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, "Chinchilla"
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("losscurve prepare", "Turn a text into token files: train.bin, val.bin, meta.json, tokenizer.json.")
-    parser.add_argument(
-        "paths",
-        nargs="*",
-        metavar="TEXT",
-        help="files (.jsonl and .parquet: the column 'text', a document a row), folders of .txt, .md and these "
-        "(also as .gz and .zst), - for standard input, or a name: shakespeare, tinystories, fineweb-edu; "
-        "nothing: tiny Shakespeare, or a text that Python carries where that cannot be had",
-    )
+    parser = Parser("losscurve prepare", DESCRIPTION, bare=("text",))
     add_settings(parser, ["text", "text_limit", "text_field", "tokenizer", "vocab_size", "val_fraction"])
     parser.add_argument("--data_dir", default="data", metavar="DIR", help="folder to write to (default: data)")
     parser.add_argument("--offline", action="store_true", help="never touch the network")
@@ -28,7 +25,6 @@ def main(argv: list[str]) -> int:
         "--shard_tokens", type=int, default=2**27, metavar="N", help="tokens in a file at most (default: 134217728)"
     )
     args = parser.read(argv)
-    args.text = [*args.paths, *getattr(args, "text", [])]
     config = config_from(args)
 
     from pathlib import Path
@@ -68,7 +64,7 @@ def summary(meta: dict[str, Any], folder: object) -> Iterator[str]:
         f"{train['tokens']:,} training tokens seen once fit {_short(train['tokens'] / TOKENS_PER_PARAMETER)} parameters"
     )
     yield f"wrote {folder}/{', '.join([_files(train), _files(val), 'meta.json', 'tokenizer.json'])}"
-    yield "next: losscurve train" + ("" if str(folder) == "data" else f" --data_dir {shlex.quote(str(folder))}")
+    yield "next: losscurve train" + ("" if str(folder) == "data" else f" {flag('data_dir', folder)}")
 
 
 def _files(split: dict[str, Any]) -> str:

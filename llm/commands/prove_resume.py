@@ -12,7 +12,7 @@ SHORT = {"max_steps": 60, "save_every": 7, "log_every": 3, "eval_every": 20, "ou
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("losscurve prove-resume", DESCRIPTION)
+    parser = Parser("losscurve prove-resume", DESCRIPTION, bare=("text",))
     parser.add_argument("--preset", metavar="NAME|FILE.toml", help=f"settings to start from: {', '.join(PRESETS)}")
     parser.add_argument("--kills", type=int, default=5, help="how often the second run is killed (default: 5)")
     add_settings(parser, FIELDS)
@@ -28,10 +28,10 @@ def main(argv: list[str]) -> int:
     from llm.commands.bars import tell
     from llm.prove import fingerprint, killed_run, whole_run
 
-    flags = ["--preset", args.preset] if args.preset else []
+    flags = [f"--preset={args.preset}"] if args.preset else []
     for name, value in typed_settings(args).items():
         words = value if isinstance(value, list) else [value]
-        flags += [f"--{name}", *map(str, words)] if name != "out_dir" else []
+        flags += [f"--{name}={word}" for word in words if name != "out_dir"]
     folders = [Path(config.out_dir, name) for name in ("whole", "killed")]
     tell(f"training {config.max_steps} steps in one go")
     whole_run(flags, folders[0])

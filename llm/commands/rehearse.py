@@ -16,7 +16,7 @@ MARKS = {True: "ok", False: "FAILED", None: "see"}
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("losscurve rehearse", DESCRIPTION)
+    parser = Parser("losscurve rehearse", DESCRIPTION, bare=("text",))
     parser.add_argument("--preset", metavar="NAME|FILE.toml", help=f"settings to start from: {', '.join(PRESETS)}")
     add_settings(parser, FIELDS)
     parser.add_argument("--nproc", type=int, default=2, metavar="N", help="processes to rehearse with (default: 2)")

@@ -1,8 +1,7 @@
 """`report RUN`: a run as one file to share: HTML, or Markdown with pictures beside it."""
 
-from pathlib import Path
-
-from llm.commands.flags import Parser
+from llm.commands.flags import Parser, input_path, path
+from llm.config import expanded
 
 DESCRIPTION = "Write a run as one HTML file that opens anywhere, without a network: curves, samples over time, what \
 stands in the training text word for word, data, settings, environment. Or as Markdown with pictures."
@@ -11,13 +10,18 @@ stands in the training text word for word, data, settings, environment. Or as Ma
 def main(argv: list[str]) -> int:
     parser = Parser("losscurve report", DESCRIPTION)
     parser.add_argument(
-        "run", nargs="?", default="checkpoints", metavar="RUN", type=Path, help="run folder (default: checkpoints)"
+        "run",
+        nargs="?",
+        default="checkpoints",
+        metavar="RUN",
+        type=input_path,
+        help="run folder (default: checkpoints)",
     )
     parser.add_argument("--format", choices=("html", "md"), default="html", help="default: html")
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="default: RUN/report.html, or RUN/report/report.md and its pictures"
+        "--out", metavar="FILE", type=path, help="default: RUN/report.html, or RUN/report/report.md and its pictures"
     )
-    parser.add_argument("--data_dir", metavar="DIR", help="the run's token files, if they have moved")
+    parser.add_argument("--data_dir", metavar="DIR", type=expanded, help="the run's token files, if they have moved")
     parser.add_argument("--no_memorised", action="store_true", help="draw no samples to look for in the training text")
     args = parser.read(argv)
 

@@ -4,7 +4,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-from llm.commands.flags import Parser
+from llm.commands.flags import Parser, input_path
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +30,9 @@ NAME_WIDTH = 20  # of a run's name, where it is narrow
 
 def main(argv: list[str]) -> int:
     parser = Parser("losscurve runs", DESCRIPTION)
-    parser.add_argument("folder", nargs="?", default=".", metavar="FOLDER", help="default: where you are")
+    parser.add_argument(
+        "folder", nargs="?", default=".", metavar="FOLDER", type=input_path, help="default: where you are"
+    )
     parser.add_argument(
         "--sort", choices=tuple(SORT), default="bits", help="best first (default: bits per byte, then loss)"
     )
@@ -39,13 +41,12 @@ def main(argv: list[str]) -> int:
 
     import json
     import sys
-    from pathlib import Path
 
     from llm.commands.bars import tell
     from llm.commands.flags import warn
     from llm.runs import FOLDERS, find, summary
 
-    paths, whole = find(Path(args.folder))
+    paths, whole = find(args.folder)
     runs = ordered([summary(path) for path in paths], args.sort)
     if not whole:
         warn(f"stopped after {FOLDERS:,} folders; give a folder nearer to the runs")
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     elif not runs:
         tell(f"no run in or below {args.folder}; losscurve train makes one")
     else:
-        tell("\n".join(table(runs, Path(args.folder), width() if sys.stdout.isatty() else None)))
+        tell("\n".join(table(runs, args.folder, width() if sys.stdout.isatty() else None)))
     return 0
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm.commands.flags import Parser, add_settings, typed_settings, warn
-from llm.config import from_settings
+from llm.commands.flags import Parser, add_settings, path, typed_settings, warn
+from llm.config import expanded, from_settings
 from llm.errors import UserError
 from llm.recognise import decode
 
@@ -19,10 +19,16 @@ SEPARATOR = "---------------"
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("losscurve sample", "Let a trained model continue a prompt. Defaults: the chapter's.")
+    parser = Parser(
+        "losscurve sample",
+        "Let a trained model continue a prompt. Defaults: the chapter's.",
+        bare=("out_dir", "prompt"),
+    )
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", metavar="TEXT", help="default: the run's own, for the chapter's text ROMEO:")
-    prompts.add_argument("--prompt_file", metavar="PATH", help="read the prompt from a file, or - for standard input")
+    prompts.add_argument(
+        "--prompt_file", metavar="PATH", type=expanded, help="read the prompt from a file, or - for standard input"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=100, metavar="N", help="tokens to make (default: 100)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1)")
     parser.add_argument("--top_k", type=int, metavar="K", help="draw from the K likeliest tokens only")
@@ -31,7 +37,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="continuations to make (default: 1)")
     parser.add_argument("--weights", choices=("last", "best"), default="last", help="model.pt or best.pt")
-    parser.add_argument("--checkpoint", metavar="FILE.pt", help="a state_dict saved by torch.save, instead of a run")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE.pt", type=path, help="a state_dict saved by torch.save, instead of a run"
+    )
     add_settings(parser, ["out_dir", "seed", "device", "dtype", "n_head", "gelu"])
     args = parser.read(argv)
     config = from_settings(typed_settings(args))
@@ -52,7 +60,7 @@ def main(argv: list[str]) -> int:
     check_knobs(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     device = choose_device(config.device)
     if args.checkpoint:
-        model, tokenizer = bare_model(Path(args.checkpoint), config.model.n_head, config.model.gelu)
+        model, tokenizer = bare_model(args.checkpoint, config.model.n_head, config.model.gelu)
         model = model.to(device)
     else:
         run = Run.open(config.out_dir)

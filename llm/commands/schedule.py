@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llm.commands.flags import Parser, add_settings, config_from, warn
+from llm.commands.flags import Parser, add_settings, config_from, path, warn
 from llm.config import FIELDS, TrainConfig
 from llm.schedule import lr_at, warmup_warning
 
@@ -13,10 +13,11 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         "losscurve schedule",
         "Show the learning rate of a run before it is trained. Takes every flag of train; the first few decide.",
+        bare=("text",),
     )
     parser.add_argument("--preset", metavar="NAME|FILE", help="a preset by name, or a TOML file")
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, default=Path("schedule.png"), help="picture (default: schedule.png)"
+        "--out", metavar="FILE", type=path, default=Path("schedule.png"), help="picture (default: schedule.png)"
     )
     add_settings(parser, [*DECISIVE, *(name for name in FIELDS if name not in DECISIVE)])
     args = parser.read(argv)

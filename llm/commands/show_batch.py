@@ -1,13 +1,14 @@
 """`show-batch`: the text that a step of a run is trained on."""
 
 from llm.commands.flags import Parser, add_settings, typed_settings
+from llm.config import from_settings
 from llm.errors import UserError
 
 DESCRIPTION = "Print the windows of text of one step's batch, trained on or yet to come."
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("losscurve show-batch", DESCRIPTION)
+    parser = Parser("losscurve show-batch", DESCRIPTION, bare=("out_dir",))
     add_settings(parser, ("out_dir", "data_dir"))
     parser.add_argument("--step", type=int, required=True, help="the step that the batch completes, counted from 1")
     args = parser.read(argv)
@@ -22,10 +23,10 @@ def main(argv: list[str]) -> int:
     from llm.start import run_tokenizer
     from llm.weights import run_config
 
-    typed = typed_settings(args)
-    run_dir = Path(typed.get("out_dir", "checkpoints"))
+    typed = from_settings(typed_settings(args))
+    run_dir = Path(typed.out_dir)
     config = run_config(run_dir)
-    folder = Path(typed.get("data_dir") or config.data_dir or "data")
+    folder = Path(typed.data_dir or config.data_dir or "data")
     data = open_data(folder, config.model.block_size, config.model.vocab_size)
     tokenizer = run_tokenizer(run_dir, config.model.vocab_size, warn)
     batch = batch_at(data.train, config.seed, args.step - 1, config.windows_per_step, config.model.block_size)

@@ -3,13 +3,12 @@
 import argparse
 import contextlib
 import os
-import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from llm.commands.flags import Parser, add_settings, config_from, typed_settings, warn
+from llm.commands.flags import Parser, add_settings, config_from, flag, typed_settings, warn
 from llm.config import FIELDS, PRESETS, TrainConfig
 from llm.errors import Failure, UserError
 
@@ -27,7 +26,7 @@ def main(argv: list[str]) -> int:
         args = parsed(argv)
         settings_of(args)  # a mistake is said before torch is loaded, which takes a second, or started many times
         if args.nproc is not None:
-            return several(args.nproc, argv)
+            return several(args.nproc, args.words)
     from llm.distributed import joined
 
     with joined() as world:
@@ -36,7 +35,7 @@ def main(argv: list[str]) -> int:
 
 def parsed(argv: list[str]) -> argparse.Namespace:
     """Raises UserError."""
-    parser = Parser("losscurve train", DESCRIPTION)
+    parser = Parser("losscurve train", DESCRIPTION, bare=("text",))
     parser.add_argument("--preset", metavar="NAME|FILE.toml", help=f"settings to start from: {', '.join(PRESETS)}")
     add_settings(parser, FIELDS)
     parser.add_argument(
@@ -54,26 +53,23 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     return parser.read(argv)
 
 
-def settings_of(args: argparse.Namespace) -> TrainConfig:
+def settings_of(args: argparse.Namespace, say: Callable[[str], None] = lambda line: None) -> TrainConfig:
     """Raises UserError."""
     if args.resume and (args.preset or args.overwrite):
         raise UserError("--resume takes the settings of the run itself; leave out --preset and --overwrite")
-    return config_from(args)
+    return config_from(args, say)
 
 
-def several(nproc: int, argv: list[str]) -> int:
-    """Have torchrun start `nproc` processes of this command in the place of this one. Raises UserError."""
+def several(nproc: int, words: list[str]) -> int:
+    """Have torchrun start `nproc` processes of this command in the place of this one, with the `words` of its flags
+    (`Parser.read`). Raises UserError.
+    """
     cores = os.cpu_count() or 1
     if not 1 <= nproc <= 1024:
         raise UserError(f"nproc = {nproc}: expected a number of processes from 1 to 1024")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", "llm", "train")
-    rest, words = [], iter(argv)
-    for word in words:  # without --nproc, which torchrun would take for its own
-        if word == "--nproc":
-            next(words)
-        elif not word.startswith("--nproc="):
-            rest.append(word)
+    rest = [word for word in words if not word.startswith("--nproc=")]  # which torchrun would take for its own
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *torchrun, *rest])
 
@@ -94,12 +90,13 @@ def train(argv: list[str], world: "World") -> int:
     from llm.train import Line, Notice, Step
 
     with world.together():
+        say = warn if world.leads else lambda line: None
         args = parsed(argv)
-        config = settings_of(args)
+        config = settings_of(args, say)
         if world.started and args.nproc is not None:
             raise UserError(f"nproc = {args.nproc}: torchrun has started the processes already; leave it out")
         trackers = starts(args.track, warn) if world.leads else {}
-    out_dir, say = Path(config.out_dir), warn if world.leads else (lambda line: None)
+    out_dir = Path(config.out_dir)
     # started again by torchrun's --max-restarts: this job's own run goes on, however it was begun
     left = world.first(lambda: steps_left(out_dir)) if world.restarted else None
     if left == 0:
@@ -146,10 +143,7 @@ def train(argv: list[str], world: "World") -> int:
                         shown.note(said)
     check_saved(run)
     if run.reason == "interrupted":
-        again = f"losscurve train --out_dir {shlex.quote(str(out_dir))} --resume"
-        if world.size > 1 and os.environ.get("LOCAL_WORLD_SIZE") == str(world.size):  # all on this machine
-            again += f" --nproc {world.size}"
-        tell(f"saved step {run.progress.step} in {out_dir}; go on with: {again}")
+        tell(f"saved step {run.progress.step} in {out_dir}; go on with: {go_on(run)}")
         return exit_code(run, caught)
     tell("\n".join(ending(run)))
     if run.reason != "patience" and (came := forecast.ended(run.progress.seconds)):
@@ -185,8 +179,15 @@ def check_saved(run: "Training") -> None:
         if run.unsaved:
             raise Failure(
                 f"the last save failed: {run.unsaved}; {last_saved(run.out_dir)}; make room, then go on with: "
-                f"losscurve train --out_dir {shlex.quote(str(run.out_dir))} --resume"
+                f"{go_on(run)}"
             )
+
+
+def go_on(run: "Training") -> str:
+    """The command that resumes a run, in as many processes where they are all on this machine."""
+    world = run.trainer.world
+    here = world.size > 1 and os.environ.get("LOCAL_WORLD_SIZE") == str(world.size)
+    return f"losscurve train {flag('out_dir', run.out_dir)} --resume" + (f" --nproc {world.size}" if here else "")
 
 
 def last_saved(out_dir: "Path") -> str:
@@ -243,4 +244,4 @@ def ending(run: "Training") -> Iterator[str]:
     yield f"evaluation, samples, pictures, saving: {share:.1%} of {progress.seconds:.0f} s"
     yield f"in {out_dir}: loss_curve.png, samples.txt, metrics.jsonl, best.pt, {folder_name(progress.step)}/"
     better = " --weights best" if overfitting else ""
-    yield f"next: losscurve sample --out_dir {shlex.quote(str(out_dir))}{better}"
+    yield f"next: losscurve sample {flag('out_dir', out_dir)}{better}"

@@ -1,15 +1,13 @@
 """`watch [RUN …]`: a page in the browser that follows runs as they go. `train --watch` has it beside the training."""
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from llm.commands.flags import Parser, warn
+from llm.commands.flags import Parser, input_path, warn
 from llm.errors import Failure, UserError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 DESCRIPTION = "Serve a page on this machine that follows one or several runs as they go: curves, samples, the \
 learning-rate slider and a playground. It only reads the run folders; a folder without a run is waited for."
@@ -19,7 +17,12 @@ PATIENCE = 10  # seconds that a training run waits for the page's address
 def main(argv: list[str]) -> int:
     parser = Parser("losscurve watch", DESCRIPTION)
     parser.add_argument(
-        "runs", nargs="*", default=["checkpoints"], metavar="RUN", help="run folders (default: checkpoints)"
+        "runs",
+        nargs="*",
+        type=input_path,
+        default=[Path("checkpoints")],
+        metavar="RUN",
+        help="run folders (default: checkpoints)",
     )
     parser.add_argument("--port", type=int, default=0, metavar="PORT", help="on 127.0.0.1 (default: a free one)")
     parser.add_argument("--until_eof", action="store_true", help="end where standard input ends (for other programs)")
@@ -31,7 +34,6 @@ def main(argv: list[str]) -> int:
     import secrets
     import socket
     import threading
-    from pathlib import Path
 
     from llm.commands.bars import tell
 
@@ -41,9 +43,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f'the page needs {error.name}; pip install "losscurve[dashboard]"') from None
     plotly_script()
     for name in args.runs:
-        if Path(name).exists() and not Path(name).is_dir():
+        if name.exists() and not name.is_dir():
             raise UserError(f"{name}: not a folder; give the --out_dir of a training run")
-        if not args.until_eof and not (Path(name) / "metrics.jsonl").exists():
+        if not args.until_eof and not (name / "metrics.jsonl").exists():
             warn(f"{name}: no run there yet; the page waits for one")
     give_way()
     with socket.socket() as listener:
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int:
             raise Failure(f"port {args.port}: {error.strerror}; give another --port, or none") from None
         listener.listen()  # who comes before the server is ready waits
         port, token = listener.getsockname()[1], secrets.token_urlsafe(24)
-        server = Server([Path(name) for name in args.runs], token, port)
+        server = Server(args.runs, token, port)
 
         def wait_for_eof() -> None:
             while os.read(0, 4096):  # no lock of sys.stdin, which the end of this process would wait for
@@ -63,9 +65,10 @@ def main(argv: list[str]) -> int:
 
         if args.until_eof:
             threading.Thread(target=wait_for_eof, daemon=True).start()
-        end = "it ends with the run; losscurve watch opens it again" if args.until_eof else "Ctrl-C ends it"
+        again = f"losscurve watch {' '.join(shlex.quote(str(name)) for name in args.runs)}"
+        end = f"it ends with the run; {again} opens it again" if args.until_eof else "Ctrl-C ends it"
         with contextlib.suppress(KeyboardInterrupt):
-            tell(f"watching {', '.join(args.runs)} at http://127.0.0.1:{port}/{token}/ ({end})")
+            tell(f"watching {', '.join(map(str, args.runs))} at http://127.0.0.1:{port}/{token}/ ({end})")
             server.run(sockets=[listener])
     return 0
 

@@ -1,0 +1,115 @@
+"""Names that other programs have for our settings: answered with ours, never taken for them.
+
+A name may mean something else there (a batch per device, a ratio of steps), so it is no alias; see `ALIASES` in
+`config.py` for nanoGPT's names that mean the same.
+"""
+
+from collections.abc import Container
+
+# our name, what to know about it, and the names that other programs have; a flag of another command may come second
+NAMES = (
+    (
+        "max_steps",
+        "training is counted in steps: max_steps = epochs x training tokens / tokens per step, where tokens per step = "
+        "batch_size x gradient_accumulation_steps x block_size",
+        "epoch epochs num_epochs n_epoch n_epochs nb_epochs max_epochs num_train_epochs",
+    ),
+    (
+        "max_steps",
+        "the schedule ends there too",
+        "steps num_steps n_steps total_steps train_steps training_steps iters iterations num_iterations n_iters "
+        "lr_decay_iters",
+    ),
+    ("max_lr", "the peak; min_lr is the end", "lr base_lr peak_lr max_learning_rate initial_lr"),
+    ("min_lr", "", "lr_min min_learning_rate end_lr final_lr"),
+    (
+        "batch_size",
+        "windows in a micro-batch; a step has batch_size x gradient_accumulation_steps of them, all devices together",
+        "batch bs bsz train_batch_size micro_batch_size device_batch_size per_device_train_batch_size "
+        "per_device_batch_size total_batch_size global_batch_size",
+    ),
+    (
+        "gradient_accumulation_steps",
+        "",
+        "accum grad_accum grad_accum_steps gradient_accumulation accumulation_steps accumulate_grad_batches",
+    ),
+    (
+        "block_size",
+        "in tokens",
+        "max_seq_length max_seq_len max_sequence_length seq_len seq_length sequence_length context_length context_size "
+        "context ctx ctx_len n_ctx n_positions max_position_embeddings",
+    ),
+    ("n_embd", "", "hidden_size d_model dim model_dim embed_dim emb_dim embedding_dim n_embed width"),
+    ("n_layer", "", "num_layers num_hidden_layers depth layers"),
+    ("n_head", "", "num_heads num_attention_heads heads"),
+    ("ffn_mult", "in units of n_embd", "intermediate_size d_ff ffn_dim ffn_hidden_size mlp_ratio"),
+    ("dropout", "", "drop dropout_rate resid_dropout attention_dropout hidden_dropout_prob"),
+    ("tied_lm_head", "", "tie_weights tie_embeddings tie_word_embeddings weight_tying"),
+    ("vocab_size", "", "vocab n_vocab num_tokens"),
+    ("tokenizer", "auto, gpt2, bpe, byte or char", "tokenizer_name tokenizer_path tokenizer_type"),
+    (
+        "warmup_steps",
+        "warmup_steps = ratio x max_steps; without it 2 % of max_steps",
+        "warmup warmup_ratio warmup_proportion warmup_fraction num_warmup_steps",
+    ),
+    ("schedule", "cosine, linear or constant", "scheduler lr_scheduler lr_scheduler_type lr_schedule decay_lr"),
+    ("grad_clip", "", "clip clip_grad max_grad_norm max_norm grad_norm gradient_clip_val gradient_clipping"),
+    ("weight_decay", "", "wd"),
+    ("beta1", "", "adam_beta1"),
+    ("beta2", "", "adam_beta2"),
+    ("out_dir", "", "output_dir output_path output save_dir save_path checkpoint_dir ckpt_dir run_dir logging_dir"),
+    (
+        "text",
+        "files, folders or a name; data_dir for a folder of token files",
+        "dataset dataset_name data data_path train_data train_file train_path input input_file corpus file",
+    ),
+    (
+        "init_from",
+        "a run folder or .pt file to start from; the shape of a new model is n_layer, n_head and n_embd",
+        "model model_name model_name_or_path base_model pretrained pretrained_model finetune",
+    ),
+    ("resume", "with out_dir, the run folder", "resume_from resume_from_checkpoint resume_path resume_training"),
+    ("val_fraction", "", "val_split valid_fraction validation_split val_ratio test_size"),
+    ("eval_every", "in steps", "eval_steps evaluation_steps eval_freq eval_iter val_every val_check_interval"),
+    ("eval_tokens", "in tokens: eval_iters x batch_size x block_size", "eval_iters eval_batches max_eval_samples"),
+    (
+        "save_every",
+        "in steps, or a time such as 10m",
+        "save_steps save_interval save_freq checkpoint_interval checkpoint_every ckpt_interval",
+    ),
+    ("keep", "", "save_total_limit keep_checkpoints max_checkpoints"),
+    ("log_every", "in steps", "logging_steps log_steps log_freq logging_interval print_every"),
+    ("patience", "in evaluations", "early_stopping early_stopping_patience"),
+    ("max_time", "90, 10m or 2h", "time_limit max_runtime train_seconds"),
+    (
+        "track",
+        "tensorboard or wandb; of a run that is there already: losscurve track RUN --to wandb",
+        "wandb wandb_log wandb_project wandb_run_name use_wandb wandb_enabled report_to tensorboard logger",
+    ),
+    ("dtype", "auto, float32, bfloat16 or float16", "fp16 bf16 fp32 half amp precision mixed_precision torch_dtype"),
+    ("device", "cpu, mps, cuda or cuda:N", "gpu gpus cuda no_cuda use_cpu use_cuda accelerator"),
+    ("compile", "", "torch_compile use_compile"),
+    ("parallel", "ddp or fsdp", "fsdp ddp strategy"),
+    ("nproc", "", "nproc_per_node num_gpus n_gpu num_processes world_size devices"),
+    ("activation_checkpointing", "", "gradient_checkpointing use_gradient_checkpointing grad_checkpointing"),
+    ("seed", "", "random_seed manual_seed rng_seed"),
+    # of sample
+    ("prompt", "", "start text input"),
+    ("max_new_tokens", "", "max_tokens n_predict length max_length num_tokens sample_len"),
+    ("num_samples", "", "n samples num_return_sequences"),
+    ("temperature", "", "temp"),
+    ("top_k", "", "topk"),
+    ("top_p", "", "topp"),
+    (
+        "checkpoint",
+        "a .pt file; out_dir for a run folder",
+        "model ckpt ckpt_path checkpoint_path model_path weights_path",
+    ),
+    # of prepare
+    ("data_dir", "", "out_dir output_dir output out"),
+)
+
+
+def ours(name: str, known: Container[str]) -> tuple[str, str] | None:
+    """Our name, among those `known`, for what other programs call `name`, and what to know about it."""
+    return next(((own, note) for own, note, theirs in NAMES if own in known and name in theirs.split()), None)

@@ -8,9 +8,9 @@ from llm.commands.flags import Parser, add_settings, config_from, flag, warn
 
 DESCRIPTION = (
     "Turn a text into token files: train.bin, val.bin, meta.json, tokenizer.json. The text: files (.jsonl and "
-    ".parquet: a document a row), folders of .txt, .md and these (also as .gz and .zst), - for standard input, or a name: "
-    "shakespeare, tinystories, fineweb-edu. Nothing: tiny Shakespeare, or a text that Python carries where that cannot "
-    "be had."
+    ".parquet: a document a row), folders of .txt, .md and these (also as .gz and .zst), - for standard input, or a "
+    "name: shakespeare, tinystories, fineweb-edu. Nothing: tiny Shakespeare, or a text that Python carries where that "
+    "cannot be had."
 )
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, "Chinchilla"
 

@@ -38,6 +38,8 @@ PATHS = ("text", "data_dir", "out_dir", "init_from")
 LIMITED = ("tinystories", "fineweb-edu")  # the texts of llm.hub, which have a text_limit
 TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+NO_PATH = "that looks like a text, not a path; write it to a file and give the file's name"
+FLOAT32 = (2.0**-126, 2.0**128 - 2.0**104)  # its smallest and largest number above 0
 COUNTS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -344,9 +346,26 @@ def validate(config: Any) -> None:
             words = (value,) if kind is str else value
             good = isinstance(words, tuple) and all(isinstance(word, str) and word for word in words)
             if good and re.search("[\ud800-\udfff]", "".join(words)):  # how Python holds bytes that are no UTF-8
-                raise UserError(f"{f.name} = {shown(value)}: not valid UTF-8; give the file another name")
+                cure = "type it in a UTF-8 terminal" if f.name == "sample_prompt" else "give the file another name"
+                raise UserError(f"{f.name} = {shown(value)}: not valid UTF-8; {cure}")
+            if good and f.name in ("text", "data_dir", "out_dir", "init_from"):
+                for word in words:
+                    check_path(f.name, word)
         if not good:
             raise UserError(f"{f.name} = {shown(value)}: expected {describe(f)}")
+        if kind is float and not f.metadata["unit"] and value and not FLOAT32[0] <= abs(value) <= FLOAT32[1]:
+            end, limit = ("below", FLOAT32[0]) if abs(value) < 1 else ("above", FLOAT32[1])
+            raise UserError(
+                f"{f.name} = {shown(value)}: {end} {limit:.2g}, the end of float32, in which it is used; "
+                f"give {'0 or a larger' if end == 'below' else 'a smaller'} number"
+            )
+
+
+def check_path(name: str, word: str) -> None:
+    """Raises UserError for what no file system takes as a path: a text given in place of its file, usually."""
+    longest = max(len(part.encode("utf-8", "surrogateescape")) for part in re.split(r"[/\\]", word))
+    if longest > 255 or len(word) > 4000:
+        raise UserError(f"{name} = {shown(word)}: {NO_PATH}")
 
 
 def known_name(name: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llm import compressed, download, folders, hub, recognise, rows, storage
-from llm.config import check_expanded, is_pattern
+from llm.config import NO_PATH, check_expanded, is_pattern, shown
 from llm.errors import Failure, UserError
 from llm.oddities import Oddities
 from llm.rows import FIELD, in_rows, read_rows
@@ -225,6 +225,8 @@ def name_of(text: tuple[str, ...]) -> str:
     """A short name for what `text` names, fit for a folder: the first one's, without its ending."""
     if not text or text[0] in (SHAKESPEARE, *hub.TEXTS):
         return text[0] if text else SHAKESPEARE
+    if "\0" in text[0]:
+        raise UserError(f"{shown(text[0])}: {NO_PATH}")
     return "stdin" if text[0] == "-" else Path(text[0]).resolve().stem or "text"
 
 
@@ -248,6 +250,8 @@ def _files(word: str, spool: str, offline: bool, say: Callable[[str], None]) -> 
             return [_spooled(word, pipe, Path(spool))]
     except FileNotFoundError:
         check_expanded(word)
+        if "\n" in word:
+            raise UserError(f"{shown(word)}: {NO_PATH}") from None
         if is_pattern(word):
             raise UserError(f"{word}: is a pattern that matches nothing; give the files, or their folder") from None
         hint = f"give a file, a folder, - for standard input, or a name ({', '.join((SHAKESPEARE, *hub.TEXTS))})"

@@ -68,6 +68,7 @@ def evaluate(
                 sums[mine] = torch.tensor([loss.item() * y.numel(), y.numel(), size], dtype=torch.float64)
     model.train(training)
     nats, predicted, total = (math.fsum(column) for column in world.sum(sums).T.tolist())
+    nats = max(nats, 0.0) + 0.0  # of a certain model it is rounded to either side of 0; NaN stays
     return Evaluation(nats / predicted, nats / math.log(2) / total if total else None, int(predicted))
 
 

@@ -15,7 +15,7 @@ from llm.bands import Band, band_of_run, normal
 from llm.config import TrainConfig
 from llm.errors import UserError
 from llm.metrics import SPIKE_HISTORY, Row, best, losses, overfits_since, read_record
-from llm.plot import LANDMARKS
+from llm.plot import landmark_losses
 
 MEANINGS = ("guessing", "token frequencies", "coherent text")  # of LANDMARKS
 EXPLODES = 10  # times a gradient norm is above what it was
@@ -97,11 +97,12 @@ def first_loss(rows: list[Row], config: TrainConfig) -> str | None:
 
 
 def landmarks(loss: float, vocab_size: int) -> str:
-    """Where a loss stands against the chapter's ln V, ln V / 2 and ln V / 4."""
-    return "landmarks: " + "; ".join(
+    """Where a loss stands against the chapter's ln V, ln V / 2 and ln V / 4; "" for a vocabulary of one token."""
+    stands = [
         f"{name} = {mark:.2f} ({means}) {'passed' if loss < mark else 'not reached'}"
         for name, mark, means in _marks(vocab_size)
-    )
+    ]
+    return f"landmarks: {'; '.join(stands)}" if stands else ""
 
 
 def landmark(rows: list[Row], config: TrainConfig) -> str | None:
@@ -313,7 +314,8 @@ def _stepping(train: list[Row]) -> float:
 
 def _marks(vocab_size: int) -> list[tuple[str, float, str]]:
     """Name, loss and meaning of each landmark."""
-    return [(name, math.log(vocab_size) / k, means) for (k, name), means in zip(LANDMARKS, MEANINGS, strict=True)]
+    found = zip(landmark_losses(vocab_size), MEANINGS, strict=False)
+    return [(name, mark, means) for (mark, name), means in found]
 
 
 def _marked(rows: list[Row], mark: str) -> list[int]:

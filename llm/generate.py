@@ -4,7 +4,7 @@ B samples, T tokens so far, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from llm.tokenizer import Tokenizer
 
 LIKELIEST = 1024  # tokens that top-p looks at before it sorts them all
 GROUP = 64  # neighbours whose maximum stands for them in `largest`
+SAMPLES = 2**16  # at most, made together
 BLOCK = 256  # rows of the output matrix that one product takes, see `last_logits`
 
 
@@ -42,8 +43,9 @@ def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: flo
         return torch.ones_like(ids, dtype=torch.float32), ids
     if top_k is not None and top_k < logits.size(1):  # the same before the temperature as after it
         logits, ids = largest(logits, top_k)
-    # the largest at 0, so that a tiny temperature cannot overflow
-    logits = (logits - logits.amax(1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
+    # the largest at 0, so that a tiny temperature cannot overflow; in float32, 1e-300 would be 0 and 1e300 infinite
+    heat = min(max(temperature, torch.finfo(torch.float32).tiny), torch.finfo(torch.float32).max)
+    logits = (logits - logits.amax(1, keepdim=True)) / heat
     probabilities = torch.softmax(logits, 1)
     if top_p == 1:
         return probabilities, ids
@@ -53,7 +55,9 @@ def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: flo
         before = likely.cumsum(1) - likely  # probability of all that are likelier
         if size == count or bool((before[:, -1] >= top_p).all()):
             break
-    likely = likely.masked_fill(before >= top_p, 0.0)
+    beyond = before >= top_p
+    beyond[:, 0] = False  # the likeliest stays, also where float32 holds no number as small as `top_p`
+    likely = likely.masked_fill(beyond, 0.0)
     return likely / likely.sum(1, keepdim=True), order if ids is None else ids.gather(1, order)
 
 
@@ -109,7 +113,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next token ids (B,) of each row of `prompt` (B, T), `max_new_tokens` times.
@@ -117,7 +121,8 @@ def generate(
     The context is the last block_size tokens, as in the chapter. While it fits, a key/value cache
     makes each token one position of work; once the window slides, learned positions shift under
     every token and the window is computed anew. Ids from `vocab_size` on (padding of the vocabulary) are never
-    drawn. The model is put into evaluation mode.
+    drawn. With a `generator` for each row, what a row draws does not depend on the others. The model is put into
+    evaluation mode.
     Raises UserError where a knob is out of its range.
     """
     check_knobs(max_new_tokens, temperature, top_k, top_p)
@@ -134,12 +139,40 @@ def generate(
         logits = last_logits(model, hidden)[:, :vocab_size]
         probabilities, ids = candidates(logits, temperature, top_k, top_p)
         if ids is None or ids.size(1) > 1:
-            drawn = torch.multinomial(probabilities, 1, generator=generator)
+            drawn = draw(probabilities, generator)
             new = drawn if ids is None else ids.gather(1, drawn)
         else:  # nothing to draw
             new = ids
         yield new[:, 0]
         context = torch.cat([context, new], 1)[:, -limit:]
+
+
+def draw(probabilities: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+    """Draw a place (B, 1) of each row of `probabilities` (B, K), by one generator or by one for each row."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.multinomial(probabilities, 1, generator=generator)
+    rows = zip(probabilities, generator, strict=True)
+    return torch.stack([torch.multinomial(row, 1, generator=own) for row, own in rows])
+
+
+def generators(seed: int | None, count: int, device: torch.device) -> list[torch.Generator]:
+    """Return a generator for each of `count` samples: that of a sample follows from `seed` and its number alone.
+
+    The first is seeded with `seed` itself. Without a seed they differ from call to call. Raises UserError.
+    """
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UserError(f"seed = {seed!r}: expected a whole number from 0 to {2**63 - 1}")
+    if not 1 <= count <= SAMPLES:
+        raise UserError(f"num_samples = {count}: expected 1 to {SAMPLES:,}")
+    made = [torch.Generator(device) for _ in range(count)]
+    for number, generator in enumerate(made):
+        if seed is None:
+            generator.seed()
+        elif number == 0:
+            generator.manual_seed(seed)
+        else:
+            generator.manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]))
+    return made
 
 
 def _dtype(model: GPT) -> torch.dtype:
@@ -162,15 +195,11 @@ def continue_text(
 ) -> Iterator[list[int]]:
     """Yields the next token id of each of `num_samples` continuations of `prompt`, `max_new_tokens` times.
 
-    With a `seed` they are the same every time. Raises UserError for a knob out of its range, and for a
-    prompt that is empty or that the tokenizer does not know.
+    With a `seed` they are the same every time, and each the same however many are made. Raises UserError for a knob
+    out of its range, and for a prompt that is empty or that the tokenizer does not know.
     """
     device = next(model.parameters()).device
+    luck = generators(seed, num_samples, device)
     ids = torch.from_numpy(tokenizer.encode(prompt).astype(np.int64)).to(device).expand(num_samples, -1)
-    luck = torch.Generator(device)
-    if seed is None:
-        luck.seed()
-    else:
-        luck.manual_seed(seed)
     tokens = generate(model, ids, max_new_tokens, temperature, top_k, top_p, luck, tokenizer.vocab_size)
     return (token.tolist() for token in tokens)

@@ -15,7 +15,7 @@ import torch
 from llm import storage
 from llm.data import TokenData, reopen_data
 from llm.errors import UserError
-from llm.generate import generate
+from llm.generate import generate, generators
 from llm.model import GPT
 from llm.run import Run
 from llm.tokenizer import Ids, Tokenizer
@@ -156,9 +156,9 @@ def draw(
     """Samples of `size` (S, T) at temperature `heat` that continue `prompt`, which is no part of them; without a
     tokenizer they continue the first token of the validation split. Raises UserError for what is out of its range."""
     device = next(model.parameters()).device
+    luck = generators(seed, size[0], device)
     ids = tokenizer.encode(prompt) if tokenizer else data.val[:1]
     start = torch.from_numpy(ids.astype(np.int64)).to(device).expand(size[0], -1)
     vocab_size = tokenizer.vocab_size if tokenizer else data.vocab_size
-    luck = torch.Generator(device).manual_seed(seed)
     drawn = list(generate(model, start, size[1], heat, generator=luck, vocab_size=vocab_size))
     return torch.stack(drawn, 1).cpu().numpy()

@@ -90,7 +90,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Row]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path.parent}: no run here (no {NAME}); give the --out_dir of a training run") from None
+        raise UserError(f"{path.parent}: no run here (no {NAME}); give the folder of a training run") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     for number, line in enumerate(lines, 1):

@@ -4,6 +4,7 @@ Everything is told apart by line, marker and a label at its end, not by colour a
 it stands: `parse_math=False`, so that a dollar sign starts no formula.
 """
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 POINTS = 2000  # a training curve is thinned to at most this many
 LANDMARKS = ((1, "ln V"), (2, "ln V / 2"), (4, "ln V / 4"))  # of V tokens: knows nothing, frequencies, some English
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of caches and fonts a person need not hear
 DARK, GREY = "#222222", "#666666"
 VAL, TRAIN = "#00508f", "#c55f10"  # dark and light, so that they differ in grey too
 COLOURS = ("#00508f", "#d55e00", "#007a5a", "#a03070", "#6a5acd", "#8c6d1f", "#2b8cbe", "#444444")
@@ -101,7 +103,7 @@ def draw_run(rows: list[Row], name: str, vocab_size: int | None = None, band: Ba
     _curve(axes, val, VAL, linewidth=2.4, marker="o")
     curves = ((val, "validation", VAL), (train, "training", TRAIN))
     labels = [(curve[-1][1], f"{word} {spelled(curve[-1][1])}", colour, "") for curve, word, colour in curves if curve]
-    marks = [(math.log(vocab_size) / k, landmark) for k, landmark in LANDMARKS] if vocab_size else []
+    marks = landmark_losses(vocab_size)
     start = [y for y, _ in marks[:1]] or [loss for _, loss in (val or train)[:1]] or [1.0]
     _limits(axes, [y for y, _ in marks] + [loss for _, loss in [*val, *train]], 1.5 * start[0])
     for level, landmark in marks:
@@ -117,6 +119,11 @@ def draw_run(rows: list[Row], name: str, vocab_size: int | None = None, band: Ba
     if turned is not None:
         behind.axvspan(turned, end, facecolor="#f1f1f1", edgecolor="#dcdcdc", hatch="//", zorder=0)
     return figure
+
+
+def landmark_losses(vocab_size: int | None) -> list[tuple[float, str]]:
+    """Loss and name of each landmark; none where the vocabulary is not known or has one token, which is no guess."""
+    return [(math.log(vocab_size) / k, name) for k, name in LANDMARKS] if vocab_size and vocab_size > 1 else []
 
 
 def _summary(rows: list[Row], band: Band | None) -> str:

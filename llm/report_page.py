@@ -7,7 +7,6 @@ own, which adds reading out and zooming to charts that are there without it.
 import base64
 import hashlib
 import json
-import math
 from importlib import resources
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from llm.chart import Chart, Curve
 from llm.errors import UserError
 from llm.explain import MEANINGS
 from llm.metrics import overfits_since
-from llm.plot import LANDMARKS, spelled
+from llm.plot import landmark_losses, spelled
 from llm.report import N, Report, writable
 
 MARK = "<!DOCTYPE html>\n<!-- losscurve report -->"  # how an earlier report is known
@@ -51,8 +50,8 @@ def page(report: Report) -> str:
         charts=charts,
         overfits=overfits_since(report.rows),
         landmarks=[
-            (name, math.log(report.config.model.vocab_size) / k, means)
-            for (k, name), means in zip(LANDMARKS, MEANINGS, strict=True)
+            (name, level, means)
+            for (level, name), means in zip(landmark_losses(report.config.model.vocab_size), MEANINGS, strict=False)
         ],
         n=N,
         style=Markup(style),
@@ -90,9 +89,9 @@ def loss_chart(report: Report) -> Chart | None:
     val, train, low = report.points("loss", "val"), report.points("loss"), report.lowest
     if not val and not train:
         return None
-    levels = [(math.log(report.config.model.vocab_size) / k, name) for k, name in LANDMARKS]
+    levels = landmark_losses(report.config.model.vocab_size)
     shown = [y for _, y in [*val, *train]] + [level for level, _ in levels]
-    ceiling = max(1.5 * levels[0][0], min(shown))
+    ceiling = max(1.5 * levels[0][0], min(shown)) if levels else max(shown)
     bottom, top = min(shown), min(max(shown), ceiling)
     pad = 0.05 * (top - bottom) or 0.5
     words = "; ".join(

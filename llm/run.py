@@ -7,6 +7,7 @@ import html
 import io
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -14,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from llm import metrics
-from llm.config import TrainConfig, expanded, over_preset, read_toml, to_settings
+from llm.config import FIELDS, TrainConfig, check_path, expanded, field_type, over_preset, read_toml, to_settings
 from llm.device import choose_device
 from llm.errors import Failure, UserError
 from llm.generate import continue_text
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 CELL = 'style="text-align: left; vertical-align: top"'
 SHOWN = 2000  # characters of a sample in a notebook
 HEADING = re.compile(r"\n\n--- step \d+ \| val \S+ ---\n")  # of a sample, as llm.train writes it
+# a command line, which stays; or a flag and the word after it, which is its value only where nothing else follows
+FLAG = re.compile(
+    r"losscurve [^,;)]*|--(?P<name>[a-z]\w*)(?:[ =](?P<value>'[^']*'|(?!--)[\w./~-]*[\w/])(?P<end>(?=$|[,;)]| --))?)?"
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Run:
     @classmethod
     def open(cls, path: str | Path) -> "Run":
         """The run in the folder `path`. Raises UserError where there is none."""
+        check_path("path", str(path))
         folder = Path(expanded(str(path)))
         return cls(folder, run_config(folder))
 
@@ -177,23 +183,60 @@ def fit(
     """
     out_dir = expanded(str(out_dir))
     given = settings | ({} if text is None else {"text": text}) | {"out_dir": out_dir}
-    if resume:
-        opened = resumed(Path(out_dir), given, say=say)
-    else:
-        config = over_preset(read_toml(preset) if preset else {}, given, say)
-        opened = begun(config, overwrite=overwrite, say=say)
-    with opened as training, interrupts() as caught:
-        training.stop = lambda: bool(caught)
-        for event in training:
-            if isinstance(event, Line):
-                say(str(event))
-            elif isinstance(event, Notice):
-                say(f"warning: {event.text}")
+
+    def tell(line: str) -> None:
+        say(in_python(line))
+
+    with words_of_python():
+        if resume:
+            opened = resumed(Path(out_dir), given, say=tell)
+        else:
+            config = over_preset(read_toml(preset) if preset else {}, given, tell)
+            opened = begun(config, overwrite=overwrite, say=tell)
+        with opened as training, interrupts() as caught:
+            training.stop = lambda: bool(caught)
+            for event in training:
+                if isinstance(event, Line):
+                    say(str(event))
+                elif isinstance(event, Notice):
+                    tell(f"warning: {event.text}")
     if training.unsaved:
         raise Failure(f"the last save failed: {training.unsaved}; make room, then go on with resume=True")
     if caught:
         say(f"saved step {training.progress.step}; go on with fit(out_dir={str(out_dir)!r}, resume=True)")
     return Run.open(out_dir)
+
+
+@contextmanager
+def words_of_python() -> Iterator[None]:
+    """What a UserError or Failure of the block says of flags is said of keyword arguments."""
+    try:
+        yield
+    except (UserError, Failure) as error:
+        error.args = (in_python(str(error)),)
+        raise
+
+
+def in_python(message: str) -> str:
+    """`message` with its flags as keyword arguments: `--resume` as resume=True, `--n_embd 20` as n_embd=20.
+
+    Commands to type in a terminal stay as they are.
+    """
+    return FLAG.sub(_keyword, message)
+
+
+def _keyword(found: re.Match[str]) -> str:
+    name, value = found["name"], found["value"]
+    if name not in (*FIELDS, "resume", "overwrite", "preset"):  # a command, or a flag that fit has not
+        return found[0]
+    kind = field_type(FIELDS[name])[0] if name in FIELDS else str if name == "preset" else bool
+    if kind is bool:
+        return f"{name}=True" + (f" {value}" if value else "")
+    if value and re.fullmatch(r"[\d.]+(e[-+]?\d+)?", value) and kind is not str:
+        return f"{name}={value}"
+    if value and (value in get_args(kind) or (found["end"] is not None and get_origin(kind) is None)):
+        return f"{name}={shlex.split(value)[0]!r}"
+    return name + (f" {value}" if value else "")
 
 
 @contextmanager

@@ -60,9 +60,11 @@ def starts(words: Iterable[str], say: Say) -> dict[str, Start]:
             found[name] = known[name](say)
         except UserError:
             raise
-        except Exception as error:  # a package that is missing, too old or broken raises many kinds
-            cause = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f'{name} cannot be used ({cause[:200]}); pip install "losscurve[{name}]"') from None
+        except ImportError as error:
+            raise UserError(f'{name} cannot be used ({_cause(error)}); pip install "losscurve[{name}]"') from None
+        except Exception as error:  # of a package that is too old or broken, or of a machine that is not as it expects
+            cure = f'fix this, or where the package is broken: pip install --upgrade "losscurve[{name}]"'
+            raise UserError(f"{name} does not start ({_cause(error)}); {cure}") from None
     return found
 
 
@@ -264,6 +266,8 @@ def with_wandb(say: Say) -> Start:
     Raises ImportError, and UserError where W&B was asked to be online and has no key. Nothing is sent and nobody
     asked for a key otherwise: the run is written offline.
     """
+    if os.path.expanduser("~") == "~":  # W&B looks for its settings there
+        raise UserError("HOME is not set, and W&B needs a home folder for its settings; set it, such as HOME=/tmp")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own reports of its crashes
     import wandb
 

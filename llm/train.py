@@ -223,7 +223,7 @@ class Training:
         if not self._unread:
             return
         progress = self.progress
-        losses = torch.stack([step.loss for step in self._unread]).tolist()
+        losses = [max(loss, 0.0) for loss in torch.stack([step.loss for step in self._unread]).tolist()]
         refused = torch.stack([step.refused for step in self._unread]).tolist()
         for step, loss, bad in zip(self._unread, losses, refused, strict=True):
             progress.losses.append(None if bad else loss)
@@ -403,4 +403,4 @@ def first_loss(trainer: Trainer) -> float:
     with torch.no_grad(), precision(trainer.dtype, trainer.device):
         share, _ = trainer.config.share(trainer.world.size)
         losses = [trainer.forward(x, y, seeds)[1] / (share / len(x)) for x, y, seeds in micro_batches(trainer, 0)]
-        return float(trainer.world.mean(sum(losses)))
+        return max(float(trainer.world.mean(sum(losses))), 0.0)

@@ -23,7 +23,7 @@ LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch.save's
 def run_config(folder: Path) -> TrainConfig:
     """The settings of the run in `folder`. Raises UserError where there is none."""
     if not (folder / "config.toml").is_file():
-        raise UserError(f"{folder}: no run here (no config.toml); train one with --out_dir {folder}")
+        raise UserError(f"{folder}: no run here (no config.toml); give the folder of one, or train one there")
     return from_settings(read_toml(str(folder / "config.toml")))
 
 

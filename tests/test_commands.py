@@ -46,6 +46,21 @@ def test_train_prints_the_chapters_lines_and_what_to_do_next(run):
     assert re.findall(r"--- step (\d+) \|", samples) == ["0", "4", "8", "12"]
 
 
+def test_a_vocabulary_of_one_character_has_nothing_to_guess(here, losscurve):
+    Path("a.txt").write_text("a" * 900, encoding="utf-8")
+    code, out, err = losscurve(f"train --text a.txt --explain {flags()}")
+    assert code == 0
+    assert "train 0.0000 | val 0.0000" in out
+    assert "best val 0.0000 (0.000 bits per byte)" in out
+    assert "landmark" not in out
+    assert "ln V" not in err
+    assert "-0.0" not in out + Path("checkpoints/samples.txt").read_text(encoding="utf-8")
+    assert all(row["loss"] >= 0 for row in read_record(Path("checkpoints")))
+    assert losscurve("explain checkpoints")[1].startswith("nothing worth knowing")
+    assert losscurve("report checkpoints")[0] == 0
+    assert "ln V" not in Path("checkpoints/report.html").read_text(encoding="utf-8")
+
+
 def test_a_run_is_never_overwritten_in_silence(run, losscurve):
     before = Path("checkpoints/model.pt").read_bytes()
     code, out, err = losscurve(f"train --text text.txt --data_dir data {flags()}")
@@ -113,6 +128,13 @@ MISTAKES = {
     "--max_lr inf": "max_lr = inf: expected",
     "--max_lr 0": "max_lr = 0.0: expected a number above 0",
     "--dropout 1": "dropout = 1.0: expected",
+    "--max_lr 1e-300": "max_lr = 1e-300: below 1.2e-38, the end of float32, in which it is used; give",
+    "--min_lr 1e-40": "min_lr = 1e-40: below 1.2e-38",
+    "--weight_decay 1e-300": "weight_decay = 1e-300: below",
+    "--beta1 1e-300": "beta1 = 1e-300: below",
+    "--dropout 1e-300": "dropout = 1e-300: below",
+    "--grad_clip 1e-300": "grad_clip = 1e-300: below",
+    "--grad_clip 1e300": "grad_clip = 1e+300: above 3.4e+38, the end of float32, in which it is used; give a smaller",
     "--warmup_steps 12": "warmup_steps = 12 is not below max_steps = 12",
     "--min_lr 1": "min_lr = 1.0 is above max_lr = 0.01",
     "--max_time soon": "max_time = 'soon': expected a duration such as 90, 10m or 2h",
@@ -236,6 +258,14 @@ def test_sample_is_the_runs_own(run, losscurve):
     assert losscurve("sample --prompt abc --max_new_tokens 0 --num_samples 2")[1] == "abc\n---------------\nabc\n"
 
 
+def test_the_first_of_several_samples_is_the_one_that_is_drawn_alone(run, losscurve):
+    line = "sample --prompt ab --max_new_tokens 9 --seed 1 --num_samples"
+    alone, two, three = (losscurve(f"{line} {count}")[1].split("---------------\n") for count in (1, 2, 3))
+    assert alone == two[:1]
+    assert two == three[:2]
+    assert three[2] not in two
+
+
 @pytest.mark.parametrize(
     ("mistake", "words"),
     [
@@ -246,6 +276,7 @@ def test_sample_is_the_runs_own(run, losscurve):
         ("--top_k 0", "top_k = 0: expected 1 or more"),
         ("--top_p 0", "top_p = 0.0: expected above 0"),
         ("--num_samples 0", "num_samples = 0"),
+        ("--num_samples 1000000000000000000000000", "num_samples = 1000000000000000000000000: expected 1 to 65,536"),
         ("--max_new_tokens -1", "max_new_tokens = -1"),
         ("--out_dir nowhere", "nowhere: no run here"),
         ("--checkpoint missing.pt", "missing.pt: no such file"),
@@ -255,7 +286,7 @@ def test_sample_is_the_runs_own(run, losscurve):
     ],
 )
 def test_a_mistake_in_sample_is_one_clear_line(here, losscurve, request, mistake, words):
-    if "Ω" in mistake:
+    if "Ω" in mistake or "num_samples 1" in mistake:
         request.getfixturevalue("run")
     Path("empty.txt").touch()
     code, out, err = losscurve(f"sample {mistake}")

@@ -3,21 +3,26 @@
 All worlds of a size do their jobs in one go, see `told`; what the jobs came to is compared here.
 """
 
+import logging
 import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import ranks
 import torch
+import torch.distributed.run
 import torch.nn.functional as F
-from conftest import SMALL, flags, with_small, words
+from conftest import SMALL, environment, flags, with_small, words
 from ranks import job, values, world_of
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from llm import GPT, checkpoint
-from llm.commands import train
+from llm.commands import launch, train
 from llm.data import batch_at, open_data
 from llm.distributed import described
 from llm.errors import UserError
@@ -374,6 +379,34 @@ def test_what_is_handed_to_torchrun(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     train.main(["--text", "a b.txt", "--nproc", "2", "--max_steps", "7"])
     assert handed[0][1:] == [
-        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "llm", "train"),
+        *("-m", "llm.commands.launch", "--standalone", "--nproc_per_node=2", "-m", "llm", "train"),
         *("--text=a b.txt", "--max_steps=7"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("work", "last"),
+    [
+        ("print('error: x; try y', file=sys.stderr); sys.exit(2)", "error: x; try y"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),  # a traceback comes through
+    ],
+)
+def test_the_last_line_of_several_processes_is_ours(tmp_path, work, last):
+    (tmp_path / "work.py").write_text(f"import os, sys\nif os.environ['RANK'] == '1': {work}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "llm.commands.launch", "--standalone", "--nproc_per_node=2", tmp_path / "work.py"]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == last
+    assert ended.stderr.count("Traceback") == last.startswith("Zero")
+    assert "site-packages" not in ended.stderr
+
+
+def test_a_process_that_a_signal_ended_is_named(monkeypatch, capsys):
+    def fail(args):
+        raise ChildFailedError("llm", {1: ProcessFailure(1, 4711, -9, "<N/A>")})
+
+    monkeypatch.setattr(torch.distributed.run, "run", fail)
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    assert launch.main(["--nproc_per_node=2", "work.py"]) == 1
+    said = "error: rank 1 (process 4711) was ended by SIGKILL (often: out of memory); go on with --resume\n"
+    assert capsys.readouterr().err == said

@@ -3,12 +3,13 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from llm.config import GPTConfig
 from llm.errors import UserError
-from llm.generate import generate, largest, next_probabilities
+from llm.generate import continue_text, generate, largest, next_probabilities
 from llm.model import GPT
 
 SMALL = GPTConfig(vocab_size=61, block_size=12, n_layer=2, n_head=2, n_embd=16)
@@ -57,6 +58,13 @@ def probabilities(logits, **knobs):
         ({"temperature": 1e-3}, [1, 0, 0, 0]),
         ({"temperature": 1e-60}, [1, 0, 0, 0]),
         ({"temperature": 1e30}, [0.25, 0.25, 0.25, 0.25]),
+        # beyond what float32 holds, in which the knobs are used
+        ({"temperature": 1e-300}, [1, 0, 0, 0]),
+        ({"temperature": 1e300}, [0.25, 0.25, 0.25, 0.25]),
+        ({"temperature": 1e300, "top_k": 2, "top_p": 1e-300}, [1, 0, 0, 0]),
+        ({"top_p": 1e-50}, [1, 0, 0, 0]),
+        ({"top_p": 1e-300}, [1, 0, 0, 0]),
+        ({"top_p": 1 - 1e-12}, [0.4, 0.1, 0.3, 0.2]),
     ],
 )
 def test_knobs_by_hand(knobs, expected):
@@ -96,6 +104,11 @@ def test_largest_is_topk(width, k):
     expected, where = x.topk(k, dim=1)
     assert torch.equal(values, expected)
     assert torch.equal(places, where)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1.0, 1e300])
+def test_impossible_tokens_stay_impossible_at_any_temperature(temperature):
+    assert probabilities([0.0, -math.inf, 0.0], temperature=temperature) == pytest.approx([0.5, 0, 0.5])
 
 
 def test_impossible_tokens_stay_impossible():
@@ -155,6 +168,44 @@ def test_padding_of_the_vocabulary_is_never_drawn(model, knobs):
     assert made.max() < 5
     free = torch.stack(list(generate(model, prompt, 30, generator=torch.Generator(), **knobs)), 1)
     assert free.max() >= 5
+
+
+class Letters:
+    """As much of a tokenizer as `continue_text` asks for."""
+
+    vocab_size = 61
+
+    def encode(self, text):
+        return np.array([ord(letter) - 60 for letter in text])
+
+
+def continued(model, **given):
+    """The continuations (num_samples, 30) as lists."""
+    tokens = continue_text(model, Letters(), "AbC", 30, temperature=2.0, **given)
+    return [list(row) for row in zip(*tokens, strict=True)]
+
+
+def test_a_samples_draw_is_its_own(model):
+    alone, two, five = (continued(model, seed=7, num_samples=count) for count in (1, 2, 5))
+    assert five[:2] == two
+    assert five[:1] == alone
+    assert len({tuple(sample) for sample in five}) == 5
+    assert continued(model, seed=8, num_samples=2)[1] != two[1]
+    assert continued(model, num_samples=2) != continued(model, num_samples=2)  # without a seed
+
+
+def test_the_first_sample_is_what_its_seed_alone_draws(model):
+    """samples.txt of a run holds it: bit for bit as one generator, seeded with the seed, draws one row."""
+    prompt = torch.from_numpy(Letters().encode("AbC"))[None]
+    own = torch.Generator().manual_seed(2**40 + 7)
+    expected = [int(token) for token in generate(model, prompt, 30, temperature=2.0, generator=own)]
+    assert continued(model, seed=2**40 + 7) == [expected]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**70])
+def test_a_seed_out_of_its_range_is_refused(model, seed):
+    with pytest.raises(UserError, match=f"^seed = {seed}: expected a whole number from 0"):
+        continued(model, seed=seed)
 
 
 def test_tokens_come_one_at_a_time(model):

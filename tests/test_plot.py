@@ -8,7 +8,7 @@ import time
 from itertools import pairwise
 
 import pytest
-from conftest import append
+from conftest import append, environment
 
 from llm.commands.main import main
 from llm.config import TrainConfig
@@ -225,3 +225,12 @@ def test_the_shading_of_overfitting_lies_behind_the_learning_rate():
     assert losses.get_zorder() > rate.get_zorder()
     assert not losses.patches
     assert len(rate.patches) == 1
+
+
+def test_matplotlibs_words_about_its_caches_do_not_reach_a_person(tmp_path):
+    run_dir = make_run(tmp_path / "run", steps=50)
+    (tmp_path / "no folder").touch()
+    command = [sys.executable, "-m", "llm", "plot", str(run_dir), "--out", str(tmp_path / "curve.png")]
+    env = environment() | {"MPLCONFIGDIR": str(tmp_path / "no folder")}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert ended.stderr == ""

@@ -8,7 +8,9 @@ from conftest import SMALL, append
 
 from llm import Run, fit
 from llm.config import from_settings, write_toml
+from llm.errors import Failure, UserError
 from llm.metrics import best
+from llm.run import in_python
 
 
 class Page(HTMLParser):
@@ -90,3 +92,76 @@ def test_a_run_that_has_just_begun_can_be_shown(tmp_path):
     append(tmp_path, step=0, split="train", loss=5.0)
     page = Page(Run.open(tmp_path)._repr_html_())
     assert page.text[1:] == ["steps", "0 of 5,000", "not as by default", "nothing"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "To be, or not to be " * 400,
+        "a line\nanother\n" * 60,
+        "a line\nanother",
+        ["text.txt", "a line\nanother"],
+        "x/" * 3000,
+        "a\0b",
+    ],
+)
+def test_a_text_in_place_of_a_path_is_named_as_such(here, text):
+    with pytest.raises(UserError) as error:
+        fit(text, **SMALL)
+    words = str(error.value)
+    assert words.endswith(": that looks like a text, not a path; write it to a file and give the file's name")
+    assert len(words) < 250
+    assert "\n" not in words
+    assert [path.name for path in here.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize("name", ["out_dir", "data_dir", "init_from"])
+def test_so_is_one_in_place_of_a_folder(here, name):
+    with pytest.raises(UserError, match=f"^{name} = 'a long text .*: that looks like a text, not a path; "):
+        fit("text.txt", **(SMALL | {name: "a long text " * 50}))
+    with pytest.raises(UserError, match=r"^path = 'a long text .*: that looks like a text, not a path; "):
+        Run.open("a long text " * 50)
+
+
+def test_a_python_user_is_told_of_keyword_arguments(here):
+    quiet = {"say": lambda _: None}
+    fit("text.txt", **SMALL, **quiet)
+    cases = [
+        ({}, "go on with resume=True, replace it with overwrite=True, or choose another out_dir"),
+        ({"resume": True}, "complete at step 12; give a larger max_steps to go on"),
+        ({"resume": True, "n_layer": 3}, "cannot become 3 on resume=True; leave it out, or start another run with "),
+        ({"resume": True, "n_layer": 3}, "with init_from='checkpoints' out_dir='NEW'"),
+        ({"n_head": 5, "overwrite": True}, "try n_embd=20"),
+        ({"device": "cuda:9", "overwrite": True}, "try device='auto'"),
+    ]
+    for given, words in cases:
+        with pytest.raises((UserError, Failure)) as error:
+            fit("text.txt", **(SMALL | given), **quiet)
+        assert words in str(error.value)
+        assert "--" not in str(error.value)
+    said = []
+    fit("text.txt", **SMALL, overwrite=True, say=said.append)
+    assert not any("--" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("lower --max_lr, --grad_clip 1 or --dtype float32", "lower max_lr, grad_clip=1 or dtype='float32'"),
+        ("inside would be --warmup_steps 0 to 1", "inside would be warmup_steps=0 to 1"),
+        ("works with --parallel fsdp only", "works with parallel='fsdp' only"),
+        ("name a text with --text", "name a text with text"),
+        ("give the text by --text with another --data_dir, and", "give the text by text with another data_dir, and"),
+        ("go on with --out_dir 'a b' --resume", "go on with out_dir='a b' resume=True"),
+        # commands stay
+        ("make it with losscurve prepare --data_dir, or", "make it with losscurve prepare --data_dir, or"),
+        (
+            "type losscurve train --out_dir x --resume; or --resume",
+            "type losscurve train --out_dir x --resume; or resume=True",
+        ),
+        ("and --offline was given", "and --offline was given"),
+        ("--- step 3 ---", "--- step 3 ---"),
+    ],
+)
+def test_flags_as_keyword_arguments(message, expected):
+    assert in_python(message) == expected

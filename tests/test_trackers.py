@@ -368,6 +368,23 @@ def test_a_package_that_is_missing_is_one_line_before_anything_is_done(name, her
     assert [path.name for path in here.iterdir()] == ["text.txt"]
 
 
+def test_wandb_without_a_home_is_no_fault_of_the_installation(here, losscurve, monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user that no file of the system knows
+    code, out, err = losscurve(f"{TRAIN} --track wandb")
+    assert (code, out) == (2, "")
+    assert err == "error: HOME is not set, and W&B needs a home folder for its settings; set it, such as HOME=/tmp\n"
+
+
+def test_a_tracker_that_does_not_start_is_told_from_one_that_is_missing(monkeypatch):
+    def fail(say):
+        raise PermissionError(13, "Permission denied", "settings")
+
+    monkeypatch.setattr(trackers, "with_wandb", fail)
+    with pytest.raises(UserError, match=r"^wandb does not start \(PermissionError: .*denied: 'settings'\); fix this"):
+        starts(["wandb"], print)
+
+
 def test_an_unknown_tracker_is_named_with_those_that_are_known(recorded, losscurve):
     for line in (f"{TRAIN} --track tensorboard,mlflow", "track run --to mlflow"):
         code, _, err = losscurve(line)

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+from llm.commands import streams
+from llm.commands.flags import warn
+
 
 def watched() -> bool:
     """Whether somebody sees stderr move."""
@@ -14,11 +17,18 @@ def watched() -> bool:
 
 
 def tell(line: str) -> None:
-    """A line on stdout. That whoever read it is gone is no reason to end a run."""
+    """A line on stdout, which is what the command is for. Raises OSError where it cannot be written."""
+    print(line, flush=True)
+
+
+def log(line: str) -> None:
+    """A line on stdout about a run. That it cannot be written is no reason to end the run, which saves its files."""
     try:
-        print(line, flush=True)
-    except OSError:  # a closed pipe, a terminal that went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        tell(line)
+    except OSError as error:
+        streams.drop()
+        if not isinstance(error, BrokenPipeError):  # whoever read it has seen enough
+            warn(f"standard output cannot be written ({streams.reason(error)}); the run goes on and saves its files")
 
 
 @contextmanager
@@ -74,7 +84,7 @@ class StepBar:
         if self.bar and sys.stdout.isatty():
             self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
-            tell(line)
+            log(line)
 
     def warn(self, text: str) -> None:
         """A warning on stderr, above the bar."""

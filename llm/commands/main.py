@@ -1,11 +1,11 @@
 """`losscurve COMMAND` and `python -m llm COMMAND`: finds the command's file, and turns errors into one line."""
 
 import importlib
-import io
-import os
 import sys
+from collections.abc import Callable
 
 from llm import __version__
+from llm.commands import streams
 from llm.errors import Failure, UserError
 
 COMMANDS = {
@@ -36,14 +36,29 @@ def usage() -> str:
 
 def run_command(name: str, argv: list[str]) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage, 130/143 interrupted."""
-    module = importlib.import_module(f"llm.commands.{name.replace('-', '_')}")
+    return guarded(name, lambda: importlib.import_module(f"llm.commands.{name.replace('-', '_')}").main(argv))
+
+
+def guarded(name: str, work: Callable[[], int | None]) -> int:
+    """Do the `work` of the command `name` and return its exit code: 1 also where its output could not be written."""
+    streams.settle()
+    code = outcome(name, work)
+    lost = streams.failed()
+    if lost and not isinstance(lost, BrokenPipeError):  # the reader of a pipe went away: nothing more to say
+        cause = f"standard output cannot be written ({streams.reason(lost)})"
+        print(f"error: {cause}; send it to a file or a pipe that takes it", file=sys.stderr)
+    return 1 if lost and code == 0 else code
+
+
+def outcome(name: str, work: Callable[[], int | None]) -> int:
+    """Do the `work` of the command `name` and return its exit code; an error is told in one line."""
     try:
-        code = module.main(argv)
-        sys.stdout.flush()
-        return int(code or 0)
+        return int(work() or 0)
+    except SystemExit as end:  # of argparse, after --help
+        return int(end.code or 0)
     except (UserError, Failure) as error:
         if not getattr(error, "quiet", False):  # another process of the run says it
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {streams.readable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except (MemoryError, RuntimeError) as error:
         short = ("can't allocate memory", "not enough memory", "out of memory", "invalid buffer size")
@@ -52,34 +67,26 @@ def run_command(name: str, argv: list[str]) -> int:
         print("error: not enough memory; lower --batch_size, --block_size or the model's size", file=sys.stderr)
         return 1
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # the reader of a pipe went away: nothing more to say
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError) or error is streams.last_error():  # of stdout: `guarded` says it
             return 1
-        print(f"error: {error.filename or name}: {error.strerror or error}; mend that and try again", file=sys.stderr)
+        place = streams.readable(str(error.filename or name))
+        print(f"error: {place}: {error.strerror or error}; mend that and try again", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
-def forgive(stream: object) -> None:
-    """Have a character that the terminal cannot show become "?", rather than end the command."""
-    if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="replace")
-
-
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
-    forgive(sys.stdout)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0 if words else 2
+        return guarded("losscurve", lambda: print(usage())) or (0 if words else 2)
     if words[0] in ("--version", "-V", "version"):
-        print(f"losscurve {__version__}")
-        return 0
+        return guarded("losscurve", lambda: print(f"losscurve {__version__}"))
     if words[0] not in COMMANDS:
         import difflib
 
+        streams.settle()
         near = difflib.get_close_matches(words[0], COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COMMANDS)}"
         print(f"error: unknown command {words[0]!r}; {hint}", file=sys.stderr)

@@ -1,12 +1,14 @@
 """`sample`: a trained model continues a prompt, and the text appears as it is made."""
 
 import codecs
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm.commands.flags import Parser, add_settings, path, typed_settings, warn
+from llm.commands.streams import readable
 from llm.config import expanded, from_settings
 from llm.errors import UserError
 from llm.recognise import decode
@@ -44,6 +46,11 @@ def main(argv: list[str]) -> int:
     args = parser.read(argv)
     config = from_settings(typed_settings(args))
     prompt = read_prompt(args.prompt_file) if args.prompt_file else args.prompt
+    if args.prompt and re.search("[\ud800-\udfff]", args.prompt):
+        raise UserError(
+            f"the argument --prompt is not valid UTF-8 ({readable(args.prompt)[:80]}); type it in a UTF-8 terminal, or "
+            "write it to a file, in UTF-8, and give --prompt_file"
+        )
     if prompt == "":
         raise UserError("prompt = '': expected at least one character")
     if not args.checkpoint and (hasattr(args, "n_head") or hasattr(args, "gelu")):
@@ -69,9 +76,10 @@ def main(argv: list[str]) -> int:
     prompt = "ROMEO:" if prompt is None else prompt
     seed = config.seed if hasattr(args, "seed") else None
     knobs = (args.max_new_tokens, seed, args.num_samples, args.temperature, args.top_k, args.top_p)
-    # one sample on a CPU is all reading of weights: bfloat16 would only add conversions (docs/performance.md)
-    alone = config.dtype == "auto" and device.type == "cpu" and args.num_samples == 1
-    with precision(choose_dtype("float32" if alone else config.dtype, device), device):
+    # one sample on a CPU is all reading of weights: bfloat16 would only add conversions (docs/performance.md), and
+    # the first of several is to be the same one
+    exact = config.dtype == "auto" and device.type == "cpu"
+    with precision(choose_dtype("float32" if exact else config.dtype, device), device):
         tokens = continue_text(model, tokenizer, prompt, *knobs)
         if args.num_samples == 1:
             show(prompt, tokenizer, (token for (token,) in tokens))

@@ -68,7 +68,7 @@ def several(nproc: int, words: list[str]) -> int:
     if not 1 <= nproc <= 1024:
         raise UserError(f"nproc = {nproc}: expected a number of processes from 1 to 1024")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
-    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", "llm", "train")
+    torchrun = ("-m", "llm.commands.launch", "--standalone", f"--nproc_per_node={nproc}", "-m", "llm", "train")
     rest = [word for word in words if not word.startswith("--nproc=")]  # which torchrun would take for its own
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *torchrun, *rest])
@@ -78,7 +78,8 @@ def train(argv: list[str], world: "World") -> int:
     """The run, as one of its processes sees it: the leading one talks and writes."""
     from pathlib import Path
 
-    from llm.commands.bars import StepBar, tell, tokenizing
+    from llm.commands.bars import StepBar, tokenizing
+    from llm.commands.bars import log as tell
     from llm.commands.watch import beside
     from llm.device import describe_device
     from llm.explain import News
@@ -234,7 +235,8 @@ def ending(run: "Training") -> Iterator[str]:
         f"best val {lowest['loss']:.4f}{bits} at step {lowest['step']}, "
         f"last val {progress.last_loss:.4f} at step {progress.step}"
     )
-    yield landmarks(lowest["loss"], config.model.vocab_size)
+    if passed := landmarks(lowest["loss"], config.model.vocab_size):
+        yield passed
     if overfitting := overfits(rows, config):
         yield overfitting
     speed = progress.tokens / (progress.seconds - progress.bookkeeping)

@@ -92,7 +92,7 @@ def beside(out_dir: "Path") -> Iterator[Callable[[], None]]:
     import subprocess
     import threading
 
-    from llm.commands.bars import tell
+    from llm.commands.bars import log
 
     command = [sys.executable, "-m", "llm", "watch", "--until_eof", "--", str(out_dir)]
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -122,7 +122,7 @@ def beside(out_dir: "Path") -> Iterator[Callable[[], None]]:
         except queue.Empty:
             line = f"error: its server said nothing within {PATIENCE} s"
         if line.startswith("watching "):
-            tell(line)
+            log(line)
         else:
             no_page(line.removeprefix("error: "))
 

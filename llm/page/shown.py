@@ -3,7 +3,6 @@
 Losses are in nats per token, times in seconds.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from llm.explain import MEANINGS
 from llm.metrics import Row, best, overfits_since
 from llm.page.follow import RECENT, Follower
 from llm.page.thin import POINTS, Values, columns, evenly
-from llm.plot import LANDMARKS
+from llm.plot import landmark_losses
 from llm.runs import standing
 from llm.schedule import lr_at
 
@@ -131,8 +130,8 @@ def thinned_evaluations(val: list[Row]) -> list[Row]:
 def landmarks(vocab_size: int) -> list[dict[str, Any]]:
     """The chapter's losses to compare with, highest first."""
     return [
-        {"name": name, "loss": math.log(vocab_size) / share, "meaning": meaning}
-        for (share, name), meaning in zip(LANDMARKS, MEANINGS, strict=True)
+        {"name": name, "loss": loss, "meaning": meaning}
+        for (loss, name), meaning in zip(landmark_losses(vocab_size), MEANINGS, strict=False)
     ]
 
 

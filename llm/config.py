@@ -121,7 +121,7 @@ class TrainConfig:
     )
     eval_every: int = setting(250, "steps between evaluations", low=1)
     eval_tokens: int = setting(2**20, "validate on at most this many tokens, evenly spread", low=1)
-    log_every: int = setting(10, "steps between training records in metrics.jsonl", low=1)
+    log_every: int = setting(10, "steps between training records in metrics.jsonl", low=1, high=10**6)
     save_every: int | float | None = setting(
         None,
         "steps between saved states, or with a unit the time: 500, 10m (default: as eval_every)",

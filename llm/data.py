@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from llm import storage
 from llm.errors import UserError
-from llm.tokens import SPLITS, Tokens, has_tokens, open_split, read_meta, settle, vocabulary_of
+from llm.tokens import SPLITS, Tokens, has_tokens, open_split, prepare_command, read_meta, settle, vocabulary_of
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,6 @@ def batch_at(tokens: Tokens, seed: int, step: int, windows: int, block_size: int
     return Batch(ids[:, :-1], ids[:, 1:], seeds)
 
 
-def reopen_data(folder: Path, block_size: int, vocab_size: int) -> TokenData:
-    """`open_data` of a folder that a run was trained on, which may be elsewhere by now."""
-    if not has_tokens(folder) and not storage.unfinished(folder):
-        raise UserError(f"{folder}: the run's token files are not there (seen from here); say where by --data_dir")
-    return open_data(folder, block_size, vocab_size)
-
-
 def open_data(folder: Path, block_size: int, vocab_size: int | None = None) -> TokenData:
     """Open and check the token files of `folder`; ids must be below `vocab_size` where it is given.
 
@@ -64,7 +57,8 @@ def open_data(folder: Path, block_size: int, vocab_size: int | None = None) -> T
         with storage.locked(folder, "this data folder"):
             settle(folder)
     if not has_tokens(folder):
-        raise UserError(f"{folder / 'train.bin'}: no such file; make it with: losscurve prepare --data_dir {folder}")
+        command = prepare_command({"text": ()}, folder)
+        raise UserError(f"{folder / 'train.bin'}: no such file; make it with: {command}")
     meta = read_meta(folder)
     limit = vocabulary_of(folder, meta, vocab_size)
     (train, train_hashes), (val, val_hashes) = (open_split(folder, split, meta, block_size, limit) for split in SPLITS)

@@ -87,7 +87,8 @@ class World:
         """Raise an error of this process on all of them, unless it came from there."""
         if self.size > 1 and not hasattr(error, "quiet"):
             where = "" if self.leads else f"rank {self.rank} on {socket.gethostname()}: "
-            self._exchange({"error": type(error).__name__, "words": f"{where}{error}"})
+            kind = UserError if isinstance(error, UserError) else Failure
+            self._exchange({"error": kind.__name__, "words": f"{where}{error}"})
 
     def any(self, *flags: bool) -> list[bool]:
         """For each flag, whether any process raises it."""

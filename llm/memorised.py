@@ -5,7 +5,6 @@ Everything compares token ids exactly; hashes only say where to look. An end-of-
 S samples, T tokens of each, N training tokens, W = S * (T - n + 1) windows of n tokens in the samples.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,11 +12,12 @@ import numpy.typing as npt
 import torch
 
 from llm import storage
-from llm.data import TokenData, reopen_data
+from llm.data import TokenData
 from llm.errors import UserError
 from llm.generate import generate, generators
 from llm.model import GPT
 from llm.run import Run
+from llm.run_data import Say, open_run_data
 from llm.tokenizer import Ids, Tokenizer
 from llm.tokens import Tokens
 
@@ -133,21 +133,17 @@ def spread_windows(tokens: Tokens, count: int, length: int) -> Ids:
     return np.asarray(tokens[(np.arange(count) * full // count * length)[:, None] + np.arange(length)])
 
 
-def run_tokens(run: Run, data_dir: str | None = None) -> TokenData:
+def run_tokens(run: Run, data_dir: str | None = None, say: Say = lambda line: None) -> TokenData:
     """The token files that a run was trained on, looked for in `data_dir` where it is given.
 
     Raises UserError where they are not there, or are not those of the run's env.json.
     """
-    folder = Path(data_dir or run.config.data_dir or "data")
-    data = reopen_data(folder, run.config.model.block_size, run.config.model.vocab_size)
     try:
         written = storage.read_json(run.path / "env.json")
     except UserError:  # a run whose env.json was lost: nothing to compare with
         written = None
     expected = written.get("data") if isinstance(written, dict) else None
-    if expected is not None and expected != data.hashes:
-        raise UserError(f"{folder}: not the data this run was trained on; give the right --data_dir")
-    return data
+    return open_run_data(run.path, run.config, expected if isinstance(expected, dict) else None, data_dir, say)
 
 
 def draw(

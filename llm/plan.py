@@ -4,12 +4,14 @@ The arithmetic (parameters, memory, disk, FLOPs, Chinchilla) touches no machine;
 uses both. docs/plan.md says where each number comes from and how far off it was. n: tokens of a micro-batch.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,15 +24,15 @@ from llm import corpus, hub, storage
 from llm.config import GPTConfig, TrainConfig, from_settings, write_toml
 from llm.data import TokenData
 from llm.device import choose_device, choose_dtype, precision
-from llm.errors import UserError
+from llm.errors import Failure, UserError
 from llm.evaluate import WINDOW_TOKENS, evaluate
 from llm.generate import generate
 from llm.loss import chunk_rows
 from llm.model import SHORT
-from llm.prepare import default_folder
+from llm.prepare import default_folder, prepare
 from llm.start import build
 from llm.state import Trainer
-from llm.tokens import GPT2_VOCAB, count_tokens, has_tokens, read_meta, vocabulary_of
+from llm.tokens import GPT2_VOCAB, check_length, has_tokens, read_meta, vocabulary_of
 from llm.train import train_step
 
 MIB = 2**20
@@ -54,6 +56,7 @@ EPOCHS = 40  # passes over the text after which more give little (Muennighoff et
 PATIENCE = 3  # evaluations in a row without improvement that end it: many a text is learned by heart sooner
 SHARE = 0.9  # of the time given that a proposal fills
 LEAST = 20  # steps
+FEW = 10  # windows of estimated tokens, below which a text is tokenized to see whether it is too short
 
 
 def parameters(config: GPTConfig) -> dict[str, int]:
@@ -186,9 +189,10 @@ def text_of(config: TrainConfig) -> Text:
     folder, given = Path(config.data_dir or default_folder(config)), config.vocab_size
     if has_tokens(folder):
         meta = read_meta(folder)
-        tokens = count_tokens(folder, "train", meta)
         vocabulary = vocabulary_of(folder, meta, given)
-        return _not_empty(Text(tokens, given or vocabulary))
+        tokens = check_length(folder, "train", meta, config.model.block_size)
+        check_length(folder, "val", meta, config.model.block_size)
+        return Text(tokens, given or vocabulary)
     if config.data_dir and not config.text:
         raise UserError(f"data_dir = {config.data_dir}: no train.bin there; name a text with --text")
     words = config.text or (corpus.SHAKESPEARE,)
@@ -205,13 +209,27 @@ def text_of(config: TrainConfig) -> Text:
                 count, vocabulary = count + survey.total, len(survey.alphabet)
     if config.tokenizer != "char":
         count = int(size / BYTES_PER_TOKEN[config.tokenizer])
-    return _not_empty(Text(int(count * (1 - config.val_fraction)), given or vocabulary, size))
-
-
-def _not_empty(text: Text) -> Text:
-    if text.tokens == 0:
+    tokens = int(count * (1 - config.val_fraction))
+    if tokens < FEW * config.model.block_size and all(Path(word).is_file() or Path(word).is_dir() for word in words):
+        check_short(config)
+    if tokens == 0:
         raise UserError("text: there is nothing in it to train on; give more")
-    return text
+    return Text(tokens, given or vocabulary, size)
+
+
+def check_short(config: TrainConfig) -> None:
+    """Raises UserError for a text that is too short to train on, as its preparation does: by trying it."""
+    settings = (config.tokenizer, config.vocab_size, config.val_fraction)
+    absent = contextlib.suppress(Failure)  # of GPT-2's vocabulary, which is not downloaded for this
+    with tempfile.TemporaryDirectory(prefix="losscurve-") as folder, absent:
+        prepare(
+            config.text,
+            Path(folder) / "data",
+            *settings,
+            offline=True,
+            block_size=config.model.block_size,
+            text_field=config.text_field,
+        )
 
 
 def with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:

@@ -5,7 +5,14 @@ The files replace those of an earlier preparation together, or not at all; that 
 where it was interrupted.
 """
 
+import contextlib
 import hashlib
+import itertools
+import json
+import os
+import re
+import shlex
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +25,17 @@ from llm.journal import Journal, Key
 from llm.rows import FIELD
 from llm.shards import SHARD_TOKENS, Progress, write_splits
 from llm.tokenizer import BPE_VOCAB_SIZE, Bytes, Characters, Tokenizer, gpt2, save_tokenizer, train_bpe
-from llm.tokens import has_tokens, settle, token_files
+from llm.tokens import FEW, again, has_tokens, prepare_command, settle, token_files
 
 FORMAT, VERSION = "losscurve tokens", 1
 FILES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")
+MET = 10  # times that an id in use has to stand in the training tokens, on average, for no hint at another tokenizer
+WAIT = 600.0  # seconds without progress after which another process that prepares the text is not waited for any more
+# what is written into meta.json, state.json or tokenizer.json is bounded here, far below what storage reads of a file
+LISTED = 1000  # files that meta.json names; of all it has a sum
+NAMES = 8 * 2**20  # bytes of the names of texts
+MOST_SHARDS = 100_000
+MOST_TOKENS = 1_000_000  # in the vocabulary of a bpe
 SAMPLE = 64 * 2**20  # characters: a BPE is trained on no more than this, evenly spread over a larger text
 
 Say = Callable[[str], None]  # a line for the person
@@ -65,25 +79,31 @@ def prepare(
         cut = int(survey.total * (1 - val_fraction))
         if not survey.total:
             raise UserError(f"{names}: the text is empty; give some text")
+        most = survey.bytes + survey.documents  # tokens: no tokenizer makes more
+        if most > MOST_SHARDS * shard_tokens:
+            raise UserError(
+                f"shard_tokens = {shard_tokens}: perhaps {most // shard_tokens} shards; give at least "
+                f"{-(-most // MOST_SHARDS)}"
+            )
         if not 0 < cut < survey.total:
             raise UserError(f"{names}: {survey.total} characters cannot be split for validation; give more text")
         if tokenizer == "char" and given is None:
             ready = Characters(survey.alphabet)
         key = _key(settings, survey, given, shard_tokens)
-        long = survey.bytes + survey.documents > shard_tokens  # no tokenizer makes more tokens than that
-        ready = (journal.tokenizer_of(data_dir, key) if long else None) or ready
-        if ready is None:
-            if cut > SAMPLE:
-                say(f"training the bpe on {SAMPLE / 1e6:.0f} of {cut / 1e6:.0f} M characters, evenly spread")
-            ready = train_bpe(_sample(source, survey, cut), vocab_size or BPE_VOCAB_SIZE)
-        if vocab_size is not None and vocab_size < ready.vocab_size:
+        long = most > shard_tokens
+        if ready and vocab_size is not None and vocab_size < ready.vocab_size:
             raise UserError(f"vocab_size = {vocab_size} is below the {ready.vocab_size} of {ready.kind}; leave it out")
-        needed = survey.bytes * (2 if ready.kind in ("byte", "char") else 1)
+        needed = survey.bytes * (2 if ready and ready.kind in ("byte", "char") else 1)
         storage.check_writable(data_dir, needed=max(0, needed - journal.held(data_dir)))
         try:
             with storage.locked(data_dir, "this token folder"):
                 storage.recover(data_dir)
                 _refuse_occupied(data_dir, overwrite)  # again: another process may have been here
+                ready = (journal.tokenizer_of(data_dir, key) if long else None) or ready
+                if ready is None:
+                    if cut > SAMPLE:
+                        say(f"training the bpe on {SAMPLE / 1e6:.0f} of {cut / 1e6:.0f} M characters, evenly spread")
+                    ready = train_bpe(_sample(source, survey, cut), vocab_size or BPE_VOCAB_SIZE)
                 taken_up = _taken_up(data_dir, key, ready, say) if long else None
                 done = Journal(data_dir if long else None, key, ready, taken_up or [])
                 if taken_up is None and journal.discard(data_dir):
@@ -98,10 +118,25 @@ def prepare(
                             )
                     storage.write_json(staging / "meta.json", meta)
                 journal.discard(data_dir)
+                if small := hint(meta):
+                    say(small)
                 settle(data_dir)  # shards of the earlier preparation that this one has no name for
         except OSError as error:
             raise Failure(f"{data_dir}: cannot write ({error.strerror}); make room, then run this again") from None
     return meta
+
+
+def hint(meta: dict[str, Any]) -> str | None:
+    """What to say of a text for which "auto" took GPT-2's tokens, if it is too small for them: an id that is met fewer
+    than MET times on average is hardly learned. Tiny Shakespeare has 25, a text of 20 KB about 4.
+    """
+    tokens, used = meta["splits"]["train"]["tokens"], meta["vocab_used"]
+    if meta["settings"]["tokenizer"] != "auto" or meta["tokenizer"]["kind"] != "gpt2" or tokens >= MET * used:
+        return None
+    return (
+        f"{meta['source']['name']}: its text uses {used:,} of {meta['vocab_size']:,} ids, each fewer than {MET} times "
+        f"on average; a small vocabulary fits it better: --tokenizer bpe --vocab_size 512, or --tokenizer char"
+    )
 
 
 def ensure(
@@ -118,25 +153,22 @@ def ensure(
     Raises UserError where the folder holds something else: nothing is overwritten.
     """
     folder = Path(config.data_dir or default_folder(config))
-    if storage.unfinished(folder):
-        with storage.locked(folder, "this token folder"):
-            settle(folder)
-    if not files_there(folder):
-        if config.data_dir and not config.text:
-            raise UserError(
-                f"data_dir = {config.data_dir}: no train.bin there; make it with losscurve prepare --data_dir, "
-                "or name a text with --text"
-            )
-        settings = (config.tokenizer, config.vocab_size, config.val_fraction)
-        block_size = config.model.block_size
-        limit, field = config.text_limit, config.text_field
-        prepare(
-            config.text, folder, *settings, offline, False, progress, say, block_size, given, limit, text_field=field
-        )
-    elif not has_tokens(folder):
-        raise UserError(f"{folder}: has no train.bin; prepare it again with --overwrite, or choose another --data_dir")
+    waited: list[Path] = []
+    while not files_there(folder) or storage.unfinished(folder):
+        try:
+            if _make(folder, config, offline, progress, say, given):
+                return folder
+        except storage.InUse as error:
+            if "-" in config.text:  # which was read, and cannot be compared with what the other one makes
+                raise
+            if say and error.folder not in waited:
+                say(f"{error.folder}: waiting for another process that uses it for this text")
+            waited.append(error.folder)
+            _wait(error.folder)
+    if not has_tokens(folder):
+        raise UserError(f"{folder}: has no train.bin; choose another --data_dir, or {again(folder)}")
     elif config.text:
-        _refuse_other(folder, config, offline, say or (lambda line: None))
+        _refuse_other(folder, config, offline, say or (lambda line: None), given)
     elif config.tokenizer != "auto":
         kind = _kind(folder)
         if kind != config.tokenizer:
@@ -144,6 +176,50 @@ def ensure(
                 f"{folder} holds {kind} tokens, not {config.tokenizer}; choose another --data_dir, or name a --text"
             )
     return folder
+
+
+def _make(
+    folder: Path,
+    config: TrainConfig,
+    offline: bool,
+    progress: Progress | None,
+    say: Say | None,
+    given: Tokenizer | None,
+) -> bool:
+    """Prepare the text of `config`, unless token files are there once an interrupted preparation is settled; whether
+    it did. Raises InUse where another process prepares it."""
+    if storage.unfinished(folder):
+        with storage.locked(folder, "this token folder"):
+            settle(folder)
+    if files_there(folder):
+        return False
+    if config.data_dir and not config.text:
+        command = prepare_command({"text": (), "tokenizer": config.tokenizer}, folder)
+        raise UserError(
+            f"data_dir = {config.data_dir}: no train.bin there; name a text with --text, or make it from tiny "
+            f"Shakespeare with: {command}"
+        )
+    settings = (config.tokenizer, config.vocab_size, config.val_fraction)
+    block_size = config.model.block_size
+    limit, field = config.text_limit, config.text_field
+    prepare(config.text, folder, *settings, offline, False, progress, say, block_size, given, limit, text_field=field)
+    return True
+
+
+def _wait(folder: Path) -> None:
+    """Wait until no process holds `folder`. Raises InUse once nothing there has changed for WAIT seconds."""
+    before, since = None, time.monotonic()
+    while storage.in_use(folder):
+        with contextlib.suppress(OSError):  # a file that is renamed while it is looked at
+            now = sorted((str(path), path.stat().st_size) for path in folder.rglob("*"))
+            before, since = now, since if now == before else time.monotonic()
+        if time.monotonic() - since > WAIT:
+            raise storage.InUse(
+                folder,
+                f"{folder}: is in use by another process, which has made no progress for "
+                f"{WAIT / 60:.0f} minutes; end that process, or choose another folder",
+            )
+        time.sleep(0.2)
 
 
 def default_folder(config: TrainConfig) -> str:
@@ -169,6 +245,12 @@ def _settings(
         wanted["text_field"] = text_field
     if tokenizer == "bpe" and vocab_size is not None and vocab_size < 257:
         raise UserError(f"vocab_size = {vocab_size}: a bpe has the 256 bytes and end-of-text, so at least 257")
+    if tokenizer == "bpe" and vocab_size is not None and vocab_size > MOST_TOKENS:
+        raise UserError(f"vocab_size = {vocab_size}: a bpe has at most {MOST_TOKENS}")
+    if (size := len(json.dumps(text))) > NAMES:
+        raise UserError(
+            f"text: the names of its {len(text)} files take {size // 2**20} MiB; put them into a folder, and name that"
+        )
     if text_limit is None:
         return {"text": list(text)} | wanted
     if not any(word in hub.TEXTS for word in text):
@@ -178,9 +260,9 @@ def _settings(
 
 def _key(settings: dict[str, Any], survey: Survey, given: Tokenizer | None, shard_tokens: int) -> Key:
     """What has to be the same where an interrupted preparation is taken up."""
-    ends = hashlib.sha256(repr(survey.characters).encode()).hexdigest()  # of files: there an end-of-text may stand
+    settings = {name: value for name, value in settings.items() if name != "text"}  # its content counts, not its name
     tokens = hashlib.sha256(repr(given and given.to_json()).encode()).hexdigest()
-    text = {"sha256": survey.sha256, "ends": ends}
+    text = {"sha256": survey.sha256, "ends": _ends(survey)}
     return {"version": VERSION, "settings": settings, "text": text, "given": tokens, "shard_tokens": shard_tokens}
 
 
@@ -205,34 +287,78 @@ def _refuse_occupied(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} already holds {', '.join(few)}; add --overwrite, or choose another --data_dir")
 
 
-def _refuse_other(folder: Path, config: TrainConfig, offline: bool, say: Say) -> None:
+def _refuse_other(folder: Path, config: TrainConfig, offline: bool, say: Say, given: Tokenizer | None) -> None:
     """UserError unless `folder` was made from the text of `config` with its settings."""
-    remedy = "choose another --data_dir, or prepare it again with losscurve prepare --overwrite"
-    if not (folder / "meta.json").exists():
-        raise UserError(f"{folder} holds token files of another program; choose another --data_dir")
-    meta = storage.read_json(folder / "meta.json")
+    remedy = "choose another --data_dir"
     wanted = _settings(
         config.text, config.tokenizer, config.vocab_size, config.val_fraction, config.text_limit, config.text_field
     )
+    if given is None and "-" not in config.text and len(config.text) <= FEW:
+        # else a command would make it with another tokenizer, without its text, or be too long to read
+        remedy += f", or prepare it again with: {prepare_command(wanted, folder)} --overwrite"
+    if not (folder / "meta.json").exists():
+        raise UserError(f"{folder} holds token files of another program; choose another --data_dir")
+    meta = storage.read_json(folder / "meta.json")
     try:
-        made, made_from = dict(meta["settings"]), meta["source"]
+        made = dict(meta["settings"])
         if wanted["tokenizer"] not in ("auto", "bpe"):  # there it is a size for the model, not for the text
             wanted["vocab_size"] = made["vocab_size"]
+        if made["vocab_size"] is None and wanted["vocab_size"] == meta["vocab_size"]:  # what it came to, named
+            wanted["vocab_size"] = None
         for name in ("tokenizer", "vocab_size", "val_fraction", "text_limit", "text_field"):
             optional = name in ("text_limit", "text_field")
             before, now = made.get(name) if optional else made[name], wanted.get(name)
             if before != now:
                 raise UserError(f"{folder} was made with {name} = {before}, not {now}; {remedy}")
-        if made["text"] == wanted["text"] == [corpus.SHAKESPEARE]:  # one known text, wherever its file went
+        if made_from(folder, config, offline, say):
             return
-        with corpus.opened(config.text, offline, config.text_limit, say, config.text_field) as source:
-            if made["text"] == wanted["text"] and made_from["files"] == source.stamps():
-                return
-            if made_from["sha256"] == look(source).sha256 and len(made_from["files"]) == len(source.files):
-                return
-    except (KeyError, TypeError, ValueError) as error:
+        first, now = str(meta["source"]["files"][0]["path"]), config.text[0]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{folder / 'meta.json'}: not one of ours ({error!r}); {remedy}") from None
-    raise UserError(f"{folder} was made from another text, or from this one before it changed; {remedy}")
+    if [os.path.abspath(word) for word in made["text"]] == [os.path.abspath(word) for word in config.text]:
+        raise UserError(f"{folder} was made from {' '.join(made['text'][:3])} before it changed; {remedy}")
+    if not config.data_dir:  # two texts of one name
+        parent = Path(os.path.abspath(now)).parent.name or "root"
+        own = unused(str(folder.with_name(f"{parent}-{folder.name}")))
+        remedy = f"give this one a folder of its own, with --data_dir {shlex.quote(own)}"
+    raise UserError(f"{folder} was made from another text, {first}, and this is {now}; {remedy}")
+
+
+def made_from(folder: Path, config: TrainConfig, offline: bool = False, say: Say = lambda line: None) -> bool:
+    """Whether the token files of `folder` are of the text of `config`: by its content and where its files end, wherever
+    they are and however they are spelled. Raises UserError where its meta.json does not say.
+    """
+    meta = storage.read_json(folder / "meta.json")
+    try:
+        words, source = list(meta["settings"]["text"]), meta["source"]
+        if words == list(config.text) and all(word in (corpus.SHAKESPEARE, *hub.TEXTS) for word in words):
+            return True  # a name is one text, wherever its file went
+        with corpus.opened(config.text, offline, config.text_limit, say, config.text_field) as now:
+            if words == list(config.text) and source.get("stamps", _sum(source["files"])) == _sum(now.stamps()):
+                return True
+            survey = look(now)
+            if "ends" in source:
+                return bool((source["sha256"], source["ends"]) == (survey.sha256, _ends(survey)))
+            sizes = [file["size"] for file in source["files"]]  # of an older version, which wrote no "ends"
+            same = len(sizes) == 1 == len(now.files) or sizes == [file.size for file in now.files]
+            return bool(source["sha256"] == survey.sha256 and same)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'meta.json'}: not one of ours ({error!r}); choose another --data_dir") from None
+
+
+def unused(name: str) -> str:
+    """`name`, or the first with another number behind it, that is no file or folder yet."""
+    numbered = (f"{re.sub(r'-[0-9]+$', '', name)}-{number}" for number in itertools.count(2))
+    return next(free for free in itertools.chain([name], numbered) if not Path(free).exists())
+
+
+def _ends(survey: Survey) -> str:
+    """The hash of where files end in a text: there an end-of-text stands."""
+    return hashlib.sha256(repr(survey.characters).encode()).hexdigest()
+
+
+def _sum(stamps: list[dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(stamps, sort_keys=True).encode()).hexdigest()
 
 
 def _kind(folder: Path) -> str:
@@ -243,7 +369,7 @@ def _kind(folder: Path) -> str:
     try:
         return str(meta["tokenizer"]["kind"])
     except (KeyError, TypeError):
-        raise UserError(f"{folder / 'meta.json'}: says no tokenizer; prepare it again with --overwrite") from None
+        raise UserError(f"{folder / 'meta.json'}: says no tokenizer; {again(folder)}") from None
 
 
 def _ready(tokenizer: str, source: Corpus, offline: bool, say: Say) -> Tokenizer | None:
@@ -278,7 +404,7 @@ def _write(
     staging: Path, source: Corpus, survey: Survey, cut: int, journal: Journal, limit: int, progress: Progress | None
 ) -> dict[str, Any]:
     """The token files and tokenizer.json in `staging`, and nothing else; what meta.json has to say of them."""
-    tokenizer = journal.tokenizer
+    tokenizer, stamps = journal.tokenizer, source.stamps()
     save_tokenizer(tokenizer, staging / "tokenizer.json")
     journal.write()
     splits, used = write_splits(staging, source, survey, cut, journal, limit, progress)
@@ -302,10 +428,13 @@ def _write(
         "splits": splits,
         "source": {
             "name": source.name,
-            "files": source.stamps(),
+            "files": stamps[:LISTED],
+            "more": len(stamps[LISTED:]),
+            "stamps": _sum(stamps),
             "documents": survey.documents,
             "bytes": survey.bytes,
             "characters": survey.total,
             "sha256": survey.sha256,
+            "ends": _ends(survey),
         },
     }

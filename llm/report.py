@@ -30,6 +30,7 @@ from llm.metrics import Row, best, losses, read_record
 from llm.model import GPT
 from llm.plot import plain, thinned
 from llm.run import Run
+from llm.run_data import Say
 from llm.tokenizer import Ids, Tokenizer, gpt2, load_tokenizer
 from llm.tokens import GPT2_VOCAB, Tokens, read_meta
 
@@ -201,7 +202,7 @@ class Report:
         return " ".join(command)
 
 
-def gather(run_dir: Path, data_dir: str | None = None, memorised: bool = True) -> Report:
+def gather(run_dir: Path, data_dir: str | None = None, memorised: bool = True, say: Say = lambda line: None) -> Report:
     """All there is to say of the run in `run_dir`; its token files are looked for in `data_dir` where it is given.
 
     Raises UserError where there is no run, its record is damaged, or a given `data_dir` does not hold its data.
@@ -212,7 +213,7 @@ def gather(run_dir: Path, data_dir: str | None = None, memorised: bool = True) -
     tokenizer = tokenizer_of(run, trouble)
     data: TokenData | str
     try:
-        data = run_tokens(run, data_dir)
+        data = run_tokens(run, data_dir, say)
     except (UserError, OSError) as error:
         if data_dir is not None:  # a person said where
             raise

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,8 +18,8 @@ import torch
 from torch import Tensor
 
 from llm import __version__, checkpoint, metrics, storage
-from llm.config import MODEL_FIELDS, GPTConfig, TrainConfig, from_settings, to_settings, write_toml
-from llm.data import TokenData, open_data, reopen_data
+from llm.config import MODEL_FIELDS, GPTConfig, TrainConfig, coerce, from_settings, to_settings, write_toml
+from llm.data import TokenData, open_data
 from llm.device import DTYPES, choose_device, choose_dtype, environment, fast_products, keep_memory, precision
 from llm.distributed import ALONE, World
 from llm.errors import Failure, UserError
@@ -26,7 +28,8 @@ from llm.loss import linear_cross_entropy
 from llm.model import GPT
 from llm.optim import make_optimizer
 from llm.parallel import check_parallel, exchanging, recompute_activations, shard_model
-from llm.prepare import default_folder, ensure
+from llm.prepare import default_folder, ensure, made_from, unused
+from llm.run_data import beside, open_run_data, places_of
 from llm.state import Progress, Trainer, newest_state, restore
 from llm.tokenizer import Tokenizer, gpt2, load_tokenizer, save_tokenizer
 from llm.tokens import GPT2_VOCAB
@@ -39,6 +42,7 @@ RESUMABLE = {
     *("data_dir", "out_dir", "device", "compile", "sample_prompt", "sample_tokens"),
     *("parallel", "activation_checkpointing", "cpu_offload"),
 }
+SPLIT = "batch_size x gradient_accumulation_steps"  # of a step's windows: another split of the same is the same run
 OURS = (
     *("config.toml", "metrics.jsonl", "env.json", "tokenizer.json", "samples.txt", "loss_curve.png", "refused.json"),
     "report.html",
@@ -181,7 +185,8 @@ def resumed(
     with contextlib.ExitStack() as stack:
         with world.together():
             before = from_settings(world.first(lambda: to_settings(run_config(out_dir))))
-            config = changed(before, changes | {"out_dir": out_dir})
+            text = () if world.restarted else coerce("text", changes.get("text", ()))  # else it is the same command
+            config = changed(before, as_the_run(before, out_dir, changes) | {"out_dir": out_dir})
             device = choose_device(config.device, local_rank(world))
             check_parallel(config, world, DTYPES[config.dtype])
             if world.leads:
@@ -189,9 +194,11 @@ def resumed(
             groups, facts, passed_over = newest_state(out_dir, world)
             check_same_settings(out_dir, before, facts)
             check_unfinished(config, facts.get("progress", {}))
-            folder = Path(config.data_dir or "data")
-            data = reopen_data(folder, config.model.block_size, config.model.vocab_size)
-            tokenizer = run_tokenizer(out_dir, config.model.vocab_size, say, folder)
+            data = open_run_data(out_dir, before, facts.get("data"), changes.get("data_dir"), say)
+            if text and world.leads:
+                check_same_text(text, config, data.folder, say)
+            config = from_settings({"data_dir": beside(data.folder, out_dir)}, config)
+            tokenizer = run_tokenizer(out_dir, config.model.vocab_size, say, data.folder)
             agree(config, data, device, world)
         trainer = build(config, data, tokenizer, device, DTYPES[config.dtype], world)
         restored = restore(trainer, groups, facts)
@@ -204,6 +211,11 @@ def resumed(
                 if config.max_steps != before.max_steps:
                     then, now = before.max_steps, config.max_steps
                     say(f"max_steps was {then} and is {now}: the schedule changes from here on")
+                if (then_split := split_of(before)) != (now_split := split_of(config)):
+                    say(
+                        f"{SPLIT} was {then_split} and is {now_split}: the same windows, and losses that may differ in "
+                        f"their last digits"
+                    )
                 if config != before:
                     storage.write_text(out_dir / "config.toml", write_toml(config))
                 metrics.cut(out_dir, restored.step)
@@ -218,16 +230,46 @@ def check_same_settings(out_dir: Path, config: TrainConfig, facts: dict[str, Any
     if not isinstance(saved, dict):
         raise UserError(f"{out_dir}: its saved state is of another version (no settings in state.json)")
     if name := another_run(saved, now):
+        ours, theirs = ({**settings, **decisive(settings)}.get(name) for settings in (now, saved))
         raise UserError(
-            f"{out_dir / 'config.toml'}: {name} is {now.get(name)!r}, and the saved state was trained with "
-            f"{saved.get(name)!r}; put that back"
+            f"{out_dir / 'config.toml'}: {name} is {ours!r}, and the saved state was trained with {theirs!r}; "
+            f"put that back"
+        )
+
+
+def as_the_run(config: TrainConfig, out_dir: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` without those that name what the run has: "auto", which it has chosen, its start by another spelling,
+    and its text, which `check_same_text` compares.
+    """
+    kept = {name: value for name, value in changes.items() if name != "text" and (name, value) != ("dtype", "auto")}
+    if config.init_from and kept.get("init_from"):
+        given = Path(os.path.abspath(str(kept["init_from"])))
+        if given in {Path(os.path.abspath(place)) for place in places_of(config.init_from, out_dir, config)}:
+            del kept["init_from"]
+    return kept
+
+
+def check_same_text(text: tuple[str, ...], config: TrainConfig, folder: Path, say: Say) -> None:
+    """Raises UserError where `text`, by its content, is not what the token files of a run were made from."""
+    if not made_from(folder, dataclasses.replace(config, text=text), say=say):
+        tokens = unused(f"{default_folder(TrainConfig(text=text))}-for-{Path(config.out_dir).resolve().name}")
+        raise UserError(
+            f"text = {' '.join(text)}: not the text that {folder} was made from; leave --text out to go on with that, "
+            f"or train on it with: {new_run(config, {'text': text, 'data_dir': tokens})}"
         )
 
 
 def another_run(before: dict[str, Any], after: dict[str, Any]) -> str | None:
     """The first setting that differs and that a resumed run may not change; None if there is none."""
-    names = sorted((before.keys() | after.keys()) - RESUMABLE)
-    return next((name for name in names if before.get(name) != after.get(name)), None)
+    before, after = decisive(before), decisive(after)
+    return next((name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)), None)
+
+
+def decisive(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that make a run the run it is; how a step's windows are split counts by their number alone."""
+    size, steps = (settings.get(name, 0) for name in SPLIT.split(" x "))
+    kept = {name: value for name, value in settings.items() if name not in {*RESUMABLE, *SPLIT.split(" x ")}}
+    return kept | {SPLIT: size * steps}
 
 
 def say_changes(out_dir: Path, data: TokenData, say: Say) -> None:
@@ -250,13 +292,44 @@ def say_changes(out_dir: Path, data: TokenData, say: Say) -> None:
 def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
     """A run's settings with `changes` laid over them. Raises UserError for one that would be another run."""
     wanted = from_settings(changes, config)
-    before, after = to_settings(config), to_settings(wanted)
-    if name := another_run(before, after):
+    name = another_run(before := to_settings(config), after := to_settings(wanted))
+    if name == SPLIT:
+        raise UserError(
+            f"{name} was {split_of(config)} = {config.windows_per_step} windows a step in this run and cannot become "
+            f"{split_of(wanted)} = {wanted.windows_per_step} on --resume; {same_windows(config, wanted)}"
+        )
+    if name:
         raise UserError(
             f"{name} was {before.get(name)!r} in this run and cannot become {after.get(name)!r} on --resume; "
-            f"leave it out, or start another run with --init_from {config.out_dir} --out_dir NEW"
+            f"leave it out, or start another run with: {new_run(config, {name: after.get(name)})}"
         )
     return wanted
+
+
+def split_of(config: TrainConfig) -> str:
+    return f"{config.batch_size} x {config.gradient_accumulation_steps}"
+
+
+def same_windows(config: TrainConfig, wanted: TrainConfig) -> str:
+    """How to have the windows of a step of `config` in micro-batches of about the size that was wanted."""
+    windows, most = config.windows_per_step, wanted.batch_size
+    if most == config.batch_size:  # more micro-batches alone were asked for
+        most = max(1, windows // wanted.gradient_accumulation_steps)
+    size = next(size for size in range(min(most, windows), 0, -1) if windows % size == 0)
+    flags = f"--batch_size {size} --gradient_accumulation_steps {windows // size}"
+    return f"split the same {windows} otherwise, with {flags}"
+
+
+def new_run(config: TrainConfig, changes: dict[str, Any]) -> str:
+    """The command for a run like that of `config` with `changes`; from its weights, if they fit."""
+    out_dir = config.out_dir.rstrip("/")
+    words = ["losscurve", "train", "--preset", f"{out_dir}/config.toml"]
+    if not changes.keys() & (MODEL_FIELDS.keys() - {"dropout"} | {"vocab_size", "tokenizer", "init_from"}):
+        words += ["--init_from", out_dir]
+    for name, value in changes.items():
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join([*words, "--out_dir", unused(f"{out_dir}-2")])
 
 
 def check_unfinished(config: TrainConfig, progress: dict[str, Any]) -> None:
@@ -351,7 +424,7 @@ def default_prompt(data: TokenData, tokenizer: Tokenizer | None) -> str:
 def resolved(config: TrainConfig, data: TokenData, dtype: torch.dtype, prompt: str) -> TrainConfig:
     """The config with everything that was chosen for it written out, so that a resume chooses nothing anew."""
     chosen = {
-        "data_dir": data.folder,
+        "data_dir": beside(data.folder, Path(config.out_dir)),
         "vocab_size": config.model.vocab_size,
         "warmup_steps": config.warmup,
         "min_lr": config.final_lr,

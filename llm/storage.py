@@ -25,6 +25,14 @@ KEPT = ".partial"  # the staging of a long one, which is kept when it is interru
 _CHUNK = 2**20
 
 
+class InUse(UserError):
+    """Another process holds the lock of `folder`."""
+
+    def __init__(self, folder: Path, message: str) -> None:
+        super().__init__(message)
+        self.folder = folder
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the names in `folder` to the disk (POSIX: a rename is durable only after this)."""
     if os.name == "nt":  # Windows opens no folders; its renames are journalled
@@ -96,8 +104,12 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON; NaN and infinities are refused with ValueError, as JSON has none."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """`value` as indented JSON; NaN and infinities are refused with ValueError, as JSON has none, and what `read_json`
+    would not read with OSError."""
+    content = (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+    if len(content) > JSON_LIMIT:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    write_bytes(path, content)
 
 
 def read_json(path: Path) -> Any:
@@ -247,11 +259,20 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         try:
             _lock(file)
         except OSError:
-            raise UserError(
-                f"{folder}: {what} is in use by another process; wait for it, or choose another folder"
+            raise InUse(
+                folder, f"{folder}: {what} is in use by another process; wait for it, or choose another folder"
             ) from None
         sweep(folder)
         yield
+
+
+def in_use(folder: Path) -> bool:
+    """Whether another process holds the lock of `folder` now."""
+    try:
+        with locked(folder, ""):
+            return False
+    except InUse:
+        return True
 
 
 _LEFT = re.compile(r"\.(.+)\.(tmp|old|probe)-(\d+)")  # the names that `_beside` gives

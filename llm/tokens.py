@@ -7,6 +7,7 @@ vocabulary. What looks like anything else is refused (`llm/foreign.py`).
 """
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from llm.errors import UserError
 GPT2_VOCAB = 50257
 SCANNED = "scanned.json"  # what a scan of a file found, valid while its size and time are the same
 MANY = 1000  # tokens of a text, which GPT-2 does not cut into single bytes only
+FEW = 5  # texts that a command in a message names
 SPLITS = ("train", "val")
 TOKEN_FILE = re.compile(r"(?:train|val)(?:-\d{5,})?\.bin")
 FACTS = {"size": int, "mtime_ns": int, "max_id": int, "sha256": str}  # that are known of a file
@@ -104,7 +106,7 @@ def files_of(folder: Path, split: str, meta: dict[str, Any] | None) -> list[tupl
     """The files of a split in their order, each with what `meta.json` says of it. Raises UserError where shards are
     there and it is not."""
     if meta is None and not (folder / f"{split}.bin").exists() and (folder / shard_name(split, 0)).exists():
-        raise UserError(f"{folder}: no meta.json says what its shards are; prepare the data again with --overwrite")
+        raise UserError(f"{folder}: no meta.json says what its shards are; {again(folder)}")
     entry = meta["splits"][split] if meta else None
     if entry is None or "shards" not in entry:
         return [(folder / f"{split}.bin", entry)]
@@ -124,9 +126,9 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
         good = good and all(type(n) is int and n >= 0 for n in (meta["vocab_size"], *numbers))
         good = good and meta["dtype"] in ("uint16", "uint32") and isinstance(meta["source"]["name"], str)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: field {error} is missing; run prepare again") from None
+        raise UserError(f"{path}: field {error} is missing; {again(path.parent)}") from None
     if not good:
-        raise UserError(f"{path}: a field has the wrong type; run prepare again")
+        raise UserError(f"{path}: a field has the wrong type; {again(path.parent)}")
     return meta  # type: ignore[no-any-return]
 
 
@@ -144,6 +146,18 @@ def count_tokens(folder: Path, split: str, meta: dict[str, Any] | None) -> int:
     """How many tokens a split has, by the sizes of its files. Raises UserError naming one that is missing."""
     dtype = dtype_of(meta)
     return sum(_size(path, dtype, facts) for path, facts in files_of(folder, split, meta)) // dtype.itemsize
+
+
+def check_length(folder: Path, split: str, meta: dict[str, Any] | None, block_size: int) -> int:
+    """How many tokens a split has. Raises UserError where it is shorter than a window."""
+    tokens = count_tokens(folder, split, meta)
+    needed = block_size + 1 if split == "train" else 2  # evaluation takes a partial window too
+    if tokens < needed:
+        raise UserError(
+            f"{files_of(folder, split, meta)[0][0]}: {tokens} tokens, and a window needs {needed}; give more text"
+            + (f" or a --block_size below {max(1, tokens)}" if tokens > 1 and split == "train" else "")
+        )
+    return tokens
 
 
 def dtype_of(meta: dict[str, Any] | None) -> np.dtype[Any]:
@@ -183,13 +197,7 @@ def open_split(
     Raises UserError naming the file that is missing, torn, shorter than a window, or not what `meta` describes.
     """
     dtype, listed = dtype_of(meta), files_of(folder, split, meta)
-    tokens = count_tokens(folder, split, meta)
-    needed = block_size + 1 if split == "train" else 2  # evaluation takes a partial window too
-    if tokens < needed:
-        raise UserError(
-            f"{listed[0][0]}: {tokens} tokens, and a window needs {needed}; give more text"
-            + (f" or a --block_size below {max(1, tokens)}" if tokens > 1 and split == "train" else "")
-        )
+    check_length(folder, split, meta, block_size)
     files, hashes = [], {}
     for path, facts in listed:
         files.append(_mapped(path, dtype))
@@ -203,7 +211,7 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be opened ({error.strerror})") from None
     except ValueError:  # an empty one among others
-        raise UserError(f"{path}: 0 tokens; prepare the data again") from None
+        raise UserError(f"{path}: 0 tokens; {again(path.parent)}") from None
 
 
 def _size(path: Path, dtype: np.dtype[Any], facts: dict[str, Any] | None) -> int:
@@ -211,15 +219,15 @@ def _size(path: Path, dtype: np.dtype[Any], facts: dict[str, Any] | None) -> int
     try:
         size = path.stat().st_size
     except OSError:
-        raise UserError(f"{path}: no such file; prepare the data again") from None
+        raise UserError(f"{path}: no such file; {again(path.parent)}") from None
     if facts is None:
         foreign.check_format(path)
     if size % dtype.itemsize:
-        raise UserError(f"{path}: {size} bytes is not a whole number of {dtype.name} ids; prepare it again")
+        raise UserError(f"{path}: {size} bytes is not a whole number of {dtype.name} ids; {again(path.parent)}")
     if facts and facts["size"] != size:
         raise UserError(
             f"{path.with_name('meta.json')}: describes a {path.name} of {facts['size']} bytes, "
-            f"the file has {size}; prepare the data again"
+            f"the file has {size}; {again(path.parent)}"
         )
     return size
 
@@ -238,14 +246,14 @@ def _check_ids(path: Path, tokens: Tokens, limit: int, described: dict[str, Any]
         known = stamp | {"max_id": int(_largest(tokens)), "sha256": storage.sha256(path)}
         _remember(path, known)
     if described and known["sha256"] != described["sha256"]:
-        raise UserError(f"{path}: changed since it was prepared (SHA-256 differs); prepare the data again")
+        raise UserError(f"{path}: changed since it was prepared (SHA-256 differs); {again(path.parent)}")
     for start, piece in stretches(tokens) if known["max_id"] >= limit else ():
         if (above := piece >= limit).any():
             where = start + int(np.argmax(above))
-            remedy = "prepare the data again"
+            remedy = again(path.parent)
             if described is None and not (path.parent / "meta.pkl").exists():
                 remedy = (
-                    f"give --vocab_size {known['max_id'] + 1} if its tokens are not GPT-2's, or prepare the data again"
+                    f"give --vocab_size {known['max_id'] + 1} if its tokens are not GPT-2's, or {again(path.parent)}"
                 )
             raise UserError(
                 f"{path}: token {where} has id {int(tokens[where])}, and the vocabulary has {limit}; {remedy}"
@@ -256,6 +264,28 @@ def _check_ids(path: Path, tokens: Tokens, limit: int, described: dict[str, Any]
 def stretches(tokens: Tokens, length: int = 2**24) -> Iterator[tuple[int, npt.NDArray[Any]]]:
     """All tokens from first to last, `length` at a time, each stretch with its start."""
     return ((start, tokens[start : start + length]) for start in range(0, len(tokens), length))
+
+
+def prepare_command(settings: dict[str, Any], folder: Path) -> str:
+    """What to type for token files in `folder` with the settings that meta.json names."""
+    words = [f"./{word}" if word.startswith("-") and word != "-" else word for word in settings["text"]]
+    usual = {"tokenizer": "auto", "val_fraction": 0.1}
+    flags = {"data_dir": folder} | {name: settings[name] for name in settings if name != "text"}
+    flags = {name: value for name, value in flags.items() if value not in (None, usual.get(name))}
+    given = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
+    return " ".join(["losscurve prepare", *map(shlex.quote, words), *given])
+
+
+def again(folder: Path) -> str:
+    """How to make the token files of `folder` again: by the command that its meta.json tells, if there is one."""
+    try:
+        settings = storage.read_json(folder / "meta.json")["settings"]
+        command = prepare_command(settings, folder)
+        if "-" not in settings["text"] and len(settings["text"]) <= FEW and command.isprintable():
+            return f"prepare it again with: {command} --overwrite"
+    except (UserError, KeyError, TypeError, AttributeError):  # none, or none of ours
+        pass
+    return f"prepare its text again, with --data_dir {shlex.quote(str(folder))} --overwrite"
 
 
 def _largest(tokens: Tokens) -> int:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from llm import checkpoint, metrics, storage
+from llm.config import TrainConfig
 from llm.errors import UserError
 from llm.foreign import characters, check_format
+from llm.run_data import open_run_data, places_of
 from llm.tokenizer import load_tokenizer
-from llm.tokens import SPLITS, files_of, has_tokens, read_meta
+from llm.tokens import SPLITS, again, files_of, has_tokens, read_meta
 from llm.weights import read_weights, run_config
 
 
@@ -54,10 +56,21 @@ def verify_run(run_dir: Path) -> Iterator[Finding]:
     if (run_dir / "tokenizer.json").exists():
         yield from _try(run_dir / "tokenizer.json", "tokenizer", partial(load_tokenizer, run_dir / "tokenizer.json"))
     yield from _try(run_dir / metrics.NAME, "record", partial(_reaches, run_dir, newest))
-    if config and config.data_dir and has_tokens(Path(config.data_dir)):
-        yield from verify_data(Path(config.data_dir), newest.get("data", {}))
-    elif config:
-        yield Finding(Path(config.data_dir or "data"), None, "the token files are not there (seen from here)")
+    if config:
+        yield from verify_run_data(run_dir, config, newest.get("data", {}))
+
+
+def verify_run_data(run_dir: Path, config: TrainConfig, expected: dict[str, str]) -> Iterator[Finding]:
+    """The token files of a run, if they can be found; those of the first place where some are, if none is right."""
+    places = places_of(config.data_dir or "data", run_dir, config)
+    try:
+        folder = open_run_data(run_dir, config, expected).folder
+    except (UserError, OSError):
+        folder = next((place for place in places if has_tokens(place)), places[0])
+    if has_tokens(folder):
+        yield from verify_data(folder, expected)
+    else:
+        yield Finding(folder, None, "the token files are not there (seen from here)")
 
 
 def verify_data(folder: Path, expected: dict[str, str]) -> Iterator[Finding]:
@@ -120,4 +133,4 @@ def _reaches(run_dir: Path, facts: dict[str, Any]) -> None:
 
 def _has_sum(path: Path, sums: set[str]) -> None:
     if {storage.sha256(path)} != sums:
-        raise UserError(f"{path}: changed since it was written (SHA-256 differs); prepare the data again")
+        raise UserError(f"{path}: changed since it was written (SHA-256 differs); {again(path.parent)}")

@@ -31,6 +31,7 @@ ORDER = (
         "foreign",
         "tokens",
         "data",
+        "run_data",
         "workers",
         "journal",
         "shards",

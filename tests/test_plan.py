@@ -372,7 +372,7 @@ def test_weights_to_start_from_bring_their_shape(here, capsys, losscurve, monkey
         ("--time 10m --init_from checkpoints", "init_from"),
         ("--out plan.json", "plan.json"),
         ("--text nowhere.txt", "nowhere.txt"),
-        ("--text empty.txt", "nothing in it"),
+        ("--text empty.txt", "the text is empty"),
         ("--data_dir nowhere", "nowhere"),
         ("--n_head 3", "n_head = 3"),
         ("--tiem 5m", "did you mean --time"),
@@ -454,3 +454,23 @@ def test_a_run_says_its_outline_and_how_far_off_it_was(here, losscurve, monkeypa
     assert code == 0, err
     assert "no improvement" in out
     assert "predicted" not in out
+
+
+@pytest.mark.parametrize("text", ["hello world", "", "x", "hello world " * 3])
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe", "auto"])
+def test_a_text_that_train_refuses_is_refused_in_the_same_words(here, losscurve, text, tokenizer):
+    (here / "tiny.txt").write_text(text, encoding="utf-8")
+    given = f"--text tiny.txt --tokenizer {tokenizer} --block_size 64"
+    code, out, err = losscurve(f"plan {given}")
+    assert (code, out) == (2, "")
+    assert not (here / "data").exists()
+    assert losscurve(f"train {given}")[2].splitlines()[-1] == err.splitlines()[-1]
+
+
+def test_token_files_that_are_too_short_are_refused_as_train_refuses_them(here, losscurve):
+    assert losscurve("prepare text.txt --tokenizer byte")[0] == 0
+    for size in (5000, 20_000):
+        code, out, err = losscurve(f"plan --data_dir data --block_size {size}")
+        assert (code, out) == (2, "")
+        assert f"and a window needs {size + 1}" in err
+        assert losscurve(f"train --data_dir data --block_size {size}")[2] == err

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +75,14 @@ def test_what_is_written(book: str, kind: str, fraction: float) -> None:
     assert meta["end_of_text"] == tokens.end_of_text
     assert meta["source"] == {
         "name": "book",
-        "files": [{"path": book, "size": len(TEXT.encode()), "mtime_ns": os.stat(book).st_mtime_ns}],
+        "files": (stamps := [{"path": book, "size": len(TEXT.encode()), "mtime_ns": os.stat(book).st_mtime_ns}]),
+        "more": 0,
+        "stamps": hashlib.sha256(json.dumps(stamps, sort_keys=True).encode()).hexdigest(),
         "documents": 1,
         "bytes": len(TEXT.encode()),
         "characters": len(TEXT),
         "sha256": hashlib.sha256(TEXT.encode()).hexdigest(),
+        "ends": hashlib.sha256(f"[{len(TEXT)}]".encode()).hexdigest(),
     }
     assert seen[-1] == (len(TEXT), len(TEXT))
     assert set(state("d")) == {*FILES, ".lock"}
@@ -376,3 +380,151 @@ def test_the_command(book: str, capsys, monkeypatch) -> None:
     monkeypatch.setenv("LOSSCURVE_CACHE", "none")
     assert run_command("prepare", ["shakespeare", "--offline", "--data_dir", "f"]) == 1
     assert not Path("f").exists()
+
+
+# remedies work when pasted
+
+
+def pasted(message: object) -> int:
+    """The exit code of the `losscurve prepare` command that a message names."""
+    words = shlex.split(str(message).partition("losscurve prepare ")[2])
+    assert words
+    return run_command("prepare", words)
+
+
+def test_two_texts_of_one_name_are_told_apart(book: str) -> None:
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        Path(folder, "t.txt").write_text(TEXT + folder)
+    get = {"tokenizer": "byte"}
+    assert ensure(from_settings(get | {"text": "a/t.txt"})) == Path("data/t-byte")
+    with pytest.raises(UserError) as caught:
+        ensure(from_settings(get | {"text": "b/t.txt"}))
+    assert str(caught.value) == (
+        "data/t-byte was made from another text, a/t.txt, and this is b/t.txt; give this one a folder of its own, with "
+        "--data_dir data/b-t-byte"
+    )
+    assert ensure(from_settings(get | {"text": "b/t.txt", "data_dir": "data/b-t-byte"})) == Path("data/b-t-byte")
+    assert ensure(from_settings(get | {"text": "./a/../a/t.txt"})) == Path("data/t-byte")
+    with pytest.raises(UserError, match=r"made from another text, a/t.txt, and this is b/t.txt; choose another"):
+        ensure(from_settings(get | {"text": "b/t.txt", "data_dir": "data/t-byte"}))
+
+
+@pytest.mark.parametrize("name", ["book.txt", "my book's.txt", "-dash.txt"])
+def test_the_command_that_prepares_again_is_whole(book: str, name: str) -> None:
+    settings = {"text": name, "tokenizer": "bpe", "vocab_size": 300, "val_fraction": 0.2, "data_dir": "d 1"}
+    config = from_settings(settings)
+    Path(name).write_text(TEXT)
+    ensure(config)
+    Path(name).write_text(TEXT + "more")
+    with pytest.raises(UserError, match="before it changed") as caught:
+        ensure(config)
+    assert pasted(caught.value) == 0
+    meta = storage.read_json(Path("d 1/meta.json"))
+    assert meta["settings"] | {"text": 0} == {"text": 0, "tokenizer": "bpe", "vocab_size": 300, "val_fraction": 0.2}
+    assert ensure(config) == Path("d 1")
+    with pytest.raises(UserError, match="val_fraction") as caught:
+        ensure(from_settings({"val_fraction": 0.3}, config))
+    assert pasted(caught.value) == 0
+    Path("d 1/train.bin").unlink()
+    with pytest.raises(UserError, match=r"has no train\.bin") as caught:
+        ensure(config)
+    assert pasted(caught.value) == 0
+
+
+def test_the_command_that_prepares_a_folder_works(book: str, monkeypatch) -> None:
+    with pytest.raises(UserError, match=r"no train\.bin there") as caught:
+        ensure(from_settings({"data_dir": "new place", "tokenizer": "byte"}))
+    monkeypatch.setattr(corpus, "_shakespeare", lambda offline: corpus._file("book.txt", Path(book)))
+    assert pasted(caught.value) == 0
+    assert ensure(from_settings({"data_dir": "new place", "tokenizer": "byte"})) == Path("new place")
+    Path("new place/train.bin").unlink()
+    with pytest.raises(UserError, match=r"has no train\.bin") as caught:
+        ensure(from_settings({"data_dir": "new place"}))
+    assert pasted(caught.value) == 0
+    assert load_tokenizer(Path("new place/tokenizer.json")).kind == "byte"
+
+
+def test_a_size_that_a_run_came_to_is_the_size_of_its_tokens(book: str) -> None:
+    """As in the config.toml of a run, which names what was chosen."""
+    config = from_settings({"text": book, "tokenizer": "bpe", "data_dir": "d"})
+    size = prepare((book,), Path("d"), "bpe")["vocab_size"]
+    assert ensure(from_settings({"vocab_size": size}, config)) == Path("d")
+    with pytest.raises(UserError, match=f"vocab_size = None, not {size - 1}"):
+        ensure(from_settings({"vocab_size": size - 1}, config))
+
+
+# what is written is read: no JSON without a bound
+
+
+def test_of_many_files_meta_names_the_first_and_sums_up_all(book: str, monkeypatch) -> None:
+    monkeypatch.setattr(module, "LISTED", 2)
+    Path("t").mkdir()
+    for name in "abcde":
+        Path(f"t/{name}.txt").write_text(TEXT + name)
+    config = from_settings({"text": "t", "tokenizer": "byte"})
+    folder = ensure(config)
+    source = storage.read_json(folder / "meta.json")["source"]
+    assert [file["path"] for file in source["files"]] == ["t/a.txt", "t/b.txt"]
+    assert (source["more"], len(source["stamps"])) == (3, 64)
+    reading = []
+    monkeypatch.setattr(module, "look", lambda *args: reading.append(1) or corpus.look(*args))
+    assert ensure(config) == folder
+    assert not reading  # by the stamps of all
+    os.utime("t/e.txt", (1, 1))
+    assert ensure(config) == folder
+    assert reading
+    Path("t/e.txt").write_text(TEXT + "f")
+    with pytest.raises(UserError, match="t before it changed"):
+        ensure(config)
+    Path("t/e.txt").unlink()
+    with pytest.raises(UserError, match="t before it changed"):
+        ensure(config)
+
+
+def test_a_meta_of_an_older_version_with_all_files_is_read(book: str) -> None:
+    Path("other.txt").write_text(TEXT)
+    config = from_settings({"text": [book, "other.txt"], "tokenizer": "byte", "data_dir": "d"})
+    folder = ensure(config)
+    meta = storage.read_json(folder / "meta.json")
+    for name in ("ends", "stamps", "more"):
+        meta["source"].pop(name, None)
+    storage.write_json(folder / "meta.json", meta)
+    assert ensure(config) == folder
+    os.utime("other.txt", (1, 1))
+    assert ensure(config) == folder
+    assert ensure(from_settings({"text": ["./other.txt", f"./{book}"]}, config)) == folder  # twice the same text
+    Path("other.txt").write_text(TEXT[:-9])
+    Path(book).write_text(TEXT + TEXT[-9:])
+    with pytest.raises(UserError, match="before it changed"):
+        ensure(config)
+
+
+def test_what_would_be_too_much_to_write_down_is_refused_before(book: str, monkeypatch) -> None:
+    with pytest.raises(UserError, match=r"text: the names of its 2500 files take 9 MiB; put them into a folder"):
+        prepare(("x" * 4000,) * 2500, Path("d"), "byte")
+    with pytest.raises(UserError, match="vocab_size = 1000001: a bpe has at most 1000000"):
+        prepare((book,), Path("d"), "bpe", 1_000_001)
+    monkeypatch.setattr(module, "MOST_SHARDS", 100)
+    with pytest.raises(UserError, match=r"shard_tokens = 1: perhaps \d+ shards; give at least \d+") as caught:
+        prepare((book,), Path("d"), "byte", shard_tokens=1)
+    assert not Path("d").exists()
+    enough = int(str(caught.value).split("at least ")[1])
+    prepare((book,), Path("d"), "byte", shard_tokens=enough)
+    assert 90 <= len(list(Path("d").glob("*.bin"))) <= 101
+
+
+@needs_gpt2
+def test_a_text_too_small_for_gpt2s_ids_gets_a_hint(book: str) -> None:
+    said: list[str] = []
+    prepare((book,), Path("d"), say=said.append, offline=True)  # few ids, each often
+    Path("small.txt").write_text(" ".join(f"word{number} of many" for number in range(900)))
+    prepare(("small.txt",), Path("e"), say=said.append, offline=True)
+    used = storage.read_json(Path("e/meta.json"))["vocab_used"]
+    assert [line for line in said if "CRLF" not in line] == [
+        f"small: its text uses {used} of 50,257 ids, each fewer than 10 times on average; a small vocabulary fits it "
+        "better: --tokenizer bpe --vocab_size 512, or --tokenizer char"
+    ]
+    prepare(("small.txt",), Path("f"), "gpt2", say=said.append, offline=True)  # asked for
+    prepare(("small.txt",), Path("g"), "bpe", 512, say=said.append)
+    assert len(said) == 1

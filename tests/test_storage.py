@@ -460,3 +460,13 @@ def test_where_downloads_are_kept(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "home")
     assert storage.cache_folder() == Path("home", ".cache", "losscurve")
+
+
+def test_no_json_is_written_that_would_not_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "JSON_LIMIT", 100)
+    path = tmp_path / "a.json"
+    storage.write_json(path, ["x" * 80])
+    with pytest.raises(OSError, match="too large") as caught:
+        storage.write_json(path, ["é" * 50])
+    assert caught.value.errno == errno.EFBIG
+    assert storage.read_json(path) == ["x" * 80]

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
 
     device = choose_device(config.device)
     run = Run.open(args.run)
-    data = run_tokens(run, config.data_dir)
+    data = run_tokens(run, config.data_dir, warn)
     tokenizer = run_tokenizer(run.path, run.config.model.vocab_size, warn)
     model = run.model(args.weights, str(device))
     size, prompt = (args.num_samples, args.max_new_tokens), run.config.sample_prompt or "\n"

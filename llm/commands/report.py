@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     from llm.report_page import write_html
 
     write, usual = (write_html, "report.html") if args.format == "html" else (write_markdown, "report/report.md")
-    report = gather(args.run, args.data_dir, memorised=not args.no_memorised)
+    report = gather(args.run, args.data_dir, memorised=not args.no_memorised, say=warn)
     if report.card.trouble:
         warn(report.card.trouble)
     out = args.out or args.run / usual

@@ -19,15 +19,16 @@ def main(argv: list[str]) -> int:
 
     from llm.commands.bars import tell
     from llm.commands.flags import warn
-    from llm.data import batch_at, open_data
+    from llm.data import batch_at
+    from llm.memorised import run_tokens
+    from llm.run import Run
     from llm.start import run_tokenizer
     from llm.weights import run_config
 
     typed = from_settings(typed_settings(args))
     run_dir = Path(typed.out_dir)
     config = run_config(run_dir)
-    folder = Path(typed.data_dir or config.data_dir or "data")
-    data = open_data(folder, config.model.block_size, config.model.vocab_size)
+    data = run_tokens(Run(run_dir, config), typed.data_dir, warn)
     tokenizer = run_tokenizer(run_dir, config.model.vocab_size, warn)
     batch = batch_at(data.train, config.seed, args.step - 1, config.windows_per_step, config.model.block_size)
     for number, (ids, last) in enumerate(zip(batch.x, batch.y[:, -1:], strict=True), 1):

@@ -1,0 +1,124 @@
+"""Several runs started together on one new text: one prepares it, the others wait for the tokens."""
+
+import dataclasses
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import words
+
+from llm import prepare as module
+from llm import storage
+from llm.config import from_settings
+from llm.distributed import ALONE
+from llm.errors import UserError
+from llm.prepare import ensure
+
+
+@pytest.fixture
+def config(here, monkeypatch):
+    monkeypatch.setattr(storage, "check_writable", lambda *_, **__: None)  # its probe is named by process, not thread
+    return from_settings({"text": "text.txt", "tokenizer": "byte"})
+
+
+@pytest.fixture
+def held(config):
+    """The token folder's lock, as another process holds it, for 0.3 seconds."""
+    taken, folder = threading.Event(), Path("data/text-byte")
+
+    def hold():
+        with storage.locked(folder, "this token folder"):
+            taken.set()
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait()
+    yield folder
+    thread.join()
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_one_prepares_and_the_others_wait_for_it(config, monkeypatch, tokenizer):
+    config = from_settings({"tokenizer": tokenizer, "vocab_size": 300}, config)
+    said, made, write, together = [], [], module.write_splits, threading.Barrier(3)
+
+    def slowly(*args):
+        time.sleep(0.3)
+        made.append(1)
+        return write(*args)
+
+    def start(number):
+        together.wait()
+        return ensure(config, say=lambda line: said.append((number, line)))
+
+    monkeypatch.setattr(module, "write_splits", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        folders = list(pool.map(start, range(3)))
+    assert len(set(folders)) == len(made) == 1
+    told = [
+        number
+        for number, line in said
+        if line == f"{folders[0]}: waiting for another process that uses it for this text"
+    ]
+    assert len(told) == len(set(told)) == 2  # once each
+
+
+def test_where_the_one_that_prepares_ends_the_next_one_does_it(held, config):
+    assert not (held / "train.bin").exists()
+    assert ensure(config) == held
+    assert (held / "train.bin").exists()
+
+
+def test_one_that_makes_no_progress_is_not_waited_for(held, config, monkeypatch):
+    monkeypatch.setattr(module, "WAIT", 0.05)
+    with pytest.raises(UserError, match="in use by another process, which has made no progress for"):
+        ensure(config)
+
+
+def test_tokens_that_another_made_of_another_text_are_refused(here, config):
+    Path("more").mkdir()
+    Path("more/text.txt").write_text(words(800, seed=1))
+    with ThreadPoolExecutor(2) as pool:
+        started = [pool.submit(ensure, from_settings({"text": name}, config)) for name in ("text.txt", "more/text.txt")]
+        errors = [str(run.exception()) for run in started if run.exception()]
+    assert len(errors) == 1
+    assert "was made from another text" in errors[0]
+
+
+def test_a_text_that_another_downloads_is_waited_for_where_it_is_kept(config, monkeypatch):
+    """Without asking the network again and again meanwhile."""
+    taken, calls, said = threading.Event(), [], []
+    Path("first.jsonl").write_text(json.dumps({"text": words(900)}))
+
+    def hold():
+        with storage.locked(Path("cache"), "this part of the cache"):
+            taken.set()
+            time.sleep(0.5)
+
+    def fetch(*args):
+        calls.append(1)
+        with storage.locked(Path("cache"), "this part of the cache"):
+            return Path("first.jsonl")
+
+    monkeypatch.setattr(module.hub, "fetch", fetch)
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait()
+    assert ensure(from_settings({"text": "tinystories"}, config), say=said.append) == Path("data/tinystories-byte")
+    thread.join()
+    assert len(calls) == 2
+    assert said == ["cache: waiting for another process that uses it for this text"]
+
+
+def test_on_all_processes_a_folder_in_use_is_a_mistake_of_usage():
+    told = []
+    world = dataclasses.replace(ALONE, size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(world), "_exchange", lambda self, outcome: told.append(outcome))
+        with pytest.raises(storage.InUse), world.together():
+            raise storage.InUse(Path("data"), "data: in use")
+    assert told == [{"error": "UserError", "words": "data: in use"}]

@@ -2,6 +2,9 @@
 
 import sys
 
-from llm.commands.main import main
+from llm.interpreter import put_working_folder_last
+
+put_working_folder_last()
+from llm.commands.main import main  # noqa: E402
 
 sys.exit(main())

@@ -7,7 +7,6 @@ are text files with a folder's name. Loading runs no code: safetensors and JSON 
 
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +59,10 @@ def save_state(run_dir: Path, step: int, groups: Groups, facts: dict[str, Any], 
     spared = best.read_text(encoding="utf-8", errors="replace").strip() if best.exists() else ""
     for old in [saved for saved in saved_steps(run_dir) if saved <= step][:-keep]:
         if folder_name(old) != spared:
-            storage.remove_folder(run_dir / folder_name(old))
+            try:
+                storage.remove_folder(run_dir / folder_name(old))
+            except OSError as error:  # the new state is saved all the same
+                storage.note(run_dir, "old states could not be removed; the next save tries again", error)
     return final
 
 
@@ -122,6 +124,6 @@ def set_aside(folder: Path) -> Path:
     """Rename a state that does not verify, so that it is never tried again and can still be looked at."""
     names = (f"damaged-{folder.name}" + (f"-{n}" if n else "") for n in itertools.count())
     aside = next(path for path in map(folder.with_name, names) if not path.exists())
-    os.replace(folder, aside)
+    storage.rename_folder(folder, aside)
     storage.sync_folder(folder.parent)
     return aside

@@ -332,7 +332,9 @@ def disk() -> Check:
         took = time.perf_counter() - start
     free = shutil.disk_usage(here).free
     words = f"{free / 2**30:,.1f} GiB free in {here}; the chapter's run needs {needed / 2**30:.1f}"
-    return Check("disk", True, f"{words}; a file is safe on it after {1000 * took:.0f} ms")
+    safe = f"a file is safe on it after {1000 * took:.0f} ms"
+    limits = [limit.partition(": ")[2] for limit in storage.limits()]  # without the name of the folder
+    return Check("disk", True, "; ".join([words, safe, *limits]))
 
 
 def text() -> Check:

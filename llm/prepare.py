@@ -123,6 +123,8 @@ def prepare(
                 settle(data_dir)  # shards of the earlier preparation that this one has no name for
         except OSError as error:
             raise Failure(f"{data_dir}: cannot write ({error.strerror}); make room, then run this again") from None
+    for limit in storage.limits():
+        say(limit)
     return meta
 
 

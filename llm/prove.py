@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import random
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from llm import checkpoint
 from llm.errors import Failure, UserError
+from llm.interpreter import child_environment
 from llm.metrics import read_record
 
 TIMES = ("seconds", "tokens_per_second", "mfu", "data_seconds", "bookkeeping")  # what differs between any two runs
@@ -86,7 +86,7 @@ def _go_on(flags: list[str], out_dir: Path) -> list[str]:
 def start(words: list[str], environment: dict[str, str] | None = None) -> "subprocess.Popen[str]":
     """`train` with these flags, in a process of its own, with more variables in its environment."""
     command = [sys.executable, "-m", "llm", "train", *words]
-    env = os.environ | (environment or {})
+    env = child_environment() | (environment or {})
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
 
 

@@ -104,6 +104,7 @@ def begun(
                 write_environment(out_dir, data)
                 if tokenizer is not None:
                     save_tokenizer(tokenizer, out_dir / "tokenizer.json")
+                say_limits(say)
             world.begun()
         connect(trainer, say)
         yield Training(trainer, out_dir, Progress(), prompt)
@@ -219,9 +220,16 @@ def resumed(
                 if config != before:
                     storage.write_text(out_dir / "config.toml", write_toml(config))
                 metrics.cut(out_dir, restored.step)
+                say_limits(say)
             world.begun()
         connect(trainer, say)
         yield Training(trainer, out_dir, restored, config.sample_prompt or "\n")
+
+
+def say_limits(say: Say) -> None:
+    """Say what the file systems written to so far do not promise."""
+    for limit in storage.limits():
+        say(limit)
 
 
 def check_same_settings(out_dir: Path, config: TrainConfig, facts: dict[str, Any]) -> None:

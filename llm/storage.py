@@ -3,6 +3,9 @@
 A file is written under a temporary name beside its place, flushed to the disk, and renamed over it;
 then the folder is flushed too. After a crash at any moment the old file or the new one is there, whole.
 Several files that belong together are changed by a `Transaction`.
+
+Some file systems have no locks, flush no folders or rename none. Work goes on there with less of a promise; `limits`
+says what is missing.
 """
 
 import errno
@@ -23,6 +26,43 @@ JSON_LIMIT = 64 * 2**20  # bytes; nothing we write comes near it, a hostile file
 STAGING, READY = ".preparing", ".prepared"  # a transaction before and after its point of no return
 KEPT = ".partial"  # the staging of a long one, which is kept when it is interrupted
 _CHUNK = 2**20
+NO_LOCKS = "this file system has no locks: nothing keeps a second run out of this folder, start one at a time"
+FILES_NOT_FLUSHED = "this file system flushes no files: what is saved may be lost in a power cut"
+FOLDERS_NOT_FLUSHED = "this file system flushes no folders: the last saves may be undone by a power cut"
+REMOVED_SLOWLY = "this file system does not rename it, so it was removed file by file; a kill meanwhile damages it"
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # a file system that lacks the call
+HELD = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}  # what a lock says that another process holds
+_noted: set[tuple[str, int]] = set()  # what was noted, and of which file system
+_notes: list[str] = []
+
+
+def note(folder: Path, what: str, error: OSError) -> None:
+    """Remember for `limits` what the file system of `folder` does not do, once for each file system."""
+    key = what, folder.stat().st_dev
+    if key not in _noted:
+        _noted.add(key)
+        _notes.append(f"{folder}: {what} ({error.strerror or error})")
+
+
+def limits() -> list[str]:
+    """Return what was noted since the last call, in lines for a person."""
+    return [_notes.pop(0) for _ in range(len(_notes))]
+
+
+def _sync_file(file: IO[bytes]) -> None:
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        note(Path(file.name).parent, FILES_NOT_FLUSHED, error)
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_file():
+            with open(path, "rb") as file:
+                _sync_file(file)
 
 
 class InUse(UserError):
@@ -37,11 +77,16 @@ def sync_folder(folder: Path) -> None:
     """Flush the names in `folder` to the disk (POSIX: a rename is durable only after this)."""
     if os.name == "nt":  # Windows opens no folders; its renames are journalled
         return
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED | {errno.EBADF, errno.EISDIR}:
+            raise
+        note(folder, FOLDERS_NOT_FLUSHED, error)
 
 
 def make_folder(folder: Path) -> None:
@@ -62,7 +107,7 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _sync_file(file)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -90,7 +135,7 @@ def append(path: Path, content: bytes) -> None:
 def flush(path: Path) -> None:
     """Put what was appended to a file on the disk, and its name too."""
     with open(path, "ab") as file:
-        os.fsync(file.fileno())
+        _sync_file(file)
     sync_folder(path.parent)
 
 
@@ -152,11 +197,11 @@ def folder_in_place(final: Path) -> Iterator[Path]:
         manifest = {}
         for path in sorted(temporary.iterdir()):
             with open(path, "rb") as file:
-                os.fsync(file.fileno())
+                _sync_file(file)
             manifest[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
         write_json(temporary / "manifest.json", {"files": manifest})
         if final.exists():
-            os.replace(final, aside)
+            _free(final, aside)
         os.replace(temporary, final)
     except BaseException:
         if aside.exists() and not final.exists():
@@ -168,12 +213,47 @@ def folder_in_place(final: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder; after a crash at any moment it is there, whole, or its name is gone (see `sweep`)."""
+    """Remove a folder; after a crash at any moment it is there, whole, or its name is gone (see `sweep`).
+
+    Where the file system cannot rename it, a part may be there, which does not verify.
+    """
     temporary = _beside(folder, "tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    os.replace(folder, temporary)
+    _free(folder, temporary)
     sync_folder(folder.parent)
-    shutil.rmtree(temporary)
+    if temporary.exists():
+        shutil.rmtree(temporary)
+
+
+def _free(folder: Path, aside: Path) -> None:
+    """Free the name of a folder: rename it to `aside`, or remove it where the file system cannot rename it.
+
+    An overlay, as containers have, renames no folder of its lower layer. What is half removed there does not verify.
+    """
+    try:
+        os.replace(folder, aside)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        note(folder, REMOVED_SLOWLY, error)
+        shutil.rmtree(folder)
+
+
+def rename_folder(folder: Path, new: Path) -> None:
+    """Rename a folder, by way of a copy where the file system cannot (see `_free`)."""
+    try:
+        os.replace(folder, new)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy = _beside(new, "tmp")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy, symlinks=True)
+        _sync_files(copy)
+        sync_folder(copy)
+        os.replace(copy, new)
+        sync_folder(new.parent)
+        shutil.rmtree(folder)
 
 
 def verify_folder(folder: Path) -> None:
@@ -213,11 +293,9 @@ def transaction(folder: Path, keep: bool = False) -> Iterator[Path]:
         staging.mkdir()
     try:
         yield staging
-        for path in staging.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        _sync_files(staging)
         sync_folder(staging)
-        os.replace(staging, folder / READY)
+        rename_folder(staging, folder / READY)
     except BaseException:
         if not keep:
             shutil.rmtree(staging, ignore_errors=True)
@@ -258,10 +336,15 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     with open(folder / ".lock", "a+b") as file:
         try:
             _lock(file)
-        except OSError:
-            raise InUse(
-                folder, f"{folder}: {what} is in use by another process; wait for it, or choose another folder"
-            ) from None
+        except OSError as error:
+            if error.errno in HELD:
+                raise InUse(
+                    folder, f"{folder}: {what} is in use by another process; wait for it, or choose another folder"
+                ) from None
+            if error.errno not in UNSUPPORTED | {errno.ENOLCK}:
+                error.filename = file.name
+                raise
+            note(folder, NO_LOCKS, error)
         sweep(folder)
         yield
 
@@ -293,7 +376,7 @@ def sweep(folder: Path) -> None:
         if left is None:
             continue
         if left[2] == "old" and not path.with_name(left[1]).exists():
-            os.replace(path, path.with_name(left[1]))
+            rename_folder(path, path.with_name(left[1]))
         elif _alive(int(left[3])):
             continue
         elif path.is_dir() and not path.is_symlink():

@@ -393,6 +393,7 @@ class Training:
             self.unsaved = None
             self._said.discard(what)
             yield Saved(step, outcome)
+            yield from map(Notice, storage.limits())
         else:
             self.unsaved, self.failed_saves = f"step {step} ({outcome.strerror or outcome})", self.failed_saves + 1
             yield from self._failed(what, outcome)

@@ -1,8 +1,8 @@
 """A tokenizer in processes of its own, one a core: threads of one process tokenize little faster than one does.
 
-A worker, `python -m llm.workers tokenizer.json`, reads pieces of text and writes their ids until its input ends, as it
-does too when the program that started it is gone. A message is its length (8 bytes, little-endian) and then its bytes;
-it may hold several texts, since one for each of millions of short ones would take more time than they do.
+A worker reads pieces of text and answers with their ids until its program closes the connection or is gone. A message
+may hold several texts, since one message for each of millions of short ones would take more time than they do. The
+connection is a channel of its own: what a library prints in a worker goes into a file, where errors are looked for.
 """
 
 import contextlib
@@ -10,51 +10,99 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+from multiprocessing import connection
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from llm.errors import Failure
+from llm.interpreter import child_environment, stand_in
 from llm.tokenizer import Ids, Tokenizer, load_tokenizer
 
 BETWEEN = b"\xff"  # texts of a message: no UTF-8 has this byte
+READY = b"ready"  # a worker's first message
+PATIENCE = 120  # seconds for an answer, which takes less than one
 
 
 class Workers:
     """`encode` for several threads at once: each that calls it has a worker. `close` ends them."""
 
     def __init__(self, tokenizer_json: Path) -> None:
-        self._command = [sys.executable, "-m", "llm.workers", str(tokenizer_json)]
+        self._tokenizer_json = tokenizer_json
         self._mine = threading.local()
-        self._all: list[subprocess.Popen[bytes]] = []
+        self._all: list[Worker] = []
 
     def encode(self, *texts: str) -> Ids:
-        """The ids of `texts`, as `joined` has them. Raises Failure if the worker is gone."""
+        """Return the ids of `texts`, as `joined` has them. Raises Failure if the worker ended or hangs."""
         if not hasattr(self._mine, "worker"):
-            where = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}  # that `llm` was imported from
-            pipe = subprocess.PIPE
-            self._mine.worker = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, env=where)
-            self._all.append(self._mine.worker)
-        worker = self._mine.worker
-        try:
-            send(worker.stdin, BETWEEN.join(text.encode("utf-8") for text in texts))
-            answer = receive(worker.stdout)
-        except BrokenPipeError:
-            answer = None
-        if answer is None:
-            raise Failure(f"a tokenizer process ended (exit code {worker.wait()}); prepare the text again")
+            worker = Worker(self._tokenizer_json)
+            self._all.append(worker)
+            worker.answer()
+            self._mine.worker = worker
+        answer = self._mine.worker.ask(BETWEEN.join(text.encode("utf-8") for text in texts))
         return np.frombuffer(answer, "<u4")
 
     def close(self) -> None:
         for worker in self._all:
-            assert worker.stdin
-            assert worker.stdout
-            with contextlib.suppress(BrokenPipeError):  # it was gone before
-                worker.stdin.close()  # at the end of its input it ends
-            worker.stdout.close()
-            worker.wait()
+            worker.close()
+
+
+class Worker:
+    """One process, and the connection to it."""
+
+    def __init__(self, tokenizer_json: Path) -> None:
+        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115, it is closed with the worker
+        self._pipe, theirs = connection.Pipe()
+        command = [sys.executable, "-m", "llm.workers", str(tokenizer_json), str(theirs.fileno())]
+        inherit: dict[str, Any] = {"pass_fds": [theirs.fileno()]}
+        if os.name == "nt":
+            os.set_handle_inheritable(theirs.fileno(), True)  # type: ignore[attr-defined]
+            inherit = {"close_fds": False}
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": self._said, "stderr": self._said}
+        try:
+            with theirs:
+                self.process = subprocess.Popen(command, env=child_environment(), **streams, **inherit)
+        except OSError as error:
+            self._pipe.close()
+            self._said.close()
+            cause = f"a tokenizer process cannot be started ({error.strerror})"
+            raise Failure(f"{cause}; end other programs, then prepare the text again") from None
+
+    def ask(self, message: bytes) -> bytes:
+        with contextlib.suppress(OSError):  # it is gone: `answer` says so
+            self._pipe.send_bytes(message)
+        return self.answer()
+
+    def answer(self) -> bytes:
+        """Return the next message. Raises Failure where none comes."""
+        try:
+            for _ in range(PATIENCE):  # not by the clock, which goes on while both are stopped (Ctrl-Z)
+                if self._pipe.poll(1):
+                    return self._pipe.recv_bytes()
+        except (OSError, EOFError):
+            cause = f"a tokenizer process ended (exit code {self.process.wait()})"
+        else:
+            self.process.kill()
+            cause = f"a tokenizer process gave no answer for {PATIENCE} s"
+        raise Failure(f"{cause}{self._last_words()}; {stand_in() or 'prepare the text again'}")
+
+    def _last_words(self) -> str:
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f"; its last words: {last[:200]}" if last else ""
+
+    def close(self) -> None:
+        self._pipe.close()  # then it ends
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._said.close()
 
 
 def joined(tokenizer: Tokenizer, *texts: str) -> Ids:
@@ -64,28 +112,19 @@ def joined(tokenizer: Tokenizer, *texts: str) -> Ids:
     return np.concatenate(parts[len(between) :])
 
 
-def send(stream: IO[bytes], message: bytes) -> None:
-    stream.write(len(message).to_bytes(8, "little") + message)
-    stream.flush()
-
-
-def receive(stream: IO[bytes]) -> bytes | None:
-    """The next message, None where there is no whole one any more."""
-    length = int.from_bytes(stream.read(8), "little")
-    message = stream.read(length)
-    return message if length and len(message) == length else None
-
-
-def main(tokenizer_json: str) -> None:
+def main(tokenizer_json: str, handle: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that started it
-    tokenizer = load_tokenizer(Path(tokenizer_json))
-    try:
-        while (message := receive(sys.stdin.buffer)) is not None:
-            ids = joined(tokenizer, *(text.decode("utf-8") for text in message.split(BETWEEN)))
-            send(sys.stdout.buffer, ids.astype("<u4").tobytes())
-    except BrokenPipeError:  # the program was killed; what is still held back would be tried again at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    # the class that `connection.Pipe` makes on this system
+    ours: Any = connection.PipeConnection if os.name == "nt" else connection.Connection  # type: ignore[attr-defined]
+    with ours(int(handle)) as pipe:
+        tokenizer = load_tokenizer(Path(tokenizer_json))
+        with contextlib.suppress(EOFError, ConnectionError):  # the program closed it, or is gone
+            pipe.send_bytes(READY)
+            while True:
+                texts = pipe.recv_bytes().split(BETWEEN)
+                ids = joined(tokenizer, *(text.decode("utf-8") for text in texts))
+                pipe.send_bytes(ids.astype("<u4").tobytes())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

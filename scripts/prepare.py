@@ -3,6 +3,8 @@
 import sys
 
 from llm.commands.main import run_command
+from llm.interpreter import put_working_folder_last
 
 if __name__ == "__main__":
+    put_working_folder_last()
     sys.exit(run_command("prepare", sys.argv[1:]))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from llm import storage
 from llm.commands.main import main
 from llm.metrics import Record
 
@@ -60,8 +61,17 @@ def append(run_dir: Path, **row: object) -> None:
 
 
 def environment() -> dict[str, str]:
-    """For a process of its own: the package, and one thread, as here."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """For a process of its own: the modules that are found here, the package first, and one thread, as here."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_noted():
+    """What a test lets a file system lack is nothing to the next test."""
+    yield
+    storage._noted.clear()
+    storage._notes.clear()
 
 
 @pytest.fixture

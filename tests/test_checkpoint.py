@@ -373,3 +373,22 @@ def test_a_manifest_that_is_a_link_or_a_device_is_refused(tmp_path):
         path.symlink_to(target)
         assert refused(folder).startswith(f"{path}: not a regular file")
         path.unlink()
+
+
+def test_an_old_state_that_cannot_be_removed_does_not_fail_the_save(tmp_path, monkeypatch):
+    """A reader on a network file system, or a scanner on Windows, may hold its files for a while."""
+    remove = storage.remove_folder
+
+    def busy(folder):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(folder))
+
+    save(tmp_path, 1, keep=1)
+    monkeypatch.setattr(storage, "remove_folder", busy)
+    for step in (2, 3):
+        assert save(tmp_path, step, keep=1) == tmp_path / folder_name(step)
+    assert storage.limits() == [
+        f"{tmp_path}: old states could not be removed; the next save tries again (Device or resource busy)"
+    ]
+    monkeypatch.setattr(storage, "remove_folder", remove)
+    save(tmp_path, 4, keep=1)
+    assert saved_steps(tmp_path) == [4]

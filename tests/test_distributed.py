@@ -374,7 +374,7 @@ def test_what_no_torchrun_says_is_refused(monkeypatch, given):
 
 def test_what_is_handed_to_torchrun(monkeypatch):
     handed = []
-    monkeypatch.setattr(os, "execv", lambda path, words: handed.append(words))
+    monkeypatch.setattr(os, "execve", lambda path, words, env: handed.append(words))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("RANK", raising=False)
     train.main(["--text", "a b.txt", "--nproc", "2", "--max_steps", "7"])

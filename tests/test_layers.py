@@ -15,6 +15,7 @@ LAST = (
 ORDER = (
     *(
         "errors",
+        "interpreter",
         "recognise",
         "other_names",
         "config",

@@ -1,14 +1,17 @@
 """Durable files against faults: after any failing call the old content is there or the new, whole."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import flags
 
 from llm import storage
 from llm.errors import UserError
@@ -470,3 +473,107 @@ def test_no_json_is_written_that_would_not_be_read(tmp_path, monkeypatch):
         storage.write_json(path, ["é" * 50])
     assert caught.value.errno == errno.EFBIG
     assert storage.read_json(path) == ["x" * 80]
+
+
+# File systems that lack something.
+
+
+@pytest.fixture
+def lacking(monkeypatch):
+    """`lacking(os, "fsync", errno.EINVAL)`: that call raises this error, where `when` is true of its first argument."""
+
+    def lack(owner, name, number, when=lambda _what: True):
+        call = getattr(owner, name)
+
+        def replaced(what, *args, **kwargs):
+            if when(what):
+                raise OSError(number, os.strerror(number))
+            return call(what, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, replaced)
+
+    return lack
+
+
+def is_folder(handle):
+    return stat.S_ISDIR(os.stat(handle).st_mode)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL])
+def test_a_file_system_without_locks_is_said_once_and_used(tmp_path, lacking, number):
+    lacking(fcntl, "flock", number)
+    for name in ("a", "b"):
+        with storage.locked(tmp_path / name, "this run folder"):
+            storage.write_bytes(tmp_path / name / "f", b"1")
+    cause = "this file system has no locks: nothing keeps a second run out of this folder, start one at a time"
+    assert storage.limits() == [f"{tmp_path / 'a'}: {cause} ({os.strerror(number)})"]
+    assert storage.limits() == []
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES])
+def test_a_lock_that_is_held_is_said_to_be(tmp_path, lacking, number):
+    lacking(fcntl, "flock", number)
+    with pytest.raises(UserError, match="in use by another process"), storage.locked(tmp_path, "this run folder"):
+        pass
+
+
+def test_a_lock_that_fails_otherwise_is_an_error_of_the_file(tmp_path, lacking):
+    lacking(fcntl, "flock", errno.EIO)
+    with pytest.raises(OSError, match="Input/output error") as caught, storage.locked(tmp_path, "this run folder"):
+        pass
+    assert caught.value.filename == str(tmp_path / ".lock")
+
+
+WRITES = [write_one, write_several, write_folder]
+
+
+@pytest.mark.parametrize("work", WRITES)
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF])
+def test_folders_that_cannot_be_flushed_are_said_once(tmp_path, lacking, number, work):
+    fill(tmp_path / "d")
+    lacking(os, "fsync", number, is_folder)
+    work(tmp_path / "d")
+    limits = storage.limits()
+    assert len(limits) == 1
+    assert "this file system flushes no folders: the last saves may be undone by a power cut" in limits[0]
+    assert os.strerror(number) in limits[0]
+
+
+def test_folders_that_cannot_be_opened_are_not_flushed(tmp_path, lacking):
+    lacking(os, "open", errno.EISDIR, lambda path: os.path.isdir(path))
+    storage.write_bytes(tmp_path / "d" / "f", b"1")
+    assert "flushes no folders" in storage.limits()[0]
+
+
+@pytest.mark.parametrize("work", WRITES)
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_files_that_cannot_be_flushed_are_said_once(tmp_path, lacking, number, work):
+    fill(tmp_path / "d")
+    lacking(os, "fsync", number, lambda handle: not is_folder(handle))
+    work(tmp_path / "d")
+    limits = storage.limits()
+    assert len(limits) == 1
+    assert "this file system flushes no files: what is saved may be lost in a power cut" in limits[0]
+
+
+@pytest.mark.parametrize("work", WRITES)
+@pytest.mark.parametrize("when", [is_folder, lambda handle: not is_folder(handle)])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_flush_that_fails_is_an_error(tmp_path, lacking, number, when, work):
+    fill(tmp_path / "d")
+    lacking(os, "fsync", number, when)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        work(tmp_path / "d")
+    assert storage.limits() == []
+
+
+def test_a_run_says_once_what_its_file_system_lacks(here, losscurve, lacking, monkeypatch):
+    lacking(fcntl, "flock", errno.ENOSYS)
+    lacking(storage, "remove_folder", errno.EBUSY)
+    code, _, said = losscurve(f"train --text text.txt {flags(max_steps=4, eval_every=1, keep=1)}")
+    assert code == 0
+    assert said.count("no locks") == said.count("old states could not be removed") == 1
+    monkeypatch.setattr(storage, "_noted", set())  # another process
+    code, _, said = losscurve("train --resume --max_steps 5")
+    assert code == 0
+    assert said.count("no locks") == said.count("old states could not be removed") == 1

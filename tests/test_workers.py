@@ -1,23 +1,18 @@
-"""Tokenizer processes: the ids of the tokenizer itself, from several threads, and a worker that dies."""
+"""Tokenizer processes: the ids of the tokenizer itself, from several threads, and a worker that dies or hangs."""
 
-import os
 import signal
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import words
 
 from llm import prepare as preparing
-from llm import shards
+from llm import shards, workers
 from llm.cut import LONG_SPACE, has_long_space
 from llm.errors import Failure
 from llm.tokenizer import save_tokenizer, train_bpe
-from llm.workers import Workers, send
-
-OURS = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+from llm.workers import Worker, Workers
 
 
 @pytest.fixture
@@ -35,28 +30,76 @@ def test_each_thread_has_a_worker_and_its_own_answer(saved):
     workers.close()
     assert all(np.array_equal(ids, tokenizer.encode(text)) for ids, text in zip(found, texts, strict=True))
     assert 1 <= len(workers._all) <= 2
-    assert all(worker.returncode == 0 for worker in workers._all)
+    assert all(worker.process.returncode == 0 for worker in workers._all)
 
 
 def test_a_worker_that_dies_is_said(saved):
     workers = Workers(saved[1])
     workers.encode("abc")
-    workers._all[0].send_signal(signal.SIGKILL)
-    workers._all[0].wait()
-    with pytest.raises(Failure, match="a tokenizer process ended"):
+    workers._all[0].process.send_signal(signal.SIGKILL)
+    workers._all[0].process.wait()
+    with pytest.raises(Failure, match=r"a tokenizer process ended \(exit code -9\); prepare the text again"):
         workers.encode("abc")
     workers.close()
 
 
 def test_a_worker_whose_program_was_killed_ends_without_a_word(saved):
-    worker = Workers(saved[1])._command
-    process = subprocess.Popen(worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=OURS)
-    process.stdout.close()
-    send(process.stdin, words(200).encode())
-    process.stdin.close()
-    assert process.stderr.read() == b""
-    process.stderr.close()
-    assert process.wait() == 0
+    """The system closes a dead program's end of the connection, here before the answer was read."""
+    worker = Worker(saved[1])
+    worker.answer()
+    worker._pipe.send_bytes(words(200_000).encode())
+    worker._pipe.close()
+    assert worker.process.wait() == 0
+    worker._said.seek(0)
+    assert worker._said.read() == b""
+    worker.close()
+
+
+@pytest.fixture
+def custom(tmp_path, monkeypatch):
+    """`custom(code)`: every Python that is started runs that code first, found on the caller's PYTHONPATH."""
+
+    def write(code: str) -> None:
+        (tmp_path / "custom").mkdir()
+        (tmp_path / "custom" / "sitecustomize.py").write_text(code)
+
+    monkeypatch.syspath_prepend(tmp_path / "custom")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "custom"))
+    return write
+
+
+def test_what_is_printed_in_a_worker_is_no_answer(saved, custom, tmp_path):
+    custom(f"print('hello' * 1000); open({str(tmp_path / 'ran')!r}, 'w').close()")
+    workers = Workers(saved[1])
+    assert np.array_equal(workers.encode("abc abd"), saved[0].encode("abc abd"))
+    workers.close()
+    assert (tmp_path / "ran").exists()  # so the caller's PYTHONPATH was kept
+
+
+@pytest.mark.parametrize("name", ["queue.py", "random.py", "typing.py", "numpy.py", "tokenizers.py", "llm.py"])
+def test_a_worker_takes_no_module_from_the_working_folder(saved, here, name):
+    (here / name).write_text("raise RuntimeError('not the module you meant')")
+    workers = Workers(saved[1])
+    assert np.array_equal(workers.encode("abc abd"), saved[0].encode("abc abd"))
+    workers.close()
+
+
+def test_a_worker_that_hangs_is_noticed(saved, custom, monkeypatch):
+    custom("import sys, time; print('waiting for a licence', file=sys.stderr, flush=True); time.sleep(60)")
+    monkeypatch.setattr(workers, "PATIENCE", 1)
+    pool = Workers(saved[1])
+    with pytest.raises(Failure, match="gave no answer for 1 s; its last words: waiting for a licence; "):
+        pool.encode("abc")
+    pool.close()
+    assert pool._all[0].process.returncode == -signal.SIGKILL
+
+
+def test_a_worker_that_cannot_start_says_why(saved, custom):
+    custom("import os; os.write(2, b'a trace\\nKeyError: 7\\n\\n'); os._exit(3)")
+    workers = Workers(saved[1])
+    with pytest.raises(Failure, match=r"ended \(exit code 3\); its last words: KeyError: 7; prepare the text again"):
+        workers.encode("abc")
+    workers.close()
 
 
 def test_large_texts_are_prepared_by_workers_with_the_same_ids(monkeypatch, tmp_path):

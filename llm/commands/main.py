@@ -7,6 +7,7 @@ from collections.abc import Callable
 from llm import __version__
 from llm.commands import streams
 from llm.errors import Failure, UserError
+from llm.interpreter import stand_in
 
 COMMANDS = {
     "prepare": "text to token files",
@@ -75,6 +76,11 @@ def outcome(name: str, work: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not (cause := stand_in()):
+            raise
+        print(f"error: {cause} ({type(error).__name__}: {error})", file=sys.stderr)
+        return 2
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from llm.commands.flags import Parser, add_settings, config_from, flag, typed_settings, warn
 from llm.config import FIELDS, PRESETS, TrainConfig
 from llm.errors import Failure, UserError
+from llm.interpreter import child_environment
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,7 +72,7 @@ def several(nproc: int, words: list[str]) -> int:
     torchrun = ("-m", "llm.commands.launch", "--standalone", f"--nproc_per_node={nproc}", "-m", "llm", "train")
     rest = [word for word in words if not word.startswith("--nproc=")]  # which torchrun would take for its own
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *torchrun, *rest])
+    os.execve(sys.executable, [sys.executable, *torchrun, *rest], child_environment())
 
 
 def train(argv: list[str], world: "World") -> int:

@@ -93,12 +93,14 @@ def beside(out_dir: "Path") -> Iterator[Callable[[], None]]:
     import threading
 
     from llm.commands.bars import log
+    from llm.interpreter import child_environment
 
     command = [sys.executable, "-m", "llm", "watch", "--until_eof", "--", str(out_dir)]
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     pipe, both = subprocess.PIPE, subprocess.STDOUT
     try:  # in a session of its own: Ctrl-C is for the training
-        page = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=both, start_new_session=True)
+        env = child_environment()
+        page = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=both, start_new_session=True)
     except OSError as error:
         reason = str(error.strerror)
         yield lambda: no_page(reason)

@@ -44,6 +44,7 @@ class Scenario:
     work: Callable[[Path, Promise], None]
     judge: Callable[[Path, list[str]], None]
     again: Callable[[Path], None]
+    overlay: bool = False  # of the disk
 
     def __str__(self) -> str:
         return self.name
@@ -77,7 +78,7 @@ def _one_fault(scenario: Scenario, folder: Path, fault: Fault) -> str:
     with process(DEAD):
         scenario.prepare(folder)
         end = "done"
-        with Disk(folder, fault) as disk:
+        with Disk(folder, fault, scenario.overlay) as disk:
             try:
                 scenario.work(folder, disk.mark)
             except Killed:
@@ -107,7 +108,7 @@ def survives_power_cuts(scenario: Scenario, place: Path) -> int:
     folder, count = place / "recorded", 0
     with process(DEAD):
         scenario.prepare(folder)
-        with Disk(folder) as disk:
+        with Disk(folder, overlay=scenario.overlay) as disk:
             scenario.work(folder, disk.mark)
     assert disk.marks, "nothing was promised"
     assert power.as_recorded(disk) == power.found(folder), "something went past the disk"
@@ -478,6 +479,35 @@ def _attempt(found: checkpoint.Groups, facts: dict[str, Any]) -> int:
     return int(attempt)
 
 
+# States in the lower layer of an overlay, which renames none of its folders.
+
+
+def _states_below(folder: Path) -> None:
+    _empty(folder)
+    two_states(folder)
+
+
+def _save_over(folder: Path, promise: Promise) -> None:
+    with storage.locked(folder, WHAT):
+        for attempt, step in ((3, 2), (4, 3)):
+            checkpoint.save_state(folder, step, groups(attempt), {"attempt": attempt}, 1, False)
+            promise(str(attempt))
+
+
+def _one_is_whole(folder: Path, promised: list[str]) -> None:
+    """What was promised is there. Before the first promise the state that is saved anew may be gone, not the other."""
+    _recovered(folder)
+    found, facts, _ = checkpoint.newest_state(folder)
+    assert _attempt(found, facts) >= max(map(int, promised), default=1)
+    _nothing_else(folder, "latest", *map(checkpoint.folder_name, checkpoint.saved_steps(folder)))
+
+
+def _save_once_more(folder: Path) -> None:
+    checkpoint.save_state(folder, 9, groups(5), {"attempt": 5}, 1, False)
+    assert checkpoint.saved_steps(folder) == [9]
+    assert _attempt(*checkpoint.load_state(folder / checkpoint.folder_name(9))) == 5
+
+
 FILE = Scenario("a file over an old one", _a_file, _write, _old_or_new, _write_once_more)
 FILE_BELOW = Scenario("a file in new folders", _empty, _write_below, _new_or_absent, _write_below_once_more)
 RECORD = Scenario("a record that grows", _a_record, _append, _as_appended, _append_once_more)
@@ -489,6 +519,7 @@ FOLDER = Scenario("a folder over an old one", _a_state, _place(_put), _first_or_
 FOLDER_INSISTED = Scenario("a folder, tried again", _a_state, _insist, _first_or_second, _place_once_more)
 SEVERAL = Scenario("several files", _files, _replace_together, _all_or_none, _replace_once_more)
 SEVERAL_PLAIN = Scenario("several files, plainly", _files, _replace_plainly, _all_or_none, _replace_once_more)
+OVERLAY = Scenario("states of a lower layer", _states_below, _save_over, _one_is_whole, _save_once_more, True)
 STORAGE = [FILE, FILE_BELOW, NEW_FOLDER, NEW_FOLDER_PLAIN, FOLDER, SEVERAL, SEVERAL_PLAIN]
 SAVES = [
     Saves((1, 2, 3), keep=1).scenario,

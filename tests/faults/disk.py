@@ -65,10 +65,11 @@ class Node:
 
 class Disk:
     """Use as a context manager. `log` is what happened, `count` how many operations were tried, `first` what was
-    there before."""
+    there before. With `overlay` a folder that was there before cannot be renamed, as in the lower layer of a
+    container's disk."""
 
-    def __init__(self, root: Path, fault: Fault | None = None) -> None:
-        self.root, self.fault = os.path.abspath(root), fault
+    def __init__(self, root: Path, fault: Fault | None = None, overlay: bool = False) -> None:
+        self.root, self.fault, self.overlay = os.path.abspath(root), fault, overlay
         self.log: list[Op] = []
         self.count = self.writes = self.renames = 0
         self.struck = self.dead = self.full = False
@@ -266,6 +267,8 @@ class Disk:
         assert new is not None, "a rename out of the disk"
         with self._operation("rename", old):
             number = self._number(os.lstat(old)) if os.path.lexists(old) else -1
+            if self.overlay and number in self.first and self.first[number].kind == "folder":
+                raise _error(errno.EXDEV, old)
             over = os.lstat(new) if number >= 0 and os.path.lexists(new) else None
             same = over is not None and os.path.samestat(os.lstat(old), over)
             self._real["replace"](source, target)

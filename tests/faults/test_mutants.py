@@ -34,8 +34,8 @@ def cuts(scenario: checks.Scenario) -> Check:
 
 ONE, TWO = checks.SAVES[0], checks.SAVES[1]
 BEST = checks.SAVES[2]
-FLUSHED = "            os.fsync(file.fileno())\n        os.replace(temporary, path)\n"
-RENAMED = "        os.replace(staging, folder / READY)\n"
+FLUSHED = "            _sync_file(file)\n        os.replace(temporary, path)\n"
+RENAMED = "        rename_folder(staging, folder / READY)\n"
 MANIFEST = '        write_json(temporary / "manifest.json", {"files": manifest})\n'
 PLACED = "        os.replace(temporary, final)\n"
 STATE = "    with storage.folder_in_place(final) as folder:\n"
@@ -49,7 +49,7 @@ MUTANTS = [
         storage,
         [
             ("            file.flush()\n", "            os.replace(temporary, path)\n            file.flush()\n"),
-            (FLUSHED, "            os.fsync(file.fileno())\n"),
+            (FLUSHED, "            _sync_file(file)\n"),
         ],
         cuts(checks.FILE),
     ),
@@ -100,7 +100,7 @@ MUTANTS = [
     Mutant(
         "a record is not flushed",
         storage,
-        [('    with open(path, "ab") as file:\n        os.fsync(file.fileno())\n', "")],
+        [('    with open(path, "ab") as file:\n        _sync_file(file)\n', "")],
         cuts(checks.RECORD_FLUSHED),
     ),
     # a folder with a manifest
@@ -109,7 +109,7 @@ MUTANTS = [
         storage,
         [
             (
-                "                os.fsync(file.fileno())\n            manifest[path.name]",
+                "                _sync_file(file)\n            manifest[path.name]",
                 "                pass\n            manifest[path.name]",
             )
         ],
@@ -130,7 +130,7 @@ MUTANTS = [
     Mutant(
         "the old folder goes first",
         storage,
-        [("            os.replace(final, aside)\n", "            shutil.rmtree(final)\n")],
+        [("            _free(final, aside)\n", "            shutil.rmtree(final)\n")],
         faults(checks.FOLDER),
     ),
     Mutant(
@@ -141,26 +141,21 @@ MUTANTS = [
                 "    temporary.mkdir()\n",
                 "    temporary = final\n    shutil.rmtree(final, ignore_errors=True)\n    temporary.mkdir()\n",
             ),
-            ("        if final.exists():\n            os.replace(final, aside)\n", ""),
+            ("        if final.exists():\n            _free(final, aside)\n", ""),
         ],
         faults(checks.NEW_FOLDER),
     ),
     Mutant(
         "what was set aside is not put back",
         storage,
-        [("            os.replace(path, path.with_name(left[1]))\n", "            shutil.rmtree(path)\n")],
+        [("            rename_folder(path, path.with_name(left[1]))\n", "            shutil.rmtree(path)\n")],
         faults(checks.FOLDER),
     ),
     # several files
     Mutant(
         "files of a transaction are not flushed",
         storage,
-        [
-            (
-                "                os.fsync(file.fileno())\n        sync_folder(staging)\n",
-                "                pass\n        sync_folder(staging)\n",
-            )
-        ],
+        [("        _sync_files(staging)\n", "")],
         cuts(checks.SEVERAL_PLAIN),
     ),
     Mutant(
@@ -249,8 +244,8 @@ MUTANTS = [
         storage,
         [
             (
-                "    os.replace(folder, temporary)\n    sync_folder(folder.parent)\n    shutil.rmtree(temporary)\n",
-                "    shutil.rmtree(folder)\n",
+                "    _free(folder, temporary)\n    sync_folder(folder.parent)\n    if temporary.exists():\n",
+                "    shutil.rmtree(folder)\n    if temporary.exists():\n",
             )
         ],
         faults(ONE),
@@ -260,11 +255,17 @@ MUTANTS = [
         storage,
         [
             (
-                "    os.replace(folder, temporary)\n    sync_folder(folder.parent)\n",
-                "    os.replace(folder, temporary)\n",
+                "    _free(folder, temporary)\n    sync_folder(folder.parent)\n",
+                "    _free(folder, temporary)\n",
             )
         ],
         cuts(ONE),
+    ),
+    Mutant(
+        "an overlay ends the saving",
+        storage,
+        [("        note(folder, REMOVED_SLOWLY, error)\n", "        raise\n")],
+        faults(checks.OVERLAY),
     ),
     Mutant(
         "the best is retired",

@@ -4,17 +4,18 @@ import errno
 import io
 import os
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from llm import storage
+from llm import checkpoint, storage
 from tests.faults import checks, power
 from tests.faults.disk import Disk, Fault, Killed
 
-FAULTY = [*checks.STORAGE, checks.RECORD, checks.FOLDER_INSISTED, *checks.SAVES]
+FAULTY = [*checks.STORAGE, checks.RECORD, checks.FOLDER_INSISTED, checks.OVERLAY, *checks.SAVES]
 
 
 @pytest.mark.parametrize("scenario", FAULTY, ids=str)
@@ -31,7 +32,7 @@ def test_a_record_is_as_it_was_after_a_failure(tmp_path):
     assert checks.survives_faults(checks.RECORD_GOES_ON, tmp_path)["done"] >= 6
 
 
-@pytest.mark.parametrize("scenario", [*checks.STORAGE, checks.RECORD_FLUSHED, *checks.SAVES], ids=str)
+@pytest.mark.parametrize("scenario", [*checks.STORAGE, checks.RECORD_FLUSHED, checks.OVERLAY, *checks.SAVES], ids=str)
 def test_the_power_may_go_at_any_moment(tmp_path, scenario, record_property):
     trees = checks.survives_power_cuts(scenario, tmp_path)
     assert trees >= 7
@@ -40,6 +41,43 @@ def test_the_power_may_go_at_any_moment(tmp_path, scenario, record_property):
 
 def test_only_one_holds_the_lock(tmp_path):
     checks.one_holder(tmp_path)
+
+
+@pytest.fixture
+def overlay(tmp_path):
+    """`overlay(folder)`: `folder` as the lower layer of an overlay; skipped where mounting is not permitted."""
+    merged = tmp_path / "merged"
+
+    def mount(lower: Path) -> Path:
+        for name in ("upper", "work", "merged"):
+            (tmp_path / name).mkdir()
+        layers = f"lowerdir={lower},upperdir={tmp_path / 'upper'},workdir={tmp_path / 'work'}"
+        words = ["mount", "-t", "overlay", "-o", layers, "none", str(merged)]
+        if subprocess.run(words, capture_output=True, check=False).returncode:
+            pytest.skip("mounting an overlay is not permitted here")
+        return merged
+
+    yield mount
+    if os.path.ismount(merged):
+        subprocess.run(["umount", merged], check=True)
+
+
+def test_an_overlay_of_the_system_is_no_obstacle(tmp_path, overlay):
+    """A container that starts from an image with a run and an interrupted preparation in it."""
+    lower = tmp_path / "lower"
+    checks.two_states(lower / "run")
+    storage.write_bytes(lower / "data" / storage.KEPT / "train-00000.bin", b"done")
+    merged = overlay(lower)
+    with pytest.raises(OSError, match="cross-device"):
+        os.replace(merged / "run" / "step-000001", merged / "run" / "other")
+    assert checkpoint.set_aside(merged / "run" / "step-000001").name == "damaged-step-000001"
+    checks._save_over(merged / "run", lambda mark: None)
+    assert checkpoint.saved_steps(merged / "run") == [3]
+    assert sorted(os.listdir(merged / "run")) == [".lock", "damaged-step-000001", "latest", "step-000003"]
+    storage.verify_folder(merged / "run" / "damaged-step-000001")
+    with storage.transaction(merged / "data", keep=True) as staging:
+        storage.write_bytes(staging / "meta.json", b"{}")
+    assert sorted(os.listdir(merged / "data")) == ["meta.json", "train-00000.bin"]
 
 
 # The disk itself.

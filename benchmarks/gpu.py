@@ -132,11 +132,11 @@ def ours(config: Any, tokens: Any, device: Any, side: str) -> tuple[Callable[[in
     from llm.train import train_step
 
     data = TokenData(Path(), tokens, tokens, config.model.vocab_size, True, "random", {})
-    trainer = build(config, data, None, device, torch.bfloat16)
-    trainer.model.train()
+    parts = build(config, data, None, device, torch.bfloat16)
+    parts.model.train()
     if config.compile:
-        compile_forward(trainer, lambda reason: print(reason, file=sys.stderr))
-    return lambda number: train_step(trainer, number).loss, trainer.model
+        compile_forward(parts, lambda reason: print(reason, file=sys.stderr))
+    return lambda number: train_step(parts, number).loss, parts.model
 
 
 def plain(config: Any, tokens: Any, device: Any, side: str) -> tuple[Callable[[int], Any], Any]:

@@ -107,38 +107,38 @@ def measure(world: Any, job: str, preset: str, steps: int, trace: str | None) ->
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 300_000).astype(np.uint16)
     data = TokenData(Path(), tokens, tokens, config.model.vocab_size, True, "random", {})
     device = choose_device("cpu")
-    trainer = build(config, data, None, device, choose_dtype("auto", device), world)
-    connect(trainer, print)
-    trainer.model.train()
-    exchanged = trainer.exchange
+    parts = build(config, data, None, device, choose_dtype("auto", device), world)
+    connect(parts, print)
+    parts.model.train()
+    exchanged = parts.exchange
     ms: dict[bool, list[float]] = {True: [], False: []}
     order = [True, True] + [True, False][: 2 if job == "ddp" else 1] * steps
     for number, exchange in enumerate(order):
-        trainer.exchange = exchanged if exchange else (lambda last: exchanged(False))
+        parts.exchange = exchanged if exchange else (lambda last: exchanged(False))
         world.gather(None)
         start = time.perf_counter()
-        train_step(trainer, number).loss.item()
+        train_step(parts, number).loss.item()
         ms[exchange].append(1000 * (time.perf_counter() - start))
     found: dict[str, Any] = {"ms": ms[True][2:]}
     if job == "ddp":
-        trainer.exchange = exchanged
-        facts = traced(trainer, trace)
+        parts.exchange = exchanged
+        facts = traced(parts, trace)
         few = {"batch_size": config.batch_size // 4, "gradient_accumulation_steps": 4}
-        trainer.config = dataclasses.replace(config, **few)
-        facts["accumulated"] = traced(trainer, None)["exchanges"]
+        parts.config = dataclasses.replace(config, **few)
+        facts["accumulated"] = traced(parts, None)["exchanges"]
         found |= {"ms_without_exchange": ms[False], **facts}
     return found
 
 
-def traced(trainer: Any, trace: str | None) -> dict[str, float]:
+def traced(parts: Any, trace: str | None) -> dict[str, float]:
     """Of one step: the gradients' exchanges, their seconds, and the share of these that lies within backward."""
     from torch.profiler import ProfilerActivity, profile
 
     from llm.train import train_step
 
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        train_step(trainer, 0).loss.item()
-    if trace and trainer.world.leads:
+        train_step(parts, 0).loss.item()
+    if trace and parts.world.leads:
         profiled.export_chrome_trace(trace)
     events = profiled.events() or []
     spans = [(e.time_range.start, e.time_range.end) for e in events if e.name == "gloo:all_reduce"]

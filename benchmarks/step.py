@@ -133,9 +133,9 @@ def ours(config: Any, tokens: Any) -> Callable[[int], float]:
 
     device = choose_device("cpu")
     data = TokenData(Path(), tokens, tokens, config.model.vocab_size, True, "random", {})
-    trainer = build(config, data, None, device, choose_dtype(config.dtype, device))
-    trainer.model.train()
-    return lambda number: train_step(trainer, number).loss.item()
+    parts = build(config, data, None, device, choose_dtype(config.dtype, device))
+    parts.model.train()
+    return lambda number: train_step(parts, number).loss.item()
 
 
 def plain_batch(config: Any, tokens: Any) -> tuple[Any, Any]:

@@ -16,7 +16,8 @@ from typing import Any
 from llm import storage
 from llm.config import TrainConfig, from_settings, read_toml, to_settings
 from llm.errors import UserError
-from llm.metrics import Row, losses
+from llm.lines import Row
+from llm.metrics import losses
 
 # what may differ: the seed, names and places, where it ran, how often it is looked at, when it stops
 FREE = {

@@ -90,13 +90,13 @@ class World:
             kind = UserError if isinstance(error, UserError) else Failure
             self._exchange({"error": kind.__name__, "words": f"{where}{error}"})
 
-    def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether any process raises it."""
+    def any(self, flag: bool) -> bool:
+        """Return whether any process raises its `flag`."""
         if self.size == 1:
-            return list(flags)
-        raised = torch.tensor(flags, dtype=torch.uint8)
+            return flag
+        raised = torch.tensor([flag], dtype=torch.uint8)
         dist.all_reduce(raised, dist.ReduceOp.MAX, self.group)
-        return [bool(flag) for flag in raised.tolist()]
+        return bool(raised.item())
 
     def sum(self, values: Tensor) -> Tensor:
         """Tensors on the CPU, added up over the processes, in place."""

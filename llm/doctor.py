@@ -259,7 +259,7 @@ def one_step(on: "torch.device", dropout: float = 0.0) -> Outcome:
     from llm.data import TokenData
     from llm.model import GPT
     from llm.optim import make_optimizer
-    from llm.state import Trainer
+    from llm.state import Parts
     from llm.train import train_step
 
     shape = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 64, "dropout": dropout}
@@ -273,8 +273,8 @@ def one_step(on: "torch.device", dropout: float = 0.0) -> Outcome:
     model.to(on).train()
     scaler = torch.amp.GradScaler(on.type, enabled=False)
     optimizer = make_optimizer(model, config)
-    trainer = Trainer(config, model, model, optimizer, scaler, data, None, on, torch.float32)
-    loss = train_step(trainer, 0).loss.item()
+    parts = Parts(config, model, model, optimizer, scaler, data, None, on, torch.float32)
+    loss = train_step(parts, 0).loss.item()
     after = [p.detach().cpu().double() for p in model.parameters()]
     gradient = torch.cat([p.grad.detach().cpu().double().flatten() for p in model.parameters() if p.grad is not None])
     return Outcome(loss, gradient, torch.cat([(b - a).flatten() for a, b in zip(before, after, strict=True)]))

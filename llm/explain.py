@@ -14,7 +14,8 @@ from pathlib import Path
 from llm.bands import Band, band_of_run, normal
 from llm.config import TrainConfig
 from llm.errors import UserError
-from llm.metrics import SPIKE_HISTORY, Row, best, losses, overfits_since, read_record
+from llm.lines import Row
+from llm.metrics import SPIKE_HISTORY, best, losses, overfits_since, read_record
 from llm.plot import landmark_losses
 
 MEANINGS = ("guessing", "token frequencies", "coherent text")  # of LANDMARKS

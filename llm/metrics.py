@@ -9,114 +9,52 @@ only where there are any, `refused` (steps whose batch gave a number that is not
 these rows.
 """
 
-import errno
-import json
 import math
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from llm import storage
+from llm import lines
 from llm.errors import UserError
+from llm.lines import Lines, Row, parse_object
 
 NAME = "metrics.jsonl"
 SPIKE_HISTORY = 50  # steps that a leap of the loss is judged by
 NUMBERS = ("loss", "bits_per_byte", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second", "mfu", "data_seconds")
 
-Row = dict[str, Any]
 
-
-class Record:
-    """Writes the record of `run_dir`, or does nothing where another process does. Rows that a full disk refused wait,
-    and go with the next.
-    """
+class Record(Lines):
+    """The record of the run in `run_dir`."""
 
     def __init__(self, run_dir: Path, writes: bool = True) -> None:
-        self.path, self.writes, self._waiting = run_dir / NAME, writes, b""
-        self.added = self._written = 0  # rows
-
-    def add(self, **row: Any) -> None:
-        """A row to be written. A number that is not finite becomes null: JSON has no NaN."""
-        if not self.writes:
-            return
-        plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self._waiting += json.dumps(plain, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        self.added += 1
-
-    def catch_up(self) -> None:
-        """Write the rows that wait, all or none. Raises OSError."""
-        if self._waiting:
-            storage.append(self.path, self._waiting)
-            self._waiting, self._written = b"", self.added
-
-    def flush(self, rows: int) -> None:
-        """Put the first `rows` rows added on the disk. Raises OSError, also if some of them still wait. The thread that
-        saves calls it, while the next rows are added.
-        """
-        if self._written < rows:
-            raise OSError(errno.ENOSPC, "its record could not be written", str(self.path))
-        storage.flush(self.path)
-
-    def cut(self, step: int) -> None:
-        """Drop the rows of steps beyond `step`, as `cut` does, and those that wait."""
-        self.catch_up()
-        if self.writes:
-            cut(self.path.parent, step)
+        super().__init__(run_dir / NAME, parse_row, writes)
 
 
 def cut(run_dir: Path, step: int) -> None:
-    """Drop the rows of steps beyond `step`, and a torn last line, so that a run resumed at `step` can go on.
+    """Drop the rows of steps beyond `step` and a torn last line, so that a run resumed at `step` can go on.
 
-    `cut(run_dir, -1)` empties the record. The file is replaced whole or not at all. Raises UserError as
-    `read_record` does, except that a record that is not there stays so.
+    A record that is not there stays absent. Raises UserError that names a damaged line.
     """
-    path = run_dir / NAME
-    if path.exists():
-        storage.write_bytes(path, b"".join(line + b"\n" for line, row in _lines(path) if row["step"] <= step))
+    lines.cut(run_dir / NAME, parse_row, step)
 
 
 def read_record(run_dir: Path) -> list[Row]:
-    """The rows of a run, each with every key (None where the row has nothing).
+    """Return the rows of a run, each with every key (None where the row has nothing).
 
-    A last line without its line break is left out unless it is whole: its writer was stopped there, or is
-    still writing. Raises UserError naming the folder if there is no record, or the line that is damaged.
+    Raises UserError that names the folder without a record, or the line that is damaged.
     """
-    return [row for _, row in _lines(run_dir / NAME)]
-
-
-def _lines(path: Path) -> Iterator[tuple[bytes, Row]]:
-    """Each line of a record, without its line break, and its row."""
+    path = run_dir / NAME
     try:
-        lines = path.read_bytes().split(b"\n")
+        return [row for _, row in lines.read(path, parse_row)]
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path.parent}: no run here (no {NAME}); give the folder of a training run") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = _parse(line)
-        except ValueError as error:
-            if number == len(lines):  # no line break after it: torn
-                return
-            raise UserError(f"{path}: line {number} is damaged ({error}); repair or remove that line") from None
-        yield line, row
 
 
-def _parse(line: bytes) -> Row:
-    """The row in a line; raises ValueError saying what is wrong. NaN, which others write, becomes None."""
-    try:
-        row = json.loads(line.decode(), parse_constant=lambda _: None)
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
-    if not isinstance(row, dict):
-        raise ValueError("not an object")
-    step, split = row.get("step"), row.get("split")
-    if type(step) is not int or not 0 <= step < 2**63:
-        raise ValueError("no step")
-    if split not in ("train", "val"):
+def parse_row(line: bytes) -> Row:
+    """Return the row in a line. Raises ValueError that says what is wrong with it."""
+    row = parse_object(line)
+    if row.get("split") not in ("train", "val"):
         raise ValueError("split is neither train nor val")
     for key in NUMBERS:
         value = row.setdefault(key, None)

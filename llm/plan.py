@@ -31,7 +31,7 @@ from llm.loss import chunk_rows
 from llm.model import SHORT
 from llm.prepare import default_folder, prepare
 from llm.start import build
-from llm.state import Trainer
+from llm.state import Parts
 from llm.tokens import GPT2_VOCAB, check_length, has_tokens, read_meta, vocabulary_of
 from llm.train import train_step
 
@@ -262,8 +262,8 @@ def probe(config: TrainConfig) -> Pace:
     block, vocabulary = config.model.block_size, config.model.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocabulary, max(100_000, 2 * block)).astype(np.uint32)
     data = TokenData(Path(), tokens, tokens[: max(WINDOW_TOKENS, block) + 1], vocabulary, True, "random", {})
-    trainer = build(config, data, None, device, choose_dtype(config.dtype, device))
-    return Pace(_stepping(trainer), _evaluating(trainer), _sampling(trainer))
+    parts = build(config, data, None, device, choose_dtype(config.dtype, device))
+    return Pace(_stepping(parts), _evaluating(parts), _sampling(parts))
 
 
 def _median(work: Callable[[int], object], seconds: float) -> float:
@@ -276,31 +276,31 @@ def _median(work: Callable[[int], object], seconds: float) -> float:
     return statistics.median(times)
 
 
-def _stepping(trainer: Trainer) -> float:
+def _stepping(parts: Parts) -> float:
     """Seconds of a step. A long one is counted up from fewer windows and micro-batches: the time of a step is that of
     its optimizer, and as many times that of a window as there are windows. What is counted up is the best of several
     measured in turn, since one that other work held up would count as many times.
     """
-    config = trainer.config
+    config = parts.config
 
-    def smaller(windows: int, micro_batches: int) -> Trainer:
+    def smaller(windows: int, micro_batches: int) -> Parts:
         few = from_settings({"batch_size": windows, "gradient_accumulation_steps": micro_batches}, config)
-        return dataclasses.replace(trainer, config=few)
+        return dataclasses.replace(parts, config=few)
 
-    def timed(trainer: Trainer, number: int) -> float:
+    def timed(smaller_parts: Parts, number: int) -> float:
         start = time.perf_counter()
-        train_step(trainer, number).loss.item()
+        train_step(smaller_parts, number).loss.item()
         return time.perf_counter() - start
 
-    trainer.model.train()
+    parts.model.train()
     windows, one = 0, 0.0
     while windows < config.batch_size and one < PROBE_SECONDS / 10:
         windows = min(max(1, 4 * windows), config.batch_size)
         single = smaller(windows, 1)
         one = min(timed(single, number) for number in range(3))  # the first sets up
     if windows == config.batch_size and one * config.gradient_accumulation_steps < PROBE_SECONDS / 2:
-        train_step(trainer, 0).loss.item()  # sets up
-        return _median(lambda number: train_step(trainer, number).loss.item(), PROBE_SECONDS)
+        train_step(parts, 0).loss.item()  # sets up
+        return _median(lambda number: train_step(parts, number).loss.item(), PROBE_SECONDS)
     double, two = smaller(windows, 2), math.inf
     began, rounds = time.perf_counter(), 0
     while rounds < 2 or time.perf_counter() - began < PROBE_SECONDS:
@@ -312,17 +312,17 @@ def _stepping(trainer: Trainer) -> float:
     return one + (two - one) * (config.windows_per_step / windows - 1)
 
 
-def _evaluating(trainer: Trainer) -> float:
-    val, block = trainer.data.val, trainer.config.model.block_size
-    with precision(trainer.dtype, trainer.device):
-        evaluate(trainer.model, val, block, len(val))
-        return _median(lambda _: evaluate(trainer.model, val, block, len(val)), 0.5) / (len(val) - 1)
+def _evaluating(parts: Parts) -> float:
+    val, block = parts.data.val, parts.config.model.block_size
+    with precision(parts.dtype, parts.device):
+        evaluate(parts.model, val, block, len(val))
+        return _median(lambda _: evaluate(parts.model, val, block, len(val)), 0.5) / (len(val) - 1)
 
 
-def _sampling(trainer: Trainer) -> float:
-    count, prompt = 30, torch.zeros(1, 1, dtype=torch.int64, device=trainer.device)
-    with precision(trainer.dtype, trainer.device):
-        return _median(lambda _: list(generate(trainer.model, prompt, count)), 0.5) / count
+def _sampling(parts: Parts) -> float:
+    count, prompt = 30, torch.zeros(1, 1, dtype=torch.int64, device=parts.device)
+    with precision(parts.dtype, parts.device):
+        return _median(lambda _: list(generate(parts.model, prompt, count)), 0.5) / count
 
 
 def run_seconds(config: TrainConfig, text: Text, pace: Pace) -> dict[str, float]:

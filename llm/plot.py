@@ -15,7 +15,8 @@ from llm import storage
 from llm.bands import Band, band_of_run, normal
 from llm.config import TrainConfig, read_toml
 from llm.errors import UserError
-from llm.metrics import Row, best, losses, overfits_since, read_record
+from llm.lines import Row
+from llm.metrics import best, losses, overfits_since, read_record
 from llm.schedule import lr_at
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Batches that cannot be trained on: how many in a row, and where in the model their numbers stop being finite."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,10 +8,18 @@ from torch import Tensor, nn
 
 from llm.device import precision
 from llm.distributed import ALONE, World, whole
-from llm.state import Progress, Trainer
+from llm.state import Parts, Progress
 
 FINITE = "nothing: it is finite now"
 IN_A_ROW = 3  # refused batches after which a run goes back to its last saved state
+
+
+class NotFinite(Exception):
+    """A number is not finite: `batches` are the steps that were refused one after the other, none for a weight."""
+
+    def __init__(self, reason: str, batches: Sequence[int] = ()) -> None:
+        super().__init__(reason)
+        self.batches = list(batches)
 
 
 def refused_in_a_row(progress: Progress) -> list[int]:
@@ -46,7 +54,7 @@ def where_it_breaks(model: nn.Module, loss_of: Callable[[], Tensor], world: Worl
         for hook in hooks:
             hook.remove()
     broke = found[0] if found else FINITE if torch.isfinite(loss) else "the loss"
-    if world.any(broke != FINITE)[0]:
+    if world.any(broke != FINITE):
         return broke
     loss.backward()  # type: ignore[no-untyped-call]
     grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
@@ -55,13 +63,13 @@ def where_it_breaks(model: nn.Module, loss_of: Callable[[], Tensor], world: Worl
     return f"gradient of {broken[-1]}" if broken else FINITE
 
 
-def describe_batch(trainer: Trainer, step: int, x: Tensor, y: Tensor, seeds: Tensor) -> dict[str, Any]:
+def describe_batch(parts: Parts, step: int, x: Tensor, y: Tensor, seeds: Tensor) -> dict[str, Any]:
     """The batch of the update that completes `step`: its windows as text, and where its numbers break first."""
 
     def loss() -> Tensor:
-        with precision(trainer.dtype, trainer.device):
-            return trainer.model(x, y, seeds)[1]  # type: ignore[no-any-return]
+        with precision(parts.dtype, parts.device):
+            return parts.model(x, y, seeds)[1]  # type: ignore[no-any-return]
 
-    first = where_it_breaks(trainer.model, loss, trainer.world)
-    decode = trainer.tokenizer.decode if trainer.tokenizer else str
+    first = where_it_breaks(parts.model, loss, parts.world)
+    decode = parts.tokenizer.decode if parts.tokenizer else str
     return {"step": step, "first": first, "windows": [decode(ids.tolist()) for ids in x.cpu()]}

@@ -25,8 +25,9 @@ from llm.data import TokenData
 from llm.device import choose_device, choose_dtype, precision
 from llm.errors import Failure, UserError
 from llm.explain import explain
+from llm.lines import Row
 from llm.memorised import draw, longest_seen, run_tokens, share_seen, spread_windows
-from llm.metrics import Row, best, losses, read_record
+from llm.metrics import best, losses, read_record
 from llm.model import GPT
 from llm.plot import plain, thinned
 from llm.run import Run
@@ -257,29 +258,19 @@ def tokenizer_of(run: Run, trouble: list[str]) -> Tokenizer | None:
 
 
 def samples_of(run: Run, rows: list[Row]) -> list[Sample]:
-    """The samples of a run, cut to SAMPLE_LENGTH: samples.txt, told apart by the headings that its record asks for."""
+    """Return the samples of a run, each cut to SAMPLE_LENGTH characters; none where they cannot be read."""
     try:
-        text = (run.path / "samples.txt").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        written = run.samples
+    except UserError:
         return []
-    heads, at = [], 0
-    for step, loss in losses(rows, "val"):
-        head = f"--- step {step} | val {loss:.4f} ---\n"
-        found = text.find(head, at)
-        while found > 0 and text[found - 2 : found] != "\n\n":  # words of a sample
-            found = text.find(head, found + 1)
-        if found >= 0:
-            at = found + len(head)
-            heads.append((step, loss, found, at))
-    low, prompt, samples = best(rows), visible(run.config.sample_prompt or ""), []
-    ends = [*(found for _, _, found, _ in heads[1:]), len(text)]
-    for place, (step, loss, _, start) in enumerate(heads):
-        body = text[start : ends[place]].removesuffix("\n\n")
-        kept = visible(body[:SAMPLE_LENGTH])
-        begins = prompt if kept.startswith(prompt) else ""
-        notable = place in (0, len(heads) - 1) or (low is not None and step == low["step"])
-        samples.append(Sample(step, loss, begins, kept[len(begins) :], max(0, len(body) - SAMPLE_LENGTH), notable))
-    return samples
+    low, found = best(rows), []
+    for place, sample in enumerate(written):
+        prompt = visible(sample.prompt)[:SAMPLE_LENGTH]
+        kept = SAMPLE_LENGTH - len(prompt)
+        notable = place in (0, len(written) - 1) or (low is not None and sample.step == low["step"])
+        left_out = max(0, len(sample.text) - kept)
+        found.append(Sample(sample.step, sample.val_loss, prompt, visible(sample.text[:kept]), left_out, notable))
+    return found
 
 
 def evenly(items: list[Any], most: int) -> list[Any]:

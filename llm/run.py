@@ -21,13 +21,15 @@ from llm import metrics
 from llm.config import FIELDS, TrainConfig, check_path, expanded, field_type, over_preset, read_toml, to_settings
 from llm.device import choose_device
 from llm.errors import Failure, UserError
+from llm.events import Line, Notice
 from llm.generate import continue_text
-from llm.metrics import Row
+from llm.lines import Row
 from llm.model import GPT
 from llm.plot import draw, plain, plot_runs
-from llm.start import Say, begun, resumed
+from llm.samples import Sample, read_samples
+from llm.start import Say, new_run, resume_run
 from llm.tokenizer import Tokenizer, gpt2, load_tokenizer
-from llm.train import Line, Notice
+from llm.train import train
 from llm.weights import load_model, run_config
 
 if TYPE_CHECKING:
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 
 CELL = 'style="text-align: left; vertical-align: top"'
 SHOWN = 2000  # characters of a sample in a notebook
-HEADING = re.compile(r"\n\n--- step \d+ \| val \S+ ---\n")  # of a sample, as llm.train writes it
 # a command line, which stays; or a flag and the word after it, which is its value only where nothing else follows
 FLAG = re.compile(
     r"losscurve [^,;)]*|--(?P<name>[a-z]\w*)(?:[ =](?P<value>'[^']*'|(?!--)[\w./~-]*[\w/])(?P<end>(?=$|[,;)]| --))?)?"
@@ -92,11 +93,9 @@ class Run:
         return prompt + tokenizer.decode([token for (token,) in tokens])
 
     @property
-    def samples(self) -> list[tuple[int, str]]:
-        """(step, sample) of each evaluation that has one."""
-        path = self.path / "samples.txt"
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        return samples_in(text, self.record)
+    def samples(self) -> list[Sample]:
+        """What the run wrote at its evaluations, oldest first."""
+        return read_samples(self.path)
 
     def changed(self) -> dict[str, Any]:
         """The settings that differ from the defaults, the run's folders left out."""
@@ -135,9 +134,9 @@ class Run:
             f"<h3>{name}</h3><table>{told}</table>",
             f'<img alt="loss curve of {name}" style="width: 45em" src="data:image/png;base64,{picture}">',
         ]
-        for at, text in samples[-1:]:
-            sample = html.escape(text[:SHOWN])
-            shown.append(f'<p>sample at step {at:,}:</p><pre style="white-space: pre-wrap">{sample}</pre>')
+        for sample in samples[-1:]:
+            text = html.escape((sample.prompt + sample.text)[:SHOWN])
+            shown.append(f'<p>sample at step {sample.step:,}:</p><pre style="white-space: pre-wrap">{text}</pre>')
         return "".join(shown)
 
     def plot(self, out: str | Path | None = None) -> "Figure":
@@ -145,24 +144,6 @@ class Run:
         if out is not None:
             plot_runs([self.path], Path(expanded(str(out))))
         return draw([self.path])
-
-
-def samples_in(text: str, rows: list[Row]) -> list[tuple[int, str]]:
-    """(step, sample) of what stands in a samples.txt, by the headings that the evaluations in `rows` gave: a sample
-    may hold a line that looks like one. What follows them is of evaluations that were cut back.
-    """
-    heads, at = [], 0
-    for step, loss in metrics.losses(rows, "val"):
-        head = f"--- step {step} | val {loss:.4f} ---\n"
-        found = text.find(head, at)
-        while found > 0 and text[found - 2 : found] != "\n\n":
-            found = text.find(head, found + 1)
-        if found >= 0:
-            at = found + len(head)
-            heads.append((step, found, at))
-    beyond = HEADING.search(text, at)
-    ends = [found for _, found, _ in heads[1:]] + [beyond.start() if beyond else len(text)]
-    return [(step, text[at:end].removesuffix("\n\n")) for (step, _, at), end in zip(heads, ends, strict=False)]
 
 
 def fit(
@@ -189,13 +170,13 @@ def fit(
 
     with words_of_python():
         if resume:
-            opened = resumed(Path(out_dir), given, say=tell)
+            opened = resume_run(Path(out_dir), given, say=tell)
         else:
             config = over_preset(read_toml(preset) if preset else {}, given, tell)
-            opened = begun(config, overwrite=overwrite, say=tell)
+            opened = new_run(config, overwrite=overwrite, say=tell)
         with opened as training, interrupts() as caught:
             training.stop = lambda: bool(caught)
-            for event in training:
+            for event in train(training):
                 if isinstance(event, Line):
                     say(str(event))
                 elif isinstance(event, Notice):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from llm.config import GPTConfig, TrainConfig, from_settings, read_toml
 from llm.errors import UserError
-from llm.metrics import NAME, Row, best, losses, read_record
+from llm.lines import Row
+from llm.metrics import NAME, best, losses, read_record
 
 FOLDERS = 20_000  # looked into by one search
 PASSED_BY = re.compile(r"\..*|(damaged-)?step-\d+.*|node_modules|__pycache__")

@@ -24,16 +24,17 @@ from llm.device import DTYPES, choose_device, choose_dtype, environment, fast_pr
 from llm.distributed import ALONE, World
 from llm.errors import Failure, UserError
 from llm.foreign import characters
+from llm.live import LiveRun
 from llm.loss import linear_cross_entropy
 from llm.model import GPT
 from llm.optim import make_optimizer
 from llm.parallel import check_parallel, exchanging, recompute_activations, shard_model
 from llm.prepare import default_folder, ensure, made_from, unused
 from llm.run_data import beside, open_run_data, places_of
-from llm.state import Progress, Trainer, newest_state, restore
+from llm.samples import Samples
+from llm.state import Parts, Progress, newest_state, restore
 from llm.tokenizer import Tokenizer, gpt2, load_tokenizer, save_tokenizer
 from llm.tokens import GPT2_VOCAB
-from llm.train import Training
 from llm.weights import read_weights, run_config, weights_file
 
 # what a resumed run may change: none of it alters a batch, a draw or the shape of the model
@@ -44,7 +45,16 @@ RESUMABLE = {
 }
 SPLIT = "batch_size x gradient_accumulation_steps"  # of a step's windows: another split of the same is the same run
 OURS = (
-    *("config.toml", "metrics.jsonl", "env.json", "tokenizer.json", "samples.txt", "loss_curve.png", "refused.json"),
+    *(
+        "config.toml",
+        "metrics.jsonl",
+        "env.json",
+        "tokenizer.json",
+        "samples.jsonl",
+        "samples.txt",
+        "loss_curve.png",
+        "refused.json",
+    ),
     "report.html",
 )
 WEIGHTS = ("model.pt", "best.pt")
@@ -52,13 +62,13 @@ Say = Callable[[str], None]
 
 
 @contextmanager
-def begun(
+def new_run(
     config: TrainConfig,
     overwrite: bool = False,
     say: Say = lambda _: None,
     progress: Any = None,
     world: World = ALONE,
-) -> Iterator[Training]:
+) -> Iterator[LiveRun]:
     """A new run, ready to iterate over. The folder is locked until the block ends.
 
     Everything is checked before the run folder is touched; the text may have been tokenized by then. Of several
@@ -93,10 +103,10 @@ def begun(
                 tokenizer.encode(prompt)  # says now if it has a character that is not in the vocabulary
             config = resolved(config, data, dtype, prompt)
             agree(config, data, device, world)
-        trainer = build(config, data, tokenizer, device, dtype, world, weights)
+        parts = build(config, data, tokenizer, device, dtype, world, weights)
         with world.together():
             if world.leads:
-                storage.check_writable(out_dir, disk_needed(trainer.model, config))
+                storage.check_writable(out_dir, disk_needed(parts.model, config))
                 stack.enter_context(storage.locked(out_dir, "this run folder"))
                 refuse_existing(out_dir, overwrite)
                 clear(out_dir)
@@ -106,8 +116,8 @@ def begun(
                     save_tokenizer(tokenizer, out_dir / "tokenizer.json")
                 say_limits(say)
             world.begun()
-        connect(trainer, say)
-        yield Training(trainer, out_dir, Progress(), prompt)
+        connect(parts, say)
+        yield LiveRun(parts, out_dir, Progress(), prompt)
 
 
 def local_rank(world: World) -> int | None:
@@ -175,9 +185,9 @@ def starting_point(config: TrainConfig, say: Say) -> tuple[TrainConfig, dict[str
 
 
 @contextmanager
-def resumed(
+def resume_run(
     out_dir: Path, changes: dict[str, Any], say: Say = lambda _: None, world: World = ALONE
-) -> Iterator[Training]:
+) -> Iterator[LiveRun]:
     """The run in `out_dir`, going on from its newest saved state that verifies, in as many processes as there are.
 
     `changes` are settings that differ from the run's own, of those in RESUMABLE. Raises UserError
@@ -201,11 +211,11 @@ def resumed(
             config = from_settings({"data_dir": beside(data.folder, out_dir)}, config)
             tokenizer = run_tokenizer(out_dir, config.model.vocab_size, say, data.folder)
             agree(config, data, device, world)
-        trainer = build(config, data, tokenizer, device, DTYPES[config.dtype], world)
-        restored = restore(trainer, groups, facts)
+        parts = build(config, data, tokenizer, device, DTYPES[config.dtype], world)
+        restored = restore(parts, groups, facts)
         with world.together():
             if world.leads:
-                storage.check_writable(out_dir, disk_needed(trainer.model, config))
+                storage.check_writable(out_dir, disk_needed(parts.model, config))
                 for state, reason in passed_over.items():
                     say(f"passed over a saved state: {reason}; it is now {checkpoint.set_aside(state).name}")
                 say_changes(out_dir, data, say)
@@ -220,10 +230,11 @@ def resumed(
                 if config != before:
                     storage.write_text(out_dir / "config.toml", write_toml(config))
                 metrics.cut(out_dir, restored.step)
+                Samples(out_dir).cut(restored.step)
                 say_limits(say)
             world.begun()
-        connect(trainer, say)
-        yield Training(trainer, out_dir, restored, config.sample_prompt or "\n")
+        connect(parts, say)
+        yield LiveRun(parts, out_dir, restored, config.sample_prompt or "\n")
 
 
 def say_limits(say: Say) -> None:
@@ -454,7 +465,7 @@ def build(
     dtype: torch.dtype,
     world: World = ALONE,
     weights: dict[str, Tensor] | None = None,
-) -> Trainer:
+) -> Parts:
     """Model, optimizer and loss scaling, with the initial weights that the seed decides, or those given."""
     keep_memory()
     fast_products(device)
@@ -468,50 +479,50 @@ def build(
     if config.parallel == "fsdp" and world.started:
         shard_model(model, world, device, dtype, config.cpu_offload)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return Trainer(config, model, model, make_optimizer(model, config), scaler, data, tokenizer, device, dtype, world)
+    return Parts(config, model, model, make_optimizer(model, config), scaler, data, tokenizer, device, dtype, world)
 
 
-def connect(trainer: Trainer, say: Say) -> None:
+def connect(parts: Parts, say: Say) -> None:
     """The forward to train by: compiled where that is asked for, its gradients exchanged where there are several."""
-    if trainer.config.compile:
-        compile_forward(trainer, say)
-    if trainer.config.parallel == "fsdp" and not trainer.world.started:
+    if parts.config.compile:
+        compile_forward(parts, say)
+    if parts.config.parallel == "fsdp" and not parts.world.started:
         say("parallel = 'fsdp' needs torchrun; in this one process there is nothing to share")
-    trainer.forward, trainer.exchange = exchanging(trainer.model, trainer.forward, trainer.world)
-    if trainer.config.parallel == "ddp" and trainer.world.size > 1:
+    parts.forward, parts.exchange = exchanging(parts.model, parts.forward, parts.world)
+    if parts.config.parallel == "ddp" and parts.world.size > 1:
         # DDP settles what it adds up together, and so in which order, after the first backward: a resumed run would
         # take its first step in another order than the run that was never stopped
-        try_out(trainer, trainer.forward)
+        try_out(parts, parts.forward)
 
 
-def try_out(trainer: Trainer, forward: Callable[..., Any]) -> None:
+def try_out(parts: Parts, forward: Callable[..., Any]) -> None:
     """Forward and backward as in a step, of nothing and for nothing."""
-    config = trainer.config
-    windows = min(config.batch_size, config.share(trainer.world.size)[0])
-    ids = torch.zeros(windows, config.model.block_size, dtype=torch.int64, device=trainer.device)
+    config = parts.config
+    windows = min(config.batch_size, config.share(parts.world.size)[0])
+    ids = torch.zeros(windows, config.model.block_size, dtype=torch.int64, device=parts.device)
     try:
-        with precision(trainer.dtype, trainer.device):
+        with precision(parts.dtype, parts.device):
             loss: Any = forward(ids, ids, ids[:, 0].int())[1]
         loss.backward()
     finally:
-        trainer.model.zero_grad(set_to_none=True)
+        parts.model.zero_grad(set_to_none=True)
 
 
-def compile_forward(trainer: Trainer, say: Say) -> None:
+def compile_forward(parts: Parts, say: Say) -> None:
     """Train through torch.compile; where it cannot work here, say so in one line and go on without.
 
     The blocks are compiled; the loss stays as it is, since it is one product after another, and so does the
     embedding: compiled code adds up its gradient in the order in which threads happen to come.
     """
-    model = trainer.model
+    model = parts.model
     stream = torch.compile(model.stream)
 
     def forward(idx: Tensor, targets: Tensor, seeds: Tensor) -> tuple[None, Tensor]:
         return None, linear_cross_entropy(stream(model.wte(idx), seeds=seeds), model.lm_head.weight, targets)
 
     try:
-        try_out(trainer, forward)
-        trainer.forward = forward
+        try_out(parts, forward)
+        parts.forward = forward
     except Exception as error:  # whatever a compiler can raise: the run does not depend on it
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         say(f"torch.compile does not work here, training without it ({reason})")

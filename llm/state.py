@@ -1,7 +1,8 @@
 """The state of a run: what it is made of, where it stands, how both get on the disk and back."""
 
 import io
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,32 +13,57 @@ from torch import Tensor, nn
 
 from llm import checkpoint, metrics, storage
 from llm.config import TrainConfig, to_settings
-from llm.data import TokenData
+from llm.data import TokenData, batch_at
+from llm.device import onto
 from llm.distributed import ALONE, World, receive
 from llm.errors import UserError
 from llm.model import GPT
-from llm.optim import AdamW
 from llm.tokenizer import Tokenizer
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass takes. B windows of T tokens, on the device."""
+
+    x: Tensor  # (B, T) int64
+    y: Tensor  # (B, T) int64, one token later
+    seeds: Tensor  # (B,) int32, by which dropout draws
+    parts: float  # micro-batches of this size that make up this process's share of the step
+    is_last: bool  # of the step
+
+
 @dataclass
-class Trainer:
-    """What a step works on. `forward` is the model, perhaps compiled or wrapped for many processes; `exchange(last)`
-    is the context of a micro-batch, so that gradients are exchanged with the last of a step.
+class Parts:
+    """What a step works on.
+
+    `forward` is the model, perhaps compiled or wrapped for many processes. `exchange(is_last)` is the context of a
+    micro-batch: gradients are exchanged between processes with the last one of a step.
     """
 
     config: TrainConfig
     model: GPT
     forward: Callable[..., Any]
-    optimizer: AdamW
-    scaler: torch.amp.GradScaler  # for float16; lets everything through where it is not enabled
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler  # for float16; passes everything through where it is not enabled
     data: TokenData
-    tokenizer: Tokenizer | None  # None: its vocabulary is not to be had, so no samples and no bits per byte
+    tokenizer: Tokenizer | None  # None: its vocabulary cannot be had, so no samples and no bits per byte
     device: torch.device
     dtype: torch.dtype
     world: World = ALONE
-    exchange: Callable[[bool], AbstractContextManager[Any]] = lambda last: nullcontext()
-    data_seconds: float = 0.0  # that making batches took, since the last training row
+    exchange: Callable[[bool], AbstractContextManager[Any]] = lambda is_last: nullcontext()
+    data_seconds: float = 0.0  # spent on making batches since the last training row
+
+    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        """Yield this process's share of the batch of `step`, in micro-batches of `batch_size` windows or fewer."""
+        config, start = self.config, time.perf_counter()
+        rows = self.world.rows(config.windows_per_step)
+        batch = batch_at(self.data.train, config.seed, step, config.windows_per_step, config.model.block_size, rows)
+        self.data_seconds += time.perf_counter() - start
+        count = len(batch.x)
+        for first in range(0, count, config.batch_size):
+            windows = slice(first, first + config.batch_size)
+            x, y, seeds = (onto(self.device, part[windows]) for part in (batch.x, batch.y, batch.seeds))
+            yield MicroBatch(x, y, seeds, count / len(x), first + len(x) == count)
 
 
 @dataclass
@@ -59,18 +85,17 @@ class Progress:
     best_loss: float | None = None  # lowest validation loss, nats per token
     last_loss: float | None = None  # newest validation loss
     stale: int = 0  # evaluations since the best
-    samples_size: int = 0  # bytes of samples.txt
 
 
-def tensors_of(trainer: Trainer) -> checkpoint.Groups:
+def tensors_of(parts: Parts) -> checkpoint.Groups:
     """The tensors to save, by group: the model's parameters (tied ones once) and the optimizer's state."""
     return {
-        "model": dict(trainer.model.named_parameters()),
-        "optimizer": optimizer_tensors(trainer.model, trainer.optimizer),
+        "model": dict(parts.model.named_parameters()),
+        "optimizer": optimizer_tensors(parts.model, parts.optimizer),
     }
 
 
-def optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     """The optimizer's state by parameter name: "exp_avg.h.0.ln_1.weight" and so on; for a checkpoint.
 
     Nothing before the first update: it is all zeros.
@@ -81,7 +106,9 @@ def optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
     return {f"{kind}.{name}": value for name, entry in named.items() for kind, value in entry.items()}
 
 
-def restore_optimizer(model: nn.Module, optimizer: AdamW, tensors: dict[str, Tensor], world: World = ALONE) -> None:
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor], world: World = ALONE
+) -> None:
     """Put the `optimizer_tensors` that rank 0 has back. Raises UserError where they are not this model's."""
     wanted = {
         f"{kind}.{name}": value for name, p in model.named_parameters() for kind, value in optimizer.state[p].items()
@@ -97,20 +124,20 @@ def restore_optimizer(model: nn.Module, optimizer: AdamW, tensors: dict[str, Ten
         receive(world, value, tensors.get(key)) if begun else value.zero_()
 
 
-def weights_of(trainer: Trainer, copies: checkpoint.Groups) -> dict[str, Tensor]:
+def weights_of(parts: Parts, copies: checkpoint.Groups) -> dict[str, Tensor]:
     """The model's state_dict out of copies of its parameters; tied weights are one parameter of two names."""
-    names = {id(p): name for name, p in trainer.model.named_parameters()}
-    whole = trainer.model.state_dict(keep_vars=True)
+    names = {id(p): name for name, p in parts.model.named_parameters()}
+    whole = parts.model.state_dict(keep_vars=True)
     return {key: copies["model"][names[id(p)]] for key, p in whole.items()}
 
 
-def facts_of(trainer: Trainer, progress: Progress) -> dict[str, Any]:
+def facts_of(parts: Parts, progress: Progress) -> dict[str, Any]:
     """All of a state that is not a tensor."""
     return {
         "progress": asdict(progress),
-        "scaler": trainer.scaler.state_dict(),
-        "data": trainer.data.hashes,
-        "settings": to_settings(trainer.config),
+        "scaler": parts.scaler.state_dict(),
+        "data": parts.data.hashes,
+        "settings": to_settings(parts.config),
     }
 
 
@@ -148,23 +175,23 @@ def newest_state(out_dir: Path, world: World) -> tuple[checkpoint.Groups, dict[s
     return groups, facts, {Path(folder): reason for folder, reason in passed_over.items()}
 
 
-def restore(trainer: Trainer, groups: checkpoint.Groups, facts: dict[str, Any]) -> Progress:
-    """Put a saved state, whose tensors rank 0 has, into the trainer's parts; returns where the run stood.
+def restore(parts: Parts, groups: checkpoint.Groups, facts: dict[str, Any]) -> Progress:
+    """Put a saved state, whose tensors rank 0 has, into the parts of a run; returns where it stood.
 
     Raises UserError where the state does not fit the model or the data.
     """
-    world, parameters, saved = trainer.world, dict(trainer.model.named_parameters()), groups.get("model", {})
+    world, parameters, saved = parts.world, dict(parts.model.named_parameters()), groups.get("model", {})
     with world.together():
-        if facts.get("data") != trainer.data.hashes:
-            raise UserError(f"{trainer.data.folder}: not the data this run was trained on; give the right --data_dir")
+        if facts.get("data") != parts.data.hashes:
+            raise UserError(f"{parts.data.folder}: not the data this run was trained on; give the right --data_dir")
         if world.leads and {k: v.shape for k, v in saved.items()} != {k: p.shape for k, p in parameters.items()}:
             raise UserError("saved state: its weights do not fit the settings in config.toml")
     with torch.no_grad():
         for name, p in parameters.items():
             receive(world, p, saved.get(name))
-    restore_optimizer(trainer.model, trainer.optimizer, groups.get("optimizer", {}), world)
+    restore_optimizer(parts.model, parts.optimizer, groups.get("optimizer", {}), world)
     try:
-        trainer.scaler.load_state_dict(facts["scaler"])
+        parts.scaler.load_state_dict(facts["scaler"])
         return Progress(**facts["progress"])
     except (KeyError, TypeError) as error:
         raise UserError(f"saved state: state.json is of another version ({error}); start another run") from None

@@ -1,4 +1,4 @@
-"""TensorBoard and W&B as views of a run: they are shown what stands in its metrics.jsonl and samples.txt.
+"""TensorBoard and W&B as views of a run: they are shown what stands in its metrics.jsonl and samples.jsonl.
 
 The record is the truth. A view begins with its first row, also after a resume, and replaces what the tracker had of
 this run before; so no row is missing, and none that was cut back stays. Beside a training a view lives in a thread of
@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 from llm import metrics, storage
 from llm.config import TrainConfig, to_settings
 from llm.errors import Failure, UserError
-from llm.metrics import Row
-from llm.run import samples_in
+from llm.lines import Row
+from llm.samples import read_samples
 
 SECONDS = 1.0  # between two looks at the record
 PATIENCE = 30.0  # seconds that a tracker has to finish, once the training has
@@ -196,14 +196,13 @@ class View:
         return anew
 
     def _new_samples(self) -> dict[int, str]:
-        """By step, the samples that were not shown yet."""
-        try:
-            text = (self.run_dir / "samples.txt").read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
-            return {}
-        new = {step: sample for step, sample in samples_in(text, self._evaluations) if step > self._sampled}
-        self._sampled = max(new, default=self._sampled)
-        return new
+        """Return by step the samples that were not shown yet, of evaluations that the record has."""
+        known = {row["step"] for row in self._evaluations}
+        found = [
+            sample for sample in read_samples(self.run_dir) if sample.step in known and sample.step > self._sampled
+        ]
+        self._sampled = max((sample.step for sample in found), default=self._sampled)
+        return {sample.step: sample.prompt + sample.text for sample in found}
 
 
 def scalars(row: Row) -> dict[str, float]:

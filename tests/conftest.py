@@ -15,6 +15,7 @@ import torch
 from llm import storage
 from llm.commands.main import main
 from llm.metrics import Record
+from llm.samples import Samples
 
 for number in (signal.SIGINT, signal.SIGHUP):  # ignored below `nohup` or a shell's `&`, and by all that we would start
     if signal.getsignal(number) is signal.SIG_IGN:
@@ -58,6 +59,15 @@ def append(run_dir: Path, **row: object) -> None:
     record = Record(run_dir)
     record.add(**row)
     record.catch_up()
+
+
+def write_samples(run_dir: Path, *samples: tuple[int, float, str], prompt: str = "") -> None:
+    """Replace the samples of a run: (step, validation loss, text) each."""
+    (run_dir / "samples.jsonl").unlink(missing_ok=True)
+    written = Samples(run_dir)
+    for step, loss, text in samples:
+        written.add(step=step, val_loss=loss, prompt=prompt, text=text)
+    written.catch_up()
 
 
 def environment() -> dict[str, str]:

@@ -138,22 +138,23 @@ def train(settings: dict[str, Any], resume: bool = False) -> dict[str, Any]:
     """A run, begun or gone on with, and all that this process saw of it: windows, draws of dropout, losses, weights."""
     from llm.config import from_settings
     from llm.distributed import joined, whole
+    from llm.events import Step
     from llm.saver import Saver
-    from llm.start import begun, resumed
+    from llm.start import new_run, resume_run
     from llm.state import tensors_of
-    from llm.train import Step
+    from llm.train import train as training_loop
 
     with joined() as world:
         opened = (
-            resumed(Path(settings["out_dir"]), settings, world=world)
+            resume_run(Path(settings["out_dir"]), settings, world=world)
             if resume
-            else begun(from_settings(settings), world=world)
+            else new_run(from_settings(settings), world=world)
         )
         with opened as training:
-            start = Saver().copy(tensors_of(training.trainer)), training.progress.step
-            with noting(training.trainer) as seen, mock.patch("llm.train.plot_runs"):  # pictures take their time
-                steps = [event for event in training if isinstance(event, Step)]
-        weights = {name: whole(p.detach()).cpu().clone() for name, p in training.trainer.model.named_parameters()}
+            start = Saver().copy(tensors_of(training.parts)), training.progress.step
+            with noting(training.parts) as seen, mock.patch("llm.evaluating.plot_runs"):  # pictures take their time
+                steps = [event for event in training_loop(training) if isinstance(event, Step)]
+        weights = {name: whole(p.detach()).cpu().clone() for name, p in training.parts.model.named_parameters()}
     return {
         "start": start,
         "seen": seen,
@@ -196,10 +197,10 @@ def evaluated(settings: dict[str, Any], cases: list[tuple[int, int]]) -> list[tu
     from llm.device import precision
     from llm.distributed import joined
     from llm.evaluate import evaluate
-    from llm.start import begun
+    from llm.start import new_run
 
-    with joined() as world, begun(from_settings(settings), world=world) as training:
-        trainer, found = training.trainer, []
+    with joined() as world, new_run(from_settings(settings), world=world) as training:
+        trainer, found = training.parts, []
         vocab_size, block_size = trainer.model.config.vocab_size, trainer.model.config.block_size
         tokens = np.random.default_rng(5).integers(0, vocab_size, 10**5).astype(np.uint16)
         with precision(trainer.dtype, trainer.device):
@@ -255,25 +256,26 @@ class Kill:
     @contextmanager
     def _hooked(self) -> Iterator[None]:
         import llm.saver
+        import llm.saving
         import llm.train
 
-        save, finite = llm.train.Training._save, llm.train.tensors_of
+        save, finite = llm.saving.save, llm.saving.tensors_of
 
-        def begins(trainer: Any) -> Any:  # what `not_finite` is asked about, and what is saved
-            step = int(max(entry["step"] for entry in trainer.optimizer.state.values()))
+        def begins(parts: Any) -> Any:  # what `not_finite` is asked about, and what is saved
+            step = int(max(entry["step"] for entry in parts.optimizer.state.values()))
             if step == self.step:
                 if not self.at:
                     os.kill(os.getpid(), signal.SIGSTOP)
                 self.saving = True
-            return finite(trainer)
+            return finite(parts)
 
         def ends(training: Any, wait: bool = False) -> Iterator[Any]:
             yield from save(training, wait)
             self.saving = False
 
         with (
-            mock.patch.object(llm.train, "tensors_of", begins),
-            mock.patch.object(llm.train.Training, "_save", ends),
+            mock.patch.object(llm.saving, "tensors_of", begins),
+            mock.patch.object(llm.train, "save", ends),
             mock.patch.object(llm.saver, "whole", self._counted(llm.saver.whole)),
             mock.patch.object(dist, "all_gather", self._counted(dist.all_gather)),
             mock.patch.object(dist, "all_reduce", self._counted(dist.all_reduce)),

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-from conftest import append, flags, words
+from conftest import append, flags, words, write_samples
 
 from llm.commands.main import main
 from llm.run import Run
@@ -139,9 +139,7 @@ def test_two_runs_lie_over_each_other_and_hostile_ones_stay_text(browser, tmp_pa
         fill(folder, range(6))
     (runs[1] / "config.toml").write_text("vocab_size = 100\nmax_steps = 100\nmax_lr = 0.5\n")
     sample = f"{HOSTILE}\x1b[31m \u202e<script>window.hacked=1</script>"
-    (runs[1] / "samples.txt").write_text(
-        f"--- step 0 | val 4.0000 ---\nearly\n\n--- step 5 | val 3.9500 ---\n{sample}\n\n", encoding="utf-8"
-    )
+    write_samples(runs[1], (0, 4.0, "early"), (5, 3.95, sample))
     with opened(browser, *runs, tmp_path / "not begun") as page:
         until(lambda: trace(page, "plain: training"), list(range(6)), "first run")
         validation = "document.getElementById('loss-chart').data.filter(trace => /validation/.test(trace.name))"

@@ -137,10 +137,10 @@ def another_rate(monkeypatch):
 def one_weight_not_updated(monkeypatch):
     whole = train_step
 
-    def step(trainer, number):
-        weight = trainer.model.h[0].mlp.c_fc.weight
+    def step(parts, number):
+        weight = parts.model.h[0].mlp.c_fc.weight
         before = weight.detach().clone()
-        done = whole(trainer, number)
+        done = whole(parts, number)
         weight.data.copy_(before)
         return done
 

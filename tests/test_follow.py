@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import append
+from conftest import append, write_samples
 
 from llm.metrics import cut
 from llm.page import follow, shown
@@ -95,7 +95,7 @@ def test_a_folder_deleted_under_it_is_waited_for(tmp_path):
     assert facts(follower)["there"] is False
     fill(run, range(5))
     append(run, **row(4, "val"))
-    (run / "samples.txt").write_text("--- step 4 | val 3.0000 ---\nwords\n\n")
+    write_samples(run, (4, 3.0, "words"))
     follower.look()
     assert (facts(follower)["there"], facts(follower)["samples"]) == (True, [4])
     shutil.rmtree(run)
@@ -162,7 +162,7 @@ def test_a_line_without_end_is_an_error_that_stays(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_what_is_no_plain_file_is_not_opened(tmp_path):
-    for name in ("metrics.jsonl", "samples.txt", "config.toml", "best.pt"):
+    for name in ("metrics.jsonl", "samples.jsonl", "config.toml", "best.pt"):
         os.mkfifo(tmp_path / name)  # to open one would wait for ever
     follower = Follower(tmp_path, "a")
     follower.look()
@@ -290,18 +290,11 @@ def test_many_evaluations_keep_the_best():
 # ---- facts
 
 
-def samples_file(folder, *blocks):
-    """samples.txt of (step, validation loss, text) each, replaced whole as a run does it."""
-    text = "".join(f"--- step {step} | val {loss:.4f} ---\n{words}\n\n" for step, loss, words in blocks)
-    (folder / "new").write_text(text, encoding="utf-8")
-    (folder / "new").replace(folder / "samples.txt")
-
-
 def test_a_sample_may_hold_a_line_that_looks_like_a_header(tmp_path):
     for step in (0, 10, 20):
         append(tmp_path, **row(step, "val", loss=4.0 - step / 100))
     fake = "téxt\n\n--- step 15 | val 1.0000 ---\nmore\n--- step 20 | val 3.8000 ---\nend"
-    samples_file(tmp_path, (0, 4.0, "first\n"), (10, 3.9, fake), (20, 3.8, ""))
+    write_samples(tmp_path, (0, 4.0, "first\n"), (10, 3.9, fake), (20, 3.8, ""))
     follower = Follower(tmp_path, "a")
     follower.look()
     assert facts(follower)["samples"] == [0, 10, 20]
@@ -313,16 +306,14 @@ def test_samples_are_followed_and_none_is_shown_of_another_step(tmp_path):
     follower, blocks = Follower(tmp_path, "a"), []
     for step in range(0, 50, 10):
         blocks.append((step, 4.0, f"sample {step}"))
-        samples_file(tmp_path, *blocks)
-        follower.look()  # between the two writes of a run
+        write_samples(tmp_path, *blocks)
+        follower.look()  # the record is written before it
         append(tmp_path, **row(step, "val", loss=4.0))
-        version = follower.version
         follower.look()
         assert facts(follower)["samples"] == [s for s, _, _ in blocks]
-        assert follower.version > version
-    samples_file(tmp_path, (0, 4.0, "a run begun anew"), (7, 4.0, "x" * 1000))
+    write_samples(tmp_path, (0, 4.0, "a run begun anew"), (7, 4.0, "x" * 1000))
     assert follower.sample(20) is None  # before the next look
-    (tmp_path / "samples.txt").unlink()
+    (tmp_path / "samples.jsonl").unlink()
     assert follower.sample(0) is None
     follower.look()
     assert facts(follower)["samples"] == []
@@ -348,7 +339,7 @@ def test_hostile_names_and_samples_come_out_only_as_text_in_json(tmp_path):
     folder = tmp_path / "<script>alert(1)<"
     fill(folder, range(3))
     append(folder, **row(3, "val", loss=4.0))
-    (folder / "samples.txt").write_text(f"--- step 3 | val 4.0000 ---\n{HOSTILE}\x1b[2J\x00\n\n")
+    write_samples(folder, (3, 4.0, f"{HOSTILE}\x1b[2J\x00"))
     follower = Follower(folder, names_of([folder])[0])
     follower.look()
     message = json.dumps(Viewer().news(follower))

@@ -8,7 +8,7 @@ import torch
 from llm.config import GPTConfig, TrainConfig
 from llm.errors import UserError
 from llm.model import GPT
-from llm.optim import EPS, make_optimizer, parameter_groups
+from llm.optim import clip_gradients, make_optimizer, parameter_groups
 from llm.state import optimizer_tensors, restore_optimizer
 
 SMALL = {"vocab_size": 23, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 8}
@@ -62,7 +62,7 @@ def test_the_split_spares_norms_biases_and_embeddings(tied, bias):
 def test_the_recipe_reaches_the_optimizer():
     optimizer = make_optimizer(small(), TrainConfig())
     (group,) = optimizer.param_groups
-    assert (group["lr"], group["betas"], group["weight_decay"], EPS) == (3e-4, (0.9, 0.95), 0.01, 1e-8)
+    assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (3e-4, (0.9, 0.95), 0.01, 1e-8)
     config = TrainConfig(max_lr=0.1, beta1=0.5, beta2=0.6, weight_decay=0.2, weight_decay_split=True)
     groups = make_optimizer(small(), config).param_groups
     assert [(g["lr"], g["betas"], g["weight_decay"]) for g in groups] == [
@@ -71,29 +71,38 @@ def test_the_recipe_reaches_the_optimizer():
     ]
 
 
-def test_pytorchs_own_adamw_bit_for_bit():
-    """With a parameter that has no gradient, and steps refused by `found_inf`."""
-    ours, theirs = small(), small()
-    mine = make_optimizer(ours, TrainConfig(weight_decay=0.3))
-    reference = torch.optim.AdamW(theirs.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.3, fused=True)
-    for step in range(4):
-        for model, optimizer in ((ours, mine), (theirs, reference)):
-            optimizer.found_inf = torch.tensor(float(step == 2))
-            give_gradients(model, step)
-            model.wpe.weight.grad = None
-            optimizer.step()
-    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(p, q), name
-        if name != "wpe.weight":
-            assert all(torch.equal(mine.state[p][key], value) for key, value in reference.state[q].items()), name
+def everything(model, optimizer):
+    """Weights and moments, copied."""
+    tensors = dict(model.named_parameters()) | {
+        str(key): value for key, value in optimizer_tensors(model, optimizer).items()
+    }
+    return {name: value.detach().clone() for name, value in tensors.items()}
 
 
-def test_zero_grad_leaves_no_gradient():
+def test_a_step_with_found_inf_changes_nothing():
+    """What torch.optim.AdamW promises for its gradient scaler, and what a refused batch relies on."""
     model = small()
-    optimizer = make_optimizer(model, TrainConfig())
+    optimizer = make_optimizer(model, TrainConfig(weight_decay=0.3))
+    update(model, optimizer, range(2))
+    before = everything(model, optimizer)
+    optimizer.found_inf = torch.ones(())
+    update(model, optimizer, [2])
+    assert all(torch.equal(value, before[name]) for name, value in everything(model, optimizer).items())
+    optimizer.found_inf = torch.zeros(())
+    update(model, optimizer, [2])
+    assert not any(torch.equal(value, before[name]) for name, value in everything(model, optimizer).items())
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 0.5, 1e6])
+def test_gradients_are_clipped_to_their_norm(grad_clip):
+    model, plain = small(), small()
     give_gradients(model, 0)
-    optimizer.zero_grad()
-    assert all(p.grad is None for p in model.parameters())
+    give_gradients(plain, 0)
+    norm = clip_gradients(model, grad_clip)
+    expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), grad_clip or torch.inf)
+    assert norm == pytest.approx(expected.item())
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad)
 
 
 @pytest.mark.parametrize("split", [False, True])

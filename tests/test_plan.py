@@ -208,15 +208,15 @@ def test_a_step_that_takes_long_is_counted_up_from_a_short_one(monkeypatch):
     class Loss:
         loss = torch.zeros(())
 
-    def train_step(trainer, step):
-        clock[0] += 0.005 + 0.02 * trainer.config.windows_per_step
-        done.append(trainer.config.windows_per_step)
+    def train_step(parts, step):
+        clock[0] += 0.005 + 0.02 * parts.config.windows_per_step
+        done.append(parts.config.windows_per_step)
         return Loss
 
     monkeypatch.setattr(plan.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(plan, "train_step", train_step)
     for name in ("_evaluating", "_sampling"):
-        monkeypatch.setattr(plan, name, lambda trainer: 1.0)
+        monkeypatch.setattr(plan, name, lambda parts: 1.0)
     for batch, micro_batches in ((12, 40), (1024, 1), (8, 1), (4, 2)):
         config = small(batch_size=batch, gradient_accumulation_steps=micro_batches)
         assert plan.probe(config).step == pytest.approx(0.005 + 0.02 * config.windows_per_step)

@@ -13,9 +13,10 @@ from llm import data, distributed, plan, prove, rehearse, start
 from llm.config import PRESETS, from_settings, read_toml, to_settings
 from llm.distributed import World
 from llm.errors import Failure
+from llm.events import Step
 from llm.rehearse import STEPS, Rehearsal, changes, differences, shrunk
-from llm.start import begun
-from llm.train import Step
+from llm.start import new_run
+from llm.train import train
 
 ROOT = Path(__file__).parent.parent
 KEPT = (
@@ -153,8 +154,8 @@ def test_a_resume_that_forgets_the_optimizer_fails_in_one_line(here, losscurve, 
 def ran(rehearsing: Rehearsal, folder: str) -> Path:
     """The small run, in this process."""
     config = from_settings({"out_dir": rehearsal_folder(rehearsing, folder)}, rehearsing.small)
-    with begun(config) as run:
-        assert sum(isinstance(event, Step) for event in run) == STEPS
+    with new_run(config) as run:
+        assert sum(isinstance(event, Step) for event in train(run)) == STEPS
     return Path(config.out_dir)
 
 
@@ -167,7 +168,7 @@ WRONG = {
         World, "rows", lambda self, count: slice(count // 2, count)
     ),
     "another batch": lambda patch: patch.setattr(
-        "llm.train.batch_at", lambda tokens, seed, step, *more: data.batch_at(tokens, seed, max(step, 1), *more)
+        "llm.state.batch_at", lambda tokens, seed, step, *more: data.batch_at(tokens, seed, max(step, 1), *more)
     ),
     "no clipping": lambda patch: patch.setattr("torch.nn.utils.clip_grads_with_norm_", lambda *_: None),
     "another learning rate": lambda patch: patch.setattr("llm.train.lr_at", lambda step, config: 1.01 * config.max_lr),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import append, flags
+from conftest import append, flags, write_samples
 
 from llm import bands, report
 from llm.bands import Band
@@ -77,7 +77,7 @@ def make_run(folder, steps=2000, samples=True, words="Speak, lord", **settings):
     folder.mkdir(parents=True)
     config = from_settings({"vocab_size": 50257, "max_steps": 2000, "sample_prompt": "ROMEO:"} | settings)
     (folder / "config.toml").write_text(write_toml(config), encoding="utf-8")
-    text = ""
+    written = []
     for step in range(0, steps + 1, 25):
         fall = 6.0 * math.exp(-step / 150)
         facts = {"lr": 3e-4, "tokens": step * 2048, "seconds": step / 2.5}
@@ -86,9 +86,9 @@ def make_run(folder, steps=2000, samples=True, words="Speak, lord", **settings):
         if step % 250 == 0:
             val = 4.78 + fall + max(0, step - 1000) / 4000
             append(folder, step=step, split="val", loss=val, bits_per_byte=val / 2, **facts)
-            text += f"--- step {step} | val {val:.4f} ---\nROMEO:\n{words} {step}\n\n"
+            written.append((step, val, f"\n{words} {step}"))
     if samples:
-        (folder / "samples.txt").write_text(text, encoding="utf-8")
+        write_samples(folder, *written, prompt="ROMEO:")
     return folder
 
 
@@ -269,7 +269,7 @@ def test_folders_of_the_machine_are_not_told(tmp_path):
     secret = {"data_dir": "/home/alice/secret/data", "out_dir": "/home/alice/runs/mine", "text": ["/home/alice/my.txt"]}
     run = make_run(tmp_path / "mine", **secret)
     append(run, step=2025, split="train", loss=9.0, spikes=[2020])
-    (run / "samples.txt").unlink()
+    (run / "samples.jsonl").unlink()
     report = gather(run)
     write_markdown(report, tmp_path / "card.md")
     for written in (page(report), (tmp_path / "card.md").read_text(encoding="utf-8")):
@@ -281,17 +281,17 @@ def test_folders_of_the_machine_are_not_told(tmp_path):
 
 def test_a_long_run_stays_small(tmp_path):
     run = make_run(tmp_path / "run", samples=False, max_steps=10**6)
-    rows, samples = [], ""
+    rows, samples = [], []
     for step in range(2001, 32001):
         rows.append(
             json.dumps({"step": step, "split": "train", "loss": 3 + step % 7 / 9, "lr": 1e-4, "grad_norm": 0.123456789})
         )
         if step % 100 == 0:
             rows.append(json.dumps({"step": step, "split": "val", "loss": 4.5}))
-            samples += f"--- step {step} | val 4.5000 ---\n{'<&' * 5000}\n\n"
+            samples.append((step, 4.5, "<&" * 5000))
     with (run / "metrics.jsonl").open("a") as file:
         file.write("\n".join(rows) + "\n")
-    (run / "samples.txt").write_text(samples)
+    write_samples(run, *samples)
     made = gather(run)
     html = page(made)
     assert len(html.encode()) < 2**20  # 6 MB are allowed
@@ -310,7 +310,7 @@ def test_parts_that_are_missing_say_so(run, losscurve, monkeypatch):
     (run / "model.pt").unlink()
     assert "no weights are saved yet" in read(run).text
     (run / "env.json").unlink()
-    (run / "samples.txt").unlink()
+    (run / "samples.jsonl").unlink()
     shown = read(run)
     assert "no env.json that can be read" in shown.text
     assert "no sample was written" in shown.text

@@ -4,7 +4,7 @@ import base64
 from html.parser import HTMLParser
 
 import pytest
-from conftest import SMALL, append
+from conftest import SMALL, append, write_samples
 
 from llm import Run, fit
 from llm.config import from_settings, write_toml
@@ -58,8 +58,8 @@ def test_a_notebook_shows_losses_curve_settings_and_a_sample(here):
     header, _, content = page.picture["src"].partition(",")
     assert header == "data:image/png;base64"
     assert base64.b64decode(content).startswith(b"\x89PNG")
-    assert page.text[-1] == run.samples[-1][1]
-    assert [step for step, _ in run.samples] == [0, 4, 8, 12]
+    assert page.text[-1] == run.samples[-1].prompt + run.samples[-1].text
+    assert [sample.step for sample in run.samples] == [0, 4, 8, 12]
 
 
 def test_what_differs_from_the_defaults_is_what_was_set(tmp_path):
@@ -78,7 +78,7 @@ def test_names_and_samples_are_text(tmp_path, evil):
         write_toml(from_settings({"text": evil, "sample_prompt": evil})), encoding="utf-8"
     )
     append(path, step=0, split="val", loss=5.0)
-    (path / "samples.txt").write_text(f"--- step 0 | val 5.0000 ---\n{evil}\n\n", encoding="utf-8")
+    write_samples(path, (0, 5.0, evil))
     page = Page(Run.open(path)._repr_html_())
     assert page.tags == ["h3", "table", *["tr", "th", "td"] * 4, "img", "p", "pre"]
     assert page.text[0] == path.name

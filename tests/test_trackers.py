@@ -14,13 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import append, environment, flags
+from conftest import append, environment, flags, write_samples
 
 from llm import metrics, trackers
 from llm.config import from_settings, to_settings, write_toml
 from llm.errors import Failure, UserError
 from llm.metrics import read_record
-from llm.run import samples_in
+from llm.samples import read_samples
 from llm.trackers import View, following, replay, scalars, starts
 
 TRAIN = f"train --text text.txt --data_dir data {flags()}"
@@ -139,14 +139,12 @@ def recorded(here):
     (path / "config.toml").write_text(write_toml(config), encoding="utf-8")
     numbers = {"lr": 1e-3, "grad_norm": 0.5, "tokens_per_second": 10.0, "mfu": 0.25}
     append(path, step=0, split="train", loss=5.0, lr=0.0, seconds=0.0, tokens=0)
-    text = ""
     for step in (0, 4, 8):
         if step:
             append(path, step=step - 2, split="train", loss=4.0 - step, tokens=step, seconds=step + 0.25, **numbers)
             append(path, step=step, split="train", loss=None, tokens=step, seconds=step + 0.5, **numbers, refused=[3])
         append(path, step=step, split="val", loss=5.0 - step / 4, bits_per_byte=2.5, lr=9.0, seconds=step + 1.0)
-        text += f"--- step {step} | val {5 - step / 4:.4f} ---\n<b>*{step}*</b>\n\n    &amp;\n\n"
-    (path / "samples.txt").write_text(text, encoding="utf-8")
+    write_samples(path, *((step, 5.0 - step / 4, f"<b>*{step}*</b>\n\n    &amp;") for step in (0, 4, 8)))
     return path
 
 
@@ -244,13 +242,12 @@ def test_a_view_tells_each_row_once_as_it_appears_and_each_sample_after_its_eval
     assert told.heard == [(0, "train"), (0, "val")]
     with open(record, "ab") as file:
         file.write(b'ain", "loss": 3.0}\n')
-    (tmp_path / "samples.txt").write_text("--- step 0 | val 4.0000 ---\nlate\n\n")  # written after the row was seen
+    write_samples(tmp_path, (0, 4.0, "late"))  # written after the row was seen
     view.look()
     assert told.heard[2:] == [(1, "train"), (0, "late")]
     append(tmp_path, step=2, split="val", loss=2.0)
     append(tmp_path, step=3, split="train", loss=2.0)
-    with open(tmp_path / "samples.txt", "a") as file:
-        file.write("--- step 2 | val 2.0000 ---\na\n\n--- step 9 | val 2.0000 ---\nb\n\n")
+    write_samples(tmp_path, (0, 4.0, "late"), (2, 2.0, "a"), (9, 2.0, "of an evaluation that is still to be recorded"))
     view.look()
     view.look()
     assert told.heard[4:] == [(2, "val"), (2, "a"), (3, "train")]
@@ -269,18 +266,6 @@ def test_numbers_that_are_none_are_not_shown():
     row = {"step": 1, "split": "train", "loss": float("nan"), "lr": None, "grad_norm": "x", "tokens": 5, "mfu": 0.5}
     assert scalars(row) == {"tokens": 5, "mfu": 0.5}
     assert scalars({"step": 1, "split": "val", "loss": 2.0, "lr": 3.0}) == {"loss/val": 2.0}
-
-
-def test_samples_are_told_apart_by_the_record():
-    rows = [{"step": step, "split": "val", "loss": loss} for step, loss in ((0, 5.0), (10, 4.0), (20, None), (30, 3.0))]
-    text = (
-        "--- step 0 | val 5.0000 ---\nfirst\n--- step 10 | val 4.0000 ---\nstill\n\n--- step 7 | val 4.0000 ---\n\n\n"
-        "--- step 10 | val 4.0000 ---\n\n\n--- step 30 | val 3.0000 ---\nlast"
-    )
-    first = "first\n--- step 10 | val 4.0000 ---\nstill\n\n--- step 7 | val 4.0000 ---\n"
-    assert samples_in(text, rows) == [(0, first), (10, ""), (30, "last")]
-    assert samples_in(text + "\n\n--- step 40 | val 2.0000 ---\ncut back", rows)[2] == (30, "last")
-    assert samples_in("", rows) == []
 
 
 @pytest.fixture
@@ -308,7 +293,7 @@ def test_a_training_is_followed_and_nothing_is_sent_without_an_account(trained, 
     config = to_settings(from_settings({"n_layer": 2}))
     assert kept.config.keys() >= config.keys() - {"text"}
     assert (kept.config["n_layer"], kept.config["text"]) == (2, "text.txt")
-    samples = samples_in((run_dir / "samples.txt").read_text(encoding="utf-8"), read_record(run_dir))
+    samples = [(sample.step, sample.prompt + sample.text) for sample in read_samples(run_dir)]
     assert [step for step, _ in samples] == [0, 4, 8, 12]
     wanted = {step: f"<p>step {step}</p><pre>{html.escape(text)}</pre>" for step, text in samples}
     assert sorted(kept.samples.values()) == sorted(wanted.values())

@@ -18,13 +18,14 @@ from llm.checkpoint import newest_state
 from llm.config import from_settings
 from llm.data import batch_at
 from llm.errors import Failure, UserError
+from llm.events import Line, Notice, Saved, Step
 from llm.metrics import read_record
 from llm.prepare import prepare
 from llm.prove import fingerprint
 from llm.refused import where_it_breaks
 from llm.run import Run, fit
-from llm.start import begun, resumed
-from llm.train import Line, Notice, Saved, Step, Training, micro_batches, train_step
+from llm.start import new_run, resume_run
+from llm.train import train, train_step
 
 # Losses of 50 steps of `golden_settings`, on one machine, fp32. Another CPU may add up in another
 # order: a change of the mathematics shows at 1e-3 or more, rounding stays below 1e-4.
@@ -32,8 +33,8 @@ GOLDEN = {0: 2.48239, 1: 2.48314, 2: 2.42562, 5: 2.26572, 10: 2.01095, 20: 1.652
 
 
 def trained(config, **kwargs):
-    with begun(config, **kwargs) as run:
-        return run, list(run)
+    with new_run(config, **kwargs) as run:
+        return run, list(train(run))
 
 
 def steps_in(events):
@@ -72,11 +73,11 @@ def test_the_loop_is_the_chapters(here):
     config = config_for(here, max_steps=40, eval_every=10, log_every=1)
     run, events = trained(config)
     torch.manual_seed(config.seed)
-    model = GPT(run.trainer.config.model)
-    losses = plain_loop(run.trainer.config, model, run.trainer.data.train, 40)
+    model = GPT(run.parts.config.model)
+    losses = plain_loop(run.parts.config, model, run.parts.data.train, 40)
     ours = [event.loss.item() for event in events if isinstance(event, Step)]
     assert ours == pytest.approx(losses, abs=1e-4)
-    for (name, a), b in zip(model.state_dict().items(), run.trainer.model.state_dict().values(), strict=True):
+    for (name, a), b in zip(model.state_dict().items(), run.parts.model.state_dict().values(), strict=True):
         assert torch.allclose(a, b, atol=1e-4), name
     lines = [event for event in events if isinstance(event, Line)]
     assert [line.step for line in lines] == [0, 10, 20, 30, 40]
@@ -124,13 +125,13 @@ def test_a_run_of_50_steps_keeps_its_losses(tmp_path, monkeypatch):
 def test_a_resumed_run_is_the_run_never_stopped(here, settings, stop_at):
     """Stopped after any step, on an evaluation or between: weights and record are bitwise the same."""
     _, _ = trained(config_for(here, out_dir="whole", **settings))
-    with begun(config_for(here, out_dir="parts", **settings)) as run:
+    with new_run(config_for(here, out_dir="parts", **settings)) as run:
         run.stop = lambda: run.progress.step == stop_at
-        list(run)
+        list(train(run))
     assert run.reason == "interrupted"
-    with resumed(Path("parts"), {}) as run:
+    with resume_run(Path("parts"), {}) as run:
         assert run.progress.step == stop_at
-        list(run)
+        list(train(run))
     assert run.reason == "done"
     for name in ("model.pt", "best.pt"):
         whole, parts = (torch.load(Path(folder) / name, weights_only=True) for folder in ("whole", "parts"))
@@ -149,8 +150,8 @@ def test_rows_beyond_the_saved_step_are_cut_on_resume(here):
     trained(config_for(here, max_steps=8))
     with open("checkpoints/metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": 9, "split": "train", "loss": 1.0}) + "\n" + '{"step": 10, "spl')
-    with resumed(Path("checkpoints"), {"max_steps": 12}) as run:
-        list(run)
+    with resume_run(Path("checkpoints"), {"max_steps": 12}) as run:
+        list(train(run))
     rows = read_record(Path("checkpoints"))
     assert [row["step"] for row in rows if row["split"] == "val"] == [0, 4, 8, 12]
     assert [row["step"] for row in rows if row["split"] == "train"] == [0, 2, 4, 6, 8, 10, 12]
@@ -165,7 +166,7 @@ def test_a_run_goes_on_only_with_its_own_data(here):
     np.arange(1, 301, dtype="<u2").tofile("data/val.bin")
     with (
         pytest.raises(UserError, match="not the data this run was trained on"),
-        resumed(Path("checkpoints"), {"max_steps": 8}),
+        resume_run(Path("checkpoints"), {"max_steps": 8}),
     ):
         pass
 
@@ -181,25 +182,25 @@ def test_accumulation_changes_nothing_even_with_dropout(here, split):
     )
     for a, b in zip(steps_in(first), steps_in(second), strict=True):
         assert a.loss.item() == pytest.approx(b.loss.item(), abs=1e-5)
-    for a, b in zip(whole.trainer.model.parameters(), parts.trainer.model.parameters(), strict=True):
+    for a, b in zip(whole.parts.model.parameters(), parts.parts.model.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
 
 
 def test_one_batch_can_be_learned_by_heart(here):
     config = config_for(here, n_embd=32, max_steps=300, max_lr=1e-2)
-    with begun(config) as run:
-        trainer = run.trainer
-        start = len(trainer.data.train) - 200
-        trainer.data = dataclasses.replace(trainer.data, train=trainer.data.train[start : start + 17])
+    with new_run(config) as run:
+        parts = run.parts
+        start = len(parts.data.train) - 200
+        parts.data = dataclasses.replace(parts.data, train=parts.data.train[start : start + 17])
         for step in range(300):
-            loss = train_step(trainer, step).loss.item()
+            loss = train_step(parts, step).loss.item()
     assert loss < 0.05
 
 
 def test_gradients_are_clipped(here):
-    with begun(config_for(here, grad_clip=0.01)) as run:
-        before = train_step(run.trainer, 0).grad_norm
-        after = math.sqrt(sum(p.grad.norm().item() ** 2 for p in run.trainer.model.parameters()))
+    with new_run(config_for(here, grad_clip=0.01)) as run:
+        before = train_step(run.parts, 0).grad_norm
+        after = math.sqrt(sum(p.grad.norm().item() ** 2 for p in run.parts.model.parameters()))
     assert before > 0.1
     assert after == pytest.approx(0.01, rel=1e-3)
 
@@ -210,8 +211,8 @@ def test_max_time_stops_with_everything_saved(here):
     assert isinstance(events[-1], Saved)
     assert events[-1].step == run.progress.step < 10**6
     assert read_record(Path("checkpoints"))[-1]["split"] == "val"
-    assert run.trainer.config.max_steps == 10**6
-    with pytest.raises(UserError, match="max_time"), resumed(Path("checkpoints"), {}):
+    assert run.parts.config.max_steps == 10**6
+    with pytest.raises(UserError, match="max_time"), resume_run(Path("checkpoints"), {}):
         pass
 
 
@@ -225,10 +226,10 @@ def test_patience_stops_when_nothing_improves(here):
 
 def plant(run, value, steps, where="loss", scale=1.0):
     """Make the loss or the gradient of the batches of `steps` `value`, every time they are tried."""
-    plain, spoiled = run.trainer.forward, set()
+    plain, spoiled = run.parts.forward, set()
     for step in steps:
-        for x, _, _ in micro_batches(run.trainer, step - 1):
-            spoiled.add(x.numpy().tobytes())
+        for micro in run.parts.micro_batches(step - 1):
+            spoiled.add(micro.x.numpy().tobytes())
 
     def forward(x, y, seeds=None):
         loss = plain(x, y, seeds)[1]
@@ -238,20 +239,20 @@ def plant(run, value, steps, where="loss", scale=1.0):
             loss.register_hook(lambda grad: grad * value)
         return None, loss
 
-    run.trainer.forward = forward
+    run.parts.forward = forward
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_batch_that_is_not_finite_makes_no_update(here, where, value):
-    with begun(config_for(here, max_steps=8, log_every=1)) as run:
+    with new_run(config_for(here, max_steps=8, log_every=1)) as run:
         plant(run, value, [3, 6], where)
         before = []
         events = []
-        for event in run:
+        for event in train(run):
             events.append(event)
             if isinstance(event, Step):
-                before.append([p.detach().clone() for p in run.trainer.model.parameters()])
+                before.append([p.detach().clone() for p in run.parts.model.parameters()])
     same = [all(torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(before)]
     assert same == [False, True, False, False, True, False, False]
     said = [event.text for event in events if isinstance(event, Notice)]
@@ -262,30 +263,30 @@ def test_a_batch_that_is_not_finite_makes_no_update(here, where, value):
     assert run.progress.refused == [3, 6]
     facts = storage.read_json(Path("checkpoints/step-000008/state.json"))
     assert facts["progress"]["refused"] == [3, 6]
-    optimizer_step = next(iter(run.trainer.optimizer.state.values()))["step"]
+    optimizer_step = next(iter(run.parts.optimizer.state.values()))["step"]
     assert optimizer_step.item() == 6
 
 
 def test_a_replay_refuses_the_same_batches(here):
     """Stopped between two refused batches, or before a run goes back, and resumed: as if never stopped."""
     for folder, stop_at in (("whole", None), ("first", 4), ("second", 8)):
-        with begun(config_for(here, out_dir=folder, max_steps=16, log_every=2)) as run:
+        with new_run(config_for(here, out_dir=folder, max_steps=16, log_every=2)) as run:
             plant(run, math.nan, [3, 6, 9, 10, 11, 12])
             run.stop = lambda run=run, stop_at=stop_at: run.progress.step == stop_at
-            list(run)
+            list(train(run))
         if stop_at:
-            with resumed(Path(folder), {}) as run:
+            with resume_run(Path(folder), {}) as run:
                 assert run.progress.refused == ([3] if stop_at == 4 else [3, 6])
                 plant(run, math.nan, [3, 6, 9, 10, 11, 12])
-                list(run)
+                list(train(run))
         assert run.progress.went_back == 1
         assert fingerprint(Path(folder)) == fingerprint(Path("whole"))
 
 
 def test_refused_batches_leave_the_logged_mean_to_the_others(here):
-    with begun(config_for(here, max_steps=8, log_every=4)) as run:
+    with new_run(config_for(here, max_steps=8, log_every=4)) as run:
         plant(run, math.nan, [2])
-        losses = [event.loss.item() for event in run if isinstance(event, Step)]
+        losses = [event.loss.item() for event in train(run) if isinstance(event, Step)]
     rows = [row for row in read_record(Path("checkpoints")) if row["split"] == "train"]
     assert rows[1]["loss"] == pytest.approx(np.mean([losses[0], losses[2], losses[3]]))
     assert rows[1]["refused"] == [2]
@@ -293,9 +294,9 @@ def test_refused_batches_leave_the_logged_mean_to_the_others(here):
 
 
 def test_several_refused_in_a_row_are_passed_over_from_the_last_saved_state(here):
-    with begun(config_for(here, max_steps=12, log_every=1)) as run:
+    with new_run(config_for(here, max_steps=12, log_every=1)) as run:
         plant(run, math.nan, [6, 7, 8])
-        events = list(run)
+        events = list(train(run))
     said = [event.text for event in events if isinstance(event, Notice) and "going on" in event.text]
     assert said == [
         "step 6: loss or gradient is not a finite number; going on from the state of step 4, "
@@ -308,14 +309,14 @@ def test_several_refused_in_a_row_are_passed_over_from_the_last_saved_state(here
     assert steps == list(range(13))
     timed = [row["step"] for row in read_record(Path("checkpoints")) if row["mfu"] and row["tokens_per_second"]]
     assert timed == [1, 2, 3, 4, 5, 9, 10, 11, 12]  # steps that were passed over took no time
-    assert next(iter(run.trainer.optimizer.state.values()))["step"].item() == 9
+    assert next(iter(run.parts.optimizer.state.values()))["step"].item() == 9
 
 
 def test_a_run_that_only_gives_nonsense_stops_and_tells_the_batch(here):
-    with begun(config_for(here, max_steps=40, log_every=1)) as run:
+    with new_run(config_for(here, max_steps=40, log_every=1)) as run:
         plant(run, math.nan, range(6, 41))
         with pytest.raises(Failure, match=r"step 15: .*going back 3 times did not help; .*refused\.json"):
-            list(run)
+            list(train(run))
     facts = storage.read_json(Path("checkpoints/refused.json"))
     assert facts["step"] == 15
     assert len(facts["windows"]) == 4
@@ -328,11 +329,11 @@ def test_a_run_that_only_gives_nonsense_stops_and_tells_the_batch(here):
 def test_a_spoiled_weight_is_never_saved(here, name):
     """What spoils the memory of a run is undone by its last saved state: it ends as if nothing had been."""
     trained(config_for(here, out_dir="whole"))
-    with begun(config_for(here, out_dir="spoiled")) as run:
-        for event in run:
+    with new_run(config_for(here, out_dir="spoiled")) as run:
+        for event in train(run):
             if isinstance(event, Step) and event.step == 6 and run.progress.went_back == 0:
                 with torch.no_grad():
-                    run.trainer.model.get_parameter(name)[0, 0] = math.nan
+                    run.parts.model.get_parameter(name)[0, 0] = math.nan
     assert run.reason == "done"
     assert run.progress.went_back == 1
     weights = [torch.load(f"{folder}/model.pt", weights_only=True) for folder in ("whole", "spoiled")]
@@ -341,11 +342,11 @@ def test_a_spoiled_weight_is_never_saved(here, name):
 
 def test_a_weight_that_no_batch_uses_is_looked_at_before_a_save(here):
     trained(config_for(here, out_dir="whole", vocab_size=200))
-    with begun(config_for(here, out_dir="spoiled", vocab_size=200)) as run:
-        for event in run:
+    with new_run(config_for(here, out_dir="spoiled", vocab_size=200)) as run:
+        for event in train(run):
             if isinstance(event, Step) and event.step == 6 and run.progress.went_back == 0:
                 with torch.no_grad():
-                    run.trainer.model.wte.weight[199] = math.nan
+                    run.parts.model.wte.weight[199] = math.nan
     assert run.progress.went_back == 1
     assert run.progress.refused == []
     weights = [torch.load(f"{folder}/model.pt", weights_only=True) for folder in ("whole", "spoiled")]
@@ -353,12 +354,12 @@ def test_a_weight_that_no_batch_uses_is_looked_at_before_a_save(here):
 
 
 def test_where_numbers_break_is_found(here):
-    with begun(config_for(here)) as run:
-        model = run.trainer.model
-        x, y, seeds = next(micro_batches(run.trainer, 0))
+    with new_run(config_for(here)) as run:
+        model = run.parts.model
+        micro = next(run.parts.micro_batches(0))
 
         def loss():
-            return model(x, y, seeds)[1]
+            return model(micro.x, micro.y, micro.seeds)[1]
 
         assert where_it_breaks(model, loss) == "nothing: it is finite now"
         hook = model.h[1].mlp.gelu.register_forward_hook(lambda module, inputs, output: output * math.inf)
@@ -385,13 +386,13 @@ def test_compile_gives_the_same_losses(here):
 def test_compiled_gradients_repeat_themselves(here):
     torch.set_num_threads(2)  # one alone has nothing to race with
     try:
-        with begun(config_for(here, batch_size=32, n_embd=64, block_size=64, compile=True)) as run:
-            trainer, seen = run.trainer, set()
-        x, y, seeds = next(micro_batches(trainer, 0))
+        with new_run(config_for(here, batch_size=32, n_embd=64, block_size=64, compile=True)) as run:
+            parts, seen = run.parts, set()
+        micro = next(parts.micro_batches(0))
         for _ in range(20):
-            trainer.optimizer.zero_grad()
-            trainer.forward(x, y, seeds)[1].backward()
-            seen.add(tuple(p.grad.sum().item() for p in trainer.model.parameters()))
+            parts.optimizer.zero_grad()
+            parts.forward(micro.x, micro.y, micro.seeds)[1].backward()
+            seen.add(tuple(p.grad.sum().item() for p in parts.model.parameters()))
     finally:
         torch.set_num_threads(1)
     assert len(seen) == 1
@@ -412,10 +413,10 @@ def test_fine_tuning_starts_from_the_saved_weights(here):
     first, _ = trained(config_for(here, out_dir="first"))
     with pytest.raises(UserError, match="n_layer = 5: the weights of first have 2"):
         trained(config_for(here, out_dir="second", init_from="first", n_layer=5))
-    with begun(config_for(here, out_dir="second", init_from="first")) as run:
+    with new_run(config_for(here, out_dir="second", init_from="first")) as run:
         best = torch.load("first/best.pt", weights_only=True)
-        assert all(torch.equal(best[name], p) for name, p in run.trainer.model.state_dict().items())
-        line = next(event for event in run if isinstance(event, Line))
+        assert all(torch.equal(best[name], p) for name, p in run.parts.model.state_dict().items())
+        line = next(event for event in train(run) if isinstance(event, Line))
     assert line.evaluation.loss == pytest.approx(first.progress.best_loss, abs=1e-5)
 
 
@@ -496,4 +497,3 @@ def test_a_run_is_a_record_a_plot_and_a_sample(here):
     }  # fmt: skip
     model = GPT(run.config.model)
     model.load_state_dict(torch.load(here / "run" / "model.pt", weights_only=True))
-    assert isinstance(Training, type)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from llm.distributed import World
-    from llm.train import Training
+    from llm.live import LiveRun
 
 DESCRIPTION = "Train a small GPT from scratch. With no flags: the chapter's recipe on tiny Shakespeare."
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     from llm.distributed import joined
 
     with joined() as world:
-        return train(argv, world)
+        return train_in(argv, world)
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
@@ -75,7 +75,7 @@ def several(nproc: int, words: list[str]) -> int:
     os.execve(sys.executable, [sys.executable, *torchrun, *rest], child_environment())
 
 
-def train(argv: list[str], world: "World") -> int:
+def train_in(argv: list[str], world: "World") -> int:
     """The run, as one of its processes sees it: the leading one talks and writes."""
     from pathlib import Path
 
@@ -83,13 +83,14 @@ def train(argv: list[str], world: "World") -> int:
     from llm.commands.bars import log as tell
     from llm.commands.watch import beside
     from llm.device import describe_device
+    from llm.events import Line, Notice, Step
     from llm.explain import News
     from llm.plan import Forecast, outline
     from llm.run import interrupts
     from llm.schedule import warmup_warning
-    from llm.start import begun, resumed
+    from llm.start import new_run, resume_run
     from llm.trackers import following, starts
-    from llm.train import Line, Notice, Step
+    from llm.train import train
 
     with world.together():
         say = warn if world.leads else lambda line: None
@@ -107,24 +108,24 @@ def train(argv: list[str], world: "World") -> int:
     with contextlib.ExitStack() as stack:
         tell_address = stack.enter_context(beside(out_dir)) if args.watch and world.leads else None
         if args.resume or left:
-            run = stack.enter_context(resumed(out_dir, typed_settings(args), say, world))
+            run = stack.enter_context(resume_run(out_dir, typed_settings(args), say, world))
         else:
             overwrite = args.overwrite or world.restarted
             with tokenizing() if world.leads else contextlib.nullcontext() as progress:
-                run = stack.enter_context(begun(config, overwrite, say, progress, world))
+                run = stack.enter_context(new_run(config, overwrite, say, progress, world))
         caught = stack.enter_context(interrupts())
         run.stop = lambda: bool(caught)
-        config = run.trainer.config
+        config = run.parts.config
         if not world.leads:
-            for _ in run:
+            for _ in train(run):
                 pass
             check_saved(run)
             return exit_code(run, caught)
         if warning := warmup_warning(config):
             warn(warning)
-        tell(f"training on {describe_device(run.trainer.device, run.trainer.dtype)}")
+        tell(f"training on {describe_device(run.parts.device, run.parts.dtype)}")
         tell(opening(run))
-        tell(outline(config, len(run.trainer.data.train)))
+        tell(outline(config, len(run.parts.data.train)))
         if tell_address:
             tell_address()
         news, forecast = News(out_dir, config) if args.explain else None, Forecast(config)
@@ -132,7 +133,7 @@ def train(argv: list[str], world: "World") -> int:
             StepBar(config.max_steps, run.progress.step, config.tokens_per_step) as shown,
             following(trackers, out_dir, config, shown.warn, shown.note),
         ):
-            for event in run:
+            for event in train(run):
                 if isinstance(event, Line):
                     shown.print(str(event))
                     for line in news.at(event.step) if news else ():
@@ -141,7 +142,7 @@ def train(argv: list[str], world: "World") -> int:
                     shown.warn(event.text)
                 elif isinstance(event, Step):
                     shown.advance(event.step)
-                    if said := forecast.at(event.step, run.seconds(), run.progress.bookkeeping):
+                    if said := forecast.at(event.step, run.seconds, run.progress.bookkeeping):
                         shown.note(said)
     check_saved(run)
     if run.reason == "interrupted":
@@ -154,7 +155,7 @@ def train(argv: list[str], world: "World") -> int:
     return exit_code(run, caught)
 
 
-def exit_code(run: "Training", caught: list[int]) -> int:
+def exit_code(run: "LiveRun", caught: list[int]) -> int:
     """Of every process of a run that ended in good order; the signal may have been another process's."""
     return 128 + (caught[0] if caught else signal.SIGTERM) if run.reason == "interrupted" else 0
 
@@ -175,9 +176,9 @@ def steps_left(out_dir: "Path") -> int | None:
     return int(config.max_steps - progress["step"])
 
 
-def check_saved(run: "Training") -> None:
+def check_saved(run: "LiveRun") -> None:
     """Raises Failure, on all processes, if the last state is not on the disk."""
-    with run.trainer.world.together():
+    with run.parts.world.together():
         if run.unsaved:
             raise Failure(
                 f"the last save failed: {run.unsaved}; {last_saved(run.out_dir)}; make room, then go on with: "
@@ -200,32 +201,32 @@ def last_saved(out_dir: "Path") -> str:
     return f"the last saved step is {steps[-1]}" if steps else "nothing was saved"
 
 
-def opening(run: "Training") -> str:
+def opening(run: "LiveRun") -> str:
     """What is trained on what, in three lines."""
-    trainer, config = run.trainer, run.trainer.config
-    parameters, tokens = sum(p.numel() for p in trainer.model.parameters()), len(trainer.data.train)
-    epochs, predicted = config.max_steps * config.tokens_per_step / tokens, len(trainer.data.val) - 1
+    parts, config = run.parts, run.parts.config
+    parameters, tokens = sum(p.numel() for p in parts.model.parameters()), len(parts.data.train)
+    epochs, predicted = config.max_steps * config.tokens_per_step / tokens, len(parts.data.val) - 1
     validating = f"all {predicted:,}" if predicted <= config.eval_tokens else f"{config.eval_tokens:,} of {predicted:,}"
     begin = f"going on from step {run.progress.step}" if run.progress.step else "starting"
     windows = f"{config.windows_per_step} windows"
-    if (processes := trainer.world.size) > 1:
+    if (processes := parts.world.size) > 1:
         share, micro = config.share(processes)
         windows += f" ({processes} processes x {micro} micro-batches x {min(share, config.batch_size)})"
     return (
         f"{parameters / 1e6:.2f} M parameters, vocabulary {config.model.vocab_size:,}\n"
-        f"{tokens:,} training tokens ({trainer.data.source}); validation on {validating} tokens\n"
+        f"{tokens:,} training tokens ({parts.data.source}); validation on {validating} tokens\n"
         f"{begin}: {config.max_steps:,} steps of {windows} x {config.model.block_size} tokens, "
         f"{epochs:.1f} times the text"
     )
 
 
-def ending(run: "Training") -> Iterator[str]:
+def ending(run: "LiveRun") -> Iterator[str]:
     """How the run went, what it means and what to type next."""
     from llm.checkpoint import folder_name
     from llm.explain import landmarks, overfits
     from llm.metrics import best, read_record
 
-    progress, config, out_dir, rows = run.progress, run.trainer.config, run.out_dir, read_record(run.out_dir)
+    progress, config, out_dir, rows = run.progress, run.parts.config, run.out_dir, read_record(run.out_dir)
     stopped = {"max_time": "max_time is used up", "patience": "no improvement within patience"}
     if run.reason in stopped:
         yield f"stopped at step {progress.step}: {stopped[run.reason]}"

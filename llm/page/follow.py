@@ -6,28 +6,29 @@ back (a resume), replaced (a restart) or deleted is read anew. Losses are in nat
 
 import json
 import os
-import re
 import stat
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llm import samples
 from llm.bands import Band, band_of_run
 from llm.config import TrainConfig, from_settings, read_toml
 from llm.errors import UserError
 from llm.explain import explain
-from llm.metrics import NAME, NUMBERS, Row
+from llm.lines import Row
+from llm.metrics import NAME, NUMBERS
 from llm.page.thin import COLUMNS, Point, Thinned
+from llm.samples import Sample, read_samples
 
 RECENT = 500  # newest training rows, for viewers who have the rest
 ROWS = 10_000  # training rows that verdicts look at, evenly spread
 BLOCK = 2**22  # bytes parsed at once; no line is longer
 LOOK = 4 * BLOCK  # bytes of a record that one look reads, so that a long one is seen to be read
-SAMPLE = 20_000  # bytes of a sample that are shown
+SAMPLE = 20_000  # characters of a sample that are shown
 TAIL = 64  # bytes before the place read up to, by which a replaced file is known
 WEIGHTS = {"best": "best.pt", "last": "model.pt"}
-HEADER = re.compile(rb"^--- step (\d{1,18}) \| val (-?[\d.]{1,30}) ---\n", re.MULTILINE)
 Stamp = tuple[int, ...]
 
 
@@ -40,7 +41,7 @@ class Follower:
         self.version = 0  # one more each time something beside training rows changed
         self.config: TrainConfig | None = None
         self.band: Band | None = None
-        self.samples: list[tuple[int, int, int]] = []  # step, and where in samples.txt it begins and ends
+        self.samples: list[int] = []  # steps of the evaluations that have one
         self.weights: list[str] = []  # of `WEIGHTS`, those that are there
         self.errors: dict[str, str] = {}  # by file
         self._settings_stamp: object = None
@@ -164,29 +165,23 @@ class Follower:
         self.count += 1
 
     def _look_at_samples(self) -> None:
-        path = self.path / "samples.txt"
-        stamp = stamp_of(path)
+        stamp = stamp_of(self.path / samples.NAME)
         if stamp == self._samples_stamp:
             return
         self._samples_stamp = stamp
+        self.samples = [sample.step for sample in self._read_samples()]
+
+    def _read_samples(self) -> list[Sample]:
+        """The samples of the run; none where the file is damaged, which `verify` is there to tell."""
         try:
-            self.samples = samples_in(path.read_bytes() if stamp else b"", self.val)
-        except OSError:
-            self.samples = []
+            return read_samples(self.path) if stamp_of(self.path / samples.NAME) else []
+        except UserError:
+            return []
 
     def sample(self, step: int) -> str | None:
         """The sample of the evaluation at `step`, None where there is none (any more)."""
-        place = next((place for place in self.samples if place[0] == step), None)
-        if place is None:
-            return None
-        try:
-            with (self.path / "samples.txt").open("rb") as file:
-                file.seek(place[1])
-                found = file.read(min(place[2] - place[1], SAMPLE))
-        except OSError:
-            return None
-        header, _, text = found.partition(b"\n")
-        return text.decode(errors="replace") if header.startswith(b"--- step %d |" % step) else None
+        found = next((sample for sample in self._read_samples() if sample.step == step), None)
+        return None if found is None else (found.prompt + found.text)[:SAMPLE]
 
     def _explain(self) -> None:
         """Verdicts, where the run is 1 % longer than when they were last made."""
@@ -244,18 +239,3 @@ def clean(row: Row) -> None:
         value = row.get(key)
         if value.__class__ not in (int, float) or not -1e30 < value < 1e30:
             row[key] = None
-
-
-def samples_in(text: bytes, val: list[Row]) -> list[tuple[int, int, int]]:
-    """The samples of samples.txt: step, first byte (of the header) and end. A header is one only if its step comes
-    after the one before and its loss is what the record says of that step: a sample may hold a line that looks alike.
-    """
-    known = {row["step"]: f"{row['loss']:.4f}".encode() for row in val if row["loss"] is not None}
-    heads, before = [], -1
-    for match in HEADER.finditer(text):
-        step, start = int(match[1]), match.start()
-        if step > before and known.get(step) == match[2] and (start == 0 or text[start - 2 : start] == b"\n\n"):
-            heads.append((step, start))
-            before = step
-    ends = [start - 2 for _, start in heads[1:]] + [len(text) - 2 * text.endswith(b"\n\n")]
-    return [(step, start, end) for (step, start), end in zip(heads, ends, strict=False)]  # there may be none

@@ -9,7 +9,8 @@ from typing import Any
 
 from llm.config import TrainConfig, to_settings
 from llm.explain import MEANINGS
-from llm.metrics import Row, best, overfits_since
+from llm.lines import Row
+from llm.metrics import best, overfits_since
 from llm.page.follow import RECENT, Follower
 from llm.page.thin import POINTS, Values, columns, evenly
 from llm.plot import landmark_losses
@@ -99,7 +100,7 @@ def facts(run: Follower) -> dict[str, Any]:
         "best": low["step"] if low else None,
         "overfits_since": overfits_since(run.rows()),
         "verdicts": run.verdicts,
-        "samples": [step for step, _, _ in run.samples],
+        "samples": run.samples,
         "weights": run.weights,
     }
 

@@ -13,15 +13,19 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, flags
 
+import llm.evaluating
 import llm.model
+import llm.saving
 import llm.state
 import llm.train
 from llm import checkpoint, storage
 from llm.config import from_settings
+from llm.events import Notice, Saved, Step
 from llm.metrics import read_record
 from llm.prove import fingerprint
-from llm.start import begun, resumed
-from llm.train import Notice, Saved, Step
+from llm.samples import Samples
+from llm.start import new_run, resume_run
+from llm.train import train
 
 UNSAVED = "the state could not be saved ("  # for its own files or its record, whichever meets the full disk first
 TORTURE = bool(os.environ.get("LOSSCURVE_TORTURE"))
@@ -45,7 +49,7 @@ def config_for(here, out_dir, **settings):
 
 def until(training, step):
     """Iterate up to a step and leave the run there, as a crash would: nothing more is saved."""
-    for event in training:
+    for event in train(training):
         if isinstance(event, Step) and event.step == step:
             return
 
@@ -54,31 +58,31 @@ def until(training, step):
 def ledger(monkeypatch):
     """The batches taken, by step: what they were each time."""
     seen: dict[int, list[bytes]] = {}
-    plain = llm.train.batch_at
+    plain = llm.state.batch_at
 
     def batch_at(tokens, seed, step, *sizes):
         batch = plain(tokens, seed, step, *sizes)
         seen.setdefault(step, []).append(batch.x.tobytes() + batch.y.tobytes() + batch.seeds.tobytes())
         return batch
 
-    monkeypatch.setattr(llm.train, "batch_at", batch_at)
+    monkeypatch.setattr(llm.state, "batch_at", batch_at)
     return seen
 
 
 @pytest.mark.parametrize("kind", KINDS if TORTURE else ["dropout"])
 def test_stopped_at_any_step_and_resumed_it_is_the_same_run(here, kind, ledger, record_property):
     settings = KINDS[kind]
-    with begun(config_for(here, "whole", **settings)) as run:
-        list(run)
+    with new_run(config_for(here, "whole", **settings)) as run:
+        list(train(run))
     expected, whole = fingerprint(Path("whole")), {step: set(batches) for step, batches in ledger.items()}
     assert sorted(whole) == list(range(12))
     for step in range(1, 12):
         ledger.clear()
-        with begun(config_for(here, "parts", **settings), overwrite=True) as run:
+        with new_run(config_for(here, "parts", **settings), overwrite=True) as run:
             until(run, step)
-        with resumed(Path("parts"), {}) as run:
+        with resume_run(Path("parts"), {}) as run:
             assert run.progress.step <= step
-            list(run)
+            list(train(run))
         assert fingerprint(Path("parts")) == expected, f"stopped at step {step}"
         assert {step: set(batches) for step, batches in ledger.items()} == whole
     record_property("stopped and resumed", 11)
@@ -86,14 +90,14 @@ def test_stopped_at_any_step_and_resumed_it_is_the_same_run(here, kind, ledger, 
 
 MUTANTS = {
     "another batch": lambda patch: patch.setattr(
-        llm.train,
+        llm.state,
         "batch_at",
-        lambda tokens, seed, step, *n, plain=llm.train.batch_at: plain(tokens, seed, step + 1, *n),
+        lambda tokens, seed, step, *n, plain=llm.state.batch_at: plain(tokens, seed, step + 1, *n),
     ),
     "one batch again": lambda patch: patch.setattr(
-        llm.train,
+        llm.state,
         "batch_at",
-        lambda tokens, seed, step, *n, plain=llm.train.batch_at: plain(tokens, seed, 6 if step == 7 else step, *n),
+        lambda tokens, seed, step, *n, plain=llm.state.batch_at: plain(tokens, seed, 6 if step == 7 else step, *n),
     ),
     "another draw of dropout": lambda patch: patch.setattr(
         llm.model.Dropout,
@@ -111,7 +115,7 @@ MUTANTS = {
         llm.state, "Progress", lambda plain=llm.state.Progress, **facts: plain(**facts | {"tokens": 0})
     ),
     "samples forgotten": lambda patch: patch.setattr(
-        llm.state, "Progress", lambda plain=llm.state.Progress, **facts: plain(**facts | {"samples_size": 0})
+        Samples, "cut", lambda self, step, plain=Samples.cut: plain(self, -1)
     ),
 }
 
@@ -120,15 +124,15 @@ MUTANTS = {
 def test_a_resume_that_is_not_exact_is_noticed(here, monkeypatch, mutant, record_property):
     """The comparison above is worth something: each of these changes after the resume shows in it."""
     settings = KINDS["dropout"] | {"save_every": 5, "log_every": 2}
-    with begun(config_for(here, "whole", **settings)) as run:
-        list(run)
-    with begun(config_for(here, "parts", **settings)) as run:
+    with new_run(config_for(here, "whole", **settings)) as run:
+        list(train(run))
+    with new_run(config_for(here, "parts", **settings)) as run:
         until(run, 7)
     with monkeypatch.context() as patch:
         MUTANTS[mutant](patch)
-        with resumed(Path("parts"), {}) as run:
+        with resume_run(Path("parts"), {}) as run:
             assert run.progress.step == 5
-            list(run)
+            list(train(run))
     assert fingerprint(Path("parts")) != fingerprint(Path("whole"))
     record_property("mutants of a resume caught", 1)
 
@@ -172,10 +176,19 @@ def test_preparing_survives_kills(here, start, record_property):
     record_property("real kills of preparing", kills)
 
 
-@pytest.mark.parametrize("phase", ["evaluate", "sample_text", "plot_runs", "write_state", "_read"])
+PHASES = {  # the module that calls it, by name
+    "evaluate": llm.evaluating,
+    "draw_sample": llm.evaluating,
+    "plot_runs": llm.evaluating,
+    "write_state": llm.saving,
+    "read_losses": llm.train,
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
 def test_sigterm_in_any_phase_saves(here, monkeypatch, losscurve, phase, record_property):
-    owner = llm.train.Training if phase == "_read" else llm.train
-    plain, calls = getattr(owner, phase), []
+    owner, calls = PHASES[phase], []
+    plain = getattr(owner, phase)
 
     def signalled(*args, **kwargs):
         calls.append(phase)
@@ -233,11 +246,11 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(here, record_property):
     """A real limit of the system on the size of files: what is there stays, training goes on, saving is tried again."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     said, saved, states = [], [], {}
-    with begun(config_for(here, "whole")) as run:
-        list(run)
+    with new_run(config_for(here, "whole")) as run:
+        list(train(run))
     try:
-        with begun(config_for(here, "full")) as run:
-            for event in run:
+        with new_run(config_for(here, "full")) as run:
+            for event in train(run):
                 if isinstance(event, Saved) and event.step > 0 and not states:  # so nothing is being written
                     states = {path: path.read_bytes() for path in Path("full").rglob("*") if path.is_file()}
                     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
@@ -280,8 +293,8 @@ def small_disk(tmp_path):
 def test_a_small_file_system_that_is_really_full(here, small_disk, record_property):
     """Filled up by somebody else during the run, and given room again later."""
     out_dir, said, full_since = small_disk / "run", [], 0
-    with begun(config_for(here, str(out_dir), max_steps=40)) as run:
-        for event in run:
+    with new_run(config_for(here, str(out_dir), max_steps=40)) as run:
+        for event in train(run):
             if isinstance(event, Saved) and event.step > 0 and not full_since:  # so nothing is being written
                 full_since = event.step
                 with open(small_disk / "ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
@@ -318,7 +331,7 @@ def test_a_last_save_that_fails_shows_in_the_exit_code(here, losscurve, monkeypa
 
 
 def test_a_changed_setting_or_machine_is_noticed(here, losscurve):
-    with begun(config_for(here, "checkpoints")) as run:
+    with new_run(config_for(here, "checkpoints")) as run:
         until(run, 6)
     path = Path("checkpoints/config.toml")
     text = path.read_text()
@@ -336,7 +349,7 @@ def test_a_changed_setting_or_machine_is_noticed(here, losscurve):
 
 
 def test_a_bad_state_is_set_aside_under_a_name_that_says_so(here, losscurve):
-    with begun(config_for(here, "checkpoints")) as run:
+    with new_run(config_for(here, "checkpoints")) as run:
         until(run, 8)
     newest = checkpoint.saved_steps(Path("checkpoints"))[-1]
     path = Path("checkpoints", checkpoint.folder_name(newest), "model.safetensors")
@@ -353,9 +366,9 @@ def test_a_bad_state_is_set_aside_under_a_name_that_says_so(here, losscurve):
 
 
 def test_show_batch_prints_what_the_step_was_trained_on(here, losscurve, ledger):
-    with begun(config_for(here, "checkpoints")) as run:
-        list(run)
-        tokenizer = run.trainer.tokenizer
+    with new_run(config_for(here, "checkpoints")) as run:
+        list(train(run))
+        tokenizer = run.parts.tokenizer
     code, out, _ = losscurve("show-batch --step 5")
     assert code == 0
     windows = out.split("--- step 5, window ")[1:]

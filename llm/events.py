@@ -1,0 +1,52 @@
+"""What a run reports while it trains: each step, each evaluation, each checkpoint, and what a person should know."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from llm.evaluate import Evaluation
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished step. Its tensors stay on the device until they are read."""
+
+    step: int  # completed steps
+    loss: Tensor  # mean over the batch, nats per token
+    grad_norm: Tensor  # before clipping
+    refused: Tensor  # whether loss or gradient was not finite, so that nothing was updated
+
+
+@dataclass(frozen=True)
+class Line:
+    """One evaluation, in the chapter's words."""
+
+    step: int
+    lr: float
+    train_loss: float  # mean over the steps since the line before; at step 0, of the first batch
+    evaluation: Evaluation
+    seconds: float  # since the start of the run
+    sample: str
+
+    def __str__(self) -> str:
+        losses = f"train {self.train_loss:.4f} | val {self.evaluation.loss:.4f}"
+        return f"step {self.step:5d} | lr {self.lr:.5f} | {losses} | t {self.seconds:.1f}s"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is on the disk."""
+
+    step: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that the person who trains should know."""
+
+    text: str
+
+
+Event = Step | Line | Saved | Notice

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,13 @@ import torch
 
 from llm import storage
 from llm.commands.main import main
+from llm.config import TrainConfig, from_settings
+from llm.events import Event, Step
+from llm.live import LiveRun
 from llm.metrics import Record
 from llm.samples import Samples
+from llm.start import new_run
+from llm.train import train
 
 for number in (signal.SIGINT, signal.SIGHUP):  # ignored below `nohup` or a shell's `&`, and by all that we would start
     if signal.getsignal(number) is signal.SIG_IGN:
@@ -68,6 +74,21 @@ def write_samples(run_dir: Path, *samples: tuple[int, float, str], prompt: str =
     for step, loss, text in samples:
         written.add(step=step, val_loss=loss, prompt=prompt, text=text)
     written.catch_up()
+
+
+def trained(config: TrainConfig, **kwargs: Any) -> tuple[LiveRun, list[Event]]:
+    """A run of `config` to its end, and all that it yielded."""
+    with new_run(config, **kwargs) as run:
+        return run, list(train(run))
+
+
+def config_for(here: Path, **settings: object) -> TrainConfig:
+    """The small settings on the text of `here`."""
+    return from_settings(SMALL | {"text": str(here / "text.txt"), "data_dir": str(here / "data")} | settings)
+
+
+def steps_in(events: list[Event]) -> list[Step]:
+    return [event for event in events if isinstance(event, Step)]
 
 
 def environment() -> dict[str, str]:

@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -24,6 +25,12 @@ ROUND = 64  # rows: products of other numbers are slower
 SAFE = 60.0  # exp of no number up to this size leaves float32 or bfloat16, nor does the sum of all of them
 
 
+def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """What `linear_cross_entropy` computes, as one would write it: all logits at once. Tests compare the two."""
+    logits = hidden @ weight.T
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats per token of logits `hidden @ weight.T`.
 
@@ -32,7 +39,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """
     rows, kind = hidden.reshape(-1, hidden.size(-1)), hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    if not torch.is_grad_enabled():  # a Function is not told, and would make the gradients all the same
+    if not torch.is_grad_enabled():  # autograd.Function does not see no_grad(); detach, or it computes gradients anyway
         rows, weight = rows.detach(), weight.detach()
     return _LinearCrossEntropy.apply(rows, weight, targets.reshape(-1), dtype)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from llm import metrics
-from llm.config import FIELDS, TrainConfig, check_path, expanded, field_type, over_preset, read_toml, to_settings
+from llm.config import (
+    FIELDS,
+    TrainConfig,
+    check_path,
+    coerce,
+    expanded,
+    field_type,
+    over_preset,
+    read_toml,
+    to_settings,
+)
 from llm.device import choose_device
 from llm.errors import Failure, UserError
 from llm.events import Line, Notice
@@ -199,14 +209,16 @@ def words_of_python() -> Iterator[None]:
 
 
 def in_python(message: str) -> str:
-    """`message` with its flags as keyword arguments: `--resume` as resume=True, `--n_embd 20` as n_embd=20.
+    """Return `message` with its flags as keyword arguments: `--resume` as resume=True, `--n_embd 20` as n_embd=20.
 
-    Commands to type in a terminal stay as they are.
+    `losscurve train …` becomes a call of `fit`; other commands to type in a terminal stay as they are.
     """
     return FLAG.sub(_keyword, message)
 
 
 def _keyword(found: re.Match[str]) -> str:
+    if found[0].startswith("losscurve train --"):
+        return _call(found[0])
     name, value = found["name"], found["value"]
     if name not in (*FIELDS, "resume", "overwrite", "preset"):  # a command, or a flag that fit has not
         return found[0]
@@ -218,6 +230,23 @@ def _keyword(found: re.Match[str]) -> str:
     if value and (value in get_args(kind) or (found["end"] is not None and get_origin(kind) is None)):
         return f"{name}={shlex.split(value)[0]!r}"
     return name + (f" {value}" if value else "")
+
+
+def _call(command: str) -> str:
+    """Return the call of `fit` that does what a `losscurve train` does; the command where `fit` lacks a flag."""
+    given: dict[str, list[str]] = {}
+    for word in shlex.split(command)[2:]:
+        if word.startswith("--"):
+            values = given.setdefault(word.removeprefix("--"), [])
+        else:
+            values.append(word)
+    if not given.keys() <= {*FIELDS, "resume", "overwrite", "preset"}:
+        return command
+    typed = {
+        name: coerce(name, values if name == "text" else values[0]) for name, values in given.items() if name in FIELDS
+    }
+    typed |= {name: " ".join(values) or True for name, values in given.items() if name not in FIELDS}
+    return f"fit({', '.join(f'{name}={typed[name]!r}' for name in given)})"
 
 
 @contextmanager

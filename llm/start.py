@@ -274,7 +274,7 @@ def check_same_text(text: tuple[str, ...], config: TrainConfig, folder: Path, sa
         tokens = unused(f"{default_folder(TrainConfig(text=text))}-for-{Path(config.out_dir).resolve().name}")
         raise UserError(
             f"text = {' '.join(text)}: not the text that {folder} was made from; leave --text out to go on with that, "
-            f"or train on it with: {new_run(config, {'text': text, 'data_dir': tokens})}"
+            f"or train on it with: {new_run_command(config, {'text': text, 'data_dir': tokens})}"
         )
 
 
@@ -320,7 +320,7 @@ def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
     if name:
         raise UserError(
             f"{name} was {before.get(name)!r} in this run and cannot become {after.get(name)!r} on --resume; "
-            f"leave it out, or start another run with: {new_run(config, {name: after.get(name)})}"
+            f"leave it out, or start another run with: {new_run_command(config, {name: after.get(name)})}"
         )
     return wanted
 
@@ -339,7 +339,7 @@ def same_windows(config: TrainConfig, wanted: TrainConfig) -> str:
     return f"split the same {windows} otherwise, with {flags}"
 
 
-def new_run(config: TrainConfig, changes: dict[str, Any]) -> str:
+def new_run_command(config: TrainConfig, changes: dict[str, Any]) -> str:
     """The command for a run like that of `config` with `changes`; from its weights, if they fit."""
     out_dir = config.out_dir.rstrip("/")
     words = ["losscurve", "train", "--preset", f"{out_dir}/config.toml"]

@@ -129,8 +129,11 @@ def test_a_python_user_is_told_of_keyword_arguments(here):
     cases = [
         ({}, "go on with resume=True, replace it with overwrite=True, or choose another out_dir"),
         ({"resume": True}, "complete at step 12; give a larger max_steps to go on"),
-        ({"resume": True, "n_layer": 3}, "cannot become 3 on resume=True; leave it out, or start another run with "),
-        ({"resume": True, "n_layer": 3}, "with init_from='checkpoints' out_dir='NEW'"),
+        (
+            {"resume": True, "n_layer": 3},
+            "cannot become 3 on resume=True; leave it out, or start another run with: fit(",
+        ),
+        ({"resume": True, "n_layer": 3}, "fit(preset='checkpoints/config.toml', n_layer=3, out_dir='checkpoints-2')"),
         ({"n_head": 5, "overwrite": True}, "try n_embd=20"),
         ({"device": "cuda:9", "overwrite": True}, "try device='auto'"),
     ]
@@ -157,7 +160,7 @@ def test_a_python_user_is_told_of_keyword_arguments(here):
         ("make it with losscurve prepare --data_dir, or", "make it with losscurve prepare --data_dir, or"),
         (
             "type losscurve train --out_dir x --resume; or --resume",
-            "type losscurve train --out_dir x --resume; or resume=True",
+            "type fit(out_dir='x', resume=True); or resume=True",
         ),
         ("and --offline was given", "and --offline was given"),
         ("--- step 3 ---", "--- step 3 ---"),

@@ -186,9 +186,9 @@ def check_saved(run: "LiveRun") -> None:
             )
 
 
-def go_on(run: "Training") -> str:
+def go_on(run: "LiveRun") -> str:
     """The command that resumes a run, in as many processes where they are all on this machine."""
-    world = run.trainer.world
+    world = run.parts.world
     here = world.size > 1 and os.environ.get("LOCAL_WORLD_SIZE") == str(world.size)
     return f"losscurve train {flag('out_dir', run.out_dir)} --resume" + (f" --nproc {world.size}" if here else "")
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llm import storage
-from llm.bands import shaping
-from llm.metrics import losses, read_record
+from llm.record.bands import shaping
+from llm.record.metrics import losses, read_record
 from llm.weights import run_config
 
 REFERENCE = Path(__file__).parent.parent / "llm" / "reference"

@@ -92,7 +92,7 @@ def measure(preset: str, side: str, batch_size: int, steps: int, name: str) -> d
     import torch
 
     from llm.config import from_settings, to_settings
-    from llm.device import describe_device, matrix_rate
+    from llm.machine.device import describe_device, matrix_rate
 
     changes = {"batch_size": batch_size, "gradient_accumulation_steps": 1, "compile": side == "ours-compiled"}
     config = from_settings(to_settings(settings_of(preset)) | changes)
@@ -128,7 +128,7 @@ def ours(config: Any, tokens: Any, device: Any, side: str) -> tuple[Callable[[in
     import torch
 
     from llm.data import TokenData
-    from llm.start import build, compile_forward
+    from llm.start.build import build, compile_forward
     from llm.train import train_step
 
     data = TokenData(Path(), tokens, tokens, config.model.vocab_size, True, "random", {})

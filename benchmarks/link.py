@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm.config import TrainConfig
-from llm.scale import BUCKET, Parallel, predict
+from llm.plan.clusters import BUCKET, Parallel, predict
 
 SIZES = (*(2**power for power in range(10, 25, 2)), BUCKET, 2**26)  # bytes of a message: 1 KiB to 64 MiB
 
@@ -54,7 +54,9 @@ def predicted(
     size: int = 4,
     update: float = 0.0,
 ) -> dict[int, float]:
-    """Tokens a second of so many processes, by their number; `rate_of_one` and `update` as in `llm.scale.predict`."""
+    """Tokens a second of so many processes, by their number; `rate_of_one` and `update` as in
+    `llm.plan.clusters.predict`.
+    """
     measured = rate_of_one, bandwidth, latency
     return {
         count: predict(config, count, *measured, parallel, size=size, update=update).tokens_per_second

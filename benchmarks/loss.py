@@ -17,10 +17,10 @@ from benchmarks.step import settings_of
 from llm import GPT
 from llm.config import from_settings, to_settings
 from llm.data import TokenData, batch_at, open_data
-from llm.device import choose_device, choose_dtype, precision
 from llm.evaluate import evaluate
+from llm.machine.device import choose_device, choose_dtype, precision
 from llm.schedule import lr_at
-from llm.start import build
+from llm.start.build import build
 from llm.train import train_step
 
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 
 from llm import GPT, GPTConfig
-from llm.device import choose_dtype, keep_memory, precision
 from llm.generate import generate
+from llm.machine.device import choose_dtype, keep_memory, precision
 
 CPU = torch.device("cpu")
 KNOBS: dict[str, dict[str, int]] = {"temperature 1": {}, "top-k 50": {"top_k": 50}, "greedy": {"temperature": 0}}

@@ -84,7 +84,7 @@ def start(job: str, nproc: int, args: argparse.Namespace) -> dict[str, Any]:
 
 def work(job: str, preset: str, steps: int, trace: str | None) -> None:
     """One process of a job; the first prints what it measured."""
-    from llm.distributed import joined
+    from llm.machine.rendezvous import joined
 
     with joined() as world:
         found = measure(world, job, preset, steps, trace)
@@ -99,8 +99,8 @@ def measure(world: Any, job: str, preset: str, steps: int, trace: str | None) ->
     import numpy as np
 
     from llm.data import TokenData
-    from llm.device import choose_device, choose_dtype
-    from llm.start import build, connect
+    from llm.machine.device import choose_device, choose_dtype
+    from llm.start.build import build, connect
     from llm.train import train_step
 
     config = dataclasses.replace(settings_of(preset), parallel="fsdp" if job == "fsdp" else "ddp")

@@ -68,7 +68,7 @@ def keep_best(rates: dict[str, float]) -> None:
     """Measure a large product in float32 and in the precision that ours runs in; keep the best rate of each."""
     import torch
 
-    from llm.device import choose_dtype, matrix_rate
+    from llm.machine.device import choose_dtype, matrix_rate
 
     cpu = torch.device("cpu")
     for dtype in dict.fromkeys((torch.float32, choose_dtype("auto", cpu))):
@@ -127,8 +127,8 @@ def ours(config: Any, tokens: Any) -> Callable[[int], float]:
     from pathlib import Path
 
     from llm.data import TokenData
-    from llm.device import choose_device, choose_dtype
-    from llm.start import build
+    from llm.machine.device import choose_device, choose_dtype
+    from llm.start.build import build
     from llm.train import train_step
 
     device = choose_device("cpu")
@@ -184,7 +184,7 @@ def plain(config: Any, tokens: Any) -> Callable[[int], float]:
 
 def reused(config: Any, tokens: Any) -> Callable[[int], float]:
     """The plain loop with freed memory kept by the process, and nothing else of ours."""
-    from llm.device import keep_memory
+    from llm.machine.device import keep_memory
 
     keep_memory()
     return plain(config, tokens)

@@ -2,7 +2,7 @@
 
 import sys
 
-from llm.interpreter import put_working_folder_last
+from llm.machine.interpreter import put_working_folder_last
 
 put_working_folder_last()
 from llm.commands.main import main  # noqa: E402

@@ -8,7 +8,8 @@ import numpy.typing as npt
 
 from llm import storage
 from llm.errors import UserError
-from llm.tokens import SPLITS, Tokens, has_tokens, open_split, prepare_command, read_meta, settle, vocabulary_of
+from llm.tokens.remedies import prepare_command
+from llm.tokens.token_files import SPLITS, Tokens, has_tokens, open_split, read_meta, settle, vocabulary_of
 
 
 @dataclass(frozen=True)

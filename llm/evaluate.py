@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from llm.distributed import ALONE, World
+from llm.machine.world import ALONE, World
 from llm.model import GPT
-from llm.tokens import Tokens
+from llm.tokens.token_files import Tokens
 
 WINDOW_TOKENS = 2048  # in one forward pass: the chapter's batch; more gains nothing on a CPU
 

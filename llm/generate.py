@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm.errors import UserError
 from llm.model import GPT, KVCache
-from llm.tokenizer import Tokenizer
+from llm.tokens.tokenizer import Tokenizer
 
 LIKELIEST = 1024  # tokens that top-p looks at before it sorts them all
 GROUP = 64  # neighbours whose maximum stands for them in `largest`

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llm.kernel import exp_sum
+from llm.machine.kernel import exp_sum
 
 ROWS_BYTES = 68 * 2**20  # about, of the exponentials of one chunk of rows, and
 BLOCK_BYTES = 8192  # of one row, in a block of columns: both measured, see docs/decisions.md

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.config import TrainConfig
-from llm.distributed import whole
+from llm.machine.world import whole
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, split: bool) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
-from llm import metrics
 from llm.config import (
     FIELDS,
     TrainConfig,
@@ -29,17 +28,23 @@ from llm.config import (
     read_toml,
     to_settings,
 )
-from llm.device import choose_device
 from llm.errors import Failure, UserError
-from llm.events import Line, Notice
 from llm.generate import continue_text
-from llm.lines import Row
+from llm.machine.device import choose_device
 from llm.model import GPT
-from llm.plot import draw, plain, plot_runs
-from llm.samples import Sample, read_samples
-from llm.start import Say, new_run, resume_run
-from llm.tokenizer import Tokenizer, gpt2, load_tokenizer
+from llm.record import metrics
+from llm.record.chart_style import plain
+from llm.record.plot import draw, plot_runs
+from llm.record.samples import Sample, read_samples
+from llm.start.new_run import new_run
+from llm.start.resume_run import resume_run
+from llm.start.run_folder import Say
+from llm.storage.lines import Row
+from llm.tokens.bpe import gpt2
+from llm.tokens.saved_tokenizer import load_tokenizer
+from llm.tokens.tokenizer import Tokenizer
 from llm.train import train
+from llm.training.events import Line, Notice
 from llm.weights import load_model, run_config
 
 if TYPE_CHECKING:

@@ -11,17 +11,17 @@ from collections.abc import Iterator
 
 import torch
 
-from llm.device import precision
-from llm.evaluating import evaluate_run
-from llm.events import Event, Step
-from llm.live import LiveRun
+from llm.machine.device import precision
 from llm.optim import clip_gradients
-from llm.recording import READ_EVERY, check_losses, log_step, read_losses
-from llm.refused import NotFinite
-from llm.rollback import roll_back
-from llm.saving import save, save_is_due, saved
 from llm.schedule import lr_at
-from llm.state import Parts
+from llm.training.evaluating import evaluate_run
+from llm.training.events import Event, Step
+from llm.training.live import LiveRun
+from llm.training.recording import READ_EVERY, check_losses, log_step, read_losses
+from llm.training.refused import NotFinite
+from llm.training.rollback import roll_back
+from llm.training.saving import save, save_is_due, saved
+from llm.training.state import Parts
 
 
 def train_step(parts: Parts, step: int) -> Step:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from llm.config import GPTConfig, TrainConfig, from_settings, read_toml
 from llm.errors import UserError
-from llm.foreign import is_text, signature
 from llm.model import GPT
+from llm.tokens.foreign import is_text, signature
 
 WRAPPERS = ("model", "state_dict", "model_state_dict")  # under which training programs keep the weights
 SAVE = "save the weights alone: torch.save(model.state_dict(), 'weights.pt')"

@@ -3,7 +3,7 @@
 import sys
 
 from llm.commands.main import run_command
-from llm.interpreter import put_working_folder_last
+from llm.machine.interpreter import put_working_folder_last
 
 if __name__ == "__main__":
     put_working_folder_last()

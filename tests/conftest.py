@@ -16,12 +16,12 @@ import torch
 from llm import storage
 from llm.commands.main import main
 from llm.config import TrainConfig, from_settings
-from llm.events import Event, Step
-from llm.live import LiveRun
-from llm.metrics import Record
-from llm.samples import Samples
-from llm.start import new_run
+from llm.record.metrics import Record
+from llm.record.samples import Samples
+from llm.start.new_run import new_run
 from llm.train import train
+from llm.training.events import Event, Step
+from llm.training.live import LiveRun
 
 for number in (signal.SIGINT, signal.SIGHUP):  # ignored below `nohup` or a shell's `&`, and by all that we would start
     if signal.getsignal(number) is signal.SIG_IGN:

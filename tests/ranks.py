@@ -26,7 +26,9 @@ import torch.distributed as dist
 # PyTorch asks for the name of each address it is connected to; where no name server answers that takes 5 seconds
 os.environ.setdefault("RES_OPTIONS", "attempts:0")
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "llm.commands.train", "llm.start", "llm.run", "ranks"])
+CONTEXT.set_forkserver_preload(
+    ["torch.distributed.fsdp", "llm.commands.train", "llm.start.new_run", "llm.run", "ranks"]
+)
 HERE = Path(__file__).parent
 PATIENCE = 120.0  # seconds for all jobs of a world
 
@@ -137,12 +139,14 @@ def _rank(rank: int, size: int, ports: list[int], jobs: list[Any], folder: Path,
 def train(settings: dict[str, Any], resume: bool = False) -> dict[str, Any]:
     """A run, begun or gone on with, and all that this process saw of it: windows, draws of dropout, losses, weights."""
     from llm.config import from_settings
-    from llm.distributed import joined, whole
-    from llm.events import Step
-    from llm.saver import Saver
-    from llm.start import new_run, resume_run
-    from llm.state import tensors_of
+    from llm.machine.rendezvous import joined
+    from llm.machine.world import whole
+    from llm.start.new_run import new_run
+    from llm.start.resume_run import resume_run
     from llm.train import train as training_loop
+    from llm.training.events import Step
+    from llm.training.saver import Saver
+    from llm.training.state import tensors_of
 
     with joined() as world:
         opened = (
@@ -152,7 +156,10 @@ def train(settings: dict[str, Any], resume: bool = False) -> dict[str, Any]:
         )
         with opened as training:
             start = Saver().copy(tensors_of(training.parts)), training.progress.step
-            with noting(training.parts) as seen, mock.patch("llm.evaluating.plot_runs"):  # pictures take their time
+            with (
+                noting(training.parts) as seen,
+                mock.patch("llm.training.evaluating.plot_runs"),
+            ):  # pictures take their time
                 steps = [event for event in training_loop(training) if isinstance(event, Step)]
         weights = {name: whole(p.detach()).cpu().clone() for name, p in training.parts.model.named_parameters()}
     return {
@@ -194,10 +201,10 @@ def noting(trainer: Any) -> Iterator[dict[str, list[torch.Tensor]]]:
 def evaluated(settings: dict[str, Any], cases: list[tuple[int, int]]) -> list[tuple[float, float | None, int]]:
     """The evaluation of a run's first weights, on other tokens: for each (how many there are, limit) of `cases`."""
     from llm.config import from_settings
-    from llm.device import precision
-    from llm.distributed import joined
     from llm.evaluate import evaluate
-    from llm.start import new_run
+    from llm.machine.device import precision
+    from llm.machine.rendezvous import joined
+    from llm.start.new_run import new_run
 
     with joined() as world, new_run(from_settings(settings), world=world) as training:
         trainer, found = training.parts, []
@@ -224,17 +231,17 @@ def command(lines: list[str], change: Callable[[int], AbstractContextManager[Any
 
 
 def another_version(rank: int) -> AbstractContextManager[Any]:
-    return mock.patch("llm.start.__version__", "0.0.9") if rank == 1 else nullcontext()
+    return mock.patch("llm.start.agreement.__version__", "0.0.9") if rank == 1 else nullcontext()
 
 
 def other_code(rank: int) -> AbstractContextManager[Any]:
-    return mock.patch("llm.start.code_hash", return_value="f" * 64) if rank == 1 else nullcontext()
+    return mock.patch("llm.start.agreement.code_hash", return_value="f" * 64) if rank == 1 else nullcontext()
 
 
 def never_comes(rank: int, absent: int) -> AbstractContextManager[Any]:
     if rank == absent:
         os._exit(3)
-    return mock.patch("llm.distributed.STALLED", datetime.timedelta(seconds=1))
+    return mock.patch("llm.machine.rendezvous.STALLED", datetime.timedelta(seconds=1))
 
 
 @dataclass
@@ -255,11 +262,11 @@ class Kill:
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
-        import llm.saver
-        import llm.saving
         import llm.train
+        import llm.training.saver
+        import llm.training.saving
 
-        save, finite = llm.saving.save, llm.saving.tensors_of
+        save, finite = llm.training.saving.save, llm.training.saving.tensors_of
 
         def begins(parts: Any) -> Any:  # what `not_finite` is asked about, and what is saved
             step = int(max(entry["step"] for entry in parts.optimizer.state.values()))
@@ -276,7 +283,7 @@ class Kill:
         with (
             mock.patch.object(llm.saving, "tensors_of", begins),
             mock.patch.object(llm.train, "save", ends),
-            mock.patch.object(llm.saver, "whole", self._counted(llm.saver.whole)),
+            mock.patch.object(llm.saver, "whole", self._counted(llm.training.saver.whole)),
             mock.patch.object(dist, "all_gather", self._counted(dist.all_gather)),
             mock.patch.object(dist, "all_reduce", self._counted(dist.all_reduce)),
         ):

@@ -9,11 +9,12 @@ import pytest
 from conftest import append, flags
 
 from benchmarks.bands import collected, spelled
-from llm import bands, storage
-from llm.bands import STUDENT, Band, band_from, band_of, band_of_run, normal, shaping
+from llm import storage
 from llm.config import TrainConfig, from_settings, read_toml
-from llm.explain import News, explain
-from llm.plot import draw_run
+from llm.record import bands
+from llm.record.bands import STUDENT, Band, band_from, band_of, band_of_run, normal, shaping
+from llm.record.explain import News, explain
+from llm.record.plot import draw_run
 
 BAND = Band("chapter", 3, (0, 250, 500), (10.8, 5.8, 5.1), (0.01, 0.05, 0.02))
 SHIPPED = [file.name for file in resources.files("llm").joinpath("reference").iterdir() if file.name.endswith(".json")]

@@ -12,9 +12,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from llm import checkpoint, storage
-from llm.checkpoint import folder_name, load_state, newest_state, save_state, saved_steps
+from llm import storage
 from llm.errors import UserError
+from llm.storage import checkpoint
+from llm.storage.checkpoint import folder_name, load_state, newest_state, save_state, saved_steps
 
 
 def groups(step=0):

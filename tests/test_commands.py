@@ -15,7 +15,7 @@ import torch
 from conftest import environment, flags, needs_gpt2, with_small
 
 from llm import GPT, GPTConfig, storage
-from llm.metrics import read_record
+from llm.record.metrics import read_record
 
 
 def untouched(folder: Path) -> list[str]:

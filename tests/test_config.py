@@ -26,7 +26,7 @@ from llm.config import (
     write_toml,
 )
 from llm.errors import UserError
-from llm.hub import TEXTS
+from llm.text.hub import TEXTS
 
 CHAPTER = {
     **{"vocab_size": 50257, "block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128, "ffn_mult": 4},

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm import corpus, download
-from llm.corpus import look, name_of, opened, span
 from llm.errors import Failure, UserError
+from llm.storage import download
+from llm.text import corpus
+from llm.text.corpus import look, name_of, opened, span
 
 CONTENT = b"To be, or not to be"
 

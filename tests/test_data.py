@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from llm import storage
-from llm import tokens as module
 from llm.data import batch_at, open_data
 from llm.errors import UserError
-from llm.tokens import GPT2_VOCAB
+from llm.tokens import token_files
+from llm.tokens.token_files import GPT2_VOCAB
 
 TOKENS = np.arange(1000, 1100, dtype="<u2")
 
@@ -183,7 +183,7 @@ def test_shorter_than_a_window(foreign):
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin"])
 def test_an_id_beyond_the_vocabulary(foreign, name, monkeypatch):
-    monkeypatch.setattr(module, "stretches", lambda t: ((s, t[s : s + 4]) for s in range(0, len(t), 4)))
+    monkeypatch.setattr(token_files, "stretches", lambda t: ((s, t[s : s + 4]) for s in range(0, len(t), 4)))
     ids = np.fromfile(foreign / name, "<u2")
     ids[7], ids[9] = 60_000, 61_000
     ids.tofile(foreign / name)

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llm import device as module
-from llm.device import choose_device, choose_dtype, describe_device, environment, keep_memory, precision
 from llm.errors import UserError
+from llm.machine import device
+from llm.machine.device import choose_device, choose_dtype, describe_device, environment, keep_memory, precision
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
@@ -24,7 +24,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (capability, 0))
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-        monkeypatch.setattr(module, "_bf16_is_fast", lambda: fast)
+        monkeypatch.setattr(device, "_bf16_is_fast", lambda: fast)
 
     return pretend
 
@@ -123,8 +123,8 @@ def test_the_probe_wants_a_clear_gain(monkeypatch, slow, fast, disturbed):
 
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    assert module._bf16_is_fast.__wrapped__() == fast
+    monkeypatch.setattr(device.time, "perf_counter", lambda: now[0])
+    assert device._bf16_is_fast.__wrapped__() == fast
     monkeypatch.setattr(torch, "mm", real)
 
 
@@ -138,8 +138,8 @@ def test_a_machine_hopeless_at_bfloat16_is_found_out_by_a_small_product(monkeypa
 
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    assert not module._bf16_is_fast.__wrapped__()
+    monkeypatch.setattr(device.time, "perf_counter", lambda: now[0])
+    assert not device._bf16_is_fast.__wrapped__()
     assert set(sizes) == {64}
 
 
@@ -149,9 +149,9 @@ def test_an_x86_without_avx512_is_not_even_tried(monkeypatch, capability):
         raise AssertionError("a product of bfloat16 takes a second to be set up there")
 
     monkeypatch.setattr(torch, "mm", mm)
-    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(device.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert not module._bf16_is_fast.__wrapped__()
+    assert not device._bf16_is_fast.__wrapped__()
 
 
 def test_float32_is_left_as_it_is():
@@ -176,11 +176,11 @@ def test_keeping_memory_breaks_nothing(monkeypatch):
     keep_memory()
     assert torch.ones(2**20).sum() == 2**20
     for name in ("darwin", "win32"):
-        monkeypatch.setattr(module.sys, "platform", name)
-        monkeypatch.setattr(module.ctypes, "CDLL", None)  # not to be called
+        monkeypatch.setattr(device.sys, "platform", name)
+        monkeypatch.setattr(device.ctypes, "CDLL", None)  # not to be called
         keep_memory()
-    monkeypatch.setattr(module.sys, "platform", "linux")
-    monkeypatch.setattr(module.platform, "libc_ver", lambda: ("", ""))  # musl
+    monkeypatch.setattr(device.sys, "platform", "linux")
+    monkeypatch.setattr(device.platform, "libc_ver", lambda: ("", ""))  # musl
     keep_memory()
 
 
@@ -218,12 +218,12 @@ def slow_clock(monkeypatch, seconds, slice_=math.inf, pause=0.0, phase=0.0):
 
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(module.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(device.time, "perf_counter", lambda: clock["now"])
     return sizes
 
 
 def rate_of(dtype=torch.float32):
-    return module.matrix_rate.__wrapped__(CPU, dtype)
+    return device.matrix_rate.__wrapped__(CPU, dtype)
 
 
 @pytest.mark.parametrize("rate", [1e9, 1e11, 1e15])
@@ -254,7 +254,7 @@ def test_a_machine_where_every_product_waits_for_another_process_is_not_said_to_
 def test_a_precision_without_instructions_is_measured_by_a_small_product(monkeypatch, dtype):
     """A product of 1,024 in float16 takes two seconds on many a CPU."""
     sizes = slow_clock(monkeypatch, lambda n, dtype: 2 * n**3 / (9e10 if dtype is torch.float32 else 2e9))
-    monkeypatch.setattr(module, "_bf16_is_fast", lambda: False)
+    monkeypatch.setattr(device, "_bf16_is_fast", lambda: False)
     assert rate_of(dtype) == pytest.approx(2e9)
     assert set(sizes) == {128}
 
@@ -263,7 +263,7 @@ def test_a_precision_without_instructions_is_measured_by_a_small_product(monkeyp
 def test_a_large_card_gets_a_large_product(monkeypatch, multiprocessors, size):
     properties = SimpleNamespace(multi_processor_count=multiprocessors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert module._measured_size(CUDA, torch.bfloat16) == size
+    assert device._measured_size(CUDA, torch.bfloat16) == size
 
 
 @pytest.mark.parametrize("phase", range(8))
@@ -275,4 +275,4 @@ def test_a_neighbour_does_not_change_the_choice_of_a_precision(monkeypatch, gain
         return 2 * size**3 / 9e10 / (gain if dtype is torch.bfloat16 else 1)
 
     slow_clock(monkeypatch, seconds, 4e-3, 12e-3, phase / 2000)
-    assert module._bf16_is_fast.__wrapped__() == fast
+    assert device._bf16_is_fast.__wrapped__() == fast

@@ -21,14 +21,15 @@ from conftest import SMALL, environment, flags, with_small, words
 from ranks import job, values, world_of
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from llm import GPT, checkpoint
+from llm import GPT
+from llm.checks.verify import verify
 from llm.commands import launch, train
 from llm.data import batch_at, open_data
-from llm.distributed import described
 from llm.errors import UserError
-from llm.metrics import read_record
-from llm.prepare import prepare
-from llm.verify import verify
+from llm.machine.rendezvous import described
+from llm.record.metrics import read_record
+from llm.storage import checkpoint
+from llm.tokens.prepare import prepare
 from llm.weights import run_config
 
 STEPS, STATE = 8, 5

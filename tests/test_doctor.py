@@ -15,18 +15,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm import doctor, download, tokenizer
-from llm.commands.doctor import MARKS
+from llm.checks import doctor, hardware, reachable
+from llm.checks.check import Check
+from llm.checks.doctor import bounded
+from llm.checks.one_step import Outcome, differences, one_step, parity
+from llm.checks.reachable import cached, silence
+from llm.commands.check.doctor import MARKS
 from llm.commands.main import main
 from llm.config import from_settings
 from llm.data import batch_at
-from llm.doctor import Check, Outcome, bounded, cached, differences, one_step, parity, silence
 from llm.errors import Failure
 from llm.model import GPT
+from llm.storage import download
+from llm.tokens import bpe
 from llm.train import train_step
 
 CPU = torch.device("cpu")
-LIMITS = (doctor.LOSS_TOLERANCE, doctor.GRADIENT_TOLERANCE, doctor.UPDATE_TOLERANCE)
+LIMITS = (one_step.LOSS_TOLERANCE, one_step.GRADIENT_TOLERANCE, one_step.UPDATE_TOLERANCE)
 
 
 @pytest.fixture
@@ -35,7 +40,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOSSCURVE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
-    monkeypatch.setattr(doctor, "silence", lambda url: "no network")
+    monkeypatch.setattr(reachable, "silence", lambda url: "no network")
     return tmp_path
 
 
@@ -104,9 +109,9 @@ def doctor_tokens():
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_step_is_that_of_an_independent_reference_well_within_the_tolerances(dropout):
     found = differences(reference_step(dropout), one_step(CPU, dropout))
-    assert found[0] < doctor.LOSS_TOLERANCE / 10
-    assert found[1] < doctor.GRADIENT_TOLERANCE / 10
-    assert found[2] < doctor.UPDATE_TOLERANCE / 2
+    assert found[0] < one_step.LOSS_TOLERANCE / 10
+    assert found[1] < one_step.GRADIENT_TOLERANCE / 10
+    assert found[2] < one_step.UPDATE_TOLERANCE / 2
 
 
 def test_the_same_step_twice_is_the_same():
@@ -169,8 +174,10 @@ def test_a_step_that_is_deliberately_broken_is_found(broken, monkeypatch):
         wrong = {dropout: one_step(CPU, dropout) for dropout in (0.0, 0.1)}
     found = differences(right[0.0], wrong[0.0])
     assert not all(value <= limit for value, limit in zip(found, LIMITS, strict=True)), found
-    monkeypatch.setattr("llm.device.choose_device", lambda name: torch.device("cuda"))  # told apart by its type only
-    monkeypatch.setattr(doctor, "one_step", lambda on, dropout: (right if on.type == "cpu" else wrong)[dropout])
+    monkeypatch.setattr(
+        "llm.machine.device.choose_device", lambda name: torch.device("cuda")
+    )  # told apart by its type only
+    monkeypatch.setattr(one_step, "one_step", lambda on, dropout: (right if on.type == "cpu" else wrong)[dropout])
     check = parity()
     assert check.good is False
     assert check.remedy == "losscurve train --device cpu"
@@ -261,43 +268,43 @@ def test_the_caches_are_those_that_training_reads(own, alone, monkeypatch):
 
     monkeypatch.setattr(download, "fetch", fetch)
     looked = []
-    monkeypatch.setattr(doctor, "cached", lambda name, what, *known: looked.append(known[:3]))
-    from llm import corpus
+    monkeypatch.setattr(reachable, "cached", lambda name, what, *known: looked.append(known[:3]))
+    from llm.text import corpus
 
     with pytest.raises(Failure):
         corpus._shakespeare(offline=True)
     with pytest.raises(Failure):
-        tokenizer.gpt2(offline=True)
-    doctor.text()
-    doctor.vocabulary()
+        bpe.gpt2(offline=True)
+    reachable.text()
+    reachable.vocabulary()
     assert looked == asked
 
 
 def test_more_threads_than_processors_is_said(monkeypatch, tmp_path):
     (tmp_path / "cpu.max").write_text("150000 100000\n")
-    monkeypatch.setattr(doctor, "CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr(hardware, "CPU_LIMIT", tmp_path / "cpu.max")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)), raising=False)
-    assert doctor.processors() == 1.5
-    check = doctor.threads()
+    assert hardware.processors() == 1.5
+    check = hardware.threads()
     assert (check.good, check.remedy) == (None, 'export OMP_NUM_THREADS="1"')
     assert "8 on 1.5 processors" in check.words
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert doctor.processors() == 64
+    assert hardware.processors() == 64
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert doctor.threads().good is True
+    assert hardware.threads().good is True
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    assert doctor.threads().remedy == "unset OMP_NUM_THREADS"
+    assert hardware.threads().remedy == "unset OMP_NUM_THREADS"
 
 
 def test_a_compiler_that_is_absent_or_cannot_compile_is_no_failure(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(tmp_path / "nowhere"))
-    assert doctor.compiler().good is None
+    assert hardware.compiler().good is None
     fake = tmp_path / "c++"
     fake.write_text("#!/bin/sh\necho 'fatal error: Python.h: No such file' >&2\nexit 1\n")
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", str(fake))
-    check = doctor.compiler()
+    check = hardware.compiler()
     assert check.good is None
     assert "cannot compile (fatal error: Python.h" in check.words
     assert check.remedy
@@ -312,11 +319,11 @@ def test_a_gpu_that_cannot_be_used_is_found(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(torch.version, "cuda", None)
-    check = doctor.device()
+    check = hardware.device()
     assert (check.good, check.remedy) == (None, "pip install --force-reinstall torch")
     assert "built without CUDA" in check.words
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    assert doctor.device() == Check(
+    assert hardware.device() == Check(
         "device",
         False,
         "the CPU trains, though an NVIDIA GPU is here: PyTorch's CUDA 12.8 does not work with its driver; "
@@ -324,14 +331,14 @@ def test_a_gpu_that_cannot_be_used_is_found(monkeypatch, tmp_path):
         "nvidia-smi",
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert doctor.device().remedy == "unset CUDA_VISIBLE_DEVICES"
+    assert hardware.device().remedy == "unset CUDA_VISIBLE_DEVICES"
     tool.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
-    assert doctor.device().words.startswith("no GPU")
+    assert hardware.device().words.startswith("no GPU")
 
 
 def test_a_disk_that_is_full_is_broken(alone, monkeypatch):
     assert doctor.disk().good is True
-    monkeypatch.setattr("llm.start.disk_needed", lambda model, config: 2**80)
+    monkeypatch.setattr("llm.start.run_folder.disk_needed", lambda model, config: 2**80)
     check = doctor.disk()
     assert check.good is False
     assert "MiB free" in check.words

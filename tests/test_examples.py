@@ -12,7 +12,8 @@ import jsonschema
 import pytest
 import yaml
 
-from llm.commands import flags, plan, rehearse, train
+from llm.commands import flags, plan, train
+from llm.commands.check import rehearse
 from llm.commands.flags import config_from
 from llm.config import TrainConfig
 

@@ -10,13 +10,14 @@ import pytest
 from conftest import SMALL, flags
 
 import llm
-from llm import other_names, storage
-from llm.commands import prove_resume, train
+from llm import storage
+from llm.commands import train
+from llm.commands.check import prove_resume
 from llm.commands.flags import Parser, add_settings, flag, typed_settings
 from llm.commands.main import COMMANDS, main
-from llm.config import ALIASES, FIELDS, from_settings
+from llm.config import ALIASES, FIELDS, from_settings, other_names
 from llm.errors import Failure, UserError
-from llm.prepare import prepare
+from llm.tokens.prepare import prepare
 
 
 def typed(*words, names=FIELDS, bare=("text",)):
@@ -221,7 +222,7 @@ def test_the_table_of_other_names_holds_none_of_ours():
 )
 def test_processes_are_started_with_the_words_that_were_typed(words, monkeypatch):
     started = []
-    monkeypatch.setattr(train.os, "execv", lambda path, argv: started.append(argv))
+    monkeypatch.setattr(train.os, "execve", lambda path, argv, env: started.append(argv))
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     train.main(words)
@@ -232,9 +233,9 @@ def test_processes_are_started_with_the_words_that_were_typed(words, monkeypatch
 
 def test_the_runs_of_a_proof_get_the_words_that_were_typed(here, monkeypatch):
     passed = []
-    monkeypatch.setattr("llm.prove.whole_run", lambda words, folder: passed.append(words))
-    monkeypatch.setattr("llm.prove.killed_run", lambda *more: iter(()))
-    monkeypatch.setattr("llm.prove.fingerprint", lambda folder: {})
+    monkeypatch.setattr("llm.checks.prove.whole_run", lambda words, folder: passed.append(words))
+    monkeypatch.setattr("llm.checks.prove.killed_run", lambda *more: iter(()))
+    monkeypatch.setattr("llm.checks.prove.fingerprint", lambda folder: {})
     prove_resume.main(["--sample_prompt=--seed", "--text", "-x y", "b", "--no_bias", "--preset", "chapter"])
     args = train.parsed(passed[0])
     assert (args.sample_prompt, args.text, args.preset) == ("--seed", ["-x y", "b"], "chapter")
@@ -318,7 +319,7 @@ def test_a_run_says_once_what_of_its_preset_is_left_out(here, losscurve):
 
 
 def test_the_pasted_remedy_of_a_plan_names_its_file(here, losscurve, capsys, monkeypatch):
-    monkeypatch.setattr("llm.plan.fits", lambda config: False)  # measures nothing
+    monkeypatch.setattr("llm.plan.timing.fits", lambda config: False)  # measures nothing
     losscurve("prepare text.txt --tokenizer char")
     words = shlex.split(f"plan --data_dir data {flags()} --out 'my plan.toml'")
     assert main(words) == 0

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import flags, words
 
-from llm import folders, report_markdown
-from llm.corpus import opened
 from llm.errors import UserError
+from llm.report import write_markdown
+from llm.text import folders
+from llm.text.corpus import opened
 
 
 def made(*names: str) -> None:
@@ -60,7 +61,7 @@ def test_what_is_left_out_has_its_reason(place):
     made("runs/a/config.toml", "runs/a/metrics.jsonl", "runs/a/samples.txt", "runs/a/deep/own.txt", "runs/notes.txt")
     made("data/train.bin", "data/readme.md", "data/books/one.txt", "shards/train-00000.bin", "shards/input.txt")
     made("conda/conda-meta/x", "conda/share/doc.txt", "src/__pycache__/a.txt", "a.txt", "config.toml")
-    Path("r.md").write_text(report_markdown.MARK + "# run\n", encoding="utf-8")
+    Path("r.md").write_text(write_markdown.MARK + "# run\n", encoding="utf-8")
     found = folders.search(Path())
     assert [str(path) for path in found.texts] == ["a.txt", "data/books/one.txt", "runs/notes.txt"]
     assert sorted(found.left_out) == [
@@ -71,7 +72,7 @@ def test_what_is_left_out_has_its_reason(place):
         "shards/input.txt (beside token files)",
         "src/__pycache__/ (installed packages)",
     ]
-    assert report_markdown.MARK.encode() == folders.REPORT
+    assert write_markdown.MARK.encode() == folders.REPORT
 
 
 def test_a_folder_that_is_named_itself_is_read_but_for_the_files_of_a_run(place):

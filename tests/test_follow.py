@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import append, write_samples
 
-from llm.metrics import cut
 from llm.page import follow, shown
 from llm.page.follow import Follower
 from llm.page.shown import Viewer, curves, facts, landmarks, names_of, pace, thinned_evaluations
 from llm.page.thin import COLUMNS, POINTS, Thinned
+from llm.record.metrics import cut
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -191,8 +191,8 @@ def test_a_long_record_is_read_in_several_looks(tmp_path, monkeypatch, look, tor
 
 def test_verdicts_are_those_of_explain_where_no_row_was_left_out(tmp_path):
     from llm.config import from_settings, read_toml
-    from llm.explain import explain
-    from llm.metrics import read_record
+    from llm.record.explain import explain
+    from llm.record.metrics import read_record
 
     (tmp_path / "config.toml").write_text("vocab_size = 100\nmax_steps = 400\n")
     for step in range(0, 400, 5):
@@ -209,8 +209,8 @@ def test_verdicts_are_those_of_explain_where_no_row_was_left_out(tmp_path):
 
 
 def test_the_band_is_shown_only_where_settings_and_data_are_those_of_the_band(tmp_path, monkeypatch):
-    from llm import bands
-    from llm.bands import Band
+    from llm.record import bands
+    from llm.record.bands import Band
 
     band = Band("chapter", 5, (0, 10), (4.0, 3.0), (0.1, 0.1))
     monkeypatch.setattr(bands, "band_of", lambda given, data: band if data == {"train.bin": "a"} else None)

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from conftest import flags, run_python, words
 
-from llm import plan
+from llm.checks.verify import verify
 from llm.config import from_settings
 from llm.data import open_data
 from llm.errors import UserError
-from llm.foreign import characters, check_format
+from llm.plan import text_size
 from llm.run import Run
-from llm.tokens import GPT2_VOCAB
-from llm.verify import verify
+from llm.tokens.foreign import characters, check_format
+from llm.tokens.token_files import GPT2_VOCAB
 
 TEXT = words(900)
 ALPHABET = sorted(set(TEXT))
@@ -77,7 +77,7 @@ def test_nanogpts_characters_are_read_as_such(here, losscurve):
     assert run.tokenizer.to_json()["characters"] == "".join(ALPHABET)
     assert run.tokenizer.decode(open_data(Path("nano"), 16).val[:50]) == TEXT[-300:-250]
     assert run.record[-1]["bits_per_byte"] is not None
-    assert plan.text_of(from_settings({"data_dir": "nano"})).vocabulary == len(ALPHABET)
+    assert text_size.text_of(from_settings({"data_dir": "nano"})).vocabulary == len(ALPHABET)
     code, out, _ = losscurve("show-batch --step 1")
     assert code == 0
     assert out.splitlines()[1] in TEXT or out.splitlines()[1] + "\n" in TEXT
@@ -165,7 +165,7 @@ def test_characters_without_their_meta_are_not_gpt2s(here):
     assert f"the largest id is {largest}, so these are characters or bytes and not GPT-2's tokens" in message
     assert f"--vocab_size {largest + 1} " in message
     with pytest.raises(UserError, match="the largest id is"):
-        plan.text_of(from_settings({"data_dir": "d"}))
+        text_size.text_of(from_settings({"data_dir": "d"}))
     assert open_data(folder, 16, largest + 1).vocab_size == largest + 1
 
 
@@ -196,7 +196,7 @@ def test_ids_in_another_format_are_refused_with_a_command_that_converts_them(her
         assert f" {words}" in message.partition(", and without")[0]
         assert "a larger" not in message
     with pytest.raises(UserError, match="only bare uint16 ids"):
-        plan.text_of(from_settings({"data_dir": str(folder)}))
+        text_size.text_of(from_settings({"data_dir": str(folder)}))
     assert [finding.good for finding in verify(folder) if finding.path.suffix == ".bin"] == [False, False]
     before = {path: path.read_bytes() for path in folder.iterdir()}
     for _ in range(2):  # again, it does the same

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from llm import download, hub, plan, storage
+from llm import storage
 from llm.commands.main import run_command
 from llm.config import from_settings
-from llm.corpus import opened
 from llm.errors import Failure, UserError
-from llm.prepare import ensure
+from llm.plan import text_size
+from llm.storage import download
+from llm.text import hub
+from llm.text.corpus import opened
+from llm.tokens.reuse import ensure
 
 STORIES = [f"Story {n}: once upon a time.\n" for n in range(200)]
 
@@ -145,10 +148,10 @@ def test_the_command_and_using_it_again(there, capsys):
 
 
 def test_a_plan_downloads_nothing(there):
-    text = plan.text_of(
+    text = text_size.text_of(
         from_settings({"text": ["tinystories", "shakespeare"], "text_limit": "3M", "tokenizer": "byte"})
     )
-    assert text.unprepared == 3_000_000 + plan.TEXT_BYTES
+    assert text.unprepared == 3_000_000 + text_size.TEXT_BYTES
     assert text.tokens == int(0.9 * text.unprepared)
     assert not there.asked
 

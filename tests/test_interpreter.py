@@ -9,10 +9,12 @@ from types import ModuleType
 import pytest
 from conftest import ROOT, environment
 
-from llm import interpreter, prove
-from llm.commands import runs, train, watch
+from llm.checks import prove
+from llm.commands import train
+from llm.commands.look import runs, watch
 from llm.errors import Failure
-from llm.workers import Worker
+from llm.machine import interpreter
+from llm.tokens.workers import Worker
 
 
 def test_a_command_takes_no_module_from_the_working_folder(here):

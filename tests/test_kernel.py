@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llm import kernel
+from llm.machine import kernel
 
 needs_compiler = pytest.mark.skipif(kernel.built() is None, reason="no C compiler here")
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from llm import kernel
 from llm import loss as loss_module
 from llm.loss import linear_cross_entropy, plain_cross_entropy
+from llm.machine import kernel
 
 
 def reference(hidden, weight, targets):

@@ -9,8 +9,9 @@ from conftest import flags
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm import GPT, Run, memorised
-from llm.memorised import first_places, hashes, longest_seen, run_tokens, share_seen, spread_windows
+from llm import GPT, Run
+from llm.checks import memorised
+from llm.checks.memorised import first_places, hashes, longest_seen, run_tokens, share_seen, spread_windows
 
 ids = st.integers(0, 2)  # few, so that there is much to find
 

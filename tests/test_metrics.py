@@ -8,9 +8,10 @@ import types
 import pytest
 from conftest import append
 
-from llm import metrics, storage
+from llm import storage
 from llm.errors import UserError
-from llm.metrics import Record, best, cut, overfits_since, read_record
+from llm.record import metrics
+from llm.record.metrics import Record, best, cut, overfits_since, read_record
 
 
 def record(*evaluations, train=()):

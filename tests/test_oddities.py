@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from conftest import flags
 
-from llm import corpus
 from llm.config import from_settings, to_settings
-from llm.corpus import look, opened
 from llm.errors import UserError
-from llm.plan import text_of
-from llm.prepare import ensure, prepare
+from llm.plan.text_size import text_of
+from llm.text import corpus
+from llm.text.corpus import look, opened
+from llm.tokens.prepare import prepare
+from llm.tokens.reuse import ensure
 
 
 def noticed(*text: str, **more) -> list[str]:

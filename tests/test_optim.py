@@ -9,7 +9,7 @@ from llm.config import GPTConfig, TrainConfig
 from llm.errors import UserError
 from llm.model import GPT
 from llm.optim import clip_gradients, make_optimizer, parameter_groups
-from llm.state import optimizer_tensors, restore_optimizer
+from llm.training.state import optimizer_tensors, restore_optimizer
 
 SMALL = {"vocab_size": 23, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 8}
 

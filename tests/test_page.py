@@ -16,7 +16,7 @@ from llm.errors import UserError
 from llm.page.playground import Playground, question
 from llm.run import Run
 from llm.schedule import lr_at, warmup_warning
-from llm.tokenizer import Bytes
+from llm.tokens.tokenizer import Bytes
 
 for package in ("starlette", "uvicorn", "plotly", "httpx"):
     pytest.importorskip(package)

@@ -13,7 +13,9 @@ from conftest import append, environment
 from llm.commands.main import main
 from llm.config import TrainConfig
 from llm.errors import UserError
-from llm.plot import POINTS, _save, draw, draw_comparison, draw_run, plain, plot_runs, plot_schedule, thinned
+from llm.record.chart_style import _save, plain
+from llm.record.plot import draw, draw_comparison, draw_run, plot_runs, plot_schedule
+from llm.record.points import POINTS, thinned
 from llm.schedule import lr_at
 
 

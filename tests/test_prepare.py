@@ -12,13 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import SMALL, hostile, needs_gpt2
 
-from llm import corpus, cut, shards, storage
-from llm import prepare as module
+from llm import storage
 from llm.commands.main import run_command
 from llm.config import from_settings
 from llm.errors import Failure, UserError
-from llm.prepare import FILES, ensure, prepare
-from llm.tokenizer import load_tokenizer
+from llm.text import corpus
+from llm.tokens import cut, reuse, shards
+from llm.tokens import prepare as preparing
+from llm.tokens.prepare import FILES, prepare
+from llm.tokens.reuse import ensure
+from llm.tokens.saved_tokenizer import load_tokenizer
 
 TEXT = "The quick brown fox, it's 1234 jumps.\n\n  Über  den Hund 🙂\r\n" * 40
 
@@ -138,7 +141,7 @@ def test_piece_size_and_workers_change_no_id(first: str, second: str, chunk: int
         patch.setattr(corpus, "CHUNK", chunk)
         patch.setattr(cut.pieces, "__defaults__", (piece,))
         patch.setattr(os, "cpu_count", lambda: cores)
-        patch.setattr(module, "train_bpe", lambda *_: SMALL)
+        patch.setattr(preparing, "train_bpe", lambda *_: SMALL)
         meta = prepare((folder,), Path(folder, "d"), "bpe")
         place = int(len(text + second) * 0.9)
         end = [SMALL.end_of_text] if second and place >= len(text) else []
@@ -160,9 +163,9 @@ def test_large_vocabularies_are_uint32(tmp_path: Path) -> None:
 
 def test_bpe_of_a_large_text_sees_an_even_sample(book: str, monkeypatch) -> None:
     monkeypatch.setattr(corpus, "CHUNK", 10)
-    monkeypatch.setattr(module, "SAMPLE", 500)
+    monkeypatch.setattr(preparing, "SAMPLE", 500)
     said, taught = [], []
-    monkeypatch.setattr(module, "train_bpe", lambda text, size: taught.extend(text) or SMALL)
+    monkeypatch.setattr(preparing, "train_bpe", lambda text, size: taught.extend(text) or SMALL)
     prepare((book,), Path("d"), "bpe", say=said.append)
     assert 450 <= sum(map(len, taught)) <= 510
     assert ["evenly spread" in line for line in said] == [False, True]  # the other says that it has CRLF
@@ -233,7 +236,7 @@ def test_a_text_that_changes_while_it_is_read(book: str, monkeypatch) -> None:
         Path(book).write_bytes(TEXT.encode()[:30])
         return iter([TEXT])
 
-    monkeypatch.setattr(module, "_sample", changing)
+    monkeypatch.setattr(preparing, "_sample", changing)
     with pytest.raises(Failure, match="changed while it was read"):
         prepare((book,), Path("d"), "bpe", 300)
     assert set(state("d")) == {".lock"}
@@ -458,7 +461,7 @@ def test_a_size_that_a_run_came_to_is_the_size_of_its_tokens(book: str) -> None:
 
 
 def test_of_many_files_meta_names_the_first_and_sums_up_all(book: str, monkeypatch) -> None:
-    monkeypatch.setattr(module, "LISTED", 2)
+    monkeypatch.setattr(preparing, "LISTED", 2)
     Path("t").mkdir()
     for name in "abcde":
         Path(f"t/{name}.txt").write_text(TEXT + name)
@@ -468,7 +471,7 @@ def test_of_many_files_meta_names_the_first_and_sums_up_all(book: str, monkeypat
     assert [file["path"] for file in source["files"]] == ["t/a.txt", "t/b.txt"]
     assert (source["more"], len(source["stamps"])) == (3, 64)
     reading = []
-    monkeypatch.setattr(module, "look", lambda *args: reading.append(1) or corpus.look(*args))
+    monkeypatch.setattr(reuse, "look", lambda *args: reading.append(1) or corpus.look(*args))
     assert ensure(config) == folder
     assert not reading  # by the stamps of all
     os.utime("t/e.txt", (1, 1))
@@ -505,7 +508,7 @@ def test_what_would_be_too_much_to_write_down_is_refused_before(book: str, monke
         prepare(("x" * 4000,) * 2500, Path("d"), "byte")
     with pytest.raises(UserError, match="vocab_size = 1000001: a bpe has at most 1000000"):
         prepare((book,), Path("d"), "bpe", 1_000_001)
-    monkeypatch.setattr(module, "MOST_SHARDS", 100)
+    monkeypatch.setattr(preparing, "MOST_SHARDS", 100)
     with pytest.raises(UserError, match=r"shard_tokens = 1: perhaps \d+ shards; give at least \d+") as caught:
         prepare((book,), Path("d"), "byte", shard_tokens=1)
     assert not Path("d").exists()

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from conftest import words
 
-from llm import prepare as module
 from llm import storage
 from llm.config import from_settings
-from llm.distributed import ALONE
 from llm.errors import UserError
-from llm.prepare import ensure
+from llm.machine.world import ALONE
+from llm.text import hub
+from llm.tokens import prepare, reuse
+from llm.tokens.reuse import ensure
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def held(config):
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
 def test_one_prepares_and_the_others_wait_for_it(config, monkeypatch, tokenizer):
     config = from_settings({"tokenizer": tokenizer, "vocab_size": 300}, config)
-    said, made, write, together = [], [], module.write_splits, threading.Barrier(3)
+    said, made, write, together = [], [], prepare.write_splits, threading.Barrier(3)
 
     def slowly(*args):
         time.sleep(0.3)
@@ -55,7 +56,7 @@ def test_one_prepares_and_the_others_wait_for_it(config, monkeypatch, tokenizer)
         together.wait()
         return ensure(config, say=lambda line: said.append((number, line)))
 
-    monkeypatch.setattr(module, "write_splits", slowly)
+    monkeypatch.setattr(prepare, "write_splits", slowly)
     with ThreadPoolExecutor(3) as pool:
         folders = list(pool.map(start, range(3)))
     assert len(set(folders)) == len(made) == 1
@@ -74,7 +75,7 @@ def test_where_the_one_that_prepares_ends_the_next_one_does_it(held, config):
 
 
 def test_one_that_makes_no_progress_is_not_waited_for(held, config, monkeypatch):
-    monkeypatch.setattr(module, "WAIT", 0.05)
+    monkeypatch.setattr(reuse, "WAIT", 0.05)
     with pytest.raises(UserError, match="in use by another process, which has made no progress for"):
         ensure(config)
 
@@ -104,7 +105,7 @@ def test_a_text_that_another_downloads_is_waited_for_where_it_is_kept(config, mo
         with storage.locked(Path("cache"), "this part of the cache"):
             return Path("first.jsonl")
 
-    monkeypatch.setattr(module.hub, "fetch", fetch)
+    monkeypatch.setattr(hub, "fetch", fetch)
     thread = threading.Thread(target=hold)
     thread.start()
     taken.wait()

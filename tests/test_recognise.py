@@ -17,9 +17,9 @@ import pytest
 from conftest import flags
 
 from llm.config import from_settings, read_toml
-from llm.corpus import opened
 from llm.errors import UserError
-from llm.plan import text_of
+from llm.plan.text_size import text_of
+from llm.text.corpus import opened
 
 ENGLISH = "The café said “naïve” — it’s déjà vu.\nAnother line of text here, with façade.\n" * 40
 GERMAN = "Größe und Straße über Öl.\nÄpfel müssen schön sein für den König.\n" * 40
@@ -226,8 +226,8 @@ def test_compressed_texts_and_rows_are_read(here, losscurve):
 
 
 def test_a_large_compressed_text_is_estimated_for_a_plan(here, monkeypatch):
-    monkeypatch.setattr("llm.rows.SAMPLE", 10**5)
-    monkeypatch.setattr("llm.recognise.HEAD", 10**4)
+    monkeypatch.setattr("llm.text.rows.SAMPLE", 10**5)
+    monkeypatch.setattr("llm.text.recognise.HEAD", 10**4)
     text = random.Random(0).randbytes(1_000_000).hex()
     Path("a.txt.gz").write_bytes(gzip.compress(text.encode()))
     found = text_of(from_settings({"text": "a.txt.gz", "tokenizer": "byte"})).unprepared

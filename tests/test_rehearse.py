@@ -9,14 +9,20 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, flags, with_small
 
-from llm import data, distributed, plan, prove, rehearse, start
+from llm import data
+from llm.checks import prove, rehearse
+from llm.checks import rehearsal as module
+from llm.checks.rehearsal import Rehearsal
+from llm.checks.rehearse import STEPS, changes, differences, shrunk
 from llm.config import PRESETS, from_settings, read_toml, to_settings
-from llm.distributed import World
 from llm.errors import Failure
-from llm.events import Step
-from llm.rehearse import STEPS, Rehearsal, changes, differences, shrunk
-from llm.start import new_run
+from llm.machine import world
+from llm.machine.world import World
+from llm.plan import arithmetic
+from llm.start.new_run import new_run
 from llm.train import train
+from llm.training.events import Step
+from llm.weights import run_config
 
 ROOT = Path(__file__).parent.parent
 KEPT = (
@@ -56,8 +62,8 @@ def test_what_can_break_is_kept_and_the_rest_is_small_for_every_preset(preset, p
     assert {name: before.get(name) for name in KEPT} == {name: after.get(name) for name in KEPT}
     assert small.final_lr == config.final_lr
     assert 0 < small.warmup < STEPS
-    assert plan.run_flops(small) < 3e11  # a second or two of one core
-    assert sum(plan.parameters(small.model).values()) < 7e6
+    assert arithmetic.run_flops(small) < 3e11  # a second or two of one core
+    assert sum(arithmetic.parameters(small.model).values()) < 7e6
     assert (small.device, small.compile, small.max_time, small.patience) == ("cpu", False, None, None)
 
 
@@ -168,7 +174,8 @@ WRONG = {
         World, "rows", lambda self, count: slice(count // 2, count)
     ),
     "another batch": lambda patch: patch.setattr(
-        "llm.state.batch_at", lambda tokens, seed, step, *more: data.batch_at(tokens, seed, max(step, 1), *more)
+        "llm.training.state.batch_at",
+        lambda tokens, seed, step, *more: data.batch_at(tokens, seed, max(step, 1), *more),
     ),
     "no clipping": lambda patch: patch.setattr("torch.nn.utils.clip_grads_with_norm_", lambda *_: None),
     "another learning rate": lambda patch: patch.setattr("llm.train.lr_at", lambda step, config: 1.01 * config.max_lr),
@@ -263,15 +270,15 @@ def test_disk_and_memory_are_those_of_the_real_model(here, monkeypatch):
     large = {"n_layer": 100, "n_head": 16, "n_embd": 2048}
     rehearsing = rehearsal(here, **large)
     rehearsing.text()
-    count = sum(plan.parameters(rehearsing.config.model).values())
+    count = sum(arithmetic.parameters(rehearsing.config.model).values())
     assert count > 5e9
-    monkeypatch.setattr(plan, "machine_memory", lambda: 17 * count)
-    assert rehearsing.memory() == (True, f"{(16 * count + plan.PROCESS) / 2**30:.2f} GiB on the host of rank 0 to "
-                                   f"save; {17 * count / 2**30:.2f} here")  # fmt: skip
-    monkeypatch.setattr(plan, "machine_memory", lambda: 15 * count)
+    monkeypatch.setattr(arithmetic, "machine_memory", lambda: 17 * count)
+    needed = f"{(16 * count + arithmetic.PROCESS) / 2**30:.2f} GiB on the host of rank 0 to save"
+    assert rehearsing.memory() == (True, f"{needed}; {17 * count / 2**30:.2f} here")
+    monkeypatch.setattr(arithmetic, "machine_memory", lambda: 15 * count)
     assert rehearsing.memory()[0] is False
     for free, good in ((61 * count, True), (59 * count, False)):  # three kept, two on their way, the weights
-        monkeypatch.setattr(rehearse.shutil, "disk_usage", lambda path, free=free: SimpleUsage(free))
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda path, free=free: SimpleUsage(free))
         assert rehearsing.disk()[0] is good
     rehearsing.here = False  # then it is the cluster that has to have it
     good, words = rehearsing.disk()
@@ -363,7 +370,7 @@ def test_a_state_that_is_not_whole_after_the_kill_is_said(here, monkeypatch):
 )
 def test_a_kill_that_changed_nothing_is_not_believed(here, monkeypatch, step, code, words):
     rehearsing = rehearsal(here)
-    monkeypatch.setattr(rehearse.checkpoint, "newest_state", lambda folder: ({}, {"step": step}, {}))
+    monkeypatch.setattr(module.checkpoint, "newest_state", lambda folder: ({}, {"step": step}, {}))
     folder = shlex.quote(str(rehearsing.parts / "step-000004"))
     ends = f"wait $!; kill $first; exit {code}"
     fake_job(monkeypatch, rehearsing, f"sleep 100 & first=$!; sleep 100 & mkdir -p {folder}; {ends}")
@@ -414,5 +421,5 @@ def test_it_starts_from_weights_in_words_only(here, losscurve):
     assert rehearsing.small.init_from is None
     assert rehearsing.text()[0] is True
     assert rehearsing.small.model.vocab_size == rehearsing.config.model.vocab_size
-    assert distributed.ALONE.size == 1
-    assert start.run_config(Path("old")).model == rehearsing.config.model
+    assert world.ALONE.size == 1
+    assert run_config(Path("old")).model == rehearsing.config.model

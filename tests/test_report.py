@@ -15,14 +15,18 @@ import numpy as np
 import pytest
 from conftest import append, flags, write_samples
 
-from llm import bands, report
-from llm.bands import Band
-from llm.chart import Chart, Curve, ticks
 from llm.config import from_settings, write_toml
 from llm.errors import UserError
-from llm.report import count, gather
-from llm.report_markdown import write_markdown
-from llm.report_page import page, write_html
+from llm.record import bands
+from llm.record.bands import Band
+from llm.record.metrics import read_record
+from llm.report import card
+from llm.report import gather as gathering
+from llm.report.card import count
+from llm.report.chart import Chart, Curve, ticks
+from llm.report.gather import gather
+from llm.report.write_html import page, write_html
+from llm.report.write_markdown import write_markdown
 
 VOID = {"meta", "link", "input", "br"}
 HOSTILE = (
@@ -149,7 +153,7 @@ def test_the_page_is_whole_and_asks_for_nothing(trained):
 
 
 def test_the_numbers_are_those_of_the_run(trained):
-    shown, rows = read(trained), report.read_record(trained)
+    shown, rows = read(trained), read_record(trained)
     val = [(row["step"], row["loss"]) for row in rows if row["split"] == "val"]
     step, low = min(val, key=lambda point: point[1])
     assert f"Validation loss{low:.4f}nats per token at best, step {step}" in shown.text
@@ -174,7 +178,7 @@ def test_the_curve_is_drawn_where_the_losses_are(tmp_path):
         (line,) = (attrs for attrs in shown.with_class("polyline", name))
         points = [tuple(map(float, point.split(","))) for point in line["points"].split()]
         drawn = [(x / 1000 * 1.02 * end - 0.01 * end, high - y / 1000 * (high - low)) for x, y in points]
-        expected = [(r["step"], r["loss"]) for r in report.read_record(run) if r["split"] == split]
+        expected = [(r["step"], r["loss"]) for r in read_record(run) if r["split"] == split]
         assert np.abs(np.array(drawn) - expected).max(0) == pytest.approx([0, 0], abs=0.02)
     assert low < math.log(50257) / 4
     assert high > 10.8
@@ -198,13 +202,13 @@ def test_labels_keep_apart():
 
 def test_the_band_is_drawn_where_there_is_one(tmp_path, monkeypatch):
     band = Band("chapter", 5, (0, 1000, 2000, 3000), (10.8, 4.8, 5.0, 5.2), (0.1, 0.1, 0.2, 0.3))
-    monkeypatch.setattr(report, "band_of_run", lambda run_dir: band)
+    monkeypatch.setattr(gathering, "band_of_run", lambda run_dir: band)
     shown = read(make_run(tmp_path / "run"))
     (polygon,) = shown.with_class("polygon", "band")
     assert len(polygon["points"].split()) == 6  # up to where the run is
     assert "where 95 % of chapter runs lie (5 seeds)" in shown.text
     assert "as usual: validation loss 5.030 at step 2000" in shown.text
-    monkeypatch.setattr(report, "band_of_run", bands.band_of_run)
+    monkeypatch.setattr(gathering, "band_of_run", bands.band_of_run)
     assert "as usual" not in read(tmp_path / "run").text
 
 
@@ -295,10 +299,10 @@ def test_a_long_run_stays_small(tmp_path):
     made = gather(run)
     html = page(made)
     assert len(html.encode()) < 2**20  # 6 MB are allowed
-    assert len(made.samples) == report.SAMPLES
-    assert len(made.evaluations) <= report.EVALUATIONS + 1
+    assert len(made.samples) == gather.SAMPLES
+    assert len(made.evaluations) <= gather.EVALUATIONS + 1
     shown = Page(html)
-    assert f"{report.SAMPLES} of 300 samples" in shown.text
+    assert f"{gather.SAMPLES} of 300 samples" in shown.text
     assert "… 6,000 more characters" in shown.text
     assert "32,000 of 1,000,000 steps so far" in shown.text
 
@@ -362,11 +366,11 @@ def test_token_files_of_another_program(here, losscurve):
 
 def test_counting_in_pieces_and_of_a_part(monkeypatch):
     tokens = np.random.default_rng(0).integers(0, 9, 1000).astype("<u2")
-    monkeypatch.setattr(report, "PIECE", 64)
+    monkeypatch.setattr(card, "PIECE", 64)
     counts, counted = count(tokens, 12)
     assert counts.tolist() == [Counter(tokens.tolist())[i] for i in range(12)]
     assert counted == 1000
-    monkeypatch.setattr(report, "COUNTED", 256)
+    monkeypatch.setattr(card, "COUNTED", 256)
     counts, counted = count(tokens, 12)
     assert counts.sum() == counted
     assert 192 <= counted <= 320
@@ -509,7 +513,7 @@ def opened(browser, tmp_path):
 def test_the_keyboard_reads_and_zooms(opened, tmp_path):
     run = make_run(tmp_path / "run")
     tab = opened(run)
-    losses = {(r["split"], r["step"]): r["loss"] for r in report.read_record(run)}
+    losses = {(r["split"], r["step"]): r["loss"] for r in read_record(run)}
 
     def said():
         return tab.locator(".loss output").inner_text()

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from conftest import flags
 
-from llm.checkpoint import saved_steps
 from llm.config import read_toml
-from llm.metrics import losses, read_record
+from llm.record.metrics import losses, read_record
+from llm.storage.checkpoint import saved_steps
 
 TEXT = "--text text.txt --data_dir data"
 

@@ -10,15 +10,16 @@ import torch
 from conftest import config_for, steps_in, trained
 
 from llm import storage
-from llm.checkpoint import newest_state
+from llm.checks.prove import fingerprint
 from llm.errors import Failure
-from llm.events import Notice, Step
-from llm.metrics import read_record
-from llm.prove import fingerprint
-from llm.refused import where_it_breaks
-from llm.samples import read_samples
-from llm.start import new_run, resume_run
+from llm.record.metrics import read_record
+from llm.record.samples import read_samples
+from llm.start.new_run import new_run
+from llm.start.resume_run import resume_run
+from llm.storage.checkpoint import newest_state
 from llm.train import train
+from llm.training.events import Notice, Step
+from llm.training.refused import where_it_breaks
 
 
 def plant(run, value, steps, where="loss", scale=1.0):

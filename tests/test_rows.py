@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm import rows
 from llm.commands.main import run_command
-from llm.corpus import look, opened, span
 from llm.errors import UserError
-from llm.prepare import prepare
+from llm.text import rows
+from llm.text.corpus import look, opened, span
+from llm.tokens.prepare import prepare
 
 TEXTS = ["one", "", "two\nlines", "dré 🙂", "x" * 3000]
 

@@ -9,7 +9,7 @@ from conftest import SMALL, append, write_samples
 from llm import Run, fit
 from llm.config import from_settings, write_toml
 from llm.errors import Failure, UserError
-from llm.metrics import best
+from llm.record.metrics import best
 from llm.run import in_python
 
 

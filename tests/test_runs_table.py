@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from conftest import append, flags
 
-from llm import runs
-from llm.commands import runs as command
+from llm.commands.look import runs as command
 from llm.config import GPTConfig, from_settings, write_toml
 from llm.errors import UserError
 from llm.model import GPT
-from llm.runs import Summary, find, parameters, summary
+from llm.record import runs
+from llm.record.runs import Summary, find, parameters, summary
 
 
 def make(path: Path, losses: tuple[float | None, ...] = (5.0, 4.0, 4.5), every: int = 10, **settings) -> Path:

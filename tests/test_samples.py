@@ -4,7 +4,7 @@ import pytest
 from conftest import write_samples
 
 from llm.errors import UserError
-from llm.samples import Sample, Samples, read_samples
+from llm.record.samples import Sample, Samples, read_samples
 
 FAKE = "words\n\n--- step 4 | val 1.0000 ---\nthat look like a heading"
 

@@ -11,17 +11,19 @@ import pytest
 from conftest import SMALL, flags
 
 from benchmarks.link import errors, fitted, predicted, ring
-from llm import GPT, plan, scale
+from llm import GPT
 from llm.commands import plan_scale
 from llm.commands.flags import Parser
 from llm.commands.plan import main
 from llm.config import from_settings, read_toml
 from llm.errors import UserError
-from llm.scale import ACCELERATORS, COUNTS, Accelerator, Link
+from llm.plan import accelerators, arithmetic, clusters, timing
+from llm.plan.accelerators import ACCELERATORS, Accelerator, Link
+from llm.plan.clusters import COUNTS
 
 LINK, NETWORK = Link(100e9, 1e-6), Link(10e9, 10e-6)
 EIGHT = Accelerator("eight a node", 80e9, 1e15, math.inf, LINK, NETWORK, "made up")
-ALONE = scale.Speed(token=1e-6, update=1e-3)
+ALONE = clusters.Speed(token=1e-6, update=1e-3)
 WAYS = ("ddp", "fsdp")
 
 
@@ -38,28 +40,28 @@ def small(**changes):
 
 
 def test_messages_in_closed_form():
-    assert scale.all_reduce(1e9, 1, EIGHT) == scale.gather(1e9, 1, EIGHT) == 0
+    assert clusters.all_reduce(1e9, 1, EIGHT) == clusters.gather(1e9, 1, EIGHT) == 0
     # 14 hops of 1/8 of 1 GB at 100 GB/s
-    assert scale.all_reduce(1e9, 8, EIGHT) == pytest.approx(14 * (1e-6 + 0.125e9 / 100e9))
-    assert scale.gather(1e9, 8, EIGHT) == pytest.approx(7 * (1e-6 + 0.125e9 / 100e9))
+    assert clusters.all_reduce(1e9, 8, EIGHT) == pytest.approx(14 * (1e-6 + 0.125e9 / 100e9))
+    assert clusters.gather(1e9, 8, EIGHT) == pytest.approx(7 * (1e-6 + 0.125e9 / 100e9))
     # two nodes: 28 ms inside, and each rank's 200 MB with its peer of the other node, in two hops of 100 MB
-    assert scale.all_reduce(1.6e9, 16, EIGHT) == pytest.approx(0.028 + 14e-6 + 0.020 + 20e-6)
-    assert scale.gather(1.6e9, 16, EIGHT) == pytest.approx(0.014 + 7e-6 + 0.010 + 10e-6)
+    assert clusters.all_reduce(1.6e9, 16, EIGHT) == pytest.approx(0.028 + 14e-6 + 0.020 + 20e-6)
+    assert clusters.gather(1.6e9, 16, EIGHT) == pytest.approx(0.014 + 7e-6 + 0.010 + 10e-6)
     # 128 nodes and next to nothing to say: trees, 7 levels up and down, where a ring has 254 hops
-    assert scale.all_reduce(8, 1024, EIGHT) == pytest.approx(14e-6 + 14 * 10e-6, rel=1e-3)
-    assert scale.gather(8, 1024, EIGHT) == pytest.approx(7e-6 + 127 * 10e-6, rel=1e-3)
+    assert clusters.all_reduce(8, 1024, EIGHT) == pytest.approx(14e-6 + 14 * 10e-6, rel=1e-3)
+    assert clusters.gather(8, 1024, EIGHT) == pytest.approx(7e-6 + 127 * 10e-6, rel=1e-3)
 
 
 def test_gradients_are_sent_a_bucket_at_a_time():
-    one = scale.all_reduce(scale.BUCKET, 8, EIGHT)
-    assert scale._buckets(3 * scale.BUCKET, 8, EIGHT) == pytest.approx(3 * one)
-    assert one < scale._buckets(scale.BUCKET + 4, 8, EIGHT) < 1.1 * one
+    one = clusters.all_reduce(clusters.BUCKET, 8, EIGHT)
+    assert clusters._buckets(3 * clusters.BUCKET, 8, EIGHT) == pytest.approx(3 * one)
+    assert one < clusters._buckets(clusters.BUCKET + 4, 8, EIGHT) < 1.1 * one
 
 
 def test_what_is_gathered_together_is_what_the_model_has():
     for changes in ({}, {"bias": True, "tied_lm_head": True, "ffn_mult": 3}):
         config = small(**changes)
-        model, found = GPT(config.model), scale.groups(config)
+        model, found = GPT(config.model), clusters.groups(config)
         block = {"attention": model.h[0].attn, "feed-forward": model.h[0].mlp}
         for name, module in block.items():
             assert found[name] == sum(p.numel() for p in module.parameters())
@@ -70,21 +72,21 @@ def test_what_is_gathered_together_is_what_the_model_has():
 def test_memory_of_gpt2_from_its_parameters():
     """124,439,808 of them; attention 2,362,368 and feed-forward 4,722,432 a block, so 39,422,208 for the root."""
     config = gpt2()
-    ddp = scale.rank_memory(config, 8, "ddp")
+    ddp = clusters.rank_memory(config, 8, "ddp")
     assert (ddp["weights"], ddp["gradients"], ddp["optimizer state"]) == (497_759_232, 497_759_232, 995_518_464)
-    assert ddp == scale.rank_memory(config, 1, "ddp") == scale.rank_memory(config, 1, "fsdp")
-    fsdp = scale.rank_memory(config, 8, "fsdp")
+    assert ddp == clusters.rank_memory(config, 1, "ddp") == clusters.rank_memory(config, 1, "fsdp")
+    fsdp = clusters.rank_memory(config, 8, "fsdp")
     assert (fsdp["weights"], fsdp["gradients"], fsdp["optimizer state"]) == (62_219_904, 62_219_904, 124_439_808)
     assert fsdp["gathered root"] == 8 * 39_422_208
     assert fsdp["gathered groups"] == 2 * 4_722_432 * (2 + 2 + 4)
     assert fsdp["low-precision copies"] == 2 * 50_257 * 768
     assert fsdp["activations"] == ddp["activations"]
-    assert 8 * scale.rank_memory(config, 1024, "ddp")["activations"] == ddp["activations"]  # one window, not eight
+    assert 8 * clusters.rank_memory(config, 1024, "ddp")["activations"] == ddp["activations"]  # one window, not eight
     stream = 8 * 1024 * 768 * 4  # of a micro-batch, float32
-    one = plan.memory_on(False, 2, gpt2(n_layer=1, gradient_accumulation_steps=1))["activations"]
-    kept = scale.rank_memory(config, 8, "fsdp", activation_checkpointing=True)
+    one = arithmetic.memory_on(False, 2, gpt2(n_layer=1, gradient_accumulation_steps=1))["activations"]
+    kept = clusters.rank_memory(config, 8, "fsdp", activation_checkpointing=True)
     assert kept["activations"] == one + 12 * stream < fsdp["activations"]
-    away = scale.rank_memory(config, 8, "fsdp", cpu_offload=True)
+    away = clusters.rank_memory(config, 8, "fsdp", cpu_offload=True)
     assert away["weights"] == away["gradients"] == away["optimizer state"] == 0
     assert away["gathered root"] == fsdp["gathered root"]
 
@@ -94,61 +96,61 @@ def test_more_accelerators_never_raise_the_memory_of_a_rank():
         for way in WAYS:
             for on_cpu in (False, True):
                 counts = [count for count in COUNTS if config.windows_per_step % count == 0]
-                held = [sum(scale.rank_memory(config, count, way, on_cpu, 4).values()) for count in counts[1:]]
+                held = [sum(clusters.rank_memory(config, count, way, on_cpu, 4).values()) for count in counts[1:]]
                 assert held == sorted(held, reverse=True)
                 assert len(held) > 4
-    assert sum(scale.rank_memory(gpt2(), 2, "fsdp").values()) < sum(scale.rank_memory(gpt2(), 1, "fsdp").values())
+    assert sum(clusters.rank_memory(gpt2(), 2, "fsdp").values()) < sum(clusters.rank_memory(gpt2(), 1, "fsdp").values())
 
 
 def test_one_process_waits_for_nobody():
     for way in WAYS:
-        found = scale.predicted(gpt2(), 1, way, ACCELERATORS["h100"], ALONE)
+        found = clusters.predicted(gpt2(), 1, way, ACCELERATORS["h100"], ALONE)
         assert (found.messages, found.waiting, found.efficiency) == (0, 0, 1)
         assert found.step == pytest.approx(1024 * 1024 * 1e-6 + 1e-3)
-        assert scale.predict(gpt2(), 1, 5000.0, 1e9, 1e-3, way).tokens_per_second == pytest.approx(5000)
+        assert clusters.predict(gpt2(), 1, 5000.0, 1e9, 1e-3, way).tokens_per_second == pytest.approx(5000)
 
 
 def test_two_processes_of_ddp_by_hand():
     """A rank's half of the windows, then two messages, each two hops of half of it, with nothing beside them."""
     config = small()
-    counted = plan.parameters(config.model)
+    counted = arithmetic.parameters(config.model)
     late = 4 * (counted["embedding"] + counted["positions"])
     early = 4 * sum(counted.values()) - late
-    found = scale.predict(config, 2, 1000.0, 1e6, 1e-3)
+    found = clusters.predict(config, 2, 1000.0, 1e6, 1e-3)
     messages = 2 * (1e-3 + early / 2 / 1e6) + 2 * (1e-3 + late / 2 / 1e6)
     assert found.messages == found.waiting == pytest.approx(messages)
     assert found.step == pytest.approx(4 * 16 / 2 / 1000 + messages)
     assert found.tokens == 4 * 16
-    apart = scale.predict(config, 2, 1000.0, 1e6, 1e-3, update=0.004)  # of the 64 ms of one: 60 are shared
+    apart = clusters.predict(config, 2, 1000.0, 1e6, 1e-3, update=0.004)  # of the 64 ms of one: 60 are shared
     assert apart.step == pytest.approx(0.030 + 0.004 + messages)
     # beside the backward pass, two thirds of 32 ms, all but the embeddings' can travel
-    hidden = scale.predict(config, 2, 1000.0, 2e6, 1e-3, overlap=1.0)
+    hidden = clusters.predict(config, 2, 1000.0, 2e6, 1e-3, overlap=1.0)
     assert hidden.waiting == pytest.approx(2 * (1e-3 + late / 2 / 2e6))
-    slow = scale.predict(config, 2, 1000.0, 1e5, 1e-3, overlap=1.0)
+    slow = clusters.predict(config, 2, 1000.0, 1e5, 1e-3, overlap=1.0)
     assert slow.waiting == pytest.approx(slow.messages - 2 / 3 * 0.032)
 
 
 def test_two_processes_of_fsdp_by_hand():
     """A micro-batch gathers the blocks twice and the root once, the last scatters all; one hop of half of it each."""
     config = small(batch_size=1, gradient_accumulation_steps=4)  # two micro-batches a rank
-    sizes = scale.groups(config)
+    sizes = clusters.groups(config)
     blocks = 2 * (sizes["attention"] + sizes["feed-forward"])
-    found = scale.predict(config, 2, 1000.0, 1e6, 0.0, "fsdp", size=2)
+    found = clusters.predict(config, 2, 1000.0, 1e6, 0.0, "fsdp", size=2)
     by_hand = 2 * (2 * 2 * blocks + 4 * sizes["root"]) + 4 * (blocks + sizes["root"])
     assert found.messages == pytest.approx(by_hand / 2 / 1e6)
     assert found.waiting == pytest.approx(found.messages)
-    hidden = scale.predict(config, 2, 1e-3, 1e6, 0.0, "fsdp", overlap=1.0, size=2)  # so slow that all is hidden
+    hidden = clusters.predict(config, 2, 1e-3, 1e6, 0.0, "fsdp", overlap=1.0, size=2)  # so slow that all is hidden
     assert hidden.waiting == pytest.approx((2 * 4 + 4) * sizes["root"] / 2 / 1e6)
 
 
 def test_the_update_is_whole_on_each_rank_of_ddp_and_shared_by_fsdp():
-    speed = scale.speed_of(gpt2(), 500_000.0, ACCELERATORS["h100"])
+    speed = clusters.speed_of(gpt2(), 500_000.0, ACCELERATORS["h100"])
     assert speed.update == pytest.approx(28 * 124_439_808 / 3.35e12)
     step = 1024 * 1024 / 500_000
     assert speed.token * 1024 * 1024 + speed.update == pytest.approx(step)
-    ddp, fsdp = (scale.predicted(gpt2(), 8, way, ACCELERATORS["h100"], speed) for way in WAYS)
+    ddp, fsdp = (clusters.predicted(gpt2(), 8, way, ACCELERATORS["h100"], speed) for way in WAYS)
     assert ddp.update == pytest.approx(8 * fsdp.update)
-    tiny = scale.speed_of(small(), 1e12, ACCELERATORS["h100"])
+    tiny = clusters.speed_of(small(), 1e12, ACCELERATORS["h100"])
     assert tiny.update == pytest.approx(4 * 16 / 1e12 / 2)  # half of a step
 
 
@@ -157,8 +159,8 @@ def test_the_update_is_whole_on_each_rank_of_ddp_and_shared_by_fsdp():
 @pytest.mark.parametrize("growing", [False, True])
 def test_efficiency_is_a_share_and_falls(name, way, growing):
     config, accelerator = gpt2(), ACCELERATORS[name]
-    speed = scale.speed_of(config, scale.assumed_rate(config, accelerator), accelerator)
-    rows = scale.simulated(config, way, accelerator, speed, growing)
+    speed = clusters.speed_of(config, clusters.assumed_rate(config, accelerator), accelerator)
+    rows = clusters.simulated(config, way, accelerator, speed, growing)
     assert [row.ranks for row in rows] == list(COUNTS)  # 1,024 windows
     assert rows[0].efficiency == 1
     assert all(0 < row.efficiency <= 1 for row in rows)
@@ -171,30 +173,30 @@ def test_efficiency_is_a_share_and_falls(name, way, growing):
 
 def test_a_step_is_not_split_over_more_ranks_than_it_has_windows():
     config = preset()  # 480 windows
-    speed = scale.Speed(1e-6, 0.0)
-    assert [row.ranks for row in scale.simulated(config, "ddp", EIGHT, speed, False)] == [1, 2, 4, 8, 16, 32]
+    speed = clusters.Speed(1e-6, 0.0)
+    assert [row.ranks for row in clusters.simulated(config, "ddp", EIGHT, speed, False)] == [1, 2, 4, 8, 16, 32]
     with pytest.raises(UserError, match=r"480 windows .* 512, or give 32"):
-        scale.predicted(config, 64, "ddp", EIGHT, speed)
+        clusters.predicted(config, 64, "ddp", EIGHT, speed)
     with pytest.raises(UserError, match="multiple of 8"):
-        scale.predicted(config, 12, "ddp", EIGHT, speed)
-    assert scale.refusal(config, 12, dataclasses.replace(EIGHT, per_node=4)) is None
+        clusters.predicted(config, 12, "ddp", EIGHT, speed)
+    assert clusters.refusal(config, 12, dataclasses.replace(EIGHT, per_node=4)) is None
 
 
 def test_time_and_cost_of_a_run():
     config = small(max_steps=100, eval_every=50)  # evaluated at 0, 50 and 100
-    found = scale.predicted(config, 2, "ddp", EIGHT, ALONE)
-    seconds = scale.run_time(config, found, ALONE, 6000)
+    found = clusters.predicted(config, 2, "ddp", EIGHT, ALONE)
+    seconds = clusters.run_time(config, found, ALONE, 6000)
     assert seconds["steps"] == pytest.approx(100 * found.step)
     assert seconds["evaluation"] == pytest.approx(3 * 6000 * 1e-6 / 3 / 2)
-    assert scale.cost(7200, 8, 2.5) == 40
-    grown = scale.weak(config, 8)
+    assert clusters.cost(7200, 8, 2.5) == 40
+    grown = clusters.weak(config, 8)
     assert grown.windows_per_step == 32
-    found = scale.predicted(grown, 8, "ddp", EIGHT, ALONE)  # eight times the tokens a step, so as many steps fewer
-    assert scale.run_time(config, found, ALONE, 0)["steps"] == pytest.approx(100 / 8 * found.step)
+    found = clusters.predicted(grown, 8, "ddp", EIGHT, ALONE)  # eight times the tokens a step, so as many steps fewer
+    assert clusters.run_time(config, found, ALONE, 0)["steps"] == pytest.approx(100 / 8 * found.step)
 
 
 def test_the_fit_of_a_link_and_the_errors_of_a_prediction():
-    timed = [(size, ring(size, 4, 2e9, 3e-5)) for size in (1000, 10**6, scale.BUCKET)] + [(10**9, 1e9)]
+    timed = [(size, ring(size, 4, 2e9, 3e-5)) for size in (1000, 10**6, clusters.BUCKET)] + [(10**9, 1e9)]
     assert fitted(timed, 4) == pytest.approx((2e9, 3e-5))  # of the sizes up to a bucket
     said = predicted(small(), (1, 2), 1000.0, 2e9, 3e-5)
     assert said[1] == pytest.approx(1000)
@@ -243,7 +245,7 @@ def test_a_plan_for_eight_in_words(here, capsys):
 def test_a_plan_for_many_in_json(here, capsys):
     facts = json.loads(shown(capsys, *H100, "--nproc", "16", "--parallel", "fsdp", "--scale", "--json"))
     assert facts["step"]["ranks"] == 16
-    assert facts["rate_of_one"] == pytest.approx(0.4 * 989e12 / plan.flops_per_token(preset().model))
+    assert facts["rate_of_one"] == pytest.approx(0.4 * 989e12 / arithmetic.flops_per_token(preset().model))
     assert [row["ranks"] for row in facts["tables"]["strong"]] == [1, 2, 4, 8, 16, 32]
     assert [row["ranks"] for row in facts["tables"]["weak"]] == list(COUNTS)
     assert facts["step"] == next(row for row in facts["tables"]["strong"] if row["ranks"] == 16)
@@ -255,7 +257,7 @@ def test_a_person_gives_what_was_measured(here, capsys):
     assert facts["rate_of_one"] == 120_000
     kept = facts["accelerator"]
     assert (kept["link"]["bandwidth"], kept["network"]["bandwidth"], kept["per_node"]) == (200e9, 12.5e9, 2)
-    assert kept["link"]["latency"] == scale.NVLINK_HOP
+    assert kept["link"]["latency"] == accelerators.NVLINK_HOP
     assert facts["step"]["tokens_per_second"] == pytest.approx(480_000, rel=0.1)
 
 
@@ -292,7 +294,7 @@ def test_the_page_shows_what_the_command_prints(here, capsys):
 
 
 def test_machines_like_this_one_are_measured(here, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "probe", lambda config: plan.Pace(0.01, 1e-6, 1e-3))
+    monkeypatch.setattr(timing, "probe", lambda config: timing.Pace(0.01, 1e-6, 1e-3))
     monkeypatch.setattr(plan_scale, "memory_rate", lambda: 1e10)
     out = shown(capsys, *f"--text text.txt --nproc 2 {flags()}".split())
     assert "2 x a CPU like this one" in out
@@ -301,7 +303,7 @@ def test_machines_like_this_one_are_measured(here, capsys, monkeypatch):
 
 
 def test_a_machine_that_is_too_small_is_not_probed(here, monkeypatch):
-    monkeypatch.setattr(plan, "machine_memory", lambda: 2**20)
+    monkeypatch.setattr(arithmetic, "machine_memory", lambda: 2**20)
     monkeypatch.setattr(plan_scale, "memory_rate", lambda: 1e10)
     with pytest.raises(UserError, match="does not fit in the memory here"):
         main(f"--text text.txt --nproc 2 {flags()}".split())

@@ -45,7 +45,7 @@ def configs(draw):
         max_steps=steps,
         warmup_steps=draw(st.none() | st.integers(0, max(steps - 1, 0))),
         max_lr=peak,
-        min_lr=draw(st.none() | st.floats(0.0, 1.0).map(lambda share: share * peak)),
+        min_lr=draw(st.none() | st.floats(0.0, 1.0).map(lambda share: share * peak if share > 1e-6 else 0.0)),
         schedule=draw(st.sampled_from(["cosine", "linear", "constant"])),
     )
 

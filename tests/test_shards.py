@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from conftest import CACHE, flags, needs_gpt2, words
 
-from llm import corpus, cut, journal, prepare, shards, storage
+from llm import storage
+from llm.checks.verify import verify
 from llm.config import from_settings
 from llm.data import batch_at, open_data
 from llm.errors import Failure, UserError
-from llm.plan import text_of
-from llm.tokens import Shards, read_meta
-from llm.verify import verify
+from llm.plan.text_size import text_of
+from llm.text import corpus
+from llm.tokens import cut, journal, prepare, shards
+from llm.tokens.token_files import Shards, has_tokens, read_meta
 
 DOCUMENTS = ["one two", "", "three, four: 5", "🙂 über", "six\nseven\n", "", "eight"]
 
@@ -332,7 +334,7 @@ def test_what_is_finished_is_not_made_again(texts, kind):
     for after in range(1, count + 1):
         folder = Path(f"d{after}")
         interrupted(folder, texts, after, **settings)
-        assert not prepare.has_tokens(folder)
+        assert not has_tokens(folder)
         stamps = {p.name: p.stat().st_mtime_ns for p in (folder / ".partial").glob("*.bin")}
         assert len(stamps) == after
         said = []
@@ -431,7 +433,7 @@ def test_a_text_that_changes_while_shards_are_written(texts, monkeypatch, change
     monkeypatch.setattr(shards, "span", changing)
     with pytest.raises(Failure, match="changed while it was read"):
         prepare.prepare((texts,), Path("d"), "byte", shard_tokens=300)
-    assert not prepare.has_tokens(Path("d"))
+    assert not has_tokens(Path("d"))
 
 
 def test_an_unfinished_preparation_leaves_the_old_data_alone(texts):

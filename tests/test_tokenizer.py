@@ -10,9 +10,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm import cut, tokenizer
+from llm import storage
 from llm.errors import Failure, UserError
-from llm.tokenizer import BPE, Bytes, Characters, gpt2, load_tokenizer, save_tokenizer, train_bpe
+from llm.tokens import bpe, cut
+from llm.tokens.bpe import BPE, gpt2, train_bpe
+from llm.tokens.saved_tokenizer import load_tokenizer, save_tokenizer
+from llm.tokens.tokenizer import Bytes, Characters
 
 WORDS = "the king's crown, don't we'll 1234 Ünïcode 中文字。 naïve\n\n  x\t<|endoftext|> "
 # pieces that meet every rule of the pre-tokenizer, and where Python's idea of a space differs from Rust's
@@ -56,7 +59,7 @@ def small() -> BPE:
 def reference():  # tiktoken's own GPT-2, read by tiktoken's own loader
     import tiktoken
 
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(tokenizer.storage.cache_folder() / "tiktoken"))
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(storage.cache_folder() / "tiktoken"))
     return tiktoken.get_encoding("gpt2")
 
 
@@ -299,7 +302,7 @@ def test_mangled_files_are_refused_or_load(value: object, data) -> None:
 def test_gpt2_without_a_network_fails_clearly(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("LOSSCURVE_CACHE", str(tmp_path))
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
-    monkeypatch.setattr(tokenizer, "VOCAB_URL", "http://127.0.0.1:9/vocab.bpe")
+    monkeypatch.setattr(bpe, "VOCAB_URL", "http://127.0.0.1:9/vocab.bpe")
     with pytest.raises(Failure, match=r"GPT-2.s vocabulary: .*cannot be reached"):
         gpt2()
     with pytest.raises(Failure, match="--offline"):
@@ -309,7 +312,7 @@ def test_gpt2_without_a_network_fails_clearly(tmp_path: Path, monkeypatch) -> No
 
 @needs_gpt2
 def test_gpt2_honours_tiktokens_own_cache(tmp_path: Path, monkeypatch) -> None:
-    name = next((tokenizer.storage.cache_folder() / "tiktoken").glob("6d1c*"))
+    name = next((storage.cache_folder() / "tiktoken").glob("6d1c*"))
     (tmp_path / name.name).write_bytes(name.read_bytes())
     monkeypatch.setenv("LOSSCURVE_CACHE", str(tmp_path / "none"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))

@@ -16,12 +16,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import append, environment, flags, write_samples
 
-from llm import metrics, trackers
 from llm.config import from_settings, to_settings, write_toml
 from llm.errors import Failure, UserError
-from llm.metrics import read_record
-from llm.samples import read_samples
-from llm.trackers import View, following, replay, scalars, starts
+from llm.record import metrics, track_wandb, trackers
+from llm.record.metrics import read_record
+from llm.record.samples import read_samples
+from llm.record.tracker import scalars
+from llm.record.trackers import View, following, replay, starts
 
 TRAIN = f"train --text text.txt --data_dir data {flags()}"
 Shown = dict[str, list[tuple[int, float]]]  # by name, the points (step, value)
@@ -365,7 +366,7 @@ def test_a_tracker_that_does_not_start_is_told_from_one_that_is_missing(monkeypa
     def fail(say):
         raise PermissionError(13, "Permission denied", "settings")
 
-    monkeypatch.setattr(trackers, "with_wandb", fail)
+    monkeypatch.setattr(track_wandb, "with_wandb", fail)
     with pytest.raises(UserError, match=r"^wandb does not start \(PermissionError: .*denied: 'settings'\); fix this"):
         starts(["wandb"], print)
 
@@ -433,7 +434,7 @@ class Breaks:
 @pytest.mark.parametrize("at", ["start", "row", "sample", "flush", "close"])
 def test_a_tracker_that_fails_is_warned_of_once_and_training_goes_on(at, here, losscurve, monkeypatch):
     monkeypatch.setattr(Breaks, "at", at)
-    monkeypatch.setattr(trackers, "with_wandb", lambda say: Breaks)
+    monkeypatch.setattr(track_wandb, "with_wandb", lambda say: Breaks)
     monkeypatch.setattr(trackers, "SECONDS", 0.01)
     code, out, err = losscurve(f"{TRAIN} --track wandb,tensorboard --no_compile")
     assert code == 0
@@ -456,7 +457,7 @@ def test_a_tracker_that_blocks_holds_nothing_up(here, losscurve, monkeypatch):
         def row(self, row):
             release.wait()
 
-    monkeypatch.setattr(trackers, "with_wandb", lambda say: Blocks)
+    monkeypatch.setattr(track_wandb, "with_wandb", lambda say: Blocks)
     monkeypatch.setattr(trackers, "SECONDS", 0.01)
     monkeypatch.setattr(trackers, "PATIENCE", 0.3)
     start = time.monotonic()

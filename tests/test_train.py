@@ -16,12 +16,13 @@ from llm import GPT, GPTConfig
 from llm.config import from_settings
 from llm.data import batch_at
 from llm.errors import UserError
-from llm.events import Line, Saved, Step
-from llm.metrics import read_record
-from llm.prepare import prepare
+from llm.record.metrics import read_record
 from llm.run import Run, fit
-from llm.start import new_run, resume_run
+from llm.start.new_run import new_run
+from llm.start.resume_run import resume_run
+from llm.tokens.prepare import prepare
 from llm.train import train, train_step
+from llm.training.events import Line, Saved, Step
 
 # Losses of 50 steps of `golden_settings`, on one machine, fp32. Another CPU may add up in another
 # order: a change of the mathematics shows at 1e-3 or more, rounding stays below 1e-4.

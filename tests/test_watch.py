@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import flags
 
-from llm.commands import watch
+from llm.commands.look import watch
 from llm.errors import UserError
-from llm.metrics import read_record
+from llm.record.metrics import read_record
 
 for package in ("starlette", "uvicorn", "plotly"):
     pytest.importorskip(package)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from conftest import words
 
-from llm import prepare as preparing
-from llm import shards, workers
-from llm.cut import LONG_SPACE, has_long_space
 from llm.errors import Failure
-from llm.tokenizer import save_tokenizer, train_bpe
-from llm.workers import Worker, Workers
+from llm.tokens import prepare, shards, workers
+from llm.tokens.bpe import train_bpe
+from llm.tokens.cut import LONG_SPACE, has_long_space
+from llm.tokens.saved_tokenizer import save_tokenizer
+from llm.tokens.workers import Worker, Workers
 
 
 @pytest.fixture
@@ -105,11 +105,11 @@ def test_a_worker_that_cannot_start_says_why(saved, custom):
 def test_large_texts_are_prepared_by_workers_with_the_same_ids(monkeypatch, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(words(4000), encoding="utf-8")
-    preparing.prepare((str(text),), tmp_path / "small", "bpe", vocab_size=300)
+    prepare.prepare((str(text),), tmp_path / "small", "bpe", vocab_size=300)
     monkeypatch.setattr(shards, "LARGE", 100)
     started = []
     monkeypatch.setattr(shards, "Workers", lambda path: started.append(Workers(path)) or started[0])
-    preparing.prepare((str(text),), tmp_path / "large", "bpe", vocab_size=300)
+    prepare.prepare((str(text),), tmp_path / "large", "bpe", vocab_size=300)
     assert started[0]._all
     for name in ("train.bin", "val.bin", "tokenizer.json"):
         assert (tmp_path / "small" / name).read_bytes() == (tmp_path / "large" / name).read_bytes()

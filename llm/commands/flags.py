@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
-from llm import other_names
 from llm.config import (
     ALIASES,
     FIELDS,
@@ -20,6 +19,7 @@ from llm.config import (
     check_expanded,
     expanded,
     field_type,
+    other_names,
     over_preset,
     read_toml,
 )

@@ -7,37 +7,37 @@ from collections.abc import Callable
 from llm import __version__
 from llm.commands import streams
 from llm.errors import Failure, UserError
-from llm.interpreter import stand_in
+from llm.machine.interpreter import stand_in
 
-COMMANDS = {
-    "prepare": "text to token files",
-    "plan": "what a run will take here, or what to run in a given time",
-    "train": "train a model: batch, forward, backward, step, repeat",
-    "sample": "let a trained model continue a prompt",
-    "explain": "what a run's record shows, and what to try",
-    "watch": "a page in the browser that follows runs as they go",
-    "report": "a run as one file to share: curves, samples, data, settings",
-    "plot": "draw the loss curve of one or several runs",
-    "track": "show a recorded run in TensorBoard or W&B",
-    "runs": "a table of the runs below a folder, with their best losses",
-    "schedule": "show a learning-rate schedule before training",
-    "verify": "check every file of a run or data folder",
-    "show-batch": "print the text of any step",
-    "memorised": "how much of what a model writes stands in its training text",
-    "doctor": "what of this machine works, and how to mend what does not",
-    "rehearse": "the same run, small: several processes, one killed, resumed, compared",
-    "prove-resume": "kill and resume runs of your settings, and compare",
+COMMANDS = {  # name: module in this folder, and what the command does
+    "prepare": ("prepare", "text to token files"),
+    "plan": ("plan", "what a run will take here, or what to run in a given time"),
+    "train": ("train", "train a model: batch, forward, backward, step, repeat"),
+    "sample": ("sample", "let a trained model continue a prompt"),
+    "explain": ("look.explain", "what a run's record shows, and what to try"),
+    "watch": ("look.watch", "a page in the browser that follows runs as they go"),
+    "report": ("look.report", "a run as one file to share: curves, samples, data, settings"),
+    "plot": ("look.plot", "draw the loss curve of one or several runs"),
+    "track": ("look.track", "show a recorded run in TensorBoard or W&B"),
+    "runs": ("look.runs", "a table of the runs below a folder, with their best losses"),
+    "schedule": ("schedule", "show a learning-rate schedule before training"),
+    "verify": ("check.verify", "check every file of a run or data folder"),
+    "show-batch": ("look.show_batch", "print the text of any step"),
+    "memorised": ("look.memorised", "how much of what a model writes stands in its training text"),
+    "doctor": ("check.doctor", "what of this machine works, and how to repair what does not"),
+    "rehearse": ("check.rehearse", "the same run, small: several processes, one killed, resumed, compared"),
+    "prove-resume": ("check.prove_resume", "kill and resume runs of your settings, and compare"),
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:<12} {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<12} {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(["usage: losscurve COMMAND [flags]   (losscurve COMMAND --help lists the flags)", "", *lines])
 
 
 def run_command(name: str, argv: list[str]) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage, 130/143 interrupted."""
-    return guarded(name, lambda: importlib.import_module(f"llm.commands.{name.replace('-', '_')}").main(argv))
+    return guarded(name, lambda: importlib.import_module(f"llm.commands.{COMMANDS[name][0]}").main(argv))
 
 
 def guarded(name: str, work: Callable[[], int | None]) -> int:

@@ -12,7 +12,8 @@ from llm.config import FIELDS, PRESETS, TrainConfig, parse_duration
 from llm.errors import UserError
 
 if TYPE_CHECKING:
-    from llm.plan import Pace, Text
+    from llm.plan.text_size import Text
+    from llm.plan.timing import Pace
 
 DESCRIPTION = "Say what a run will take here: memory, disk, time; or, with --time, what to run in that time."
 PROPOSED = (
@@ -40,8 +41,10 @@ def main(argv: list[str]) -> int:
     import json
 
     from llm.commands.bars import tell
-    from llm.plan import check_new, fits, probe, propose, text_of, with_vocabulary, write
-    from llm.start import starting_point
+    from llm.plan.proposal import check_new, propose, write
+    from llm.plan.text_size import text_of, with_vocabulary
+    from llm.plan.timing import fits, probe
+    from llm.start.init_from import starting_point
 
     if args.out:
         check_new(args.out)
@@ -79,26 +82,28 @@ def duration(text: str) -> float:
 
 def planned(config: TrainConfig, text: "Text", pace: "Pace | None") -> dict[str, Any]:
     """All of a plan in numbers: parameters, bytes, FLOPs and seconds, each by part. What is not known is None."""
-    from llm import plan
+    from llm.plan import arithmetic, timing
 
-    step = plan.flops_per_token(config.model) * config.tokens_per_step
+    step = arithmetic.flops_per_token(config.model) * config.tokens_per_step
     return {
-        "parameters": plan.parameters(config.model),
-        "memory": plan.memory(config),
-        "machine_memory": plan.machine_memory(),
-        "disk": plan.disk(config, text.tokens),
+        "parameters": arithmetic.parameters(config.model),
+        "memory": arithmetic.memory(config),
+        "machine_memory": arithmetic.machine_memory(),
+        "disk": arithmetic.disk(config, text.tokens),
         "step_flops": step,
-        "run_flops": plan.run_flops(config),
+        "run_flops": arithmetic.run_flops(config),
         "flops_per_second": step / pace.step if pace else None,
         "step_seconds": pace.step if pace else None,
-        "seconds": plan.run_seconds(config, text, pace) if pace else None,
+        "seconds": timing.run_seconds(config, text, pace) if pace else None,
         "text_tokens": text.tokens,
     }
 
 
 def lines(config: TrainConfig, facts: dict[str, Any], text: "Text", budget: float | None) -> list[str]:
     """The plan in words."""
-    from llm.plan import EPOCHS, SHARE, TOKENS_PER_PARAMETER, optimal_parameters, short, spoken
+    from llm.plan.arithmetic import TOKENS_PER_PARAMETER, optimal_parameters
+    from llm.plan.forecast import short, spoken
+    from llm.plan.proposal import EPOCHS, SHARE
 
     def mebibytes(values: dict[str, int]) -> str:
         shown = {name: f"{value / 2**20:,.1f}" for name, value in values.items()}

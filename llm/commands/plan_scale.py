@@ -11,7 +11,8 @@ from llm.config import FIELDS, TrainConfig
 from llm.errors import UserError
 
 if TYPE_CHECKING:
-    from llm.scale import Accelerator, Parallel, Prediction, Speed
+    from llm.plan.accelerators import Accelerator
+    from llm.plan.clusters import Parallel, Prediction, Speed
 
 NAMES = ("a100-40", "a100", "h100", "h200", "b200", "l4", "l40s")  # llm.scale's, without importing it for --help
 WAYS = ("ddp", "fsdp")
@@ -92,10 +93,10 @@ class Plan:
 
     def seconds(self, found: "Prediction") -> dict[str, float]:
         """Of the run's tokens, at the pace found for it or in one of the tables."""
-        from llm import scale
+        from llm.plan import clusters
 
         held_out = self.text_tokens * self.config.val_fraction / (1 - self.config.val_fraction)
-        return scale.run_time(self.config, found, self.speed, min(held_out, self.config.eval_tokens))
+        return clusters.run_time(self.config, found, self.speed, min(held_out, self.config.eval_tokens))
 
 
 def main(typed: argparse.Namespace) -> int:
@@ -114,14 +115,14 @@ def main(typed: argparse.Namespace) -> int:
 
     import json
 
-    from llm import scale
     from llm.commands.bars import tell
+    from llm.plan import clusters
 
     plan = planned(args, config)
     tables = {}
     if args.scale:
         given = plan.parallel, plan.accelerator, plan.speed
-        tables = {way: scale.simulated(plan.config, *given, way == "weak", plan.size) for way in ("strong", "weak")}
+        tables = {way: clusters.simulated(plan.config, *given, way == "weak", plan.size) for way in ("strong", "weak")}
     if args.json:
         tell(json.dumps(numbers(plan, tables)))
     else:
@@ -129,7 +130,7 @@ def main(typed: argparse.Namespace) -> int:
             "\n".join([*lines(plan, args.flops_budget), *(line for way in tables for line in table(plan, way, tables))])
         )
     if args.out:
-        from llm.plot import plot_scaling
+        from llm.record.plot import plot_scaling
 
         curves: dict[str, list[tuple[float, float]]] = {
             f"{way} scaling: {whole(rows[-1].tokens_per_second)} tokens/s": [
@@ -145,9 +146,9 @@ def main(typed: argparse.Namespace) -> int:
 
 def planned(args: argparse.Namespace, config: TrainConfig) -> Plan:
     """Raises UserError where the run cannot be split so, or something has to be given."""
-    from llm import scale
-    from llm.plan import text_of, with_vocabulary
-    from llm.start import starting_point
+    from llm.plan import accelerators, clusters
+    from llm.plan.text_size import text_of, with_vocabulary
+    from llm.start.init_from import starting_point
 
     if config.init_from:
         config = starting_point(config, warn)[0]
@@ -155,17 +156,17 @@ def planned(args: argparse.Namespace, config: TrainConfig) -> Plan:
     if not config.init_from:
         config = with_vocabulary(config, text.vocabulary)
     if args.accelerator:
-        accelerator, size = scale.ACCELERATORS[args.accelerator], 4 if config.dtype == "float32" else 2
+        accelerator, size = accelerators.ACCELERATORS[args.accelerator], 4 if config.dtype == "float32" else 2
     else:
         accelerator, size = here(config)
-    accelerator = scale.with_links(accelerator, args.bandwidth, args.network_bandwidth, args.nproc_per_node)
+    accelerator = clusters.with_links(accelerator, args.bandwidth, args.network_bandwidth, args.nproc_per_node)
     ranks = args.nproc or 1
-    scale.check(config, ranks, accelerator)
+    clusters.check(config, ranks, accelerator)
     rate, source = rate_of_one(args, config, accelerator, size)
-    speed = scale.speed_of(config, rate, accelerator)
+    speed = clusters.speed_of(config, rate, accelerator)
 
     def held(way: "Parallel", checkpointing: bool = False, offload: bool = False) -> dict[str, int]:
-        return scale.rank_memory(config, ranks, way, accelerator.is_cpu, size, checkpointing, offload)
+        return clusters.rank_memory(config, ranks, way, accelerator.is_cpu, size, checkpointing, offload)
 
     memory = {
         "ddp": held("ddp"),
@@ -173,24 +174,24 @@ def planned(args: argparse.Namespace, config: TrainConfig) -> Plan:
         "fsdp, activation_checkpointing": held("fsdp", True),
         "fsdp, that and cpu_offload": held("fsdp", True, True),
     }
-    too_large = not args.parallel and scale.fits(memory["ddp"], accelerator) is False
+    too_large = not args.parallel and clusters.fits(memory["ddp"], accelerator) is False
     parallel: Parallel = "fsdp" if too_large else config.parallel
-    found = scale.predicted(config, ranks, parallel, accelerator, speed, size)
+    found = clusters.predicted(config, ranks, parallel, accelerator, speed, size)
     facts = accelerator, source, rate, size, speed, parallel, memory, found, args.price
     return Plan(config, text.tokens, *facts)
 
 
 def here(config: TrainConfig) -> tuple["Accelerator", int]:
     """Machines like this one, and the bytes of a number in the products. Raises UserError on a GPU."""
-    from llm import scale
-    from llm.device import choose_device, choose_dtype
-    from llm.plan import machine_memory
+    from llm.machine.device import choose_device, choose_dtype
+    from llm.plan import accelerators
+    from llm.plan.arithmetic import machine_memory
 
     device = choose_device(config.device)
     if device.type != "cpu":
         raise UserError("accelerator: links and memory are known of those in the table only; give --accelerator")
     size = choose_dtype(config.dtype, device).itemsize
-    return scale.this_machine(float(machine_memory() or 0), memory_rate()), size
+    return accelerators.this_machine(float(machine_memory() or 0), memory_rate()), size
 
 
 def memory_rate() -> float:
@@ -212,8 +213,8 @@ def rate_of_one(
     args: argparse.Namespace, config: TrainConfig, accelerator: "Accelerator", size: int
 ) -> tuple[float, str]:
     """Tokens a second of one accelerator, and where that is from: given, measured here, or a share of the peak."""
-    from llm import scale
-    from llm.plan import fits, probe
+    from llm.plan import clusters
+    from llm.plan.timing import fits, probe
 
     if args.tokens_per_second_per_device:
         return args.tokens_per_second_per_device, "given"
@@ -226,15 +227,15 @@ def rate_of_one(
         return config.tokens_per_step / probe(config).step, "measured just now, one process with all its threads"
     if size == 4:
         raise UserError("dtype = 'float32': the vendor's peak is bfloat16's; give --tokens_per_second_per_device")
-    share = args.mfu or scale.MFU
+    share = args.mfu or clusters.MFU
     peak = f"{share:.0%} of the vendor's {accelerator.peak / 1e12:g} TFLOP/s"
-    return scale.assumed_rate(config, accelerator, share), f"{peak}, {'given' if args.mfu else 'assumed'}"
+    return clusters.assumed_rate(config, accelerator, share), f"{peak}, {'given' if args.mfu else 'assumed'}"
 
 
 def numbers(plan: Plan, tables: dict[str, list["Prediction"]]) -> dict[str, Any]:
     """All of it for --json: bytes, seconds, tokens a second. What is not known is None."""
-    from llm.plan import parameters
-    from llm.scale import cost
+    from llm.plan.arithmetic import parameters
+    from llm.plan.clusters import cost
 
     def told(row: "Prediction") -> dict[str, Any]:
         return asdict(row) | {"tokens_per_second": row.tokens_per_second}
@@ -258,14 +259,15 @@ def numbers(plan: Plan, tables: dict[str, list["Prediction"]]) -> dict[str, Any]
 
 def lines(plan: Plan, flops_budget: float | None) -> Iterator[str]:
     """The plan in words, assumptions last."""
-    from llm import scale
-    from llm.plan import TOKENS_PER_PARAMETER, optimal_parameters, parameters, run_flops, short, spoken
+    from llm.plan import accelerators, clusters
+    from llm.plan.arithmetic import TOKENS_PER_PARAMETER, optimal_parameters, parameters, run_flops
+    from llm.plan.forecast import short, spoken
 
     def line(title: str, words: str) -> str:
         return f"{title:<12}{words}"
 
     config, model, found, accelerator = plan.config, plan.config.model, plan.found, plan.accelerator
-    room = f"{accelerator.memory / scale.GB:.3g} GB"
+    room = f"{accelerator.memory / accelerators.GB:.3g} GB"
     count = sum(parameters(model).values())
     yield line(
         "run",
@@ -279,7 +281,7 @@ def lines(plan: Plan, flops_budget: float | None) -> Iterator[str]:
     )
     for way, held in plan.memory.items():
         parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in held.items() if size >= 0.005 * GIB)
-        fit = {True: "fits", False: f"more than fits {room}", None: "room not known"}[scale.fits(held, accelerator)]
+        fit = {True: "fits", False: f"more than fits {room}", None: "room not known"}[clusters.fits(held, accelerator)]
         detail = f": {parts}" if way in WAYS else ""
         yield line("memory", f"{way}: {sum(held.values()) / GIB:.2f} GiB a rank, {fit}{detail}")
     yield line("saving", f"{12 * count / GIB:.2f} GiB more in the first rank's host")
@@ -294,7 +296,7 @@ def lines(plan: Plan, flops_budget: float | None) -> Iterator[str]:
     yield line("time", f"{spoken(total)}: {spent}; without samples, saving, starting")
     if plan.price:
         hours = f"{short(total / 3600 * found.ranks)} accelerator-hours at {plan.price:g}"
-        yield line("cost", f"{scale.cost(total, found.ranks, plan.price):,.2f}: {hours}")
+        yield line("cost", f"{clusters.cost(total, found.ranks, plan.price):,.2f}: {hours}")
     if flops_budget:
         best = optimal_parameters(flops_budget)
         pace = run_flops(config) / config.max_steps / found.step
@@ -304,7 +306,7 @@ def lines(plan: Plan, flops_budget: float | None) -> Iterator[str]:
             f"{short(TOKENS_PER_PARAMETER * best / 1e6)} M tokens (Hoffmann et al. 2022: C = 6 N D, D = "
             f"{TOKENS_PER_PARAMETER} N); {spoken(flops_budget / pace)} at this run's FLOP/s",
         )
-    for sentence in scale.assumptions(accelerator, plan.parallel):
+    for sentence in clusters.assumptions(accelerator, plan.parallel):
         yield line("assumed", sentence)
 
 
@@ -315,8 +317,8 @@ def whole(number: float) -> str:
 
 def table(plan: Plan, way: str, tables: dict[str, list["Prediction"]]) -> Iterator[str]:
     """One of the tables, "strong" or "weak", with its title and the counts that cannot be."""
-    from llm import scale
-    from llm.plan import spoken
+    from llm.plan import accelerators, clusters
+    from llm.plan.forecast import spoken
 
     rows, accelerator, config = tables[way], plan.accelerator, plan.config
     sizes = {
@@ -328,20 +330,20 @@ def table(plan: Plan, way: str, tables: dict[str, list["Prediction"]]) -> Iterat
     yield titles + (f"{'cost':>14}" if plan.price else "")
     crowded = False
     for row in rows:
-        run = scale.weak(config, row.ranks) if way == "weak" else config
-        held = scale.rank_memory(run, row.ranks, plan.parallel, accelerator.is_cpu, plan.size)
-        over = "!" if scale.fits(held, accelerator) is False else ""
+        run = clusters.weak(config, row.ranks) if way == "weak" else config
+        held = clusters.rank_memory(run, row.ranks, plan.parallel, accelerator.is_cpu, plan.size)
+        over = "!" if clusters.fits(held, accelerator) is False else ""
         crowded |= bool(over)
         seconds = sum(plan.seconds(row).values())
         shown = f"{row.ranks:>5,}{run.windows_per_step:>9,}{whole(row.tokens_per_second):>14}{row.efficiency:>12.1%}"
         shown += (
             f"{row.waiting / row.step:>9.1%}{over + format(sum(held.values()) / GIB, '.2f'):>12}{spoken(seconds):>11}"
         )
-        yield shown + (f"{scale.cost(seconds, row.ranks, plan.price):>14,.2f}" if plan.price else "")
+        yield shown + (f"{clusters.cost(seconds, row.ranks, plan.price):>14,.2f}" if plan.price else "")
     if crowded:
-        yield f"!: more than fits {accelerator.memory / scale.GB:.3g} GB"
+        yield f"!: more than fits {accelerator.memory / accelerators.GB:.3g} GB"
     done = {row.ranks for row in rows}
-    left = [count for count in scale.COUNTS if count not in done]
+    left = [count for count in clusters.COUNTS if count not in done]
     if left:
-        run = scale.weak(config, left[0]) if way == "weak" else config
-        yield f"not {', '.join(f'{count:,}' for count in left)}: {scale.refusal(run, left[0], accelerator)}"
+        run = clusters.weak(config, left[0]) if way == "weak" else config
+        yield f"not {', '.join(f'{count:,}' for count in left)}: {clusters.refusal(run, left[0], accelerator)}"

@@ -11,11 +11,11 @@ from llm.commands.flags import Parser, add_settings, path, typed_settings, warn
 from llm.commands.streams import readable
 from llm.config import expanded, from_settings
 from llm.errors import UserError
-from llm.recognise import decode
+from llm.text.recognise import decode
 
 if TYPE_CHECKING:
     from llm.model import GPT
-    from llm.tokenizer import Tokenizer
+    from llm.tokens.tokenizer import Tokenizer
 
 SEPARATOR = "---------------"
 
@@ -60,8 +60,8 @@ def main(argv: list[str]) -> int:
     if args.num_samples < 1:
         raise UserError(f"num_samples = {args.num_samples}: expected 1 or more")
 
-    from llm.device import choose_device, choose_dtype, precision
     from llm.generate import check_knobs, continue_text
+    from llm.machine.device import choose_device, choose_dtype, precision
     from llm.run import Run
 
     check_knobs(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
@@ -106,8 +106,8 @@ def bare_model(path: Path, n_head: int, gelu: str) -> "tuple[GPT, Tokenizer]":
     import torch
 
     from llm.run import Run
-    from llm.tokenizer import gpt2
-    from llm.tokens import GPT2_VOCAB
+    from llm.tokens.bpe import gpt2
+    from llm.tokens.token_files import GPT2_VOCAB
     from llm.weights import load_model
 
     base = from_settings({"n_head": n_head, "gelu": gelu, "n_embd": n_head}).model  # sizes come from the file

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     add_settings(parser, [*DECISIVE, *(name for name in FIELDS if name not in DECISIVE)])
     args = parser.read(argv)
     config = config_from(args)
-    from llm.plot import plot_schedule
+    from llm.record.plot import plot_schedule
 
     plot_schedule(config, args.out)
     print(table(config))

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from llm.commands.flags import Parser, add_settings, config_from, flag, typed_settings, warn
 from llm.config import FIELDS, PRESETS, TrainConfig
 from llm.errors import Failure, UserError
-from llm.interpreter import child_environment
+from llm.machine.interpreter import child_environment
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from llm.distributed import World
-    from llm.live import LiveRun
+    from llm.machine.world import World
+    from llm.training.live import LiveRun
 
 DESCRIPTION = "Train a small GPT from scratch. With no flags: the chapter's recipe on tiny Shakespeare."
 
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
         settings_of(args)  # a mistake is said before torch is loaded, which takes a second, or started many times
         if args.nproc is not None:
             return several(args.nproc, args.words)
-    from llm.distributed import joined
+    from llm.machine.rendezvous import joined
 
     with joined() as world:
         return train_in(argv, world)
@@ -81,16 +81,17 @@ def train_in(argv: list[str], world: "World") -> int:
 
     from llm.commands.bars import StepBar, tokenizing
     from llm.commands.bars import log as tell
-    from llm.commands.watch import beside
-    from llm.device import describe_device
-    from llm.events import Line, Notice, Step
-    from llm.explain import News
-    from llm.plan import Forecast, outline
+    from llm.commands.look.watch import beside
+    from llm.machine.device import describe_device
+    from llm.plan.forecast import Forecast, outline
+    from llm.record.explain import News
+    from llm.record.trackers import following, starts
     from llm.run import interrupts
     from llm.schedule import warmup_warning
-    from llm.start import new_run, resume_run
-    from llm.trackers import following, starts
+    from llm.start.new_run import new_run
+    from llm.start.resume_run import resume_run
     from llm.train import train
+    from llm.training.events import Line, Notice, Step
 
     with world.together():
         say = warn if world.leads else lambda line: None
@@ -162,8 +163,8 @@ def exit_code(run: "LiveRun", caught: list[int]) -> int:
 
 def steps_left(out_dir: "Path") -> int | None:
     """Of the run in `out_dir` from its newest saved state on; None where none was saved."""
-    from llm.checkpoint import newest_state, saved_steps
-    from llm.start import check_unfinished
+    from llm.start.resume_run import check_unfinished
+    from llm.storage.checkpoint import newest_state, saved_steps
     from llm.weights import run_config
 
     if not saved_steps(out_dir):
@@ -195,7 +196,7 @@ def go_on(run: "LiveRun") -> str:
 
 def last_saved(out_dir: "Path") -> str:
     """The newest state of a run, in words."""
-    from llm.checkpoint import saved_steps
+    from llm.storage.checkpoint import saved_steps
 
     steps = saved_steps(out_dir)
     return f"the last saved step is {steps[-1]}" if steps else "nothing was saved"
@@ -222,9 +223,9 @@ def opening(run: "LiveRun") -> str:
 
 def ending(run: "LiveRun") -> Iterator[str]:
     """How the run went, what it means and what to type next."""
-    from llm.checkpoint import folder_name
-    from llm.explain import landmarks, overfits
-    from llm.metrics import best, read_record
+    from llm.record.metrics import best, read_record
+    from llm.record.verdicts import landmarks, overfits
+    from llm.storage.checkpoint import folder_name
 
     progress, config, out_dir, rows = run.progress, run.parts.config, run.out_dir, read_record(run.out_dir)
     stopped = {"max_time": "max_time is used up", "patience": "no improvement within patience"}

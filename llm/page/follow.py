@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llm import samples
-from llm.bands import Band, band_of_run
 from llm.config import TrainConfig, from_settings, read_toml
 from llm.errors import UserError
-from llm.explain import explain
-from llm.lines import Row
-from llm.metrics import NAME, NUMBERS
 from llm.page.thin import COLUMNS, Point, Thinned
-from llm.samples import Sample, read_samples
+from llm.record import samples
+from llm.record.bands import Band, band_of_run
+from llm.record.explain import explain
+from llm.record.metrics import NAME, NUMBERS
+from llm.record.samples import Sample, read_samples
+from llm.storage.lines import Row
 
 RECENT = 500  # newest training rows, for viewers who have the rest
 ROWS = 10_000  # training rows that verdicts look at, evenly spread

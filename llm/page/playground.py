@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llm.model import GPT
-    from llm.tokenizer import Tokenizer
+    from llm.tokens.tokenizer import Tokenizer
 
 PROMPT = 20_000  # characters
 TOKENS = 2_000  # that follow the prompt, at most

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from llm.config import TrainConfig, to_settings
-from llm.explain import MEANINGS
-from llm.lines import Row
-from llm.metrics import best, overfits_since
 from llm.page.follow import RECENT, Follower
 from llm.page.thin import POINTS, Values, columns, evenly
-from llm.plot import landmark_losses
-from llm.runs import standing
+from llm.record.metrics import best, overfits_since
+from llm.record.plot import landmark_losses
+from llm.record.runs import standing
+from llm.record.verdicts import MEANINGS
 from llm.schedule import lr_at
+from llm.storage.lines import Row
 
 EVALUATION = ("step", "tokens", "seconds", "loss", "bits_per_byte")
 

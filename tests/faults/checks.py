@@ -21,8 +21,10 @@ from typing import Any
 import pytest
 import torch
 
-from llm import checkpoint, metrics, storage
+from llm import storage
 from llm.errors import Failure, UserError
+from llm.record import metrics
+from llm.storage import checkpoint
 from tests.faults import power
 from tests.faults.disk import Disk, Fault, Killed
 

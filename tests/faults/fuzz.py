@@ -15,9 +15,12 @@ import torch
 from safetensors.torch import save
 
 with atheris.instrument_imports(include=["llm", "json", "tomllib"]):
-    from llm import checkpoint, config, metrics, storage, tokenizer
+    from llm import config, storage
     from llm.errors import UserError
-    from llm.tokens import read_meta
+    from llm.record import metrics
+    from llm.storage import checkpoint
+    from llm.tokens import saved_tokenizer, tokenizer
+    from llm.tokens.token_files import read_meta
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz"))
 
@@ -36,7 +39,7 @@ def record(content: bytes) -> None:
 def tokens(content: bytes) -> None:
     path = FOLDER / "tokenizer.json"
     path.write_bytes(content)
-    tokenizer.load_tokenizer(path)
+    saved_tokenizer.load_tokenizer(path)
 
 
 def description(content: bytes) -> None:

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from llm import checkpoint
 from llm.config import GPTConfig
 from llm.data import open_data
 from llm.errors import UserError
 from llm.model import GPT
+from llm.storage import checkpoint
 from llm.weights import read_weights
 from tests.faults import checks
 from tests.faults.checks import flip

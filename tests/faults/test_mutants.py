@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import pytest
 
-from llm import checkpoint, storage
+from llm import storage
+from llm.storage import checkpoint, files, folders, lacking, locks
 from tests.faults import checks
 
 Check = Callable[[Path], object]
+STORAGE = (files, folders, lacking, locks)
 
 
 class Mutant(NamedTuple):
@@ -320,22 +322,36 @@ MUTANTS = [
 ]
 
 
-def mutated(monkeypatch: pytest.MonkeyPatch, mutant: Mutant) -> None:
-    """Put the mutant's functions in the place of the module's own."""
-    source = Path(str(mutant.module.__file__)).read_text(encoding="utf-8")
-    for old, new in mutant.changes:
+def module_of(mutant: Mutant) -> ModuleType:
+    """The module that a mutant changes: itself, or the one of the storage room in which its text stands."""
+    if mutant.module is not storage:
+        return mutant.module
+    (found,) = {m for m in STORAGE if all(old in source_of(m) for old, _ in mutant.changes)}
+    return found
+
+
+def source_of(module: ModuleType) -> str:
+    return Path(str(module.__file__)).read_text(encoding="utf-8")
+
+
+def mutated(monkeypatch, module: ModuleType, what: str, changes: list[tuple[str, str]]) -> None:
+    """Put the mutant's functions in the place of the module's own, wherever they are imported."""
+    source = source_of(module)
+    for old, new in changes:
         assert source.count(old) == 1, f"{old!r} is there {source.count(old)} times"
         source = source.replace(old, new)
-    other = ModuleType(mutant.module.__name__)
-    exec(compile(source, f"<{mutant.what}>", "exec"), other.__dict__)
+    other = ModuleType(module.__name__)
+    exec(compile(source, f"<{what}>", "exec"), other.__dict__)
     for name, value in vars(other).items():
-        if not name.startswith("__") and not isinstance(value, ModuleType):
-            monkeypatch.setattr(mutant.module, name, value, raising=False)
+        if getattr(value, "__module__", None) == module.__name__:  # its own, not what it imports
+            for place in (storage, checkpoint, *STORAGE):
+                if hasattr(place, name):
+                    monkeypatch.setattr(place, name, value)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.what for mutant in MUTANTS])
 def test_a_mutant_is_caught(tmp_path, monkeypatch, mutant, record_property):
-    mutated(monkeypatch, mutant)
+    mutated(monkeypatch, module_of(mutant), mutant.what, mutant.changes)
     with pytest.raises(AssertionError):
         mutant.check(tmp_path)
     record_property("mutants of the storage caught", 1)
@@ -343,8 +359,8 @@ def test_a_mutant_is_caught(tmp_path, monkeypatch, mutant, record_property):
 
 def test_the_same_checks_pass_where_nothing_is_changed(tmp_path, monkeypatch):
     """One check of each sort, on a copy of the source with nothing changed: it is the change that is caught."""
-    for number, module in enumerate((storage, checkpoint)):
-        mutated(monkeypatch, Mutant("none", module, [], lambda place: None))
+    for number, module in enumerate((*STORAGE, checkpoint)):
+        mutated(monkeypatch, module, "none", [])
         for name, check in {
             "file": faults(checks.FILE, "killed", "ENOSPC"),
             "record": cuts(checks.RECORD_FLUSHED),

@@ -14,8 +14,8 @@ from conftest import words
 
 from llm import storage
 from llm.data import open_data
-from llm.prepare import prepare
-from llm.tokens import has_tokens
+from llm.tokens.prepare import prepare
+from llm.tokens.token_files import has_tokens
 from tests.faults import checks
 
 TORTURE = bool(os.environ.get("LOSSCURVE_TORTURE"))

@@ -20,9 +20,9 @@ from conftest import flags
 from ranks import Kill, job, values, world_of
 
 import llm
-from llm import checkpoint
-from llm.prove import fingerprint
-from llm.verify import verify
+from llm.checks.prove import fingerprint
+from llm.checks.verify import verify
+from llm.storage import checkpoint
 
 TORTURE = bool(os.environ.get("LOSSCURVE_TORTURE"))
 STEPS = 240 if TORTURE else 100

@@ -13,19 +13,21 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, flags
 
-import llm.evaluating
 import llm.model
-import llm.saving
-import llm.state
 import llm.train
-from llm import checkpoint, storage
+import llm.training.evaluating
+import llm.training.saving
+import llm.training.state
+from llm import storage
+from llm.checks.prove import fingerprint
 from llm.config import from_settings
-from llm.events import Notice, Saved, Step
-from llm.metrics import read_record
-from llm.prove import fingerprint
-from llm.samples import Samples
-from llm.start import new_run, resume_run
+from llm.record.metrics import read_record
+from llm.record.samples import Samples
+from llm.start.new_run import new_run
+from llm.start.resume_run import resume_run
+from llm.storage import checkpoint
 from llm.train import train
+from llm.training.events import Notice, Saved, Step
 
 UNSAVED = "the state could not be saved ("  # for its own files or its record, whichever meets the full disk first
 TORTURE = bool(os.environ.get("LOSSCURVE_TORTURE"))
@@ -58,7 +60,7 @@ def until(training, step):
 def ledger(monkeypatch):
     """The batches taken, by step: what they were each time."""
     seen: dict[int, list[bytes]] = {}
-    plain = llm.state.batch_at
+    plain = llm.training.state.batch_at
 
     def batch_at(tokens, seed, step, *sizes):
         batch = plain(tokens, seed, step, *sizes)
@@ -92,12 +94,14 @@ MUTANTS = {
     "another batch": lambda patch: patch.setattr(
         llm.state,
         "batch_at",
-        lambda tokens, seed, step, *n, plain=llm.state.batch_at: plain(tokens, seed, step + 1, *n),
+        lambda tokens, seed, step, *n, plain=llm.training.state.batch_at: plain(tokens, seed, step + 1, *n),
     ),
     "one batch again": lambda patch: patch.setattr(
         llm.state,
         "batch_at",
-        lambda tokens, seed, step, *n, plain=llm.state.batch_at: plain(tokens, seed, 6 if step == 7 else step, *n),
+        lambda tokens, seed, step, *n, plain=llm.training.state.batch_at: plain(
+            tokens, seed, 6 if step == 7 else step, *n
+        ),
     ),
     "another draw of dropout": lambda patch: patch.setattr(
         llm.model.Dropout,
@@ -109,10 +113,10 @@ MUTANTS = {
     ),
     "moments forgotten": lambda patch: patch.setattr(llm.state, "restore_optimizer", lambda *_: None),
     "losses forgotten": lambda patch: patch.setattr(
-        llm.state, "Progress", lambda plain=llm.state.Progress, **facts: plain(**facts | {"losses": []})
+        llm.state, "Progress", lambda plain=llm.training.state.Progress, **facts: plain(**facts | {"losses": []})
     ),
     "tokens forgotten": lambda patch: patch.setattr(
-        llm.state, "Progress", lambda plain=llm.state.Progress, **facts: plain(**facts | {"tokens": 0})
+        llm.state, "Progress", lambda plain=llm.training.state.Progress, **facts: plain(**facts | {"tokens": 0})
     ),
     "samples forgotten": lambda patch: patch.setattr(
         Samples, "cut", lambda self, step, plain=Samples.cut: plain(self, -1)

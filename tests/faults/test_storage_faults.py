@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm import checkpoint, storage
+from llm import storage
+from llm.storage import checkpoint
 from tests.faults import checks, power
 from tests.faults.disk import Disk, Fault, Killed
 

@@ -1,0 +1,1 @@
+"""Whether the machine, the files and a resumed run are what they should be."""

@@ -1,0 +1,27 @@
+"""`explain RUN`: what the record of a run shows, and what to try."""
+
+from llm.commands.flags import Parser, input_path
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("losscurve explain", "Say what a run's record shows: what matters most first, and what to try.")
+    parser.add_argument(
+        "run",
+        nargs="?",
+        default="checkpoints",
+        metavar="RUN",
+        type=input_path,
+        help="run folder (default: checkpoints)",
+    )
+    args = parser.read(argv)
+
+    from llm.commands.bars import tell
+    from llm.record.bands import band_of_run
+    from llm.record.explain import explain
+    from llm.record.metrics import read_record
+    from llm.weights import run_config
+
+    rows = read_record(args.run)
+    lines = explain(rows, run_config(args.run), band_of_run(args.run))
+    tell("\n".join(lines) or f"nothing worth knowing in the {len(rows):,} rows of {args.run}")
+    return 0

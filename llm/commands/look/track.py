@@ -1,0 +1,30 @@
+"""`track RUN --to TRACKER`: show a recorded run in TensorBoard or W&B."""
+
+from llm.commands.flags import Parser, input_path
+
+DESCRIPTION = "Show a run in TensorBoard or W&B, all of it, from its record: one that was trained without, or whose \
+tracker failed. What the tracker had of the run before is replaced. losscurve train --track follows a run as it goes."
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("losscurve track", DESCRIPTION)
+    parser.add_argument(
+        "run",
+        nargs="?",
+        default="checkpoints",
+        metavar="RUN",
+        type=input_path,
+        help="run folder (default: checkpoints)",
+    )
+    parser.add_argument("--to", action="append", required=True, metavar="tensorboard|wandb", help="several by commas")
+    args = parser.read(argv)
+
+    from llm.commands.bars import tell
+    from llm.commands.flags import warn
+    from llm.record.trackers import replay, starts
+    from llm.weights import run_config
+
+    config = run_config(args.run)
+    for name, start in starts(args.to, warn).items():
+        tell(f"{name}: {replay(args.run, config, name, start)}")
+    return 0

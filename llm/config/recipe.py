@@ -1,0 +1,156 @@
+"""The settings themselves: the shape of a model and everything that decides a training run."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llm.config.fields import setting, validate
+from llm.errors import UserError
+
+PRESETS = ("chapter", "shakespeare-char", "shakespeare-char-cpu", "gpt2-124m")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """The shape of a `GPT`. The defaults are the chapter's: 13.67 M parameters."""
+
+    vocab_size: int = setting(50257, "tokens in the vocabulary", low=1, high=2**31)
+    block_size: int = setting(64, "context length, in tokens", low=1, high=2**20)
+    n_layer: int = setting(4, "transformer blocks", low=1, high=1000)
+    n_head: int = setting(4, "attention heads; divides n_embd", low=1, high=1000)
+    n_embd: int = setting(128, "width of the residual stream", low=1, high=2**17)
+    ffn_mult: int = setting(4, "width of the feed-forward layer, in units of n_embd", low=1, high=64)
+    dropout: float = setting(0.0, "share of activations dropped in training", low=0.0, high=0.99)
+    bias: bool = setting(False, "a bias in the attention linears (the feed-forward and norms have one)")
+    tied_lm_head: bool = setting(False, "the output matrix is the token embedding, as in GPT-2")
+    gelu: Literal["exact", "tanh"] = setting("exact", "exact GELU, or GPT-2's tanh approximation")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}; "
+                f"try --n_embd {math.ceil(self.n_embd / self.n_head) * self.n_head}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a training run. The defaults are the chapter's recipe.
+
+    The model's own fields are those of `GPTConfig` and are set here by the same names;
+    its `vocab_size` is then the tokenizer's, unless given.
+    """
+
+    text: tuple[str, ...] = setting(
+        (),
+        "what to train on: files, folders, - (standard input) or a name: shakespeare, tinystories, fineweb-edu",
+    )
+    text_limit: int | None = setting(
+        None, "of tinystories or fineweb-edu, take this much (default: 200M)", low=1, unit="characters"
+    )
+    text_field: str | None = setting(None, "field or column of rows that holds the text (default: text)")
+    tokenizer: Literal["auto", "gpt2", "bpe", "byte", "char"] = setting(
+        "auto", "auto: gpt2 where its vocabulary can be had, else a bpe trained on the text"
+    )
+    vocab_size: int | None = setting(
+        None, "tokens in the vocabulary (default: the tokenizer's; for bpe 4096)", low=1, high=2**31
+    )
+    val_fraction: float = setting(
+        0.1, "share of the text's characters, at its end, kept for validation", above=0.0, high=0.9
+    )
+    data_dir: str | None = setting(None, "folder of train.bin and val.bin (default: data, or data/NAME for a --text)")
+    out_dir: str = setting("checkpoints", "the run folder")
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+
+    batch_size: int = setting(32, "windows in a micro-batch", low=1, high=2**20)
+    gradient_accumulation_steps: int = setting(1, "micro-batches in a step", low=1, high=2**20)
+    max_steps: int = setting(5000, "updates in the run, and the length of the schedule", low=1, high=10**9)
+    max_time: float | None = setting(
+        None,
+        "stop after this long, the time before a resume included (90, 10m, 2h); the schedule is not bent",
+        above=0.0,
+        unit="duration",
+    )
+    eval_every: int = setting(250, "steps between evaluations", low=1)
+    eval_tokens: int = setting(2**20, "validate on at most this many tokens, evenly spread", low=1)
+    log_every: int = setting(10, "steps between training records in metrics.jsonl", low=1, high=10**6)
+    save_every: int | float | None = setting(
+        None,
+        "steps between saved states, or with a unit the time: 500, 10m (default: as eval_every)",
+        low=1,
+        unit="steps or duration",
+    )
+    keep: int = setting(2, "newest saved states kept, besides the best", low=1)
+    patience: int | None = setting(None, "stop after this many evaluations without improvement", low=1)
+
+    warmup_steps: int | None = setting(None, "steps of linear warm-up from 0 (default: 2 % of max_steps)", low=0)
+    max_lr: float = setting(3e-4, "peak learning rate", above=0.0, high=100.0)
+    min_lr: float | None = setting(None, "final learning rate (default: max_lr / 10)", low=0.0, high=100.0)
+    schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "shape after the warm-up")
+    beta1: float = setting(0.9, "AdamW: decay of the mean gradient", low=0.0, high=0.999999)
+    beta2: float = setting(0.95, "AdamW: decay of the mean squared gradient", low=0.0, high=0.9999999)
+    weight_decay: float = setting(0.01, "AdamW: weight decay", low=0.0, high=100.0)
+    weight_decay_split: bool = setting(False, "leave norms, biases and embeddings out of weight decay")
+    grad_clip: float = setting(0.0, "largest norm of the gradient; 0 is off", low=0.0)
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "precision of matrix products; auto: bfloat16 where it is fast, else float32"
+    )
+    device: str = setting("auto", "auto, cpu, mps, cuda or cuda:N")
+    compile: bool = setting(False, "torch.compile the model")
+    parallel: Literal["ddp", "fsdp"] = setting(
+        "ddp", "how processes share the work: ddp, a whole model each; fsdp, shards of one model"
+    )
+    activation_checkpointing: bool = setting(False, "save memory: compute a block's activations again in backward")
+    cpu_offload: bool = setting(False, "keep the shards of fsdp in the memory of the processor")
+    seed: int = setting(1337, "decides initial weights, batches and dropout", low=0, high=2**63 - 1)
+    init_from: str | None = setting(None, "start from the weights of a run folder or a .pt file")
+    sample_prompt: str | None = setting(
+        None, "prompt of the sample at each evaluation (default: ROMEO: or a line break)"
+    )
+    sample_tokens: int = setting(100, "tokens in the sample at each evaluation; 0 is off", low=0, high=10**5)
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.warmup >= self.max_steps:
+            raise UserError(
+                f"warmup_steps = {self.warmup} is not below max_steps = {self.max_steps}; lower it, or raise max_steps"
+            )
+        if self.final_lr > self.max_lr:
+            raise UserError(f"min_lr = {self.min_lr} is above max_lr = {self.max_lr}; lower it, or raise max_lr")
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up: as given, or 2 % of the steps (100 of the chapter's 5,000)."""
+        return self.max_steps // 50 if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def final_lr(self) -> float:
+        """Learning rate at the last step: as given, or the usual tenth of the peak."""
+        # rounded, since 3e-4 / 10 is not 3e-5 in binary
+        return float(f"{self.max_lr / 10:.12g}") if self.min_lr is None else self.min_lr
+
+    @property
+    def windows_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps
+
+    def share(self, processes: int) -> tuple[int, int]:
+        """(windows, micro-batches) that each of so many processes has of a step, which divides among them."""
+        windows = self.windows_per_step // processes
+        return windows, math.ceil(windows / self.batch_size)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.windows_per_step * self.model.block_size
+
+
+MODEL_FIELDS = {f.name: f for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"}
+
+
+TRAIN_FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "model"}
+
+
+FIELDS = TRAIN_FIELDS | MODEL_FIELDS  # every flag of `train`, by name

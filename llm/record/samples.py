@@ -1,0 +1,78 @@
+"""The samples of a run: how it continues one prompt at each evaluation.
+
+`samples.jsonl` holds one object a line: `step` (batches done), `val_loss` (nats per token), `prompt` and `text` (the
+continuation). `samples.txt`, to be read by people, is written from it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm import storage
+from llm.errors import UserError
+from llm.storage import lines
+from llm.storage.lines import Lines, Row, parse_object
+
+NAME, TEXT_NAME = "samples.jsonl", "samples.txt"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a run wrote at one evaluation."""
+
+    step: int
+    val_loss: float  # nats per token
+    prompt: str
+    text: str  # without the prompt
+
+
+class Samples(Lines):
+    """The samples of the run in `run_dir`, in both files."""
+
+    def __init__(self, run_dir: Path, writes: bool = True) -> None:
+        super().__init__(run_dir / NAME, parse_row, writes)
+
+    def catch_up(self) -> None:
+        """Write the samples that wait, then `samples.txt`. Raises OSError."""
+        super().catch_up()
+        if self.writes:
+            write_text(self.path.parent)
+
+    def cut(self, step: int) -> None:
+        """Drop the samples of steps beyond `step` from both files, and those that wait."""
+        super().cut(step)
+        if self.writes:
+            write_text(self.path.parent)
+
+
+def read_samples(run_dir: Path) -> list[Sample]:
+    """Return the samples of a run, oldest first; none where the run has not written any.
+
+    Raises UserError that names a damaged line, or says why the file cannot be read.
+    """
+    path = run_dir / NAME
+    try:
+        rows = [row for _, row in lines.read(path, parse_row)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return [Sample(row["step"], row["val_loss"], row["prompt"], row["text"]) for row in rows]
+
+
+def parse_row(line: bytes) -> Row:
+    """Return the row in a line. Raises ValueError that says what is wrong with it."""
+    row = parse_object(line)
+    if type(row.get("val_loss")) not in (int, float):
+        raise ValueError("val_loss is not a number")
+    if not isinstance(row.get("prompt"), str) or not isinstance(row.get("text"), str):
+        raise ValueError("prompt or text is not a text")
+    return row
+
+
+def write_text(run_dir: Path) -> None:
+    """Write `samples.txt` from `samples.jsonl`. Raises OSError, and UserError for a damaged line."""
+    told = (
+        f"--- step {sample.step} | val {sample.val_loss:.4f} ---\n{sample.prompt}{sample.text}\n\n"
+        for sample in read_samples(run_dir)
+    )
+    storage.write_text(run_dir / TEXT_NAME, "".join(told))

@@ -1,0 +1,90 @@
+"""Build what a step works on: model, optimizer, loss scaling, and the forward to train by."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm.config import TrainConfig
+from llm.data import TokenData
+from llm.loss import linear_cross_entropy
+from llm.machine.device import fast_products, keep_memory, precision
+from llm.machine.parallel import exchanging, recompute_activations, shard_model
+from llm.machine.world import ALONE, World
+from llm.model import GPT
+from llm.optim import make_optimizer
+from llm.start.run_folder import Say
+from llm.tokens.tokenizer import Tokenizer
+from llm.training.state import Parts
+
+
+def build(
+    config: TrainConfig,
+    data: TokenData,
+    tokenizer: Tokenizer | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    world: World = ALONE,
+    weights: dict[str, Tensor] | None = None,
+) -> Parts:
+    """Model, optimizer and loss scaling, with the initial weights that the seed decides, or those given."""
+    keep_memory()
+    fast_products(device)
+    torch.manual_seed(config.seed)
+    model = GPT(config.model)
+    if weights is not None:
+        model.load_state_dict(weights)
+    model.to(device)
+    if config.activation_checkpointing:
+        recompute_activations(model)
+    if config.parallel == "fsdp" and world.started:
+        shard_model(model, world, device, dtype, config.cpu_offload)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return Parts(config, model, model, make_optimizer(model, config), scaler, data, tokenizer, device, dtype, world)
+
+
+def connect(parts: Parts, say: Say) -> None:
+    """The forward to train by: compiled where that is asked for, its gradients exchanged where there are several."""
+    if parts.config.compile:
+        compile_forward(parts, say)
+    if parts.config.parallel == "fsdp" and not parts.world.started:
+        say("parallel = 'fsdp' needs torchrun; in this one process there is nothing to share")
+    parts.forward, parts.exchange = exchanging(parts.model, parts.forward, parts.world)
+    if parts.config.parallel == "ddp" and parts.world.size > 1:
+        # DDP settles what it adds up together, and so in which order, after the first backward: a resumed run would
+        # take its first step in another order than the run that was never stopped
+        try_out(parts, parts.forward)
+
+
+def try_out(parts: Parts, forward: Callable[..., Any]) -> None:
+    """Forward and backward as in a step, of nothing and for nothing."""
+    config = parts.config
+    windows = min(config.batch_size, config.share(parts.world.size)[0])
+    ids = torch.zeros(windows, config.model.block_size, dtype=torch.int64, device=parts.device)
+    try:
+        with precision(parts.dtype, parts.device):
+            loss: Any = forward(ids, ids, ids[:, 0].int())[1]
+        loss.backward()
+    finally:
+        parts.model.zero_grad(set_to_none=True)
+
+
+def compile_forward(parts: Parts, say: Say) -> None:
+    """Train through torch.compile; where it cannot work here, say so in one line and go on without.
+
+    The blocks are compiled; the loss stays as it is, since it is one product after another, and so does the
+    embedding: compiled code adds up its gradient in the order in which threads happen to come.
+    """
+    model = parts.model
+    stream = torch.compile(model.stream)
+
+    def forward(idx: Tensor, targets: Tensor, seeds: Tensor) -> tuple[None, Tensor]:
+        return None, linear_cross_entropy(stream(model.wte(idx), seeds=seeds), model.lm_head.weight, targets)
+
+    try:
+        try_out(parts, forward)
+        parts.forward = forward
+    except Exception as error:  # whatever a compiler can raise: the run does not depend on it
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        say(f"torch.compile does not work here, training without it ({reason})")

@@ -1,0 +1,68 @@
+"""Find the token files that a run was trained on, when the run folder or the person who types has moved."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from llm import storage
+from llm.config import TrainConfig
+from llm.data import TokenData, open_data
+from llm.errors import UserError
+from llm.tokens.token_files import has_tokens
+
+Say = Callable[[str], None]
+
+
+def open_run_data(
+    run_dir: Path,
+    config: TrainConfig,
+    expected: dict[str, str] | None,
+    given: str | None = None,
+    say: Say = lambda line: None,
+) -> TokenData:
+    """Open the token files of the run in `run_dir`: those in `given`, else where `config` names them, seen from the
+    current folder, else from where the run folder is now. The SHA-256 by file name that are `expected` decide; without
+    them the first place alone is tried.
+
+    Raises UserError where none of the places has them, naming each.
+    """
+    places = [Path(given)] if given else places_of(config.data_dir or "data", run_dir, config)
+    found = [place for place in places[: None if expected else 1] if has_tokens(place) or storage.unfinished(place)]
+    if not found:
+        also = f", nor in {places[1]}" if expected and len(places) > 1 else ""
+        raise UserError(
+            f"{places[0]}: the run's token files are not there (seen from here){also}; say where by --data_dir"
+        )
+    errors = []
+    for place in found:
+        try:
+            data = open_data(place, config.model.block_size, config.model.vocab_size)
+        except UserError as error:
+            errors.append(error)
+            continue
+        if expected in (None, data.hashes):
+            if place != places[0]:
+                say(f"{places[0]}: not the run's token files (seen from here); they are in {place}, beside the run")
+            return data
+        errors.append(UserError(f"{place}: not the data this run was trained on; give the right --data_dir"))
+    raise errors[0]
+
+
+def places_of(name: str, run_dir: Path, config: TrainConfig) -> list[Path]:
+    """Where a file or folder that the settings of the run in `run_dir` name may be: there, seen from the current
+    folder, and where it was beside the run folder."""
+    named, out_dir = Path(name), Path(config.out_dir)
+    places = [named]
+    if named.anchor == out_dir.anchor:  # both from one folder, or both from the root: so the way between them is known
+        way = os.path.relpath(named, out_dir)
+        for folder in (os.path.abspath(run_dir), run_dir.resolve()):  # as it is called, and where a link leads
+            place = Path(os.path.normpath(os.path.join(folder, way)))
+            if place not in {Path(os.path.abspath(known)) for known in places}:
+                places.append(place if run_dir.is_absolute() else Path(os.path.relpath(place)))
+    return places
+
+
+def beside(folder: Path, out_dir: Path) -> str:
+    """How a run's settings name the `folder` of its token files: absolute where `out_dir` is, so that they are found
+    from elsewhere too."""
+    return os.path.abspath(folder) if out_dir.is_absolute() else str(folder)

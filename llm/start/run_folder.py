@@ -1,0 +1,64 @@
+"""The run folder: refuse or clear an earlier run, the disk it needs, env.json."""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from llm import __version__, storage
+from llm.config import TrainConfig
+from llm.data import TokenData
+from llm.errors import UserError
+from llm.machine.device import environment
+from llm.model import GPT
+from llm.storage import checkpoint
+
+Say = Callable[[str], None]  # shows a line to the person who trains
+
+OURS = (
+    *("config.toml", "metrics.jsonl", "env.json", "tokenizer.json", "refused.json", "report.html"),
+    *("samples.jsonl", "samples.txt", "loss_curve.png"),
+)
+WEIGHTS = ("model.pt", "best.pt")
+
+
+def say_limits(say: Say) -> None:
+    """Say what the file systems written to so far do not promise."""
+    for limit in storage.limits():
+        say(limit)
+
+
+def refuse_existing(out_dir: Path, overwrite: bool) -> None:
+    """Raises UserError, saying what is there, if `out_dir` holds a run and may not be overwritten."""
+    found = [name for name in ("config.toml", "metrics.jsonl", *WEIGHTS) if (out_dir / name).exists()]
+    states = checkpoint.saved_steps(out_dir)
+    if (found or states) and not overwrite:
+        there = f"a run saved at step {states[-1]}" if states else f"a run ({found[0]})"
+        raise UserError(
+            f"{out_dir}: holds {there}; go on with --resume, replace it with --overwrite, or choose another --out_dir"
+        )
+
+
+def clear(out_dir: Path) -> None:
+    """Remove the files of an earlier run, and nothing else."""
+    states = [out_dir / checkpoint.folder_name(step) for step in checkpoint.saved_steps(out_dir)]
+    for folder in (*states, *out_dir.glob("damaged-step-*")):
+        storage.remove_folder(folder)
+    for name in (*OURS, *WEIGHTS, "latest", "best"):
+        (out_dir / name).unlink(missing_ok=True)
+
+
+def disk_needed(model: GPT, config: TrainConfig) -> int:
+    """Bytes of a run at its largest: states of weights and two moments in fp32, and the two weight files."""
+    size = 4 * sum(p.numel() for p in model.parameters())
+    return size * (3 * (config.keep + 2) + 3)
+
+
+def write_environment(out_dir: Path, data: TokenData) -> None:
+    """Versions, machine, commit and data hashes, in env.json."""
+    here = Path(__file__).parents[1]
+    asked = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ) if shutil.which("git") and (here.parent / ".git").exists() else None  # fmt: skip
+    facts = {"losscurve": __version__, "commit": asked.stdout.strip() if asked else None, "data": data.hashes}
+    storage.write_json(out_dir / "env.json", facts | environment())

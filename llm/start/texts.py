@@ -1,0 +1,74 @@
+"""Open the token files and the tokenizer of a run."""
+
+from pathlib import Path
+from typing import Any
+
+from llm.config import TrainConfig
+from llm.data import TokenData, open_data
+from llm.errors import Failure, UserError
+from llm.machine.world import World
+from llm.start.run_folder import Say
+from llm.tokens.bpe import gpt2
+from llm.tokens.foreign import characters
+from llm.tokens.reuse import default_folder, ensure
+from llm.tokens.saved_tokenizer import load_tokenizer
+from llm.tokens.token_files import GPT2_VOCAB
+from llm.tokens.tokenizer import Tokenizer
+
+
+def open_text(
+    config: TrainConfig, say: Say, progress: Any, given: Tokenizer | None, world: World
+) -> tuple[TokenData, Tokenizer | None]:
+    """The token files a config asks for, prepared first (with the tokenizer `given`) where need be; their tokenizer.
+
+    The leading process looks after them first, then the first of each other machine, which may see the same folder.
+    """
+    folder = Path(config.data_dir or default_folder(config))
+    for turn in (world.leads, world.local_rank == 0 and not world.leads):
+        if turn:
+            ensure(config, progress=progress, say=say, given=given)
+        world.gather(None)
+    data = open_data(folder, config.model.block_size, config.vocab_size)
+    if not data.foreign:
+        return data, load_tokenizer(folder / "tokenizer.json")
+    if alphabet := characters(folder):
+        say(f"{folder}: no meta.json; by its meta.pkl the ids are {data.vocab_size} characters")
+        return data, alphabet
+    say(f"{folder}: no meta.json, so its ids are taken for GPT-2's ({data.vocab_size} tokens)")
+    if data.vocab_size != GPT2_VOCAB:
+        return data, None
+    try:
+        return data, gpt2()
+    except Failure as error:
+        say(f"no samples and no bits per byte: {error}")
+        return data, None
+
+
+def run_tokenizer(out_dir: Path, vocab_size: int, say: Say, data_dir: Path | None = None) -> Tokenizer | None:
+    """The run's own, or that of its token files on a machine that does not see the run folder; GPT-2's for a run on
+    tokens of unknown origin, or None where that is not to be had.
+    """
+    for path in (out_dir / "tokenizer.json", (data_dir or out_dir) / "tokenizer.json"):
+        if path.exists():
+            return load_tokenizer(path)
+    if data_dir and (alphabet := characters(data_dir)):
+        return alphabet
+    try:
+        return gpt2() if vocab_size >= GPT2_VOCAB else None
+    except Failure as error:
+        say(f"no samples and no bits per byte: {error}")
+        return None
+
+
+def default_prompt(data: TokenData, tokenizer: Tokenizer | None) -> str:
+    """The chapter's ROMEO: for its text (or one unknown), else a line break, else the text's first token."""
+    if tokenizer is None:
+        return "ROMEO:"
+    first = tokenizer.decode(data.val[:1].tolist())
+    for prompt in ("ROMEO:", "\n") if data.foreign or "shakespeare" in data.source else ("\n",):
+        try:
+            tokenizer.encode(prompt)
+            return prompt
+        except UserError:  # a character tokenizer that has never seen one of these
+            continue
+    return first

@@ -1,0 +1,85 @@
+"""Durable files: complete or absent, hashed, verified. Everything the project writes goes through here.
+
+A file is written under a temporary name beside its place, flushed to the disk, and renamed over it;
+then the folder is flushed too. After a crash at any moment the old file or the new one is there, whole.
+Several files that belong together are changed by a `Transaction`.
+
+Some file systems have no locks, flush no folders or rename none. Work goes on there with less of a promise; `limits`
+says what is missing.
+"""
+
+from llm.storage.files import (
+    JSON_LIMIT,
+    append,
+    cache_folder,
+    check_writable,
+    flush,
+    make_folder,
+    read_json,
+    rename_folder,
+    sha256,
+    sync_folder,
+    write_bytes,
+    write_json,
+    write_text,
+    writing,
+)
+from llm.storage.folders import (
+    KEPT,
+    READY,
+    STAGING,
+    folder_in_place,
+    recover,
+    remove_folder,
+    transaction,
+    unfinished,
+    verify_folder,
+)
+from llm.storage.lacking import (
+    FILES_NOT_FLUSHED,
+    FOLDERS_NOT_FLUSHED,
+    NO_LOCKS,
+    REMOVED_SLOWLY,
+    UNSUPPORTED,
+    limits,
+    note,
+)
+from llm.storage.locks import HELD, InUse, in_use, locked, sweep
+
+__all__ = [
+    "FILES_NOT_FLUSHED",
+    "FOLDERS_NOT_FLUSHED",
+    "HELD",
+    "JSON_LIMIT",
+    "KEPT",
+    "NO_LOCKS",
+    "READY",
+    "REMOVED_SLOWLY",
+    "STAGING",
+    "UNSUPPORTED",
+    "InUse",
+    "append",
+    "cache_folder",
+    "check_writable",
+    "flush",
+    "folder_in_place",
+    "in_use",
+    "limits",
+    "locked",
+    "make_folder",
+    "note",
+    "read_json",
+    "recover",
+    "remove_folder",
+    "rename_folder",
+    "sha256",
+    "sweep",
+    "sync_folder",
+    "transaction",
+    "unfinished",
+    "verify_folder",
+    "write_bytes",
+    "write_json",
+    "write_text",
+    "writing",
+]

@@ -1,0 +1,1 @@
+"""Where text comes from: files, folders, rows, named texts; and what it is."""

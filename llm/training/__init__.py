@@ -1,0 +1,1 @@
+"""What surrounds the loop: evaluating, recording, saving, rolling back."""

@@ -1,0 +1,98 @@
+"""What happens every `eval_every` steps: evaluate, record, sample, draw."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from llm.errors import UserError
+from llm.evaluate import Evaluation, evaluate
+from llm.generate import continue_text
+from llm.machine.device import precision
+from llm.machine.parallel import gathered
+from llm.record.plot import plot_runs
+from llm.schedule import lr_at
+from llm.training.events import Line, Notice
+from llm.training.live import LiveRun
+from llm.training.recording import write_rows
+from llm.training.state import Parts
+
+UNSHOWN = "samples.txt and loss_curve.png could not be written"
+
+
+def evaluate_run(run: LiveRun) -> Iterator[Line | Notice]:
+    """Evaluate the model on the validation split, record it, continue the prompt and draw the curve."""
+    parts, progress = run.parts, run.progress
+    with run.bookkeeping():
+        lr = lr_at(progress.step, parts.config)
+        facts = {"step": progress.step, "tokens": progress.tokens, "lr": lr}
+        if progress.step == 0:
+            train_loss = first_loss(parts)
+            run.record.add(split="train", loss=train_loss, seconds=0.0, **facts)
+        else:
+            train_loss = progress.told_loss / progress.told_count if progress.told_count else math.nan
+        found = validation_loss(run)
+        note_evaluation(run, found)
+        seconds = round(run.seconds, 3)
+        run.record.add(split="val", loss=found.loss, bits_per_byte=found.bits_per_byte, seconds=seconds, **facts)
+        sample = draw_sample(parts, run.prompt) if math.isfinite(found.loss) else ""
+        if sample:
+            run.samples.add(step=progress.step, val_loss=found.loss, prompt=run.prompt, text=sample)
+    yield from write_rows(run)
+    yield from show(run)
+    yield Line(progress.step, lr, train_loss, found, seconds, run.prompt + sample if sample else "")
+
+
+def first_loss(parts: Parts) -> float:
+    """Return the loss of the first batch before any update, in nats per token."""
+    with torch.no_grad(), precision(parts.dtype, parts.device):
+        losses = [parts.forward(micro.x, micro.y, micro.seeds)[1] / micro.parts for micro in parts.micro_batches(0)]
+        return max(float(parts.world.mean(sum(losses))), 0.0)  # rounding can make it negative
+
+
+def validation_loss(run: LiveRun) -> Evaluation:
+    """Evaluate the model on the windows of the validation split."""
+    parts, config = run.parts, run.parts.config
+    with precision(parts.dtype, parts.device):
+        return evaluate(
+            parts.model, parts.data.val, config.model.block_size, config.eval_tokens, run.token_bytes, parts.world
+        )
+
+
+def note_evaluation(run: LiveRun, found: Evaluation) -> None:
+    """Note whether this evaluation is the best, and start the next mean of training losses."""
+    progress, is_finite = run.progress, math.isfinite(found.loss)
+    progress.told_loss = 0.0
+    progress.told_count = 0
+    progress.last_loss = found.loss if is_finite else None
+    if is_finite and (progress.best_loss is None or found.loss < progress.best_loss):
+        progress.best_step = progress.step
+        progress.best_loss = found.loss
+        progress.stale = 0
+    else:
+        progress.stale += 1
+
+
+def draw_sample(parts: Parts, prompt: str) -> str:
+    """Return how the model continues `prompt`; with the run's seed, the same draws at every evaluation."""
+    config, tokenizer = parts.config, parts.tokenizer
+    if tokenizer is None or config.sample_tokens == 0:
+        return ""
+    with precision(parts.dtype, parts.device), gathered(parts.model):
+        drawn = [token for (token,) in continue_text(parts.model, tokenizer, prompt, config.sample_tokens, config.seed)]
+    parts.model.train()
+    return tokenizer.decode(drawn)
+
+
+def show(run: LiveRun) -> Iterator[Notice]:
+    """Write the samples to read and the picture to look at. A full disk is a notice: they are written later."""
+    if not run.parts.world.leads:
+        return
+    try:
+        with run.bookkeeping():
+            run.samples.catch_up()
+            if run.progress.step > 0:  # before that there is no curve, and the first step waits
+                plot_runs([run.out_dir], run.out_dir / "loss_curve.png")
+        run.settle(UNSHOWN)
+    except (OSError, UserError) as error:  # a picture that cannot be written is a UserError
+        yield from run.complain(UNSHOWN, error)

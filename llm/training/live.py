@@ -1,0 +1,112 @@
+"""A run in progress: the parts that a step works on, where the run stands, and the files that it writes."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llm.machine.device import matrix_rate
+from llm.record.metrics import Record
+from llm.record.samples import Samples
+from llm.storage import checkpoint
+from llm.training.events import Notice, Step
+from llm.training.saver import Saver
+from llm.training.state import Parts, Progress
+
+
+class LiveRun:
+    """A run that is ready for `train`: a new one from `start.new_run`, or one that goes on from `start.resume_run`.
+
+    `stop` is asked after each step; when it returns true, the run saves and ends. Afterwards `reason` tells why the run
+    ended: "done", "max_time", "patience" or "interrupted"; it is None while it trains. `unsaved` tells what the last
+    save could not keep and why; it is None if that succeeded.
+    """
+
+    def __init__(self, parts: Parts, out_dir: Path, progress: Progress, prompt: str) -> None:
+        self.parts = parts
+        self.out_dir = out_dir
+        self.progress = progress
+        self.prompt = prompt
+        self.stop: Callable[[], bool] = lambda: False
+        self.reason: str | None = None
+        self.unsaved: str | None = None
+        self.failed_saves = 0
+
+        writes = parts.world.leads
+        self.record = Record(out_dir, writes)
+        self.samples = Samples(out_dir, writes)
+        self.saver = Saver()
+        self.unread: list[Step] = []  # steps whose losses are still on the device
+        self.token_bytes = parts.tokenizer.token_bytes() if parts.tokenizer else None
+        self.matrix_rate = parts.world.size * matrix_rate(parts.device, parts.dtype)  # FLOP/s of all devices
+
+        now = time.perf_counter()
+        self.saved_at = now
+        self._began = now - progress.seconds
+        self._complaints: set[str] = set()  # what could not be written, until it can be again
+        self.restart_pace()
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was saved yet, as all processes see it."""
+        return bool(self.parts.world.first(lambda: not checkpoint.saved_steps(self.out_dir)))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start of the run, those before a resume included."""
+        return time.perf_counter() - self._began
+
+    @property
+    def stepping_seconds(self) -> float:
+        """The seconds of these that were spent on steps."""
+        return self.seconds - self.progress.bookkeeping
+
+    @contextmanager
+    def bookkeeping(self) -> Iterator[None]:
+        """Count the time of the block as anything but steps."""
+        start = time.perf_counter()
+        yield
+        self.progress.bookkeeping += time.perf_counter() - start
+
+    def restart_pace(self) -> None:
+        """Measure the speed that the next training row tells from here on."""
+        self.pace = (self.stepping_seconds, self.progress.tokens)
+
+    def utilisation(self, tokens_per_second: float) -> float:
+        """Return the share of `matrix_rate` that so many tokens per second take."""
+        return tokens_per_second * self.parts.model.flops_per_token() / self.matrix_rate
+
+    def take(self, step: Step) -> None:
+        """Count a finished step."""
+        self.progress.step = step.step
+        self.progress.tokens += self.parts.config.tokens_per_step
+        self.unread.append(step)
+
+    def limit_reached(self) -> str | None:
+        """Return "done" or "max_time" where this step is the last one by the settings, else None."""
+        config = self.parts.config
+        if self.progress.step >= config.max_steps:
+            return "done"
+        if config.max_time is not None and self.parts.world.any(self.seconds >= config.max_time):
+            return "max_time"
+        return None
+
+    def stop_requested(self) -> str | None:
+        """Return "patience" or "interrupted" where the run stops before its limits, else None."""
+        interrupted = self.parts.world.any(self.stop())
+        patience = self.parts.config.patience
+        if patience is not None and self.progress.stale >= patience:
+            return "patience"
+        return "interrupted" if interrupted else None
+
+    def complain(self, what: str, error: Exception) -> list[Notice]:
+        """Return a notice that something could not be written, once until `settle` says that it could."""
+        if what in self._complaints:
+            return []
+        self._complaints.add(what)
+        reason = getattr(error, "strerror", None) or error
+        return [Notice(f"{what} ({reason}); training goes on, and it is tried again later")]
+
+    def settle(self, what: str) -> None:
+        """Note that what could not be written is written again."""
+        self._complaints.discard(what)

@@ -1,0 +1,77 @@
+"""Batches that cannot be trained on: how many in a row, and where in the model their numbers stop being finite."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm.machine.device import precision
+from llm.machine.world import ALONE, World, whole
+from llm.training.state import Parts, Progress
+
+FINITE = "nothing: it is finite now"
+
+
+IN_A_ROW = 3  # refused batches after which a run goes back to its last saved state
+
+
+class NotFinite(Exception):
+    """A number is not finite: `batches` are the steps that were refused one after the other, none for a weight."""
+
+    def __init__(self, reason: str, batches: Sequence[int] = ()) -> None:
+        super().__init__(reason)
+        self.batches = list(batches)
+
+
+def refused_in_a_row(progress: Progress) -> list[int]:
+    """The steps up to the last whose batches were tried and refused one after the other, if they are IN_A_ROW."""
+    tried = set(progress.refused) - set(progress.passed_over)
+    count = next(n for n in range(len(tried) + 1) if progress.step - n not in tried)
+    return list(range(progress.step - count + 1, progress.step + 1)) if count >= IN_A_ROW else []
+
+
+def where_it_breaks(model: nn.Module, loss_of: Callable[[], Tensor], world: World = ALONE) -> str:
+    """The first place with a number that is not finite: a weight, a module's output, the loss or a gradient.
+
+    `loss_of` runs the model on the batch. Gradients are left as None. The processes take each step together, since
+    sharded weights have to be gathered.
+    """
+    for name, p in model.named_parameters():
+        if not torch.isfinite(whole(p.detach())).all():
+            return f"weight {name}"
+    found: list[str] = []
+
+    def check(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not torch.isfinite(output).all():
+                found.append(f"output of {name} ({type(module).__name__})")
+
+        return hook
+
+    hooks = [module.register_forward_hook(check(name)) for name, module in model.named_modules() if name]
+    try:
+        loss = loss_of()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    broke = found[0] if found else FINITE if torch.isfinite(loss) else "the loss"
+    if world.any(broke != FINITE):
+        return broke
+    loss.backward()  # type: ignore[no-untyped-call]
+    grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    broken = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
+    model.zero_grad(set_to_none=True)
+    return f"gradient of {broken[-1]}" if broken else FINITE
+
+
+def describe_batch(parts: Parts, step: int, x: Tensor, y: Tensor, seeds: Tensor) -> dict[str, Any]:
+    """The batch of the update that completes `step`: its windows as text, and where its numbers break first."""
+
+    def loss() -> Tensor:
+        with precision(parts.dtype, parts.device):
+            return parts.model(x, y, seeds)[1]  # type: ignore[no-any-return]
+
+    first = where_it_breaks(parts.model, loss, parts.world)
+    decode = parts.tokenizer.decode if parts.tokenizer else str
+    return {"step": step, "first": first, "windows": [decode(ids.tolist()) for ids in x.cpu()]}

@@ -1,0 +1,63 @@
+"""Roll back to the newest checkpoint where numbers are not finite, and skip the batches that broke them."""
+
+from collections.abc import Iterator
+
+import torch
+
+from llm import storage
+from llm.errors import Failure
+from llm.training.events import Notice, Saved
+from llm.training.live import LiveRun
+from llm.training.refused import FINITE, NotFinite, describe_batch
+from llm.training.saving import saved
+from llm.training.state import newest_state, restore
+
+ROLLBACKS = 3  # after so many a run stops
+
+
+REMEDY = "start another run with a lower --max_lr, --grad_clip 1 or --dtype float32"
+
+
+def roll_back(run: LiveRun, error: NotFinite) -> Iterator[Notice | Saved]:
+    """Restore the newest checkpoint, and skip the batches that were refused from now on.
+
+    Raises Failure after ROLLBACKS of them, and leaves `refused.json` to tell what was in the batch and where its
+    numbers broke.
+    """
+    before, batches = run.progress, error.batches
+    reason = f"step {batches[0] if batches else before.step}: {error}"
+    if before.went_back == ROLLBACKS:
+        give_up(run, reason, batches[0] if batches else before.step)
+    yield from saved(run, wait=True)
+    groups, facts, _ = newest_state(run.out_dir, run.parts.world)
+    run.progress = restore(run.parts, groups, facts)
+    run.progress.passed_over = sorted({*before.passed_over, *run.progress.passed_over, *batches})
+    run.progress.went_back = before.went_back + 1
+    run.progress.bookkeeping = before.bookkeeping
+    run.reason = None
+    run.unread.clear()
+    run.restart_pace()
+    run.parts.world.first(lambda: cut_files(run))
+    without = f", without the batches of steps {batches[0]} to {batches[-1]}" if batches else ""
+    yield Notice(f"{reason}; going on from the state of step {run.progress.step}{without}")
+
+
+def cut_files(run: LiveRun) -> None:
+    """Drop what was recorded after the checkpoint."""
+    run.record.cut(run.progress.step)
+    run.samples.cut(run.progress.step)
+
+
+def give_up(run: LiveRun, reason: str, step: int) -> None:
+    """Describe the batch in `refused.json`. Raises Failure."""
+    micro = list(run.parts.micro_batches(step - 1))
+    x, y, seeds = (torch.cat([getattr(m, name) for m in micro]) for name in ("x", "y", "seeds"))
+    described = run.parts.world.gather(describe_batch(run.parts, step, x, y, seeds))
+    facts = next((facts for facts in described if facts["first"] != FINITE), described[0])
+    with run.parts.world.together():
+        if run.parts.world.leads:
+            storage.write_json(run.out_dir / "refused.json", facts)
+            raise Failure(
+                f"{reason}, first in {facts['first']}, and going back {ROLLBACKS} times did not help; "
+                f"the batch is in {run.out_dir / 'refused.json'}; {REMEDY}"
+            )

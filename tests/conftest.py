@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from llm import storage
 from llm.commands.main import main
 from llm.config import TrainConfig, from_settings
 from llm.record.metrics import Record
 from llm.record.samples import Samples
 from llm.start.new_run import new_run
+from llm.storage import lacking
 from llm.train import train
 from llm.training.events import Event, Step
 from llm.training.live import LiveRun
@@ -101,8 +101,8 @@ def environment() -> dict[str, str]:
 def nothing_noted():
     """What a test lets a file system lack is nothing to the next test."""
     yield
-    storage._noted.clear()
-    storage._notes.clear()
+    lacking._noted.clear()
+    lacking._notes.clear()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,7 +178,7 @@ def test_a_mistake_in_train_is_one_clear_line(here, losscurve, mistake):
 
 def test_no_room_for_a_run_is_one_clear_line(here, losscurve, monkeypatch):
     losscurve("prepare text.txt --tokenizer char")
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     code, out, err = losscurve(f"train --data_dir data {flags()}")
     assert (code, out) == (2, "")
     assert "checkpoints: 0 MiB free" in err

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from llm.checks import doctor, hardware, reachable
+from llm.checks import one_step as stepping
 from llm.checks.check import Check
 from llm.checks.doctor import bounded
 from llm.checks.one_step import Outcome, differences, one_step, parity
@@ -31,7 +32,7 @@ from llm.tokens import bpe
 from llm.train import train_step
 
 CPU = torch.device("cpu")
-LIMITS = (one_step.LOSS_TOLERANCE, one_step.GRADIENT_TOLERANCE, one_step.UPDATE_TOLERANCE)
+LIMITS = (stepping.LOSS_TOLERANCE, stepping.GRADIENT_TOLERANCE, stepping.UPDATE_TOLERANCE)
 
 
 @pytest.fixture
@@ -109,9 +110,9 @@ def doctor_tokens():
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_step_is_that_of_an_independent_reference_well_within_the_tolerances(dropout):
     found = differences(reference_step(dropout), one_step(CPU, dropout))
-    assert found[0] < one_step.LOSS_TOLERANCE / 10
-    assert found[1] < one_step.GRADIENT_TOLERANCE / 10
-    assert found[2] < one_step.UPDATE_TOLERANCE / 2
+    assert found[0] < stepping.LOSS_TOLERANCE / 10
+    assert found[1] < stepping.GRADIENT_TOLERANCE / 10
+    assert found[2] < stepping.UPDATE_TOLERANCE / 2
 
 
 def test_the_same_step_twice_is_the_same():

@@ -1,13 +1,13 @@
 """Named texts of the hub, with a stand-in for the package that streams them: taken once, as far as asked, or not."""
 
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
 
 import pytest
 
-from llm import storage
 from llm.commands.main import run_command
 from llm.config import from_settings
 from llm.errors import Failure, UserError
@@ -117,7 +117,7 @@ def test_no_network_is_known_within_seconds(monkeypatch, tmp_path):
 
 
 def test_a_cache_without_room_is_named(there, monkeypatch):
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=100))
     with pytest.raises(UserError, match="MiB needed"):
         hub.fetch("tinystories", 10**6, False, lambda line: None)
     Path("cache").touch()

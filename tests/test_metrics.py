@@ -8,10 +8,10 @@ import types
 import pytest
 from conftest import append
 
-from llm import storage
 from llm.errors import UserError
 from llm.record import metrics
 from llm.record.metrics import Record, best, cut, overfits_since, read_record
+from llm.storage import files
 
 
 def record(*evaluations, train=()):
@@ -110,7 +110,7 @@ def test_rows_that_a_full_disk_refused_go_with_the_next(tmp_path, monkeypatch):
             short.write = lambda content: file.write(content[:5])
             yield short
 
-    monkeypatch.setattr(storage, "open", full, raising=False)
+    monkeypatch.setattr(files, "open", full, raising=False)
     for step in (2, 3):
         written.add(step=step, split="train", loss=1.0)
         with pytest.raises(OSError, match="No space left"):
@@ -149,7 +149,7 @@ def test_an_interrupted_cut_leaves_the_record_whole(tmp_path, monkeypatch):
     def fails(*_):
         raise OSError
 
-    monkeypatch.setattr("llm.storage.os.replace", fails)
+    monkeypatch.setattr("os.replace", fails)
     with pytest.raises(OSError):  # noqa: PT011
         cut(tmp_path, 2)
     assert len(read_record(tmp_path)) == 5

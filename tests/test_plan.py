@@ -131,7 +131,8 @@ def test_the_peak_of_a_process_is_what_it_held():
 
 def test_a_machine_that_is_too_small_is_not_probed(here, capsys, monkeypatch):
     assert arithmetic.machine_memory() > 2**28
-    monkeypatch.setattr(arithmetic, "machine_memory", lambda: 2**20)
+    for module in (arithmetic, timing):
+        monkeypatch.setattr(module, "machine_memory", lambda: 2**20)
     assert main(["--text", "text.txt", *flags().split()]) == 0
     assert "does not fit in the memory here" in capsys.readouterr().out
     with pytest.raises(UserError, match="too short"):

@@ -299,10 +299,10 @@ def test_a_long_run_stays_small(tmp_path):
     made = gather(run)
     html = page(made)
     assert len(html.encode()) < 2**20  # 6 MB are allowed
-    assert len(made.samples) == gather.SAMPLES
-    assert len(made.evaluations) <= gather.EVALUATIONS + 1
+    assert len(made.samples) == gathering.SAMPLES
+    assert len(made.evaluations) <= gathering.EVALUATIONS + 1
     shown = Page(html)
-    assert f"{gather.SAMPLES} of 300 samples" in shown.text
+    assert f"{gathering.SAMPLES} of 300 samples" in shown.text
     assert "… 6,000 more characters" in shown.text
     assert "32,000 of 1,000,000 steps so far" in shown.text
 

@@ -15,6 +15,8 @@ from conftest import flags
 
 from llm import storage
 from llm.errors import UserError
+from llm.storage import files
+from llm.storage import lacking as lacking_calls
 
 OLD, NEW = {"a.txt": b"old a", "b.txt": b"old b", "c.txt": b"stays"}, {"a.txt": b"new", "b.txt": b"b new and longer"}
 
@@ -449,7 +451,7 @@ def test_too_little_room_is_said(tmp_path):
 
 
 def test_sha256_is_hashlibs(tmp_path):
-    content = os.urandom(storage._CHUNK * 2 + 5)
+    content = os.urandom(files._CHUNK * 2 + 5)
     (tmp_path / "f").write_bytes(content)
     assert storage.sha256(tmp_path / "f") == hashlib.sha256(content).hexdigest()
 
@@ -466,7 +468,7 @@ def test_where_downloads_are_kept(monkeypatch):
 
 
 def test_no_json_is_written_that_would_not_be_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "JSON_LIMIT", 100)
+    monkeypatch.setattr(files, "JSON_LIMIT", 100)
     path = tmp_path / "a.json"
     storage.write_json(path, ["x" * 80])
     with pytest.raises(OSError, match="too large") as caught:
@@ -573,7 +575,7 @@ def test_a_run_says_once_what_its_file_system_lacks(here, losscurve, lacking, mo
     code, _, said = losscurve(f"train --text text.txt {flags(max_steps=4, eval_every=1, keep=1)}")
     assert code == 0
     assert said.count("no locks") == said.count("old states could not be removed") == 1
-    monkeypatch.setattr(storage, "_noted", set())  # another process
+    monkeypatch.setattr(lacking_calls, "_noted", set())  # another process
     code, _, said = losscurve("train --resume --max_steps 5")
     assert code == 0
     assert said.count("no locks") == said.count("old states could not be removed") == 1

@@ -67,7 +67,7 @@ def ledger(monkeypatch):
         seen.setdefault(step, []).append(batch.x.tobytes() + batch.y.tobytes() + batch.seeds.tobytes())
         return batch
 
-    monkeypatch.setattr(llm.state, "batch_at", batch_at)
+    monkeypatch.setattr(llm.training.state, "batch_at", batch_at)
     return seen
 
 
@@ -92,12 +92,12 @@ def test_stopped_at_any_step_and_resumed_it_is_the_same_run(here, kind, ledger, 
 
 MUTANTS = {
     "another batch": lambda patch: patch.setattr(
-        llm.state,
+        llm.training.state,
         "batch_at",
         lambda tokens, seed, step, *n, plain=llm.training.state.batch_at: plain(tokens, seed, step + 1, *n),
     ),
     "one batch again": lambda patch: patch.setattr(
-        llm.state,
+        llm.training.state,
         "batch_at",
         lambda tokens, seed, step, *n, plain=llm.training.state.batch_at: plain(
             tokens, seed, 6 if step == 7 else step, *n
@@ -111,12 +111,16 @@ MUTANTS = {
     "another learning rate": lambda patch: patch.setattr(
         llm.train, "lr_at", lambda step, config, plain=llm.train.lr_at: plain(step + 1, config)
     ),
-    "moments forgotten": lambda patch: patch.setattr(llm.state, "restore_optimizer", lambda *_: None),
+    "moments forgotten": lambda patch: patch.setattr(llm.training.state, "restore_optimizer", lambda *_: None),
     "losses forgotten": lambda patch: patch.setattr(
-        llm.state, "Progress", lambda plain=llm.training.state.Progress, **facts: plain(**facts | {"losses": []})
+        llm.training.state,
+        "Progress",
+        lambda plain=llm.training.state.Progress, **facts: plain(**facts | {"losses": []}),
     ),
     "tokens forgotten": lambda patch: patch.setattr(
-        llm.state, "Progress", lambda plain=llm.training.state.Progress, **facts: plain(**facts | {"tokens": 0})
+        llm.training.state,
+        "Progress",
+        lambda plain=llm.training.state.Progress, **facts: plain(**facts | {"tokens": 0}),
     ),
     "samples forgotten": lambda patch: patch.setattr(
         Samples, "cut", lambda self, step, plain=Samples.cut: plain(self, -1)
@@ -181,10 +185,10 @@ def test_preparing_survives_kills(here, start, record_property):
 
 
 PHASES = {  # the module that calls it, by name
-    "evaluate": llm.evaluating,
-    "draw_sample": llm.evaluating,
-    "plot_runs": llm.evaluating,
-    "write_state": llm.saving,
+    "evaluate": llm.training.evaluating,
+    "draw_sample": llm.training.evaluating,
+    "plot_runs": llm.training.evaluating,
+    "write_state": llm.training.saving,
     "read_losses": llm.train,
 }
 

@@ -178,7 +178,7 @@ def test_a_step_that_is_deliberately_broken_is_found(broken, monkeypatch):
     monkeypatch.setattr(
         "llm.machine.device.choose_device", lambda name: torch.device("cuda")
     )  # told apart by its type only
-    monkeypatch.setattr(one_step, "one_step", lambda on, dropout: (right if on.type == "cpu" else wrong)[dropout])
+    monkeypatch.setattr(stepping, "one_step", lambda on, dropout: (right if on.type == "cpu" else wrong)[dropout])
     check = parity()
     assert check.good is False
     assert check.remedy == "losscurve train --device cpu"
@@ -364,7 +364,7 @@ def test_an_output_without_such_characters_gets_words(alone, monkeypatch):
 
 def test_examining_imports_no_torch_before_the_packages_are_looked_at():
     code = (
-        "import sys; from llm import doctor; doctor.NEEDED = {'nosuchpackage': '1'}\n"
+        "import sys; from llm.checks import doctor; doctor.NEEDED = {'nosuchpackage': '1'}\n"
         "assert [check.good for check in doctor.examine()] == [False]\n"
         "print(sorted({'torch', 'numpy', 'tiktoken'} & set(sys.modules)))"
     )

@@ -144,8 +144,8 @@ def test_a_resume_that_forgets_the_optimizer_fails_in_one_line(here, losscurve, 
     (here / "broken" / "sitecustomize.py").write_text(
         "import sys\n"
         "if '--resume' in sys.orig_argv:\n"
-        "    import llm.state\n"
-        "    llm.state.restore_optimizer = lambda *_: None\n"
+        "    import llm.training.state\n"
+        "    llm.training.state.restore_optimizer = lambda *_: None\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here / "broken"), str(ROOT)]))
     code, out, _ = losscurve(f"rehearse --text text.txt {flags()}")
@@ -178,7 +178,10 @@ WRONG = {
         lambda tokens, seed, step, *more: data.batch_at(tokens, seed, max(step, 1), *more),
     ),
     "no clipping": lambda patch: patch.setattr("torch.nn.utils.clip_grads_with_norm_", lambda *_: None),
-    "another learning rate": lambda patch: patch.setattr("llm.train.lr_at", lambda step, config: 1.01 * config.max_lr),
+    "another learning rate": lambda patch: [
+        patch.setattr(f"llm.{module}.lr_at", lambda step, config: 1.01 * config.max_lr)
+        for module in ("train", "training.recording", "training.evaluating")
+    ],
 }
 
 
@@ -220,7 +223,7 @@ def test_losses_and_weights_each_have_to_be_near(here, monkeypatch, dtype, loss,
     rehearsing = rehearsal(here, dtype=dtype, max_lr=0.02)
     rehearsing.preset = here / "small.toml"
     monkeypatch.setattr(Rehearsal, "_alone", lambda self, words: None)
-    monkeypatch.setattr(rehearse, "differences", lambda whole, parts: (loss, weight * 0.02))
+    monkeypatch.setattr(module, "differences", lambda whole, parts: (loss, weight * 0.02))
     assert rehearsing.compare()[0] is good
 
 

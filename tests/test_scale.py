@@ -303,7 +303,7 @@ def test_machines_like_this_one_are_measured(here, capsys, monkeypatch):
 
 
 def test_a_machine_that_is_too_small_is_not_probed(here, monkeypatch):
-    monkeypatch.setattr(arithmetic, "machine_memory", lambda: 2**20)
+    monkeypatch.setattr(timing, "machine_memory", lambda: 2**20)
     monkeypatch.setattr(plan_scale, "memory_rate", lambda: 1e10)
     with pytest.raises(UserError, match="does not fit in the memory here"):
         main(f"--text text.txt --nproc 2 {flags()}".split())

@@ -161,7 +161,7 @@ def test_a_page_that_says_nothing_is_not_waited_for_long(here, capsys, monkeypat
 
 def test_the_page_ends_where_the_training_is_killed(here):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom llm.commands.watch import beside\n"
+        "import sys, time\nfrom pathlib import Path\nfrom llm.commands.look.watch import beside\n"
         "with beside(Path('run')) as tell_address:\n    tell_address()\n    time.sleep(60)\n"
     )
     training = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)

@@ -13,12 +13,12 @@ from llm.machine.world import World
 
 
 def local_rank(world: World) -> int | None:
-    """By which a process chooses its device; None where one process has all."""
+    """Return the number by which a process chooses its device, None for a run of one process."""
     return world.local_rank if world.size > 1 else None
 
 
 def agree(config: TrainConfig, data: TokenData, device: torch.device, world: World) -> None:
-    """Raises UserError naming what is not the same for all processes: versions, code, tokens, settings, device."""
+    """Raises UserError that names what differs between processes: versions, code, tokens, settings, device."""
     settings = {name: value for name, value in to_settings(config).items() if name not in ("out_dir", "data_dir")}
     versions = {"losscurve": __version__, "torch": torch.__version__, "python": platform.python_version()}
     facts = {**versions, "the code of losscurve": code_hash(), **data.hashes, **settings, "device": device.type}
@@ -26,7 +26,7 @@ def agree(config: TrainConfig, data: TokenData, device: torch.device, world: Wor
 
 
 def code_hash() -> str:
-    """SHA-256 over the Python files of the package."""
+    """Return the SHA-256 of the Python files of the package."""
     digest, here = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted(here.rglob("*.py")):
         digest.update(f"{path.relative_to(here)} {storage.sha256(path)}".encode())

@@ -28,7 +28,7 @@ def build(
     world: World = ALONE,
     weights: dict[str, Tensor] | None = None,
 ) -> Parts:
-    """Model, optimizer and loss scaling, with the initial weights that the seed decides, or those given."""
+    """Return what a step works on, with the `weights`, or new ones that the seed decides."""
     keep_memory()
     fast_products(device)
     torch.manual_seed(config.seed)
@@ -45,20 +45,21 @@ def build(
 
 
 def connect(parts: Parts, say: Say) -> None:
-    """The forward to train by: compiled where that is asked for, its gradients exchanged where there are several."""
+    """Set the forward pass to train by: compiled if asked for, and with the gradient exchange of several processes."""
     if parts.config.compile:
         compile_forward(parts, say)
     if parts.config.parallel == "fsdp" and not parts.world.started:
         say("parallel = 'fsdp' needs torchrun; in this one process there is nothing to share")
     parts.forward, parts.exchange = exchanging(parts.model, parts.forward, parts.world)
     if parts.config.parallel == "ddp" and parts.world.size > 1:
-        # DDP settles what it adds up together, and so in which order, after the first backward: a resumed run would
-        # take its first step in another order than the run that was never stopped
-        try_out(parts, parts.forward)
+        # DDP rebuilds its buckets after the first backward pass, which changes the order of the all-reduce. Without
+        # this,
+        # the first step of a resumed run would add up in another order than the run that was never stopped.
+        warm_up(parts, parts.forward)
 
 
-def try_out(parts: Parts, forward: Callable[..., Any]) -> None:
-    """Forward and backward as in a step, of nothing and for nothing."""
+def warm_up(parts: Parts, forward: Callable[..., Any]) -> None:
+    """Run a warm-up forward and backward pass on dummy data."""
     config = parts.config
     windows = min(config.batch_size, config.share(parts.world.size)[0])
     ids = torch.zeros(windows, config.model.block_size, dtype=torch.int64, device=parts.device)
@@ -71,10 +72,10 @@ def try_out(parts: Parts, forward: Callable[..., Any]) -> None:
 
 
 def compile_forward(parts: Parts, say: Say) -> None:
-    """Train through torch.compile; where it cannot work here, say so in one line and go on without.
+    """Train through torch.compile; where it does not work here, say so in one line and go on without it.
 
-    The blocks are compiled; the loss stays as it is, since it is one product after another, and so does the
-    embedding: compiled code adds up its gradient in the order in which threads happen to come.
+    Only the blocks are compiled. The loss is one matrix product after another and gains nothing. The compiled gradient
+    of the embedding is a race of atomic additions, so that two runs would differ.
     """
     model = parts.model
     stream = torch.compile(model.stream)
@@ -83,8 +84,8 @@ def compile_forward(parts: Parts, say: Say) -> None:
         return None, linear_cross_entropy(stream(model.wte(idx), seeds=seeds), model.lm_head.weight, targets)
 
     try:
-        try_out(parts, forward)
+        warm_up(parts, forward)
         parts.forward = forward
-    except Exception as error:  # whatever a compiler can raise: the run does not depend on it
+    except Exception as error:  # a compiler can raise anything; the run does not depend on it
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         say(f"torch.compile does not work here, training without it ({reason})")

@@ -17,7 +17,7 @@ from llm.weights import read_weights, weights_file
 
 
 def check_tokens(config: TrainConfig, data: TokenData, given: Tokenizer | None, tokenizer: Tokenizer | None) -> None:
-    """Raises UserError where the weights of `init_from`, with the tokenizer `given`, know other tokens than `data`."""
+    """Raises UserError where the weights of `init_from`, whose tokenizer is `given`, have other tokens than `data`."""
     same = given is None or tokenizer is None or given.to_json() == tokenizer.to_json()
     if config.model.vocab_size < data.vocab_size or not same:
         raise UserError(
@@ -27,9 +27,10 @@ def check_tokens(config: TrainConfig, data: TokenData, given: Tokenizer | None, 
 
 
 def starting_point(config: TrainConfig, say: Say) -> tuple[TrainConfig, dict[str, Tensor], Tokenizer | None]:
-    """What `init_from` means for a config: its shape and kind of tokens; the weights; the run's own tokenizer.
+    """Return the config with the shape and the kind of tokens of the weights, the weights, and their tokenizer.
 
-    Raises UserError where a size or a tokenizer was asked for that the weights do not have.
+    The tokenizer is None where no file says it; GPT-2's is then assumed. Raises UserError where the config asks for a
+    size or a tokenizer that the weights do not have.
     """
     source = weights_file(str(config.init_from))
     shape, weights = read_weights(source, config.model)
@@ -52,7 +53,7 @@ def starting_point(config: TrainConfig, say: Say) -> tuple[TrainConfig, dict[str
             f"tokenizer = {config.tokenizer!r}: the weights of {config.init_from} know {kind} tokens; leave it out"
         )
     changes: dict[str, Any] = {"tokenizer": kind}
-    if kind in ("bpe", "char") and config.text and config.data_dir is None:  # the same kind, but not the same tokens
+    if kind in ("bpe", "char") and config.text and config.data_dir is None:  # the same kind can still be other tokens
         folder = default_folder(dataclasses.replace(config, tokenizer="auto"))
         changes["data_dir"] = f"{folder}-for-{source.resolve().parent.name}"
     model = dataclasses.replace(shape, dropout=config.model.dropout)

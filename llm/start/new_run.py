@@ -1,4 +1,4 @@
-"""Start a new run: everything is checked before its folder is touched."""
+"""Start a new run in four stages: check the request, open the text, build the parts, open the folder."""
 
 import contextlib
 import dataclasses
@@ -24,8 +24,9 @@ from llm.start.run_folder import Say, clear, disk_needed, refuse_existing, say_l
 from llm.start.texts import default_prompt, open_text
 from llm.tokens.reuse import default_folder
 from llm.tokens.saved_tokenizer import save_tokenizer
+from llm.tokens.tokenizer import Tokenizer
 from llm.training.live import LiveRun
-from llm.training.state import Progress
+from llm.training.state import Parts, Progress
 
 
 @contextmanager
@@ -36,59 +37,99 @@ def new_run(
     progress: Any = None,
     world: World = ALONE,
 ) -> Iterator[LiveRun]:
-    """A new run, ready to iterate over. The folder is locked until the block ends.
+    """Yield a new run, ready for `train`. Its folder is locked until the block ends.
 
-    Everything is checked before the run folder is touched; the text may have been tokenized by then. Of several
-    processes the leading one alone touches that folder.
-    Raises UserError where it cannot work.
+    `progress` shows how much of the text is tokenized. Of several processes only rank 0 touches the run folder.
+
+    Raises UserError where the run cannot work. The run folder is untouched then; the text may have been tokenized.
     """
-    out_dir = Path(config.out_dir)
     with contextlib.ExitStack() as stack:
         with world.together():
-            device = choose_device(config.device, local_rank(world))
-            dtype = DTYPES[world.first(lambda: name_of(choose_dtype(config.dtype, device)))]
-            check_parallel(config, world, dtype)
-            if world.leads:
-                refuse_existing(out_dir, overwrite)
-                if out_dir.resolve() == Path(config.data_dir or default_folder(config)).resolve():
-                    raise UserError(
-                        f"out_dir = {out_dir}: is the folder of the token files; choose another for the run"
-                    )
-                storage.check_writable(out_dir)
-            weights = given = None
-            if config.init_from:
-                config, weights, given = starting_point(config, say)
-            world.gather(None)  # the leader was content so far
-            data, tokenizer = open_text(config, say, progress, given, world)
-            if weights is None:
-                vocab_size = config.vocab_size or data.vocab_size
-                config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-            else:
-                check_tokens(config, data, given, tokenizer)
-            prompt = config.sample_prompt or default_prompt(data, tokenizer)
-            if tokenizer is not None:
-                tokenizer.encode(prompt)  # says now if it has a character that is not in the vocabulary
-            config = resolved(config, data, dtype, prompt)
-            agree(config, data, device, world)
-        parts = build(config, data, tokenizer, device, dtype, world, weights)
+            device, dtype = check_request(config, overwrite, world)
+            config, text, weights = open_new_text(config, dtype, say, progress, world)
+            agree(config, text.data, device, world)
+        parts = build(config, text.data, text.tokenizer, device, dtype, world, weights)
         with world.together():
             if world.leads:
-                storage.check_writable(out_dir, disk_needed(parts.model, config))
-                stack.enter_context(storage.locked(out_dir, "this run folder"))
-                refuse_existing(out_dir, overwrite)
-                clear(out_dir)
-                storage.write_text(out_dir / "config.toml", write_toml(config))
-                write_environment(out_dir, data)
-                if tokenizer is not None:
-                    save_tokenizer(tokenizer, out_dir / "tokenizer.json")
-                say_limits(say)
+                stack.enter_context(open_new_folder(parts, overwrite, say))
             world.begun()
         connect(parts, say)
-        yield LiveRun(parts, out_dir, Progress(), prompt)
+        yield LiveRun(parts, Path(config.out_dir), Progress(), text.prompt)
 
 
-def resolved(config: TrainConfig, data: TokenData, dtype: torch.dtype, prompt: str) -> TrainConfig:
-    """The config with everything that was chosen for it written out, so that a resume chooses nothing anew."""
+def check_request(config: TrainConfig, overwrite: bool, world: World) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the precision of the run. Rank 0 chooses the precision for all.
+
+    Raises UserError where the device is not there, the settings do not fit the processes, or the run folder cannot be
+    written or is taken.
+    """
+    device = choose_device(config.device, local_rank(world))
+    dtype = DTYPES[world.first(lambda: name_of(choose_dtype(config.dtype, device)))]
+    check_parallel(config, world, dtype)
+    if world.leads:
+        out_dir = Path(config.out_dir)
+        refuse_existing(out_dir, overwrite)
+        if out_dir.resolve() == Path(config.data_dir or default_folder(config)).resolve():
+            raise UserError(f"out_dir = {out_dir}: is the folder of the token files; choose another for the run")
+        storage.check_writable(out_dir)
+    return device, dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenText:
+    """What a run trains on: its token files, their tokenizer (None: unknown) and the prompt of its samples."""
+
+    data: TokenData
+    tokenizer: Tokenizer | None
+    prompt: str
+
+
+def open_new_text(
+    config: TrainConfig, dtype: torch.dtype, say: Say, progress: Any, world: World
+) -> tuple[TrainConfig, OpenText, dict[str, torch.Tensor] | None]:
+    """Return the config with everything that was chosen for it, the text, and the weights to start from (None: new).
+
+    The text is tokenized first where need be. Raises UserError where it is too short, or its tokens are not those of
+    the weights of `init_from`.
+    """
+    weights = given = None
+    if config.init_from:
+        config, weights, given = starting_point(config, say)
+    world.gather(None)  # the other ranks wait here until rank 0 has passed its checks
+    data, tokenizer = open_text(config, say, progress, given, world)
+    if weights is None:
+        vocab_size = config.vocab_size or data.vocab_size
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    else:
+        check_tokens(config, data, given, tokenizer)
+    prompt = config.sample_prompt or default_prompt(data, tokenizer)
+    if tokenizer is not None:
+        tokenizer.encode(prompt)  # raises now if a character is not in the vocabulary
+    return resolve(config, data, dtype, prompt), OpenText(data, tokenizer, prompt), weights
+
+
+def open_new_folder(parts: Parts, overwrite: bool, say: Say) -> contextlib.ExitStack:
+    """Lock the run folder, remove an earlier run where `overwrite` allows it, and write what describes this one.
+
+    Returns the lock, to be closed when the run ends. Raises UserError where the disk is too small or the folder is
+    taken.
+    """
+    config, out_dir = parts.config, Path(parts.config.out_dir)
+    storage.check_writable(out_dir, disk_needed(parts.model, config))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(storage.locked(out_dir, "this run folder"))
+        refuse_existing(out_dir, overwrite)  # another process may have been here since the first look
+        clear(out_dir)
+        storage.write_text(out_dir / "config.toml", write_toml(config))
+        write_environment(out_dir, parts.data)
+        if parts.tokenizer is not None:
+            save_tokenizer(parts.tokenizer, out_dir / "tokenizer.json")
+        say_limits(say)
+        return stack.pop_all()
+
+
+def resolve(config: TrainConfig, data: TokenData, dtype: torch.dtype, prompt: str) -> TrainConfig:
+    """Return the config with everything that was chosen for it written out, so that a resume chooses nothing anew."""
     chosen = {
         "data_dir": beside(data.folder, Path(config.out_dir)),
         "vocab_size": config.model.vocab_size,
@@ -101,4 +142,5 @@ def resolved(config: TrainConfig, data: TokenData, dtype: torch.dtype, prompt: s
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """Return the setting that means `dtype`."""
     return next(name for name, known in DTYPES.items() if known == dtype)

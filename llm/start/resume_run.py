@@ -1,4 +1,4 @@
-"""Go on with a run from its newest checkpoint that verifies."""
+"""Resume a run from its newest checkpoint, in the stages of a new one: request, text, parts, folder."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,15 @@ from llm.record import metrics
 from llm.record.samples import Samples
 from llm.start.agreement import agree, local_rank
 from llm.start.build import build, connect
-from llm.start.changes import SPLIT, another_run, as_the_run, changed, decisive, new_run_command, split_of
+from llm.start.changes import (
+    SPLIT,
+    apply_changes,
+    drop_restatements,
+    identifying_settings,
+    incompatible_setting,
+    new_run_command,
+    split_of,
+)
 from llm.start.run_data import beside, open_run_data
 from llm.start.run_folder import Say, disk_needed, say_limits, write_environment
 from llm.start.texts import run_tokenizer
@@ -34,93 +42,65 @@ from llm.weights import run_config
 def resume_run(
     out_dir: Path, changes: dict[str, Any], say: Say = lambda _: None, world: World = ALONE
 ) -> Iterator[LiveRun]:
-    """The run in `out_dir`, going on from its newest saved state that verifies, in as many processes as there are.
+    """Yield the run in `out_dir` as its newest checkpoint that verifies left it, on any number of processes.
 
-    `changes` are settings that differ from the run's own, of those in RESUMABLE. Raises UserError
-    for others, for a run that is not there, and for one that is complete.
+    `changes` are settings that differ from the run's own; `changes.RESUMABLE` may.
+
+    Raises UserError for another setting or text, for a folder without a run, and for a run that is complete.
     """
     with contextlib.ExitStack() as stack:
         with world.together():
-            before = from_settings(world.first(lambda: to_settings(run_config(out_dir))))
-            text = () if world.restarted else coerce("text", changes.get("text", ()))  # else it is the same command
-            config = changed(before, as_the_run(before, out_dir, changes) | {"out_dir": out_dir})
+            before, config = check_request(out_dir, changes, world)
             device = choose_device(config.device, local_rank(world))
             check_parallel(config, world, DTYPES[config.dtype])
             if world.leads:
                 stack.enter_context(storage.locked(out_dir, "this run folder"))
-            groups, facts, passed_over = newest_state(out_dir, world)
+            groups, facts, unusable = newest_state(out_dir, world)
             check_same_settings(out_dir, before, facts)
             check_unfinished(config, facts.get("progress", {}))
             data = open_run_data(out_dir, before, facts.get("data"), changes.get("data_dir"), say)
+            text = () if world.restarted else coerce("text", changes.get("text", ()))  # a restart is the same command
             if text and world.leads:
                 check_same_text(text, config, data.folder, say)
             config = from_settings({"data_dir": beside(data.folder, out_dir)}, config)
             tokenizer = run_tokenizer(out_dir, config.model.vocab_size, say, data.folder)
             agree(config, data, device, world)
         parts = build(config, data, tokenizer, device, DTYPES[config.dtype], world)
-        restored = restore(parts, groups, facts)
+        progress = restore(parts, groups, facts)
         with world.together():
             if world.leads:
                 storage.check_writable(out_dir, disk_needed(parts.model, config))
-                for state, reason in passed_over.items():
-                    say(f"passed over a saved state: {reason}; it is now {checkpoint.set_aside(state).name}")
-                say_changes(out_dir, data, say)
-                if config.max_steps != before.max_steps:
-                    then, now = before.max_steps, config.max_steps
-                    say(f"max_steps was {then} and is {now}: the schedule changes from here on")
-                if (then_split := split_of(before)) != (now_split := split_of(config)):
-                    say(
-                        f"{SPLIT} was {then_split} and is {now_split}: the same windows, and losses that may differ in "
-                        f"their last digits"
-                    )
-                if config != before:
-                    storage.write_text(out_dir / "config.toml", write_toml(config))
-                metrics.cut(out_dir, restored.step)
-                Samples(out_dir).cut(restored.step)
+                set_aside(unusable, say)
+                say_changes(out_dir, data, before, config, say)
+                cut_back(out_dir, before, config, progress.step)
                 say_limits(say)
             world.begun()
         connect(parts, say)
-        yield LiveRun(parts, out_dir, restored, config.sample_prompt or "\n")
+        yield LiveRun(parts, out_dir, progress, config.sample_prompt or "\n")
+
+
+def check_request(out_dir: Path, changes: dict[str, Any], world: World) -> tuple[TrainConfig, TrainConfig]:
+    """Return the settings that the run has, and those that it goes on with. Rank 0 reads them for all.
+
+    Raises UserError where there is no run, or a change would make it another run.
+    """
+    before = from_settings(world.first(lambda: to_settings(run_config(out_dir))))
+    wanted = drop_restatements(before, out_dir, changes) | {"out_dir": out_dir}
+    return before, apply_changes(before, wanted)
 
 
 def check_same_settings(out_dir: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
-    """Raises UserError if config.toml is not what the saved state was trained with."""
-    saved, now = facts.get("settings"), json.loads(json.dumps(to_settings(config)))
+    """Raises UserError if config.toml is not what the checkpoint was trained with."""
+    saved = facts.get("settings")
+    now = json.loads(json.dumps(to_settings(config)))
     if not isinstance(saved, dict):
-        raise UserError(f"{out_dir}: its saved state is of another version (no settings in state.json)")
-    if name := another_run(saved, now):
-        ours, theirs = ({**settings, **decisive(settings)}.get(name) for settings in (now, saved))
+        raise UserError(f"{out_dir}: its checkpoint is of another version (no settings in state.json)")
+    if name := incompatible_setting(saved, now):
+        ours, theirs = ({**settings, **identifying_settings(settings)}.get(name) for settings in (now, saved))
         raise UserError(
-            f"{out_dir / 'config.toml'}: {name} is {ours!r}, and the saved state was trained with {theirs!r}; "
+            f"{out_dir / 'config.toml'}: {name} is {ours!r}, and the checkpoint was trained with {theirs!r}; "
             f"put that back"
         )
-
-
-def check_same_text(text: tuple[str, ...], config: TrainConfig, folder: Path, say: Say) -> None:
-    """Raises UserError where `text`, by its content, is not what the token files of a run were made from."""
-    if not made_from(folder, dataclasses.replace(config, text=text), say=say):
-        tokens = unused(f"{default_folder(TrainConfig(text=text))}-for-{Path(config.out_dir).resolve().name}")
-        raise UserError(
-            f"text = {' '.join(text)}: not the text that {folder} was made from; leave --text out to go on with that, "
-            f"or train on it with: {new_run_command(config, {'text': text, 'data_dir': tokens})}"
-        )
-
-
-def say_changes(out_dir: Path, data: TokenData, say: Say) -> None:
-    """Say what is not as it was when the run began (env.json): the last digits of its numbers may change with it."""
-    try:
-        then = storage.read_json(out_dir / "env.json")
-    except UserError:
-        then = None
-    now = json.loads(json.dumps(environment()))
-    if not isinstance(then, dict):
-        say(f"{out_dir / 'env.json'}: not readable, so nobody can tell if this machine is the one the run began on")
-        then = {}
-    changes = [f"{key} was {then.get(key)} and is {now[key]}" for key in now if key in then and then[key] != now[key]]
-    if changes:
-        say(f"{'; '.join(changes)}: from here on the run may differ in its last digits")
-    if changes or not then:
-        write_environment(out_dir, data)
 
 
 def check_unfinished(config: TrainConfig, progress: dict[str, Any]) -> None:
@@ -132,3 +112,50 @@ def check_unfinished(config: TrainConfig, progress: dict[str, Any]) -> None:
         raise UserError(f"{config.out_dir}: has used its max_time of {config.max_time:g} s; give a larger --max_time")
     if config.patience is not None and progress["stale"] >= config.patience:
         raise UserError(f"{config.out_dir}: patience ran out at step {step}; give a larger --patience to go on")
+
+
+def check_same_text(text: tuple[str, ...], config: TrainConfig, folder: Path, say: Say) -> None:
+    """Raises UserError where the content of `text` is not what the token files of the run were made from."""
+    if made_from(folder, dataclasses.replace(config, text=text), say=say):
+        return
+    tokens = unused(f"{default_folder(TrainConfig(text=text))}-for-{Path(config.out_dir).resolve().name}")
+    raise UserError(
+        f"text = {' '.join(text)}: not the text that {folder} was made from; leave --text out to go on with that, "
+        f"or train on it with: {new_run_command(config, {'text': text, 'data_dir': tokens})}"
+    )
+
+
+def set_aside(unusable: dict[Path, str], say: Say) -> None:
+    """Rename checkpoints that do not verify, so that no later resume tries them again."""
+    for state, reason in unusable.items():
+        say(f"skipped a checkpoint: {reason}; it is now {checkpoint.set_aside(state).name}")
+
+
+def say_changes(out_dir: Path, data: TokenData, before: TrainConfig, config: TrainConfig, say: Say) -> None:
+    """Say what differs from the run until now: settings, and the environment of env.json."""
+    try:
+        then = storage.read_json(out_dir / "env.json")
+    except UserError:
+        then = None
+    now = json.loads(json.dumps(environment()))
+    if not isinstance(then, dict):
+        say(f"{out_dir / 'env.json'}: not readable, so it is unknown whether this machine is the one the run began on")
+        then = {}
+    changes = [f"{key} was {then.get(key)} and is {now[key]}" for key in now if key in then and then[key] != now[key]]
+    if changes:
+        say(f"{'; '.join(changes)}: from here on the run may differ in its last digits")
+    if changes or not then:
+        write_environment(out_dir, data)
+    if config.max_steps != before.max_steps:
+        say(f"max_steps was {before.max_steps} and is {config.max_steps}: the schedule changes from here on")
+    if split_of(config) != split_of(before):
+        splits = f"{SPLIT} was {split_of(before)} and is {split_of(config)}"
+        say(f"{splits}: the same windows, and losses that may differ in their last digits")
+
+
+def cut_back(out_dir: Path, before: TrainConfig, config: TrainConfig, step: int) -> None:
+    """Write changed settings, and drop what was recorded after the checkpoint of `step`."""
+    if config != before:
+        storage.write_text(out_dir / "config.toml", write_toml(config))
+    metrics.cut(out_dir, step)
+    Samples(out_dir).cut(step)

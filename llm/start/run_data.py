@@ -1,4 +1,4 @@
-"""Find the token files that a run was trained on, when the run folder or the person who types has moved."""
+"""Find the token files of a run, also when the run folder or the current folder has changed."""
 
 import os
 from collections.abc import Callable
@@ -20,11 +20,13 @@ def open_run_data(
     given: str | None = None,
     say: Say = lambda line: None,
 ) -> TokenData:
-    """Open the token files of the run in `run_dir`: those in `given`, else where `config` names them, seen from the
-    current folder, else from where the run folder is now. The SHA-256 by file name that are `expected` decide; without
-    them the first place alone is tried.
+    """Return the token files of the run in `run_dir`.
 
-    Raises UserError where none of the places has them, naming each.
+    They are in `given`, else where `config` names them: relative to the current folder, else to the place of the run
+    folder. The files with the `expected` SHA-256 (by file name) are taken; without hashes only the first place is
+    tried.
+
+    Raises UserError that names each place where no place has them.
     """
     places = [Path(given)] if given else places_of(config.data_dir or "data", run_dir, config)
     found = [place for place in places[: None if expected else 1] if has_tokens(place) or storage.unfinished(place)]
@@ -49,13 +51,15 @@ def open_run_data(
 
 
 def places_of(name: str, run_dir: Path, config: TrainConfig) -> list[Path]:
-    """Where a file or folder that the settings of the run in `run_dir` name may be: there, seen from the current
-    folder, and where it was beside the run folder."""
+    """Return where a path in the settings of the run in `run_dir` may be.
+
+    That is relative to the current folder, and in the same place relative to the run folder as when the run began.
+    """
     named, out_dir = Path(name), Path(config.out_dir)
     places = [named]
-    if named.anchor == out_dir.anchor:  # both from one folder, or both from the root: so the way between them is known
+    if named.anchor == out_dir.anchor:  # both relative or both absolute: so the path between them is known
         way = os.path.relpath(named, out_dir)
-        for folder in (os.path.abspath(run_dir), run_dir.resolve()):  # as it is called, and where a link leads
+        for folder in (os.path.abspath(run_dir), run_dir.resolve()):  # as named, and with links resolved
             place = Path(os.path.normpath(os.path.join(folder, way)))
             if place not in {Path(os.path.abspath(known)) for known in places}:
                 places.append(place if run_dir.is_absolute() else Path(os.path.relpath(place)))
@@ -63,6 +67,5 @@ def places_of(name: str, run_dir: Path, config: TrainConfig) -> list[Path]:
 
 
 def beside(folder: Path, out_dir: Path) -> str:
-    """How a run's settings name the `folder` of its token files: absolute where `out_dir` is, so that they are found
-    from elsewhere too."""
+    """Return how settings name the `folder` of token files: absolute if `out_dir` is, so that any folder can resume."""
     return os.path.abspath(folder) if out_dir.is_absolute() else str(folder)

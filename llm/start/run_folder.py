@@ -23,7 +23,7 @@ WEIGHTS = ("model.pt", "best.pt")
 
 
 def say_limits(say: Say) -> None:
-    """Say what the file systems written to so far do not promise."""
+    """Say what the file systems that were written to lack."""
     for limit in storage.limits():
         say(limit)
 

@@ -19,9 +19,10 @@ from llm.tokens.tokenizer import Tokenizer
 def open_text(
     config: TrainConfig, say: Say, progress: Any, given: Tokenizer | None, world: World
 ) -> tuple[TokenData, Tokenizer | None]:
-    """The token files a config asks for, prepared first (with the tokenizer `given`) where need be; their tokenizer.
+    """Return the token files that a config asks for and their tokenizer, None if it is unknown.
 
-    The leading process looks after them first, then the first of each other machine, which may see the same folder.
+    They are prepared first where need be, with the tokenizer `given` or a new one: by rank 0, then by the first rank of
+    each other machine, which may see the same folder or not.
     """
     folder = Path(config.data_dir or default_folder(config))
     for turn in (world.leads, world.local_rank == 0 and not world.leads):
@@ -45,8 +46,9 @@ def open_text(
 
 
 def run_tokenizer(out_dir: Path, vocab_size: int, say: Say, data_dir: Path | None = None) -> Tokenizer | None:
-    """The run's own, or that of its token files on a machine that does not see the run folder; GPT-2's for a run on
-    tokens of unknown origin, or None where that is not to be had.
+    """Return the tokenizer of a run, or that of its token files on a machine that does not see the run folder.
+
+    For tokens of unknown origin it is GPT-2's, or None where that cannot be had.
     """
     for path in (out_dir / "tokenizer.json", (data_dir or out_dir) / "tokenizer.json"):
         if path.exists():
@@ -61,7 +63,7 @@ def run_tokenizer(out_dir: Path, vocab_size: int, say: Say, data_dir: Path | Non
 
 
 def default_prompt(data: TokenData, tokenizer: Tokenizer | None) -> str:
-    """The chapter's ROMEO: for its text (or one unknown), else a line break, else the text's first token."""
+    """Return the chapter's ROMEO: for its text or an unknown one, else a line break, else the text's first token."""
     if tokenizer is None:
         return "ROMEO:"
     first = tokenizer.decode(data.val[:1].tolist())
@@ -69,6 +71,6 @@ def default_prompt(data: TokenData, tokenizer: Tokenizer | None) -> str:
         try:
             tokenizer.encode(prompt)
             return prompt
-        except UserError:  # a character tokenizer that has never seen one of these
+        except UserError:  # a character that is not in the vocabulary
             continue
     return first

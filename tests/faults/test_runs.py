@@ -25,7 +25,7 @@ from llm.record.metrics import read_record
 from llm.record.samples import Samples
 from llm.start.new_run import new_run
 from llm.start.resume_run import resume_run
-from llm.storage import checkpoint
+from llm.storage import checkpoint, files
 from llm.train import train
 from llm.training.events import Notice, Saved, Step
 
@@ -321,7 +321,7 @@ def test_a_small_file_system_that_is_really_full(here, small_disk, record_proper
 
 
 def test_a_last_save_that_fails_shows_in_the_exit_code(here, losscurve, monkeypatch):
-    plain = storage.writing
+    plain = files.writing
 
     def full(path):
         if path.name == "model.pt" and "step-000008" in {p.name for p in path.parent.iterdir()}:
@@ -329,7 +329,7 @@ def test_a_last_save_that_fails_shows_in_the_exit_code(here, losscurve, monkeypa
         return plain(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "writing", full)
+        patch.setattr(files, "writing", full)
         code, out, err = losscurve(f"train {flags(text='text.txt')}")
     assert code == 1
     assert "error: the last save failed: step 12 (No space left on device); the last saved step is 8" in err
@@ -346,7 +346,7 @@ def test_a_changed_setting_or_machine_is_noticed(here, losscurve):
     path.write_text(text.replace("seed = 1337", "seed = 1338"))
     code, _, err = losscurve("train --resume")
     assert code == 2
-    assert "seed is 1338, and the saved state was trained with 1337" in err
+    assert "seed is 1338, and the checkpoint was trained with 1337" in err
     path.write_text(text)
     env = storage.read_json(Path("checkpoints/env.json"))
     storage.write_json(Path("checkpoints/env.json"), env | {"torch": "1.0", "threads": 99})

@@ -17,11 +17,11 @@ from llm.schedule import lr_at
 from llm.training.evaluating import evaluate_run
 from llm.training.events import Event, Step
 from llm.training.live import LiveRun
+from llm.training.parts import Parts
 from llm.training.recording import READ_EVERY, check_losses, log_step, read_losses
 from llm.training.refused import NotFinite
 from llm.training.rollback import roll_back
 from llm.training.saving import save, save_is_due, saved
-from llm.training.state import Parts
 
 
 def train_step(parts: Parts, step: int) -> Step:
@@ -76,7 +76,7 @@ def train(run: LiveRun) -> Iterator[Event]:
             yield from evaluate_run(run)
             yield from save(run)
         while run.reason is None:
-            is_skipped = run.progress.step + 1 in run.progress.passed_over
+            is_skipped = run.progress.step + 1 in run.progress.skipped
             step = (skipped_step if is_skipped else train_step)(run.parts, run.progress.step)
             run.take(step)
             yield step

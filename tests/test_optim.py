@@ -191,5 +191,5 @@ def test_a_state_of_another_model_is_refused(change):
     update(model, optimizer, [0])
     tensors = copy.deepcopy(optimizer_tensors(model, optimizer))
     change(tensors)
-    with pytest.raises(UserError, match=r"saved state: .*another run"):
+    with pytest.raises(UserError, match=r"checkpoint: .*another run"):
         restore_optimizer(model, make_optimizer(model, TrainConfig()), tensors)

@@ -174,7 +174,7 @@ WRONG = {
         World, "rows", lambda self, count: slice(count // 2, count)
     ),
     "another batch": lambda patch: patch.setattr(
-        "llm.training.state.batch_at",
+        "llm.training.parts.batch_at",
         lambda tokens, seed, step, *more: data.batch_at(tokens, seed, max(step, 1), *more),
     ),
     "no clipping": lambda patch: patch.setattr("torch.nn.utils.clip_grads_with_norm_", lambda *_: None),

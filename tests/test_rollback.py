@@ -77,7 +77,7 @@ def test_a_replay_refuses_the_same_batches(here):
                 assert run.progress.refused == ([3] if stop_at == 4 else [3, 6])
                 plant(run, math.nan, [3, 6, 9, 10, 11, 12])
                 list(train(run))
-        assert run.progress.went_back == 1
+        assert run.progress.rollbacks == 1
         assert fingerprint(Path(folder)) == fingerprint(Path("whole"))
 
 
@@ -91,7 +91,7 @@ def test_several_refused_in_a_row_are_passed_over_from_the_last_saved_state(here
         "without the batches of steps 6 to 8"
     ]
     assert run.reason == "done"
-    assert run.progress.passed_over == run.progress.refused == [6, 7, 8]
+    assert run.progress.skipped == run.progress.refused == [6, 7, 8]
     assert [e.step for e in steps_in(events)] == [*range(1, 9), *range(5, 13)]
     steps = [row["step"] for row in read_record(Path("checkpoints")) if row["split"] == "train"]
     assert steps == list(range(13))
@@ -119,11 +119,11 @@ def test_a_spoiled_weight_is_never_saved(here, name):
     trained(config_for(here, out_dir="whole"))
     with new_run(config_for(here, out_dir="spoiled")) as run:
         for event in train(run):
-            if isinstance(event, Step) and event.step == 6 and run.progress.went_back == 0:
+            if isinstance(event, Step) and event.step == 6 and run.progress.rollbacks == 0:
                 with torch.no_grad():
                     run.parts.model.get_parameter(name)[0, 0] = math.nan
     assert run.reason == "done"
-    assert run.progress.went_back == 1
+    assert run.progress.rollbacks == 1
     weights = [torch.load(f"{folder}/model.pt", weights_only=True) for folder in ("whole", "spoiled")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
@@ -132,10 +132,10 @@ def test_a_weight_that_no_batch_uses_is_looked_at_before_a_save(here):
     trained(config_for(here, out_dir="whole", vocab_size=200))
     with new_run(config_for(here, out_dir="spoiled", vocab_size=200)) as run:
         for event in train(run):
-            if isinstance(event, Step) and event.step == 6 and run.progress.went_back == 0:
+            if isinstance(event, Step) and event.step == 6 and run.progress.rollbacks == 0:
                 with torch.no_grad():
                     run.parts.model.wte.weight[199] = math.nan
-    assert run.progress.went_back == 1
+    assert run.progress.rollbacks == 1
     assert run.progress.refused == []
     weights = [torch.load(f"{folder}/model.pt", weights_only=True) for folder in ("whole", "spoiled")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
@@ -178,7 +178,7 @@ def test_a_rollback_cuts_record_and_samples(here, monkeypatch):
     with new_run(config_for(here, max_steps=12, log_every=1)) as run:
         plant(run, math.nan, [9, 10, 11])
         list(train(run))
-    assert run.progress.went_back == 1
+    assert run.progress.rollbacks == 1
     assert [row["step"] for row in read_record(Path("checkpoints")) if row["split"] == "val"] == [0, 4, 8, 12]
     assert [sample.step for sample in read_samples(Path("checkpoints"))] == [0, 4, 8, 12]
     text = Path("checkpoints/samples.txt").read_text(encoding="utf-8")

@@ -40,7 +40,7 @@ def one_step(on: "torch.device", dropout: float = 0.0) -> Outcome:
     from llm.model import GPT
     from llm.optim import make_optimizer
     from llm.train import train_step
-    from llm.training.state import Parts
+    from llm.training.parts import Parts
 
     shape = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 64, "dropout": dropout}
     config = from_settings(shape | {"batch_size": 8, "max_steps": 10, "warmup_steps": 0, "dtype": "float32"})

@@ -20,7 +20,7 @@ from llm.plan.arithmetic import MIB, evaluations, machine_memory, memory, parame
 from llm.plan.text_size import Text
 from llm.start.build import build
 from llm.train import train_step
-from llm.training.state import Parts
+from llm.training.parts import Parts
 
 STARTING = 2.3  # seconds of imports, opening the text and the first step's setting up
 

@@ -32,9 +32,10 @@ class Samples(Lines):
         super().__init__(run_dir / NAME, parse_row, writes)
 
     def catch_up(self) -> None:
-        """Write the samples that wait, then `samples.txt`. Raises OSError."""
+        """Write the samples that wait, on the disk, then `samples.txt`. Raises OSError."""
         super().catch_up()
         if self.writes:
+            self.flush(self.added)
             write_text(self.path.parent)
 
     def cut(self, step: int) -> None:

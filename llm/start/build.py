@@ -16,7 +16,7 @@ from llm.model import GPT
 from llm.optim import make_optimizer
 from llm.start.run_folder import Say
 from llm.tokens.tokenizer import Tokenizer
-from llm.training.state import Parts
+from llm.training.parts import Parts
 
 
 def build(

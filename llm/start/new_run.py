@@ -26,7 +26,8 @@ from llm.tokens.reuse import default_folder
 from llm.tokens.saved_tokenizer import save_tokenizer
 from llm.tokens.tokenizer import Tokenizer
 from llm.training.live import LiveRun
-from llm.training.state import Parts, Progress
+from llm.training.parts import Parts
+from llm.training.state import Progress
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from llm.record.plot import plot_runs
 from llm.schedule import lr_at
 from llm.training.events import Line, Notice
 from llm.training.live import LiveRun
+from llm.training.parts import Parts
 from llm.training.recording import write_rows
-from llm.training.state import Parts
 
 UNSHOWN = "samples.txt and loss_curve.png could not be written"
 
@@ -30,7 +30,7 @@ def evaluate_run(run: LiveRun) -> Iterator[Line | Notice]:
             train_loss = first_loss(parts)
             run.record.add(split="train", loss=train_loss, seconds=0.0, **facts)
         else:
-            train_loss = progress.told_loss / progress.told_count if progress.told_count else math.nan
+            train_loss = progress.interval_loss / progress.interval_steps if progress.interval_steps else math.nan
         found = validation_loss(run)
         note_evaluation(run, found)
         seconds = round(run.seconds, 3)
@@ -62,8 +62,8 @@ def validation_loss(run: LiveRun) -> Evaluation:
 def note_evaluation(run: LiveRun, found: Evaluation) -> None:
     """Note whether this evaluation is the best, and start the next mean of training losses."""
     progress, is_finite = run.progress, math.isfinite(found.loss)
-    progress.told_loss = 0.0
-    progress.told_count = 0
+    progress.interval_loss = 0.0
+    progress.interval_steps = 0
     progress.last_loss = found.loss if is_finite else None
     if is_finite and (progress.best_loss is None or found.loss < progress.best_loss):
         progress.best_step = progress.step

@@ -10,8 +10,9 @@ from llm.record.metrics import Record
 from llm.record.samples import Samples
 from llm.storage import checkpoint
 from llm.training.events import Notice, Step
+from llm.training.parts import Parts
 from llm.training.saver import Saver
-from llm.training.state import Parts, Progress
+from llm.training.state import Progress
 
 
 class LiveRun:

@@ -31,8 +31,8 @@ def read_losses(run: LiveRun) -> None:
             progress.refused.append(step.step)
         else:
             progress.losses.append(loss)
-            progress.told_loss += loss
-            progress.told_count += 1
+            progress.interval_loss += loss
+            progress.interval_steps += 1
     run.unread.clear()
 
 
@@ -54,7 +54,7 @@ def log_step(run: LiveRun, step: Step) -> Iterator[Notice]:
     progress.losses = []
 
     speed = None
-    if not any(number in progress.passed_over for number in refused):  # a skipped step takes no time
+    if not any(number in progress.skipped for number in refused):  # a skipped step takes no time
         speed = (progress.tokens - tokens_before) / (run.pace[0] - seconds_before)
     marks = {name: steps for name, steps in (("refused", refused), ("spikes", spikes)) if steps}
     run.record.add(

@@ -1,4 +1,4 @@
-"""Batches that cannot be trained on: how many in a row, and where in the model their numbers stop being finite."""
+"""Batches whose numbers are not finite: how many in a row, and where in the model they break first."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from llm.machine.device import precision
 from llm.machine.world import ALONE, World, whole
-from llm.training.state import Parts, Progress
+from llm.training.parts import Parts
+from llm.training.state import Progress
 
 FINITE = "nothing: it is finite now"
 
 
-IN_A_ROW = 3  # refused batches after which a run goes back to its last saved state
+IN_A_ROW = 3  # refused batches after which a run rolls back
 
 
 class NotFinite(Exception):
@@ -25,17 +26,20 @@ class NotFinite(Exception):
 
 
 def refused_in_a_row(progress: Progress) -> list[int]:
-    """The steps up to the last whose batches were tried and refused one after the other, if they are IN_A_ROW."""
-    tried = set(progress.refused) - set(progress.passed_over)
-    count = next(n for n in range(len(tried) + 1) if progress.step - n not in tried)
-    return list(range(progress.step - count + 1, progress.step + 1)) if count >= IN_A_ROW else []
+    """Return the newest steps whose batches were all refused, if there are at least IN_A_ROW, else an empty list."""
+    refused = set(progress.refused) - set(progress.skipped)
+    first = progress.step
+    while first in refused:
+        first -= 1
+    steps = list(range(first + 1, progress.step + 1))
+    return steps if len(steps) >= IN_A_ROW else []
 
 
 def where_it_breaks(model: nn.Module, loss_of: Callable[[], Tensor], world: World = ALONE) -> str:
-    """The first place with a number that is not finite: a weight, a module's output, the loss or a gradient.
+    """Return the first place with a number that is not finite: a weight, a module's output, the loss or a gradient.
 
-    `loss_of` runs the model on the batch. Gradients are left as None. The processes take each step together, since
-    sharded weights have to be gathered.
+    `loss_of` runs the model on the batch. Gradients are None afterwards. All ranks call this together, because sharded
+    weights are gathered.
     """
     for name, p in model.named_parameters():
         if not torch.isfinite(whole(p.detach())).all():
@@ -66,7 +70,7 @@ def where_it_breaks(model: nn.Module, loss_of: Callable[[], Tensor], world: Worl
 
 
 def describe_batch(parts: Parts, step: int, x: Tensor, y: Tensor, seeds: Tensor) -> dict[str, Any]:
-    """The batch of the update that completes `step`: its windows as text, and where its numbers break first."""
+    """Return the batch that completes `step` as JSON: its windows as text, and where its numbers break first."""
 
     def loss() -> Tensor:
         with precision(parts.dtype, parts.device):

@@ -26,13 +26,13 @@ def roll_back(run: LiveRun, error: NotFinite) -> Iterator[Notice | Saved]:
     """
     before, batches = run.progress, error.batches
     reason = f"step {batches[0] if batches else before.step}: {error}"
-    if before.went_back == ROLLBACKS:
+    if before.rollbacks == ROLLBACKS:
         give_up(run, reason, batches[0] if batches else before.step)
     yield from saved(run, wait=True)
     groups, facts, _ = newest_state(run.out_dir, run.parts.world)
     run.progress = restore(run.parts, groups, facts)
-    run.progress.passed_over = sorted({*before.passed_over, *run.progress.passed_over, *batches})
-    run.progress.went_back = before.went_back + 1
+    run.progress.skipped = sorted({*before.skipped, *run.progress.skipped, *batches})
+    run.progress.rollbacks = before.rollbacks + 1
     run.progress.bookkeeping = before.bookkeeping
     run.reason = None
     run.unread.clear()

@@ -1,4 +1,4 @@
-"""Saving beside the training: the step waits for a copy of the tensors, not for the disk."""
+"""Write checkpoints in a thread: the step waits for a copy of the tensors, not for the disk."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,37 +12,42 @@ from llm.storage.checkpoint import Groups
 
 
 class Saver:
-    """Writes one state at a time in a thread of its own, from copies in memory that is used again."""
+    """Writes one checkpoint at a time in its own thread, from copies of the tensors in buffers that are kept."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="saving")
-        self._writing: tuple[int, Future[Path]] | None = None
+        self._writing: tuple[int, Future[Path]] | None = None  # step, and what becomes of it
         self._copies: dict[tuple[str, str], Tensor] = {}
 
     def copy(self, groups: Groups, keep: bool = True) -> Groups:
-        """The tensors as they are now, whole and on the CPU; with `keep` false only what the other processes need for
-        that is done, and nothing is returned. Only while nothing is being written: see `finished`.
+        """Return copies of the full tensors, on the CPU. Call it only while nothing is being written: see `finished`.
+
+        Sharded tensors are gathered, which takes all ranks. A rank with `keep` false only takes part in that, and gets
+        no copies.
         """
         assert self._writing is None
         for group, tensors in groups.items():
             for name, value in tensors.items():
                 full = whole(value.detach())
-                if keep and (group, name) not in self._copies:
+                if not keep:
+                    continue
+                if (group, name) not in self._copies:
                     self._copies[group, name] = torch.empty_like(full, device="cpu")
-                if keep:
-                    self._copies[group, name].copy_(full)
+                self._copies[group, name].copy_(full)
         return {
             group: {name: self._copies[group, name] for name in tensors if keep} for group, tensors in groups.items()
         }
 
     def start(self, step: int, write: Callable[[], Path]) -> None:
-        """Begin to write the state of `step`."""
+        """Start to write the checkpoint of `step`."""
         assert self._writing is None
         self._writing = step, self._pool.submit(write)
 
     def finished(self, wait: bool = False) -> tuple[int, Path | OSError] | None:
-        """The state that was begun, if it is written by now (or after waiting for it): its step, and its folder or
-        why it could not be written. None while it is not, or if none was begun. Another kind of error is raised.
+        """Return the step of the checkpoint that was started, and its folder or why it could not be written.
+
+        Returns None while it is being written (with `wait` it waits for the end), or if none was started. Raises any
+        other error of the thread.
         """
         if self._writing is None or not (wait or self._writing[1].done()):
             return None
@@ -59,10 +64,10 @@ class Saver:
 
 
 def not_finite(groups: Groups) -> str | None:
-    """The name of the first tensor (or shard of this process) that holds a number which is not finite; None if all is
-    well.
+    """Return the name of the first tensor, or shard of this rank, with a number that is not finite, None if none has.
     """
     named = [(name, shard(value)) for tensors in groups.values() for name, value in tensors.items()]
     named = [(name, value) for name, value in named if value.numel()]
-    good = torch.stack([torch.isfinite(torch.stack(value.aminmax())).all() for _, value in named])
-    return next((name for (name, _), fine in zip(named, good.tolist(), strict=True) if not fine), None)  # one wait
+    is_finite = torch.stack([torch.isfinite(torch.stack(value.aminmax())).all() for _, value in named])
+    flags = is_finite.tolist()  # waits for the device once, not once a tensor
+    return next((name for (name, _), finite in zip(named, flags, strict=True) if not finite), None)

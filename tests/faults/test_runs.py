@@ -16,6 +16,7 @@ from conftest import SMALL, flags
 import llm.model
 import llm.train
 import llm.training.evaluating
+import llm.training.parts
 import llm.training.saving
 import llm.training.state
 from llm import storage
@@ -60,14 +61,14 @@ def until(training, step):
 def ledger(monkeypatch):
     """The batches taken, by step: what they were each time."""
     seen: dict[int, list[bytes]] = {}
-    plain = llm.training.state.batch_at
+    plain = llm.training.parts.batch_at
 
     def batch_at(tokens, seed, step, *sizes):
         batch = plain(tokens, seed, step, *sizes)
         seen.setdefault(step, []).append(batch.x.tobytes() + batch.y.tobytes() + batch.seeds.tobytes())
         return batch
 
-    monkeypatch.setattr(llm.training.state, "batch_at", batch_at)
+    monkeypatch.setattr(llm.training.parts, "batch_at", batch_at)
     return seen
 
 
@@ -92,14 +93,14 @@ def test_stopped_at_any_step_and_resumed_it_is_the_same_run(here, kind, ledger, 
 
 MUTANTS = {
     "another batch": lambda patch: patch.setattr(
-        llm.training.state,
+        llm.training.parts,
         "batch_at",
-        lambda tokens, seed, step, *n, plain=llm.training.state.batch_at: plain(tokens, seed, step + 1, *n),
+        lambda tokens, seed, step, *n, plain=llm.training.parts.batch_at: plain(tokens, seed, step + 1, *n),
     ),
     "one batch again": lambda patch: patch.setattr(
-        llm.training.state,
+        llm.training.parts,
         "batch_at",
-        lambda tokens, seed, step, *n, plain=llm.training.state.batch_at: plain(
+        lambda tokens, seed, step, *n, plain=llm.training.parts.batch_at: plain(
             tokens, seed, 6 if step == 7 else step, *n
         ),
     ),

@@ -1,4 +1,4 @@
-"""Every command in the README runs as typed; the long ones with smaller numbers."""
+"""Every command of the README and of docs/commands.md runs as typed; the long ones with smaller numbers."""
 
 import io
 import re
@@ -13,7 +13,7 @@ from conftest import ROOT, environment, flags, needs_gpt2, needs_shakespeare
 
 from llm.commands.main import main
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/commands.md"))
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 OURS = [line for line in COMMANDS if line.split()[0] in ("losscurve", "python", "torchrun")]

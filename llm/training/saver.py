@@ -64,7 +64,7 @@ class Saver:
 
 
 def not_finite(groups: Groups) -> str | None:
-    """Return the name of the first tensor, or shard of this rank, with a number that is not finite, None if none has."""
+    """Return the name of the first tensor (or shard of this rank) with a number that is not finite, else None."""
     named = [(name, shard(value)) for tensors in groups.values() for name, value in tensors.items()]
     named = [(name, value) for name, value in named if value.numel()]
     is_finite = torch.stack([torch.isfinite(torch.stack(value.aminmax())).all() for _, value in named])

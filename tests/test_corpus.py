@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, pipes, UTF-8 to the byte, downloads that never leave half a file."""
+"""Corpora: files, folders, pipes, exact UTF-8 errors, and downloads that never leave a partial file."""
 
 import hashlib
 import http.server
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from llm.errors import Failure, UserError
 from llm.storage import download
-from llm.text import corpus
-from llm.text.corpus import look, name_of, opened, span
+from llm.text import corpus, text_file
+from llm.text.corpus import documents_between, look, name_of, opened
 
 CONTENT = b"To be, or not to be"
 
@@ -45,8 +45,8 @@ def test_bytes_are_kept(tmp_path: Path) -> None:
         assert read(str(path)) == [text.removeprefix("\ufeff")]
 
 
-def test_a_mark_inside_a_text_is_kept(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(corpus, "CHUNK", 3)
+def test_a_byte_order_mark_inside_a_text_is_kept(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(text_file, "CHUNK", 3)
     (tmp_path / "a.txt").write_bytes("\ufeffabc\ufeffd".encode())
     assert read(str(tmp_path / "a.txt")) == ["abc\ufeffd"]
 
@@ -56,7 +56,7 @@ def test_any_chunk_size_reads_the_same(text: str, chunk: int) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "CHUNK", chunk)
+        patch.setattr(text_file, "CHUNK", chunk)
         Path(folder, "a").write_bytes(text.encode())
         assert read(f"{folder}/a") == [text.removeprefix("\ufeff")]
 
@@ -72,14 +72,14 @@ def test_any_chunk_size_reads_the_same(text: str, chunk: int) -> None:
         (b"a\xed\xa0\x80", 1),
     ],
 )
-def test_not_utf8_says_at_which_byte(tmp_path: Path, monkeypatch, chunk: int, content: bytes, place: int) -> None:
-    monkeypatch.setattr(corpus, "CHUNK", chunk)
+def test_a_utf8_error_names_the_byte(tmp_path: Path, monkeypatch, chunk: int, content: bytes, place: int) -> None:
+    monkeypatch.setattr(text_file, "CHUNK", chunk)
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(UserError, match=rf"a\.txt: not UTF-8 at byte {place} "):
         read(str(tmp_path / "a.txt"))
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.txt: there is no such file"):
         read(str(tmp_path / "none.txt"))
     with pytest.raises(UserError, match=r"no file that ends in \.txt, \.md"):
@@ -89,25 +89,25 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
             read(word)
 
 
-def test_standard_input_and_pipes_are_spooled(tmp_path: Path, monkeypatch) -> None:
+def test_standard_input_and_pipes_are_copied_to_a_file(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(CONTENT)))
     os.mkfifo(tmp_path / "pipe")
     threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(b"piped",)).start()
     with opened(("-", str(tmp_path / "pipe"))) as source:
-        for _ in range(2):  # more than once
+        for _ in range(2):  # a text is read more than once
             assert ["".join(document.read()) for document in source.files] == [CONTENT.decode(), "piped"]
         kept = source.files[0].path
     assert not kept.exists()
 
 
-def test_names() -> None:
+def test_a_text_has_a_short_name() -> None:
     names = {(): "shakespeare", ("shakespeare",): "shakespeare", ("-",): "stdin", ("a/My book.txt", "b"): "My book"}
     for text, name in names.items():
         assert name_of(text) == name
     assert name_of((".",)) == Path.cwd().stem
 
 
-def test_survey_and_spans(tmp_path: Path) -> None:
+def test_survey_and_documents_between(tmp_path: Path) -> None:
     texts = ["añb", "", "中文🙂", "z"]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text)
@@ -119,13 +119,13 @@ def test_survey_and_spans(tmp_path: Path) -> None:
         assert survey.sha256 == hashlib.sha256(whole.encode()).hexdigest()
         for start in range(8):
             for stop in range(8):
-                found = [(end, "".join(chunks)) for end, chunks in span(source, survey, start, stop)]
+                found = [(end, "".join(chunks)) for end, chunks in documents_between(source, survey, start, stop)]
                 assert "".join(text for _, text in found) == whole[start:stop]
                 ends = {3: "añb", 6: "中文🙂", 7: "z"}
                 assert all(text and text in ends[end] for end, text in found)
 
 
-def test_builtin_text_where_shakespeare_cannot_be_had(tmp_path: Path, monkeypatch) -> None:
+def test_the_built_in_text_replaces_shakespeare_if_unavailable(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("LOSSCURVE_CACHE", str(tmp_path))
     with opened((), offline=True) as source:
         assert source.name == corpus.BUILT_IN
@@ -149,7 +149,7 @@ def test_cached_shakespeare_is_neither_locked_nor_written(monkeypatch) -> None:
 
 @pytest.fixture
 def server():
-    """A server on this machine whose answer the test chooses."""
+    """Run a local server whose answer depends on the path."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -174,7 +174,7 @@ def fetch(url: str, path: Path, **more) -> Path:
 def test_a_download_is_kept(server: str, tmp_path: Path) -> None:
     path = tmp_path / "cache" / "text"
     assert fetch(server, path).read_bytes() == CONTENT
-    assert fetch("http://127.0.0.1:9", path) == path  # and not fetched again
+    assert fetch("http://127.0.0.1:9", path) == path  # not fetched again
     path.write_bytes(b"changed")
     assert fetch(server, path).read_bytes() == CONTENT  # a damaged one is replaced
     assert [p.name for p in path.parent.iterdir()] == ["text"]
@@ -197,7 +197,7 @@ def test_an_interrupted_download_leaves_nothing(server: str, tmp_path: Path, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_no_network_is_told_within_seconds(tmp_path: Path, monkeypatch) -> None:
+def test_a_missing_network_is_reported_within_seconds(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(download, "CONNECT_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
         start = time.monotonic()

@@ -1,4 +1,4 @@
-"""Batches against Philox's own stream and pinned numbers; token files against a person's mistakes."""
+"""Batches against Philox's own stream and pinned numbers; token files with a user's mistakes."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import pytest
 from llm import storage
 from llm.data import batch_at, open_data
 from llm.errors import UserError
-from llm.tokens import token_files
+from llm.tokens import scan
 from llm.tokens.token_files import GPT2_VOCAB
 
 TOKENS = np.arange(1000, 1100, dtype="<u2")
@@ -27,7 +27,7 @@ def test_a_batch_is_philox_by_remainder():
 
 
 def test_a_batch_never_changes():
-    """Numbers written down once: a run of an older version resumes with the same batches."""
+    """Pinned numbers: a run of an older version resumes with the same batches."""
     batch = batch_at(TOKENS, 1337, 7, 4, 8)
     assert batch.x[:, 0].tolist() == [1002, 1002, 1006, 1083]
     assert batch.seeds.tolist() == [1565535385, 2127098869, 180227764, 1764244222]
@@ -120,7 +120,7 @@ def refused(folder, block_size=8, vocab_size=None):
 
 @pytest.fixture
 def scans(monkeypatch):
-    """Names of the files that were read through, in order."""
+    """The names of the files that were scanned, in order."""
     seen, real = [], storage.sha256
     monkeypatch.setattr(storage, "sha256", lambda path: (seen.append(path.name), real(path))[1])
     return seen
@@ -159,7 +159,7 @@ def test_a_file_that_is_not_there(foreign, name):
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin"])
-def test_a_torn_or_short_file(foreign, name):
+def test_a_truncated_or_empty_file(foreign, name):
     path = foreign / name
     path.write_bytes(b"123")
     assert refused(foreign).startswith(f"{path}: 3 bytes is not a whole number of uint16 ids")
@@ -183,7 +183,7 @@ def test_shorter_than_a_window(foreign):
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin"])
 def test_an_id_beyond_the_vocabulary(foreign, name, monkeypatch):
-    monkeypatch.setattr(token_files, "stretches", lambda t: ((s, t[s : s + 4]) for s in range(0, len(t), 4)))
+    monkeypatch.setattr(scan, "iterate_chunks", lambda t: ((s, t[s : s + 4]) for s in range(0, len(t), 4)))
     ids = np.fromfile(foreign / name, "<u2")
     ids[7], ids[9] = 60_000, 61_000
     ids.tofile(foreign / name)
@@ -220,7 +220,7 @@ def test_an_id_beyond_what_meta_says(prepared):
         "1" * 5000,
     ],
 )
-def test_a_meta_that_is_none(prepared, text):
+def test_a_meta_that_is_no_object(prepared, text):
     (prepared / "meta.json").write_text(text)
     assert refused(prepared).startswith(f"{prepared / 'meta.json'}: ")
 
@@ -253,7 +253,7 @@ def test_a_split_with_a_wrong_field(prepared, field, value):
     meta["splits"]["val"][field] = value
     (prepared / "meta.json").write_text(json.dumps(meta))
     if field == "sha256" and isinstance(value, str):
-        os.utime(prepared / "val.bin", ns=(1, 1))  # then it is compared
+        os.utime(prepared / "val.bin", ns=(1, 1))  # then the SHA-256 is compared
         assert refused(prepared).startswith(f"{prepared / 'val.bin'}: changed")
     else:
         assert refused(prepared).startswith(f"{prepared / 'meta.json'}: ")
@@ -282,7 +282,7 @@ def test_a_changed_byte(prepared, name, scans):
     assert scans == [name]
 
 
-def test_a_touched_file_is_read_through_once(prepared, scans):
+def test_a_touched_file_is_scanned_once(prepared, scans):
     for name in ("train.bin", "val.bin"):
         os.utime(prepared / name, ns=(5, 5))
     for _ in range(3):
@@ -293,7 +293,7 @@ def test_a_touched_file_is_read_through_once(prepared, scans):
     assert scans == ["train.bin", "val.bin", "val.bin"]
 
 
-def test_a_foreign_file_is_read_through_once(foreign, scans):
+def test_a_foreign_file_is_scanned_once(foreign, scans):
     for _ in range(3):
         open_data(foreign, 8)
     assert scans == ["train.bin", "val.bin"]
@@ -329,7 +329,7 @@ def test_a_hostile_record_of_scans_is_ignored(foreign, scans, content):
 
 @pytest.mark.parametrize("max_id", ["x", None, True, 1.5, [], 10**9, "huge"])
 def test_a_record_with_a_false_largest_id(foreign, max_id):
-    """Of the right size and time: it may cost a scan, and never refuses a good file."""
+    """The record has the right size and time. It may cost a scan, but never refuses a good file."""
     open_data(foreign, 8)
     kept = json.loads((foreign / "scanned.json").read_text())
     kept["train.bin"]["max_id"] = "DIGITS" if max_id == "huge" else max_id

@@ -1,4 +1,4 @@
-"""What is read below a folder, what is not, and that both are said: runs, tokens, environments, links, locked doors."""
+"""The files below a folder that are read or left out, both reported: runs, tokens, environments, links, no access."""
 
 import json
 import os
@@ -21,10 +21,10 @@ def made(*names: str) -> None:
 
 
 def read(folder: str) -> tuple[list[str], list[str]]:
-    """The texts below a folder, and what is said of it."""
-    said: list[str] = []
-    with opened((folder,), say=said.append) as source:
-        return [file.label for file in source.files], said
+    """Return the texts below a folder, and the lines that report them."""
+    notices: list[str] = []
+    with opened((folder,), say=notices.append) as source:
+        return [file.label for file in source.files], notices
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_second_time_in_a_project_what_the_first_left_is_left_out(place, losscurve):
-    """A run and token files; an environment stands there too."""
+def test_a_second_preparation_leaves_out_what_the_first_run_wrote(place, losscurve):
+    """A run and token files; there is an environment too."""
     made(
         "venv/pyvenv.cfg", "venv/lib/site-packages/a/LICENSE.txt", "node_modules/b/README.md", "x.egg-info/SOURCES.txt"
     )
@@ -76,13 +76,13 @@ def test_what_is_left_out_has_its_reason(place):
 
 
 def test_a_folder_that_is_named_itself_is_read_but_for_the_files_of_a_run(place):
-    """Its own texts are meant: nanoGPT keeps its tokens beside them, and an environment may stand in a project."""
+    """The user means its texts: nanoGPT keeps tokens beside them, and a project may be an environment."""
     made(
         "train.bin", "pyvenv.cfg", "config.toml", "metrics.jsonl", "samples.txt", "input.txt", "lib/site-packages/b.txt"
     )
-    texts, said = read(".")
+    texts, notices = read(".")
     assert texts == ["input.txt"]
-    assert said == [
+    assert notices == [
         ".: reading 1 text: input.txt; left out: metrics.jsonl (of a run), samples.txt (of a run), "
         "lib/site-packages/ (installed packages)"
     ]
@@ -94,7 +94,7 @@ def test_a_folder_that_is_named_itself_is_read_but_for_the_files_of_a_run(place)
 
 
 def test_the_same_text_converted_or_unpacked_is_read_once(place):
-    """So the command that a message names for a text helps in a folder too."""
+    """So the conversion command of an error message helps in a folder too."""
     made("a.txt", "a.utf8.txt", "b.txt", "b.txt.gz", "c.jsonl.zst", "d.txt.gz")
     os.remove("c.jsonl.zst")
     found = folders.search(Path())
@@ -112,9 +112,9 @@ def test_linked_folders_are_followed_once(place):
         ("texts/up", ".."),
     ):
         Path(link).symlink_to(target)
-    texts, said = read("texts")
+    texts, notices = read("texts")
     assert texts == ["texts/0-link/c.md", "texts/0-link/deep/b.txt", "texts/a.txt"]
-    assert said == [
+    assert notices == [
         "texts: reading 3 texts: 0-link/c.md, 0-link/deep/b.txt, a.txt; left out: up/ (a link to a folder above)"
     ]
     shutil.copytree("elsewhere/deep", "texts/z", symlinks=True)
@@ -122,7 +122,7 @@ def test_linked_folders_are_followed_once(place):
     assert "texts/z/b.txt" in read("texts")[0], "by its own name, though a link comes before it"
 
 
-def test_dead_links_and_what_is_no_file_are_named(place):
+def test_dead_links_and_irregular_files_are_named(place):
     made("a.txt")
     for name in ("gone.txt", "gone", ".hidden"):
         Path(name).symlink_to("nowhere")
@@ -130,7 +130,7 @@ def test_dead_links_and_what_is_no_file_are_named(place):
     os.mkfifo("pipe.txt")
     assert read(".") == (
         ["a.txt"],
-        [".: reading 1 text: a.txt; left out: pipe.txt (no file); dead links: gone, gone.txt, self.md"],
+        [".: reading 1 text: a.txt; left out: pipe.txt (not a regular file); dead links: gone, gone.txt, self.md"],
     )
     os.remove("a.txt")
     with pytest.raises(UserError, match=r"dead links: gone, gone\.txt, self\.md; name the files themselves"):

@@ -1,4 +1,4 @@
-"""Token files of other programs: read as what they are, or refused by name with a command that converts them."""
+"""Token files of other programs: read in their format, or refused by name with a command that converts them."""
 
 import contextlib
 import gzip
@@ -109,7 +109,7 @@ class Bomb:
     [
         (pickle.dumps({"vocab_size": 1, "itos": {0: "a"}, "x": Bomb()}), "is a pickle with more than plain data in it"),
         (b"cos\nmkdir\n(S'ran'\ntR.", "more than plain data in it (GLOBAL)"),
-        (pickle.dumps({0: (1, 2)}), "more than plain data in it"),  # nested tuples as keys would take for ever
+        (pickle.dumps({0: (1, 2)}), "more than plain data in it"),  # nested tuples as keys would take forever
         (pickle.dumps({"itos": {0: "a"}})[:-4], "so it is not read"),
         (b"\x80\x02}r\xff\xff\xff\x7f.", "asks for more memory"),
         (b"\x80\x02h\x05.", "is a damaged pickle"),
@@ -200,7 +200,7 @@ def test_ids_in_another_format_are_refused_with_a_command_that_converts_them(her
     assert [finding.good for finding in verify(folder) if finding.path.suffix == ".bin"] == [False, False]
     before = {path: path.read_bytes() for path in folder.iterdir()}
     for _ in range(2):  # again, it does the same
-        run_python(message.partition("converted them: ")[2])
+        run_python(message.partition("converting them with: ")[2])
         data = open_data(folder / "uint16", 16)
         assert data.train.tolist() == ids[:-300].tolist()
         assert data.val.tolist() == ids[-300:].tolist()
@@ -227,7 +227,8 @@ def test_ids_that_do_not_fit_get_no_command(here):
     for convert in (FORMATS["uint32 ids"], lambda ids: llm_c(ids, "<u4", 20240801)):
         folder = write(f"d{convert is llm_c}{len(os.listdir())}", ids, convert)
         message = refusal(folder)
-        assert "ids from 0 to 128000 in train.bin do not fit" in message or "to 128000 in train.bin" in message
+        assert "the ids of train.bin, from " in message
+        assert "to 128000, do not fit into uint16" in message
         assert "python -c" not in message
 
 
@@ -236,7 +237,7 @@ def test_a_table_of_numbers_is_no_row_of_ids(here):
     for array in (np.zeros((500, 3), np.int64), np.zeros(500)):
         np.save("a.npy", array)
         Path("a.npy").rename(folder / "train.bin")
-        assert "is a NumPy file (.npy) of something else than a row of ids" in refusal(folder)
+        assert "is a NumPy file (.npy), but not a one-dimensional array of integers" in refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Named texts of the hub, with a stand-in for the package that streams them: taken once, as far as asked, or not."""
+"""Named texts of the hub, with a fake datasets package: downloaded once, up to the limit, or not at all."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ STORIES = [f"Story {n}: once upon a time.\n" for n in range(200)]
 
 
 class Hub:
-    """What was asked of `load_dataset`, and what it sends."""
+    """A fake datasets package: records the calls of `load_dataset`, and streams rows."""
 
     def __init__(self):
         self.asked, self.sent, self.rows, self.error = [], 0, [{"text": text} for text in ["", *STORIES]], None
@@ -53,28 +53,28 @@ def texts(path):
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_as_much_as_asked_for_is_taken_once(there):
-    said = []
-    path = hub.fetch("tinystories", 1000, False, said.append)
+def test_a_text_is_downloaded_once_up_to_the_limit(there):
+    notices = []
+    path = hub.fetch("tinystories", 1000, False, notices.append)
     found = texts(path)
     assert found == STORIES[: len(found)]
     assert sum(map(len, found[:-1])) < 1000 <= sum(map(len, found))
     assert there.asked == [(("roneneldan/TinyStories", None), {"split": "train", "streaming": True})]
-    assert there.sent <= len(found) + 2  # and not the whole of it
-    assert len(said) == 1
-    assert "1,000 characters of tinystories" in said[0]
+    assert there.sent <= len(found) + 2  # not the whole text
+    assert len(notices) == 1
+    assert "1,000 characters of tinystories" in notices[0]
     there.error = (0, ConnectionError("gone"))
-    assert hub.fetch("tinystories", 1000, True, said.append) == path
-    assert len(said) == len(there.asked) == 1
+    assert hub.fetch("tinystories", 1000, True, notices.append) == path
+    assert len(notices) == len(there.asked) == 1
     with pytest.raises(Failure, match="gone"):
-        hub.fetch("tinystories", 2000, False, said.append)
+        hub.fetch("tinystories", 2000, False, notices.append)
     assert [p.name for p in path.parent.iterdir() if p.suffix] == ["first-1000.jsonl"]
     there.error = None
-    assert texts(hub.fetch("fineweb-edu", None, False, said.append)) == STORIES  # there is no more
+    assert texts(hub.fetch("fineweb-edu", None, False, notices.append)) == STORIES  # the text ends before the limit
     assert there.asked[-1][0] == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
 
 
-def test_what_ends_on_the_way_leaves_nothing(there):
+def test_an_interrupted_download_leaves_nothing(there):
     for error in (ConnectionError("reset by\npeer"), KeyError("x"), RuntimeError()):
         there.error = (50, error)
         with pytest.raises(Failure, match="cannot be read from the Hugging Face hub") as caught:
@@ -92,7 +92,7 @@ def test_what_ends_on_the_way_leaves_nothing(there):
         hub.fetch("tinystories", None, False, lambda line: None)
 
 
-def test_without_network_or_package_it_is_said(there, monkeypatch, capsys):
+def test_a_missing_network_or_package_is_named(there, monkeypatch, capsys):
     assert run_command("prepare", ["tinystories", "--offline", "--tokenizer", "byte"]) == 1
     assert "--offline was given" in capsys.readouterr().err
     monkeypatch.setattr(download, "unreachable", lambda url: "Name or service not known")
@@ -109,14 +109,14 @@ def test_without_network_or_package_it_is_said(there, monkeypatch, capsys):
     assert not Path("cache").exists()
 
 
-def test_no_network_is_known_within_seconds(monkeypatch, tmp_path):
+def test_a_missing_network_is_noticed_within_seconds(monkeypatch, tmp_path):
     monkeypatch.setattr(download, "CONNECT_SECONDS", 0.3)
     assert download.unreachable("http://127.0.0.1:9")
     monkeypatch.setattr("socket.getaddrinfo", lambda *args, **more: __import__("time").sleep(1))
     assert "no answer" in download.unreachable("http://name.invalid")
 
 
-def test_a_cache_without_room_is_named(there, monkeypatch):
+def test_a_full_cache_is_named(there, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=100))
     with pytest.raises(UserError, match="MiB needed"):
         hub.fetch("tinystories", 10**6, False, lambda line: None)

@@ -1,4 +1,4 @@
-"""What a person may not expect in a text is said in a line, and changes no byte of it; rows with another field."""
+"""Unexpected contents of a text are reported in one line each and change no byte; rows with another field."""
 
 import gzip
 import hashlib
@@ -14,7 +14,7 @@ from conftest import flags
 from llm.config import from_settings, to_settings
 from llm.errors import UserError
 from llm.plan.text_size import text_of
-from llm.text import corpus
+from llm.text import text_file
 from llm.text.corpus import look, opened
 from llm.tokens.prepare import prepare
 from llm.tokens.reuse import ensure
@@ -27,26 +27,26 @@ def noticed(*text: str, **more) -> list[str]:
 
 @pytest.mark.parametrize("chunk", [1, 7, 2**20])
 def test_marks_are_counted_and_kept(here, monkeypatch, chunk):
-    monkeypatch.setattr(corpus, "CHUNK", chunk)
+    monkeypatch.setattr(text_file, "CHUNK", chunk)
     text = "one\r\ntwo\r\n<|endoftext|>\r\nthree\ufeff" + "x" * 1500 + "\0 <|endoftext|><|endoftext|> <|endoftext"
     Path("a.txt").write_bytes(text.encode())
     Path("b.txt").write_text("plain\r text, no line end of Windows\n", encoding="utf-8")
     Path("c.txt").write_bytes(b"\xef\xbb\xbfa\r\n")
     assert noticed("b.txt") == []
     assert noticed("c.txt", "a.txt") == [
-        "c.txt and 1 more file(s): 4 CRLF line end(s), as Windows writes them: kept as they are; without them: "
+        "c.txt and 1 more file(s): 4 CRLF line end(s), as Windows writes them: kept as they are; to remove them: "
         "tr -d '\\r' < c.txt > c.utf8.txt",
-        "a.txt: 1 byte-order mark(s) inside the text: kept as they are; without them: "
+        "a.txt: 1 byte-order mark(s) inside the text: kept as they are; to remove them: "
         "perl -pe 's/\\xEF\\xBB\\xBF//g' < a.txt > a.utf8.txt",
-        "a.txt: 1 NUL character(s): kept as they are; without them: tr -d '\\000' < a.txt > a.utf8.txt",
-        "a.txt: 3 times <|endoftext|>: ordinary text here, not the token; documents in files or rows of their own have "
-        "it between",
+        "a.txt: 1 NUL character(s): kept as they are; to remove them: tr -d '\\000' < a.txt > a.utf8.txt",
+        "a.txt: 3 times <|endoftext|>: ordinary text, not the token; to put the token between documents, give each its "
+        "own file or row",
     ]
     with opened(("a.txt",)) as source:
         assert look(source).sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_the_commands_take_the_marks_out(here):
+def test_the_commands_remove_the_marks(here):
     Path("a b.txt").write_bytes(("one\r\ntwo\ufeff\n" + "x" * 1500 + "\0").encode())
     for what in ("CRLF", "byte-order", "NUL"):
         command = next(line for line in noticed("a b.txt") if what in line).rpartition(": ")[2]
@@ -56,7 +56,7 @@ def test_the_commands_take_the_marks_out(here):
         assert not any(what in line for line in left)
 
 
-def test_no_mark_begins_a_file_in_the_middle_of_joined_texts(here, monkeypatch):
+def test_each_file_loses_its_byte_order_mark_in_joined_texts(here, monkeypatch):
     mark = b"\xef\xbb\xbf"
     Path("a.txt").write_bytes(mark + b"a\n")
     Path("b.md.gz").write_bytes(gzip.compress(mark + b"b\n"))
@@ -68,7 +68,7 @@ def test_no_mark_begins_a_file_in_the_middle_of_joined_texts(here, monkeypatch):
         assert look(source).notices == ["standard input: 1 byte-order mark(s) inside the text: kept as they are"]
 
 
-def test_markup_read_as_plain_text_is_said(here, monkeypatch):
+def test_markup_read_as_plain_text_is_reported(here, monkeypatch):
     made = {
         "a.csv": "id,text\n1,one\n",
         "a.tsv.gz": "id\ttext\n",
@@ -83,21 +83,23 @@ def test_markup_read_as_plain_text_is_said(here, monkeypatch):
         Path(name).write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
     assert noticed("braces.txt", "ok.jsonl", "text.txt") == []
     found = {name: noticed(name)[0] for name in made if name not in ("braces.txt", "ok.jsonl")}
-    assert found["a.csv"].startswith("a.csv: read as plain text, though it is a table (CSV); as .jsonl or .parquet")
+    assert found["a.csv"].startswith("a.csv: read as plain text, though it is a table (CSV); to read only its texts, ")
+    assert "save it as .jsonl or .parquet" in found["a.csv"]
     assert "--text_field" in found["a.csv"]
     assert found["a.tsv.gz"].startswith("a.tsv.gz: read as plain text, though it is a table (TSV)")
-    assert found["a.json"].startswith("a.json: read as plain text, though it is JSON; rows, an object a line in a file")
-    assert found["rows.txt"].startswith("rows.txt: read as plain text, though it is JSON; rows")
-    assert found["a.html"].endswith("for its text alone: pandoc -f html -t plain < a.html > a.utf8.txt")
+    assert found["a.json"].startswith("a.json: read as plain text, though it is JSON; to read only its texts, ")
+    assert found["a.json"].endswith("write one JSON object a line into a .jsonl file")
+    assert found["rows.txt"].startswith("rows.txt: read as plain text, though it is JSON; to read only")
+    assert found["a.html"].endswith("to get its text alone: pandoc -f html -t plain < a.html > a.utf8.txt")
     assert found["page.txt"].startswith("page.txt: read as plain text, though it is HTML")
 
 
-def test_a_notice_comes_once(here, losscurve):
+def test_a_notice_is_shown_once(here, losscurve):
     Path("text.txt").write_bytes(Path("text.txt").read_bytes().replace(b"\n", b"\r\n"))
     code, _, err = losscurve("prepare text.txt --tokenizer char")
     assert code == 0, err
     assert (
-        err.count("warning: text.txt: 101 CRLF line end(s), as Windows writes them: kept as they are; without them:")
+        err.count("warning: text.txt: 101 CRLF line end(s), as Windows writes them: kept as they are; to remove them:")
         == 1
     )
 
@@ -127,7 +129,7 @@ def test_a_missing_field_names_the_flag_and_the_likely_one(here, losscurve, row,
     assert code == 2
     assert err.startswith('error: a.jsonl: line 1: no field "text"')
     if likely:
-        assert err.endswith(f"; name the one with the text, perhaps: --text_field {likely}\n")
+        assert err.endswith(f"; name the field with the text, perhaps: --text_field {likely}\n")
     else:
         assert "--text_field" not in err
 
@@ -141,7 +143,7 @@ def test_the_field_of_rows_can_be_named(here, losscurve):
         assert Path(data_dir, "train.bin").read_bytes() == Path("b/train.bin").read_bytes()
     named, usual = (json.loads(Path(name, "meta.json").read_text())["settings"] for name in "ab")
     assert named.pop("text_field") == "content"
-    assert set(named) == set(usual), "a meta.json of before has no such field, and is the same as now"
+    assert set(named) == set(usual), "a meta.json of an older version has no such field, and is the same as now"
     assert prepare(("b.jsonl",), Path("d"), "byte", text_field="text")["settings"].keys() == usual.keys()
 
     def get(data_dir, **more):
@@ -167,7 +169,7 @@ def test_train_takes_the_field_and_resumes_with_it(here, losscurve):
     assert losscurve("train --resume --max_steps 3")[0] == 0
     run = llm.Run.open("checkpoints")
     assert run.config.text_field == "content"
-    assert "text_field" not in to_settings(from_settings({})), "as in the config.toml of before"
+    assert "text_field" not in to_settings(from_settings({})), "as in the config.toml of an older version"
 
 
 def test_a_column_of_parquet_can_be_named(here, losscurve):
@@ -179,7 +181,7 @@ def test_a_column_of_parquet_can_be_named(here, losscurve):
     code, _, err = losscurve("prepare a.parquet --tokenizer byte")
     assert code == 2
     assert err.endswith(
-        'no column "text" (its columns: id, name, body); name the one with the text, perhaps: --text_field body\n'
+        'no column "text" (its columns: id, name, body); name the field with the text, perhaps: --text_field body\n'
     )
     assert losscurve("prepare a.parquet --tokenizer byte --text_field body")[0] == 0
     assert json.loads(Path("data/meta.json").read_text())["source"]["characters"] == 23

@@ -1,4 +1,4 @@
-"""Text to token files: the split, what meta.json says, any piece size, interruptions, and what is refused."""
+"""Preparing token files: the split, meta.json, any piece size, interruptions, and refused input."""
 
 import hashlib
 import json
@@ -16,8 +16,8 @@ from llm import storage
 from llm.commands.main import run_command
 from llm.config import from_settings
 from llm.errors import Failure, UserError
-from llm.text import corpus
-from llm.tokens import cut, reuse, shards
+from llm.text import corpus, text_file
+from llm.tokens import choose_tokenizer, cut, meta_json, reuse, shards
 from llm.tokens import prepare as preparing
 from llm.tokens.prepare import FILES, prepare
 from llm.tokens.reuse import ensure
@@ -138,10 +138,10 @@ def test_piece_size_and_workers_change_no_id(first: str, second: str, chunk: int
         for name, part in (("a.txt", text), ("b.txt", second)):
             Path(folder, name).write_bytes(part.encode())
         text, second = text.removeprefix("\ufeff"), second.removeprefix("\ufeff")
-        patch.setattr(corpus, "CHUNK", chunk)
+        patch.setattr(text_file, "CHUNK", chunk)
         patch.setattr(cut.pieces, "__defaults__", (piece,))
         patch.setattr(os, "cpu_count", lambda: cores)
-        patch.setattr(preparing, "train_bpe", lambda *_: SMALL)
+        patch.setattr(choose_tokenizer, "train_bpe", lambda *_: SMALL)
         meta = prepare((folder,), Path(folder, "d"), "bpe")
         place = int(len(text + second) * 0.9)
         end = [SMALL.end_of_text] if second and place >= len(text) else []
@@ -162,13 +162,14 @@ def test_large_vocabularies_are_uint32(tmp_path: Path) -> None:
 
 
 def test_bpe_of_a_large_text_sees_an_even_sample(book: str, monkeypatch) -> None:
-    monkeypatch.setattr(corpus, "CHUNK", 10)
-    monkeypatch.setattr(preparing, "SAMPLE", 500)
-    said, taught = [], []
-    monkeypatch.setattr(preparing, "train_bpe", lambda text, size: taught.extend(text) or SMALL)
-    prepare((book,), Path("d"), "bpe", say=said.append)
+    monkeypatch.setattr(text_file, "CHUNK", 10)
+    monkeypatch.setattr(choose_tokenizer, "SAMPLE", 500)
+    notices = []
+    taught = []
+    monkeypatch.setattr(choose_tokenizer, "train_bpe", lambda text, size: taught.extend(text) or SMALL)
+    prepare((book,), Path("d"), "bpe", say=notices.append)
     assert 450 <= sum(map(len, taught)) <= 510
-    assert ["evenly spread" in line for line in said] == [False, True]  # the other says that it has CRLF
+    assert ["evenly spread" in line for line in notices] == [False, True]  # the other notice is about CRLF
     assert len({part[:3] for part in taught}) > 5
 
 
@@ -176,7 +177,7 @@ def test_bpe_of_a_large_text_sees_an_even_sample(book: str, monkeypatch) -> None
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_interrupted_anywhere_it_is_old_or_new(book: str, monkeypatch, error: type[BaseException]) -> None:
+def test_an_interruption_anywhere_leaves_old_or_new_files(book: str, monkeypatch, error: type[BaseException]) -> None:
     prepare((book,), Path("new"), "byte")
     new = state("new")
     outcomes = set()
@@ -208,20 +209,20 @@ def test_interrupted_anywhere_it_is_old_or_new(book: str, monkeypatch, error: ty
         assert not storage.unfinished(folder)
         if real:
             break
-    assert real > 5  # every rename was failed once
+    assert real > 5  # every rename failed once
     assert outcomes == {"old", "new"}
 
 
 def _same(found: dict[str, str], wanted: dict[str, str]) -> bool:
-    """Equal but for meta.json, which holds the times."""
+    """Whether two folders are equal but for meta.json, which holds modification times."""
     return all(found.get(name) == wanted[name] for name in ("train.bin", "val.bin", "tokenizer.json")) and len(
         found
     ) == len(wanted)
 
 
-def test_an_interrupted_first_preparation_is_done_again(book: str, monkeypatch) -> None:
+def test_an_interrupted_first_preparation_is_repeated(book: str, monkeypatch) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "_write_shard", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(shards.ShardWriter, "write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare((book,), Path("d"), "byte")
     assert set(state("d")) <= {".lock"}
@@ -236,13 +237,13 @@ def test_a_text_that_changes_while_it_is_read(book: str, monkeypatch) -> None:
         Path(book).write_bytes(TEXT.encode()[:30])
         return iter([TEXT])
 
-    monkeypatch.setattr(preparing, "_sample", changing)
+    monkeypatch.setattr(choose_tokenizer, "_sample", changing)
     with pytest.raises(Failure, match="changed while it was read"):
         prepare((book,), Path("d"), "bpe", 300)
     assert set(state("d")) == {".lock"}
 
 
-# what is refused
+# refused input
 
 
 def test_bad_input_is_refused_before_anything_is_written(book: str, monkeypatch) -> None:
@@ -292,7 +293,7 @@ def test_token_files_are_not_overwritten_unasked(book: str) -> None:
         prepare((book,), Path("d"), "byte", overwrite=True)
 
 
-def test_ensure_uses_a_preparation_again(book: str) -> None:
+def test_ensure_reuses_a_preparation(book: str) -> None:
     def get(**more) -> Path:
         return ensure(from_settings({"text": book, "tokenizer": "char"} | more), offline=True)
 
@@ -329,13 +330,13 @@ def test_ensure_without_a_text(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match=r"data_dir = there: no train\.bin"):
         ensure(from_settings({"data_dir": "there"}))
     assert not Path("there").exists()
-    said: list[str] = []
-    assert ensure(from_settings({}), offline=True, say=said.append) == Path("data")
-    assert len(said) == 1
-    assert "Python carries" in said[0]
+    notices: list[str] = []
+    assert ensure(from_settings({}), offline=True, say=notices.append) == Path("data")
+    assert len(notices) == 1
+    assert "come with Python" in notices[0]
     assert load_tokenizer(Path("data/tokenizer.json")).kind == "bpe"
-    assert ensure(from_settings({}), offline=True, say=said.append) == Path("data")
-    assert len(said) == 1
+    assert ensure(from_settings({}), offline=True, say=notices.append) == Path("data")
+    assert len(notices) == 1
     with pytest.raises(UserError, match="holds bpe tokens, not char"):
         ensure(from_settings({"tokenizer": "char"}), offline=True)
     with pytest.raises(Failure, match="tiny Shakespeare"):
@@ -346,9 +347,9 @@ def test_ensure_without_a_text(tmp_path: Path, monkeypatch) -> None:
 def test_auto_falls_back_and_gpt2_is_strict(book: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("LOSSCURVE_CACHE", str(tmp_path / "none"))
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
-    said: list[str] = []
-    assert prepare((book,), Path("d"), offline=True, say=said.append)["tokenizer"]["kind"] == "bpe"
-    assert ["GPT-2's vocabulary" in line for line in said] == [True, False]  # the other says that it has CRLF
+    notices: list[str] = []
+    assert prepare((book,), Path("d"), offline=True, say=notices.append)["tokenizer"]["kind"] == "bpe"
+    assert ["GPT-2's vocabulary" in line for line in notices] == [True, False]  # the other notice is about CRLF
     with pytest.raises(Failure, match="GPT-2's vocabulary"):
         prepare((book,), Path("e"), "gpt2", offline=True)
     assert not Path("e").exists()
@@ -389,13 +390,13 @@ def test_the_command(book: str, capsys, monkeypatch) -> None:
 
 
 def pasted(message: object) -> int:
-    """The exit code of the `losscurve prepare` command that a message names."""
+    """Run the `losscurve prepare` command of a message and return its exit code."""
     words = shlex.split(str(message).partition("losscurve prepare ")[2])
     assert words
     return run_command("prepare", words)
 
 
-def test_two_texts_of_one_name_are_told_apart(book: str) -> None:
+def test_two_texts_with_the_same_name_are_distinguished(book: str) -> None:
     for folder in ("a", "b"):
         Path(folder).mkdir()
         Path(folder, "t.txt").write_text(TEXT + folder)
@@ -448,8 +449,8 @@ def test_the_command_that_prepares_a_folder_works(book: str, monkeypatch) -> Non
     assert load_tokenizer(Path("new place/tokenizer.json")).kind == "byte"
 
 
-def test_a_size_that_a_run_came_to_is_the_size_of_its_tokens(book: str) -> None:
-    """As in the config.toml of a run, which names what was chosen."""
+def test_the_recorded_vocab_size_of_a_run_matches_its_tokens(book: str) -> None:
+    """The config.toml of a run records the size that was chosen."""
     config = from_settings({"text": book, "tokenizer": "bpe", "data_dir": "d"})
     size = prepare((book,), Path("d"), "bpe")["vocab_size"]
     assert ensure(from_settings({"vocab_size": size}, config)) == Path("d")
@@ -457,11 +458,11 @@ def test_a_size_that_a_run_came_to_is_the_size_of_its_tokens(book: str) -> None:
         ensure(from_settings({"vocab_size": size - 1}, config))
 
 
-# what is written is read: no JSON without a bound
+# written JSON is bounded, because it is read again
 
 
 def test_of_many_files_meta_names_the_first_and_sums_up_all(book: str, monkeypatch) -> None:
-    monkeypatch.setattr(preparing, "LISTED", 2)
+    monkeypatch.setattr(meta_json, "LISTED", 2)
     Path("t").mkdir()
     for name in "abcde":
         Path(f"t/{name}.txt").write_text(TEXT + name)
@@ -473,7 +474,7 @@ def test_of_many_files_meta_names_the_first_and_sums_up_all(book: str, monkeypat
     reading = []
     monkeypatch.setattr(reuse, "look", lambda *args: reading.append(1) or corpus.look(*args))
     assert ensure(config) == folder
-    assert not reading  # by the stamps of all
+    assert not reading  # the stamps of all files are equal
     os.utime("t/e.txt", (1, 1))
     assert ensure(config) == folder
     assert reading
@@ -503,8 +504,8 @@ def test_a_meta_of_an_older_version_with_all_files_is_read(book: str) -> None:
         ensure(config)
 
 
-def test_what_would_be_too_much_to_write_down_is_refused_before(book: str, monkeypatch) -> None:
-    with pytest.raises(UserError, match=r"text: the names of its 2500 files take 9 MiB; put them into a folder"):
+def test_unbounded_metadata_is_refused_before_writing(book: str, monkeypatch) -> None:
+    with pytest.raises(UserError, match=r"text: the names of its 2500 files take 9 MiB; put the files into a folder"):
         prepare(("x" * 4000,) * 2500, Path("d"), "byte")
     with pytest.raises(UserError, match="vocab_size = 1000001: a bpe has at most 1000000"):
         prepare((book,), Path("d"), "bpe", 1_000_001)
@@ -519,16 +520,16 @@ def test_what_would_be_too_much_to_write_down_is_refused_before(book: str, monke
 
 @needs_gpt2
 def test_a_text_too_small_for_gpt2s_ids_gets_a_hint(book: str) -> None:
-    said: list[str] = []
-    prepare((book,), Path("d"), say=said.append, offline=True)  # few ids, each often
+    notices: list[str] = []
+    prepare((book,), Path("d"), say=notices.append, offline=True)  # few ids, each often
     Path("small.txt").write_text(" ".join(f"word{number} of many" for number in range(900)))
-    prepare(("small.txt",), Path("e"), say=said.append, offline=True)
+    prepare(("small.txt",), Path("e"), say=notices.append, offline=True)
     used = storage.read_json(Path("e/meta.json"))["vocab_used"]
-    hints = [line for line in said if "CRLF" not in line]
+    hints = [line for line in notices if "CRLF" not in line]
     assert hints == [
-        f"small: its text uses {used} of 50,257 ids, each fewer than 10 times on average; a small vocabulary fits it "
-        "better: --tokenizer bpe --vocab_size 512, or --tokenizer char"
+        f"small: its text uses {used} of 50,257 ids, each fewer than 10 times on average; a small vocabulary suits "
+        "it better: --tokenizer bpe --vocab_size 512, or --tokenizer char"
     ]
-    prepare(("small.txt",), Path("f"), "gpt2", say=said.append, offline=True)  # asked for
-    prepare(("small.txt",), Path("g"), "bpe", 512, say=said.append)
-    assert [line for line in said if "CRLF" not in line] == hints
+    prepare(("small.txt",), Path("f"), "gpt2", say=notices.append, offline=True)  # GPT-2 was asked for: no hint
+    prepare(("small.txt",), Path("g"), "bpe", 512, say=notices.append)
+    assert [line for line in notices if "CRLF" not in line] == hints

@@ -1,4 +1,4 @@
-"""Several runs started together on one new text: one prepares it, the others wait for the tokens."""
+"""Several runs start together on one new text: one prepares it, the others wait for the tokens."""
 
 import dataclasses
 import json
@@ -21,14 +21,16 @@ from llm.tokens.reuse import ensure
 
 @pytest.fixture
 def config(here, monkeypatch):
-    monkeypatch.setattr(storage, "check_writable", lambda *_, **__: None)  # its probe is named by process, not thread
+    # it names its probe file by the process, and the runs here are threads
+    monkeypatch.setattr(storage, "check_writable", lambda *_, **__: None)
     return from_settings({"text": "text.txt", "tokenizer": "byte"})
 
 
 @pytest.fixture
 def held(config):
-    """The token folder's lock, as another process holds it, for 0.3 seconds."""
-    taken, folder = threading.Event(), Path("data/text-byte")
+    """Hold the lock of the token folder for 0.3 seconds, as another process would."""
+    taken = threading.Event()
+    folder = Path("data/text-byte")
 
     def hold():
         with storage.locked(folder, "this token folder"):
@@ -45,42 +47,45 @@ def held(config):
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
 def test_one_prepares_and_the_others_wait_for_it(config, monkeypatch, tokenizer):
     config = from_settings({"tokenizer": tokenizer, "vocab_size": 300}, config)
-    said, made, write, together = [], [], prepare.write_splits, threading.Barrier(3)
+    notices = []
+    made = []
+    write_splits = prepare.write_splits
+    together = threading.Barrier(3)
 
     def slowly(*args):
         time.sleep(0.3)
         made.append(1)
-        return write(*args)
+        return write_splits(*args)
 
     def start(number):
         together.wait()
-        return ensure(config, say=lambda line: said.append((number, line)))
+        return ensure(config, say=lambda line: notices.append((number, line)))
 
     monkeypatch.setattr(prepare, "write_splits", slowly)
     with ThreadPoolExecutor(3) as pool:
         folders = list(pool.map(start, range(3)))
     assert len(set(folders)) == len(made) == 1
-    told = [
+    waiting = [
         number
-        for number, line in said
+        for number, line in notices
         if line == f"{folders[0]}: waiting for another process that uses it for this text"
     ]
-    assert len(told) == len(set(told)) == 2  # once each
+    assert len(waiting) == len(set(waiting)) == 2  # once each
 
 
-def test_where_the_one_that_prepares_ends_the_next_one_does_it(held, config):
+def test_if_the_preparing_process_ends_the_next_one_prepares(held, config):
     assert not (held / "train.bin").exists()
     assert ensure(config) == held
     assert (held / "train.bin").exists()
 
 
-def test_one_that_makes_no_progress_is_not_waited_for(held, config, monkeypatch):
+def test_a_process_without_progress_is_not_waited_for(held, config, monkeypatch):
     monkeypatch.setattr(reuse, "WAIT", 0.05)
     with pytest.raises(UserError, match="in use by another process, which has made no progress for"):
         ensure(config)
 
 
-def test_tokens_that_another_made_of_another_text_are_refused(here, config):
+def test_tokens_that_another_process_made_from_another_text_are_refused(here, config):
     Path("more").mkdir()
     Path("more/text.txt").write_text(words(800, seed=1))
     with ThreadPoolExecutor(2) as pool:
@@ -90,9 +95,11 @@ def test_tokens_that_another_made_of_another_text_are_refused(here, config):
     assert "was made from another text" in errors[0]
 
 
-def test_a_text_that_another_downloads_is_waited_for_where_it_is_kept(config, monkeypatch):
-    """Without asking the network again and again meanwhile."""
-    taken, calls, said = threading.Event(), [], []
+def test_the_download_of_another_process_is_waited_for_in_the_cache(config, monkeypatch):
+    """The network is not asked again while waiting."""
+    taken = threading.Event()
+    calls = []
+    notices = []
     Path("first.jsonl").write_text(json.dumps({"text": words(900)}))
 
     def hold():
@@ -109,17 +116,17 @@ def test_a_text_that_another_downloads_is_waited_for_where_it_is_kept(config, mo
     thread = threading.Thread(target=hold)
     thread.start()
     taken.wait()
-    assert ensure(from_settings({"text": "tinystories"}, config), say=said.append) == Path("data/tinystories-byte")
+    assert ensure(from_settings({"text": "tinystories"}, config), say=notices.append) == Path("data/tinystories-byte")
     thread.join()
     assert len(calls) == 2
-    assert said == ["cache: waiting for another process that uses it for this text"]
+    assert notices == ["cache: waiting for another process that uses it for this text"]
 
 
-def test_on_all_processes_a_folder_in_use_is_a_mistake_of_usage():
-    told = []
+def test_a_folder_in_use_is_a_user_error_on_all_processes():
+    exchanged = []
     world = dataclasses.replace(ALONE, size=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(world), "_exchange", lambda self, outcome: told.append(outcome))
+        patch.setattr(type(world), "_exchange", lambda self, outcome: exchanged.append(outcome))
         with pytest.raises(storage.InUse), world.together():
             raise storage.InUse(Path("data"), "data: in use")
-    assert told == [{"error": "UserError", "words": "data: in use"}]
+    assert exchanged == [{"error": "UserError", "words": "data: in use"}]

@@ -1,4 +1,4 @@
-"""What is not UTF-8 text is said by what it is, before anything is written, with a command that makes text of it."""
+"""A file that is not UTF-8 text is named by its format before anything is written, with a command that converts it."""
 
 import bz2
 import gzip
@@ -30,7 +30,7 @@ POLISH = "Zażółć gęślą jaźń, wieś źdźbło.\nLitwo! Ojczyzno moja, ty
 
 
 def refused(losscurve, name: str) -> str:
-    """What `prepare` says of a text that it refuses, having written nothing."""
+    """Return the error of `prepare` for a text that it refuses, and check that nothing is written."""
     code, out, err = losscurve(f"prepare {name} --tokenizer byte --data_dir made")
     assert code == 2, err
     assert err.startswith(f"error: {name}: ")
@@ -40,8 +40,8 @@ def refused(losscurve, name: str) -> str:
     return err.strip()
 
 
-def mended(err: str, filter: str) -> str:
-    """Paste the command that a message ends with, whose filter is that; return the text that the new file has."""
+def converted(err: str, filter: str) -> str:
+    """Run the command at the end of a message, which uses `filter`, and return the text of the file that it writes."""
     if not shutil.which(filter.split()[0]):
         pytest.skip(f"{filter.split()[0]} is not installed")
     command = err.rpartition(": ")[2]
@@ -67,14 +67,14 @@ def mended(err: str, filter: str) -> str:
         (GERMAN, "latin1", "LATIN1"),
     ],
 )
-def test_an_encoding_is_known_and_converted(here, name, text, encoding, named):
+def test_a_certain_encoding_is_named_and_converted(here, name, text, encoding, named):
     if name == "a.jsonl":
         text = "".join(f'{{"text": "{line}"}}\n' for line in text.splitlines())
     content = text.encode(encoding)
     Path(name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     with pytest.raises(UserError) as caught, opened((name,)) as source:
         list(source.files[0].read())
-    found = mended(str(caught.value), f"iconv -f {named} -t UTF-8")
+    found = converted(str(caught.value), f"iconv -f {named} -t UTF-8")
     assert found == (text if name != "a.jsonl" else "".join(line[10:-2] for line in text.splitlines()))
 
 
@@ -91,13 +91,13 @@ def test_an_encoding_is_known_and_converted(here, name, text, encoding, named):
         (GERMAN, "cp850", "CP850"),
     ],
 )
-def test_an_encoding_that_cannot_be_known_is_not_guessed_but_shown(here, losscurve, text, encoding, named):
+def test_an_uncertain_encoding_is_not_guessed_but_excerpted(here, losscurve, text, encoding, named):
     Path("a.txt").write_bytes(text.encode(encoding))
     err = refused(losscurve, "a.txt")
     place = next(place for place, byte in enumerate(text.encode(encoding)) if byte >= 0x80)
     assert f"not UTF-8 at byte {place} (line 1): byte 0x{text.encode(encoding)[place]:02X}" in err
     assert f"{text[:8]}" in err.partition(f"' as {named}")[0].rpartition(" '")[2]
-    assert mended(err.replace("-f ENCODING", f"-f {named}"), f"iconv -f {named}") == text
+    assert converted(err.replace("-f ENCODING", f"-f {named}"), f"iconv -f {named}") == text
 
 
 PACKED = {"gzip -dc": gzip.compress, "xz -dc": lzma.compress, "bzip2 -dc": bz2.compress}
@@ -112,7 +112,7 @@ def test_a_compressed_text_is_unpacked(here, command, name):
     if "'" in name:
         assert "'it'\"'\"'s.txt.xz'" in str(caught.value)
     else:
-        assert mended(str(caught.value), command) == ENGLISH
+        assert converted(str(caught.value), command) == ENGLISH
 
 
 def zipped(*names: str) -> bytes:
@@ -128,16 +128,16 @@ FORMATS = {
     zipped("[Content_Types].xml", "word/document.xml"): "pandoc -f docx -t plain < a.x > a.utf8.txt",
     zipped("mimetype", "content.opf"): "pandoc -f epub -t plain < a.x > a.utf8.txt",
     zipped("a.txt"): "unzip a.x -d a-unpacked",
-    zipped("archive/data.pkl"): "weights of a model (PyTorch)",
+    zipped("archive/data.pkl"): "model weights (PyTorch)",
     b"{\\rtf1\\ansi": "pandoc -f rtf -t plain < a.x",
     b"\x89PNG\r\n\x1a\n\0": "a picture (PNG)",
     b"\xff\xd8\xff\xe0": "a picture (JPEG)",
     b"\x7fELF\2\1": "a program (ELF)",
     b"SQLite format 3\0": "an SQLite database",
     b"PAR1\x15\0": "mv a.x a.x.parquet",
-    b"GGUF\3\0": "weights of a model (GGUF)",
-    b'\x50\0\0\0\0\0\0\0{"a": {}}': "weights of a model (safetensors)",
-    pickle.dumps({"a": 1}): "a pickle of Python",
+    b"GGUF\3\0": "model weights (GGUF)",
+    b'\x50\0\0\0\0\0\0\0{"a": {}}': "model weights (safetensors)",
+    pickle.dumps({"a": 1}): "a Python pickle",
     b"x" * 257 + b"ustar\x0000": "mkdir a-unpacked && tar -xf a.x -C a-unpacked",
     b"a\0b" * 100: "binary data, not text (100 of its first 300 bytes are NUL)",
     bytes(range(1, 256)) * 9: "binary data, not text",
@@ -166,29 +166,29 @@ def test_token_files_are_named(here, losscurve):
 
 
 @pytest.mark.parametrize("slip", [ENGLISH.encode("cp1252"), b"caf\xe9 here\n" + ENGLISH.encode()])
-def test_where_another_encoding_begins_is_said(here, losscurve, slip):
-    """Also beyond the first look, and without a word of latin1, which would turn what is UTF-8 into rubbish."""
+def test_the_place_where_another_encoding_begins_is_named(here, losscurve, slip):
+    """Also beyond HEAD. LATIN1 is not suggested: it would garble the part that is UTF-8."""
     before = ENGLISH.encode() * 400
     Path("a.txt").write_bytes(before + slip)
     err = refused(losscurve, "a.txt")
     place = slip.index(b"\xe9")
     line = before.count(b"\n") + 1
     assert f"not UTF-8 at byte {len(before) + place} (line {line}): UTF-8 before and another encoding from there" in err
-    assert mended(err, "iconv -c").startswith(ENGLISH * 400 + slip[:place].decode())
+    assert converted(err, "iconv -c").startswith(ENGLISH * 400 + slip[:place].decode())
 
 
-def test_a_text_that_was_cut_off_is_told_from_another_encoding(here, losscurve):
+def test_a_truncated_text_is_distinguished_from_another_encoding(here, losscurve):
     Path("a.txt").write_bytes(RUSSIAN.encode()[:-2])
     assert losscurve("prepare a.txt --tokenizer byte --data_dir made")[0] == 0  # "\n" and a whole character are gone
     shutil.rmtree("made")
     Path("a.txt").write_bytes(RUSSIAN.encode()[:-3])
     err = refused(losscurve, "a.txt")
     assert "cut off in the middle of a character" in err
-    assert mended(err, "head -c") == RUSSIAN[:-3]
+    assert converted(err, "head -c") == RUSSIAN[:-3]
 
 
 @pytest.mark.parametrize("command", ["prepare - --data_dir made", "train --text - --data_dir made"])
-def test_standard_input_goes_through_the_same_door(here, monkeypatch, losscurve, command):
+def test_standard_input_is_checked_the_same_way(here, monkeypatch, losscurve, command):
     monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(ENGLISH.encode("utf-16-le"))))
     code, _, err = losscurve(f"{command} --tokenizer byte")
     assert code == 2
@@ -196,7 +196,7 @@ def test_standard_input_goes_through_the_same_door(here, monkeypatch, losscurve,
     assert not Path("made").exists()
 
 
-def test_plan_asks_the_same(here, losscurve):
+def test_plan_checks_the_same_way(here, losscurve):
     Path("a.txt").write_bytes(ENGLISH.encode("utf-16-le"))
     code, _, err = losscurve("plan --text a.txt")
     assert code == 2
@@ -215,9 +215,9 @@ def test_compressed_texts_and_rows_are_read(here, losscurve):
         assert packed == [plain, plain]
         assert "\ufeff" not in "".join(plain)
         sizes = {text_of(from_settings({"text": name + s, "tokenizer": "byte"})).tokens for s in ("", ".gz", ".zst")}
-        assert max(sizes) - min(sizes) <= 3, "the mark, and no more"
+        assert max(sizes) - min(sizes) <= 3, "the byte-order mark, and no more"
     for suffix, compress in ((".gz", gzip.compress), (".zst", zstd.compress)):
-        for name in ("cut.txt", "cut.jsonl"):  # the end is missing
+        for name in ("cut.txt", "cut.jsonl"):  # truncated
             Path(name + suffix).write_bytes(compress(rows.encode())[:-6])
             assert "damaged or was cut off" in refused(losscurve, name + suffix)
         Path("plain.txt" + suffix).write_bytes(ENGLISH.encode())
@@ -234,14 +234,16 @@ def test_a_large_compressed_text_is_estimated_for_a_plan(here, monkeypatch):
     assert found == pytest.approx(len(text), rel=0.1)
 
 
-def test_without_zstandard_it_is_said_what_to_install(here, monkeypatch, losscurve):
+def test_a_missing_zstandard_package_is_named(here, monkeypatch, losscurve):
     Path("a.txt.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     monkeypatch.setitem(sys.modules, "backports", None)
     err = refused(losscurve, "a.txt.zst")
-    assert err == "error: a.txt.zst: Zstandard needs a package; install it with: pip install backports.zstd"
+    assert err == (
+        "error: a.txt.zst: Zstandard needs the backports.zstd package; install it with: pip install backports.zstd"
+    )
 
 
-def test_a_mark_is_dropped_from_prompts_and_presets(here, losscurve):
+def test_a_byte_order_mark_is_dropped_from_prompts_and_presets(here, losscurve):
     assert losscurve(f"train --text text.txt {flags(max_steps=3, eval_every=3)}")[0] == 0
     text = Path("text.txt").read_text(encoding="utf-8")[:9]
     Path("p.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -251,6 +253,6 @@ def test_a_mark_is_dropped_from_prompts_and_presets(here, losscurve):
     code, _, err = losscurve("sample --prompt_file p.txt --max_new_tokens 3")
     assert code == 2
     assert err.startswith("error: prompt_file p.txt: text in UTF-16")
-    assert mended(err.strip(), "iconv -f UTF-16 -t UTF-8") == text
+    assert converted(err.strip(), "iconv -f UTF-16 -t UTF-8") == text
     Path("a.toml").write_bytes(b"\xef\xbb\xbfmax_steps = 7\n")
     assert read_toml("a.toml") == {"max_steps": 7}

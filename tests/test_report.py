@@ -319,7 +319,7 @@ def test_parts_that_are_missing_say_so(run, losscurve, monkeypatch):
     assert "no env.json that can be read" in shown.text
     assert "no sample was written" in shown.text
     (run / "tokenizer.json").write_text("{}")
-    assert "tokenizer.json: not a tokenizer of ours" in read(run).text
+    assert "tokenizer.json: not a tokenizer that losscurve wrote" in read(run).text
     assert str(run) not in page(gather(run))
     config = (run / "config.toml").read_text()
     (run / "config.toml").write_text(re.sub(r'data_dir = ".*"', 'data_dir = "gone"', config))

@@ -1,4 +1,4 @@
-"""Rows of JSON Lines and Parquet: each a document, in bounded memory, and a bad one named by line and field."""
+"""Rows of JSON Lines and Parquet: each is a document, read in bounded memory; errors name the line and the field."""
 
 import builtins
 import gzip
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llm.commands.main import run_command
 from llm.errors import UserError
 from llm.text import rows
-from llm.text.corpus import look, opened, span
+from llm.text.corpus import documents_between, look, opened
 from llm.tokens.prepare import prepare
 
 TEXTS = ["one", "", "two\nlines", "dré 🙂", "x" * 3000]
@@ -53,14 +53,14 @@ def test_each_row_is_a_document(tmp_path):
         assert survey.bytes == len(joined.encode()) * 4 + 5
         whole = joined * 4 + "plain"
         for start, stop in ((0, survey.total), (2, 9), (len(joined) - 1, 2 * len(joined) + 4), (3, 3), (11, 12)):
-            found = [(end, "".join(text)) for end, text in span(source, survey, start, stop)]
+            found = [(end, "".join(text)) for end, text in documents_between(source, survey, start, stop)]
             assert "".join(text for _, text in found) == whole[start:stop]
             assert all(whole[:end].endswith(text) for end, text in found if end <= stop)
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_how_much_text_there_is_can_be_told_from_the_first_rows(tmp_path, monkeypatch, whole):
-    """Also where the rows are compressed, or hold more than the text."""
+def test_the_size_of_the_text_is_estimated_from_the_first_rows(tmp_path, monkeypatch, whole):
+    """Also if the rows are compressed, or hold more than the text."""
     texts = [f"é{n} " + random.Random(n).randbytes(50).hex() * 2 for n in range(20_000)]
     there = sum(len(text.encode()) for text in texts)
     monkeypatch.setattr(rows, "SAMPLE", there + 1 if whole else there // 2)
@@ -68,7 +68,7 @@ def test_how_much_text_there_is_can_be_told_from_the_first_rows(tmp_path, monkey
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines(texts, url="x" * 100)))
     parquet(tmp_path / "c.parquet", {"text": texts})
     for name in ("a.jsonl", "b.jsonl.gz", "c.parquet"):
-        found = rows.text_bytes(tmp_path / name, name)
+        found = rows.estimate_text_bytes(tmp_path / name, name)
         assert found == (there if whole else pytest.approx(there, rel=0.1)), name
         assert (found == there) == whole, "all of it was read"
 
@@ -98,17 +98,17 @@ def test_rows_that_are_cut_elsewhere_are_another_text(tmp_path):
 
 BAD = {
     b"{": "not JSON",
-    b"null": "a null, not an object",
+    b"null": "null, not an object",
     b'["text"]': "a list, not an object",
     b'"text"': "a text, not an object",
     b"3": "a number, not an object",
     b"{}": 'no field "text" (its fields: none)',
     b'{"content": "a", "id": 3}': 'no field "text" (its fields: content, id)',
     b'{"text": 3}': 'field "text" is a number',
-    b'{"text": null}': 'field "text" is a null',
+    b'{"text": null}': 'field "text" is null, not a text',
     b'{"text": ["a"]}': 'field "text" is a list',
-    b'{"text": {"text": "a"}}': 'field "text" is a object',
-    b'{"text": true}': 'field "text" is a truth value',
+    b'{"text": {"text": "a"}}': 'field "text" is an object',
+    b'{"text": true}': 'field "text" is a boolean',
     b'{"text": "a\xff"}': "not UTF-8 at its byte 11",
     b'{"text": "a\\ud800b"}': 'field "text" holds a lone surrogate (U+D800)',
     b'{"text": "a"} {"text": "b"}': "not JSON",
@@ -131,7 +131,7 @@ def test_a_bad_line_is_named(tmp_path, bad, monkeypatch):
     assert not Path("d").exists()
 
 
-def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
+def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "LONGEST", 100)
     (tmp_path / "long.jsonl").write_bytes(lines(["a", "b" * 200]))
     whole = gzip.compress(lines(TEXTS[:3]) * 50)
@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     messages = {
         "long.jsonl": "line 2: longer than 100 bytes",
         "cut.jsonl.gz": "cannot be read",
-        "other.jsonl.gz": "its name ends in .gz, but it is not compressed so",
+        "other.jsonl.gz": "its name ends in .gz, but its content is not in that format",
         "torn.jsonl.gz": "",
         "none.jsonl": "cannot be read",
         "no.parquet": "cannot be read as Parquet",
@@ -163,7 +163,7 @@ def test_a_bad_parquet_is_named(tmp_path):
     for columns, message in (
         ({"content": ["a"], "id": [1]}, 'no column "text" (its columns: content, id)'),
         ({"text": [1, 2]}, 'row 1: column "text" is a number, not a text'),
-        ({"text": ["a", "b", None]}, 'row 3: column "text" is a null, not a text'),
+        ({"text": ["a", "b", None]}, 'row 3: column "text" is null, not a text'),
         ({"text": [["a"]]}, 'row 1: column "text" is a list, not a text'),
     ):
         path = parquet(tmp_path / "a.parquet", columns)
@@ -177,7 +177,7 @@ def test_a_bad_parquet_is_named(tmp_path):
         read(path)
 
 
-def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch, capsys):
+def test_a_missing_pyarrow_package_is_named(tmp_path, monkeypatch, capsys):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"")
     real = builtins.__import__
@@ -191,5 +191,7 @@ def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     assert run_command("prepare", ["a.parquet", "--tokenizer", "byte"]) == 2
     err = capsys.readouterr().err
-    assert err == "error: a.parquet: Parquet needs pyarrow; install it with: pip install 'losscurve[data]'\n"
+    assert err == (
+        "error: a.parquet: Parquet needs the pyarrow package; install it with: pip install 'losscurve[data]'\n"
+    )
     assert not Path("data").exists()

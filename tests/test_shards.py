@@ -1,5 +1,6 @@
-"""Tokens in several files: the stream against NumPy's on the same tokens, preparing against the same text in one file
-and against tiktoken by itself, and every command on such a folder."""
+"""Tokens in several files: the stream against a NumPy array of the same tokens, preparing against the same text in one
+file and against tiktoken alone, and every command on such a folder.
+"""
 
 import gzip
 import json
@@ -18,8 +19,9 @@ from llm.data import batch_at, open_data
 from llm.errors import Failure, UserError
 from llm.plan.text_size import text_of
 from llm.text import corpus
-from llm.tokens import cut, journal, prepare, shards
-from llm.tokens.token_files import Shards, has_tokens, read_meta
+from llm.tokens import choose_tokenizer, cut, journal, prepare, shards
+from llm.tokens.sharded_stream import Shards
+from llm.tokens.token_files import has_tokens, read_meta
 
 DOCUMENTS = ["one two", "", "three, four: 5", "🙂 über", "six\nseven\n", "", "eight"]
 
@@ -64,7 +66,7 @@ def test_a_batch_does_not_depend_on_the_files(pieces):
 
 @pytest.fixture
 def texts(tmp_path, monkeypatch):
-    """A folder `t` with several texts, one of them in rows; flushing takes no time."""
+    """Make a folder `t` with several texts, one of them in rows; flushing takes no time."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     Path("t").mkdir()
@@ -146,7 +148,7 @@ def test_a_text_that_fills_one_shard_is_one_file(texts):
 
 @needs_gpt2
 def test_rows_are_the_documents_of_tiktoken(tmp_path, monkeypatch):
-    """The ids of each document by tiktoken alone, with its end-of-text between."""
+    """The ids are those of each document by tiktoken alone, with its end-of-text between documents."""
     import tiktoken
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path(CACHE, "tiktoken")))
@@ -155,7 +157,7 @@ def test_rows_are_the_documents_of_tiktoken(tmp_path, monkeypatch):
     rows = "".join(json.dumps({"text": text}) + "\n" for text in documents)
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write(rows)
-    monkeypatch.setattr(shards, "LARGE", 100)  # by processes
+    monkeypatch.setattr(shards, "LARGE", 100)  # use worker processes
     monkeypatch.setattr(cut, "PIECE", 1000)
     prepare.prepare((str(tmp_path / "rows.jsonl.gz"),), tmp_path / "d", "gpt2", offline=True, shard_tokens=500)
     left, expected = int(sum(map(len, documents)) * 0.9), {"train": [], "val": []}
@@ -169,7 +171,7 @@ def test_rows_are_the_documents_of_tiktoken(tmp_path, monkeypatch):
         assert np.frombuffer(content(tmp_path / "d", split), "<u2").tolist() == expected[split]
 
 
-# what opens such a folder
+# opening such a folder
 
 
 @pytest.fixture
@@ -178,7 +180,7 @@ def sharded(texts):
     return Path("d")
 
 
-def test_a_shard_that_is_not_what_it_was_is_named(sharded):
+def test_a_changed_shard_is_named(sharded):
     path = sharded / "train-00001.bin"
     before, info = path.read_bytes(), path.stat()
     path.write_bytes(before[:-1])
@@ -195,11 +197,11 @@ def test_a_shard_that_is_not_what_it_was_is_named(sharded):
     with pytest.raises(UserError, match=r"train-00001\.bin: no such file"):
         open_data(sharded, 8)
     path.write_bytes(before)
-    assert len(open_data(sharded, 8).train) > 600  # of another time: read through, and the same
+    assert len(open_data(sharded, 8).train) > 600  # another time, so it is scanned; its content is the same
     assert list(json.loads((sharded / "scanned.json").read_text())) == ["train-00001.bin"]
     os.utime(path, ns=(info.st_mtime_ns, info.st_mtime_ns))
     (sharded / "meta.json").unlink()
-    with pytest.raises(UserError, match=r"no meta\.json says what its shards are"):
+    with pytest.raises(UserError, match=r"no meta\.json describes its shards"):
         open_data(sharded, 8)
 
 
@@ -239,7 +241,7 @@ def test_an_id_beyond_the_vocabulary_is_found_in_its_shard(sharded):
     assert found.max() < 256
 
 
-def test_shards_of_another_time_are_read_through_once(sharded, monkeypatch):
+def test_shards_with_another_time_are_scanned_once(sharded, monkeypatch):
     seen, real = [], storage.sha256
     monkeypatch.setattr(storage, "sha256", lambda path: (seen.append(path.name), real(path))[1])
     names = ["train-00000.bin", "train-00002.bin"]
@@ -251,7 +253,7 @@ def test_shards_of_another_time_are_read_through_once(sharded, monkeypatch):
 
 
 def sparse(folder: Path, tokens: int, each: int) -> None:
-    """A prepared folder of zeros that takes no room on the disk."""
+    """Make a prepared folder of zeros that takes no disk space."""
     folder.mkdir()
     splits = {}
     for split, count in (("train", tokens), ("val", 2 * each)):
@@ -269,16 +271,16 @@ def sparse(folder: Path, tokens: int, each: int) -> None:
 
 
 def test_ten_gibibytes_open_without_being_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "sha256", None)  # whoever reads a file through would call it
+    monkeypatch.setattr(storage, "sha256", None)  # a scan would call it
     sparse(tmp_path / "d", 5 * 2**30, 2**27)
     start = time.monotonic()
     data = open_data(tmp_path / "d", 1024)
     batch = batch_at(data.train, 1, 2, 64, 1024)
-    assert time.monotonic() - start < 2  # 15 ms; read through, it takes longer than that on any disk
+    assert time.monotonic() - start < 2  # it takes 15 ms; a scan takes more than 2 s on any disk
     assert (len(data.train), len(data.train.files), batch.x.shape) == (5 * 2**30, 40, (64, 1024))
 
 
-def test_a_folder_replaced_by_fewer_files_keeps_none_of_the_old(texts, monkeypatch):
+def test_replacing_a_folder_by_fewer_files_removes_the_old_ones(texts, monkeypatch):
     prepare.prepare((texts,), Path("d"), "byte", shard_tokens=300)
     prepare.prepare((texts,), Path("d"), "byte", overwrite=True)
     assert set(os.listdir("d")) == {"train.bin", "val.bin", "meta.json", "tokenizer.json", ".lock"}
@@ -288,18 +290,18 @@ def test_a_folder_replaced_by_fewer_files_keeps_none_of_the_old(texts, monkeypat
     assert not Path("d/train.bin").exists()
     with pytest.raises(UserError, match=r"already holds .* more; add --overwrite"):
         prepare.prepare((texts,), Path("d"), "byte")
-    # the process ended between the last move and the clearing: the next opening of the folder does it
+    # as if the process ended between the last move and the removal: opening the folder removes the old file
     Path("d/.prepared").mkdir()
     Path("d/train.bin").write_bytes(b"old")
     assert len(open_data(Path("d"), 8).train) > 300
     assert not Path("d/train.bin").exists()
 
 
-# going on
+# resuming
 
 
 def interrupted(folder, text, after, **more):
-    """A preparation that ends, as a kill would end it, when it has finished `after` shards."""
+    """Interrupt a preparation, as a kill would, after it has finished `after` shards."""
     real = journal.Journal.add
 
     def add(self, shard):
@@ -323,7 +325,7 @@ def whole(folder):
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
-def test_what_is_finished_is_not_made_again(texts, kind):
+def test_finished_shards_are_not_written_again(texts, kind):
     size = 100 if kind == "bpe" else 300
     settings = {"tokenizer": kind, "shard_tokens": size} | ({"vocab_size": 300} if kind == "bpe" else {})
     prepare.prepare((texts,), Path("d"), **settings)
@@ -337,22 +339,22 @@ def test_what_is_finished_is_not_made_again(texts, kind):
         assert not has_tokens(folder)
         stamps = {p.name: p.stat().st_mtime_ns for p in (folder / ".partial").glob("*.bin")}
         assert len(stamps) == after
-        said = []
+        notices = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prepare, "train_bpe", lambda *_: trained.append(1))
-            prepare.prepare((texts,), folder, say=said.append, **settings)
+            patch.setattr(choose_tokenizer, "train_bpe", lambda *_: trained.append(1))
+            prepare.prepare((texts,), folder, say=notices.append, **settings)
         assert whole(folder) == expected
         for name, stamp in stamps.items():
             path = folder / name if (folder / name).exists() else folder / f"{name[:3]}.bin"  # the only one
             assert path.stat().st_mtime_ns == stamp
-        assert len(said) == 2
-        assert said[0] == "t: reading 5 texts: 0.txt, 1.txt, 2.txt and 2 more"
-        assert f"going on with an interrupted preparation; {after} shards" in said[1]
+        assert len(notices) == 2
+        assert notices[0] == "t: reading 5 texts: 0.txt, 1.txt, 2.txt and 2 more"
+        assert f"resuming an interrupted preparation; {after} shards" in notices[1]
         assert set(os.listdir(folder)) == set(os.listdir("d"))
     assert not trained
 
 
-def test_another_text_or_other_settings_begin_anew(texts):
+def test_another_text_or_other_settings_start_over(texts):
 
     def write(**files):
         for name, text in files.items():
@@ -371,25 +373,25 @@ def test_another_text_or_other_settings_begin_anew(texts):
     for name, change in changes.items():
         interrupted(name, texts, 3)
         more = {"tokenizer": "byte", "shard_tokens": 300} | change()
-        said = []
-        prepare.prepare((texts,), Path(name), say=said.append, **more)
-        assert said[1:] == [f"{name}: an unfinished preparation of other text or settings is dropped"]
+        notices = []
+        prepare.prepare((texts,), Path(name), say=notices.append, **more)
+        assert notices[1:] == [f"{name}: discarding an unfinished preparation of another text or with other settings"]
         prepare.prepare((texts,), Path(f"{name}-again"), **more)
         for split in ("train", "val"):
             assert content(name, split) == content(f"{name}-again", split)
         assert set(os.listdir(name)) == set(os.listdir(f"{name}-again"))
 
 
-def test_a_shard_that_was_damaged_and_those_behind_it_are_made_again(texts):
+def test_a_damaged_shard_and_those_after_it_are_written_again(texts):
     prepare.prepare((texts,), Path("d"), "byte", shard_tokens=300)
     for number, harm in enumerate(
         (lambda path: path.unlink(), lambda path: path.write_bytes(b"\1\0" * 300), lambda path: path.write_bytes(b""))
     ):
         interrupted(f"d{number}", texts, 4)
         harm(Path(f"d{number}/.partial/train-00002.bin"))
-        said = []
-        prepare.prepare((texts,), Path(f"d{number}"), "byte", shard_tokens=300, say=said.append)
-        assert "; 2 shards (600 tokens)" in said[1]
+        notices = []
+        prepare.prepare((texts,), Path(f"d{number}"), "byte", shard_tokens=300, say=notices.append)
+        assert "; 2 shards (600 tokens)" in notices[1]
         assert whole(f"d{number}") == whole("d")
 
 
@@ -410,7 +412,7 @@ def test_a_shard_that_was_damaged_and_those_behind_it_are_made_again(texts):
         b'{"key": KEY, "tokenizer": "0", "shards": []}',
     ],
 )
-def test_a_hostile_journal_is_not_believed(texts, hostile):
+def test_a_hostile_journal_is_not_trusted(texts, hostile):
     prepare.prepare((texts,), Path("d"), "byte", shard_tokens=300)
     interrupted("e", texts, 2)
     facts = json.loads(Path("e/.partial.json").read_text())
@@ -423,14 +425,14 @@ def test_a_hostile_journal_is_not_believed(texts, hostile):
 
 @pytest.mark.parametrize("change", [lambda rows: rows[:200], lambda rows: rows.replace("three", "thrée")])
 def test_a_text_that_changes_while_shards_are_written(texts, monkeypatch, change):
-    real, path = corpus.span, Path("t/rows.jsonl")
+    real, path = corpus.documents_between, Path("t/rows.jsonl")
 
     def changing(source, survey, start, stop):
         if start:  # the validation split
             path.write_text(change(path.read_text(encoding="utf-8")).rpartition("\n")[0] + "\n", encoding="utf-8")
         return real(source, survey, start, stop)
 
-    monkeypatch.setattr(shards, "span", changing)
+    monkeypatch.setattr(shards, "documents_between", changing)
     with pytest.raises(Failure, match="changed while it was read"):
         prepare.prepare((texts,), Path("d"), "byte", shard_tokens=300)
     assert not has_tokens(Path("d"))
@@ -442,10 +444,10 @@ def test_an_unfinished_preparation_leaves_the_old_data_alone(texts):
     interrupted("d", texts, 3, overwrite=True)
     assert {name: Path("d", name).read_bytes() for name in before} == before
     assert isinstance(open_data(Path("d"), 8).train, np.memmap)
-    assert Path("d/.partial/train-00002.bin").exists()  # and opening does not remove what is finished
-    said = []
-    prepare.prepare((texts,), Path("d"), "byte", overwrite=True, shard_tokens=300, say=said.append)
-    assert "3 shards" in said[1]
+    assert Path("d/.partial/train-00002.bin").exists()  # opening does not remove finished shards
+    notices = []
+    prepare.prepare((texts,), Path("d"), "byte", overwrite=True, shard_tokens=300, say=notices.append)
+    assert "3 shards" in notices[1]
     assert not Path("d/train.bin").exists()
 
 
@@ -481,7 +483,7 @@ def test_training_on_shards_is_training_on_one_file(here, losscurve):
         == losscurve("show-batch --out_dir runs/one --step 3")[1]
     )
     code, out, err = losscurve("train --data_dir many --text text.txt --out_dir runs/again " + flags(max_steps=3))
-    assert code == 0, err  # the folder is used again
+    assert code == 0, err  # the folder is reused
     assert text_of(from_settings({"data_dir": "many"})) == text_of(from_settings({"data_dir": "one"}))
     code, out, err = losscurve("verify runs/one")
     assert code == 0, out

@@ -18,7 +18,7 @@ from llm.tokens.saved_tokenizer import load_tokenizer, save_tokenizer
 from llm.tokens.tokenizer import Bytes, Characters
 
 WORDS = "the king's crown, don't we'll 1234 Ünïcode 中文字。 naïve\n\n  x\t<|endoftext|> "
-# pieces that meet every rule of the pre-tokenizer, and where Python's idea of a space differs from Rust's
+# fragments for every rule of the pre-tokenizer, and spaces on which Python and Rust differ
 SHARDS = ["'s", "'ll", "'", "don", " ", "  ", "\n", "\r\n", "\t", "a", "Z9", "12", "½", "٣", "!", "...", "$", "_", "-"]
 SHARDS += ["\x00", "\x1c", "\x1f", "\x85", "\xa0", "\u1680", "\u180e", "\u200b", "\u2028", "\u3000", "\ufeff"]
 SHARDS += [
@@ -116,7 +116,7 @@ def test_round_trip(text: str) -> None:
 
 
 def test_bpe_is_that_of_the_tokenizers_package() -> None:
-    """Same merges given to `tokenizers` as pairs, in its own file format: same ids."""
+    """The same merges, given to `tokenizers` as pairs in its own file format, give the same ids."""
     import tokenizers
     from tokenizers import models, pre_tokenizers
 
@@ -127,7 +127,7 @@ def test_bpe_is_that_of_the_tokenizers_package() -> None:
     names = ours.to_json()["tokens"]
     known = set(names[:256])
     merges = []
-    for name in names[256:]:  # the pair that made a token: its own BPE by the ids below it
+    for name in names[256:]:  # the pair that merged into a token: the BPE of the token by smaller ids
         parts = list(name)
         rank = {n: i for i, n in enumerate(names)}
         while len(parts) > 2:
@@ -143,7 +143,7 @@ def test_bpe_is_that_of_the_tokenizers_package() -> None:
 
 
 def test_long_runs_are_merged_exactly(small: BPE) -> None:
-    """A window at a time gives the ids of one merge over the whole."""
+    """Merging window by window gives the ids of one merge over the whole."""
     rng = random.Random(2)
     tokens = [bytes([i]) for i in range(256)] + [b"ab", b"ba", b"aa", b"aaaa", b"abab", b"bb", b"aab", b"cab"]
     loops = BPE(tokens)
@@ -160,7 +160,7 @@ def test_long_runs_are_merged_exactly(small: BPE) -> None:
 
 @pytest.mark.parametrize("inside", range(60, 180, 7))
 def test_windows_whose_end_changes_what_is_far_before(inside: int) -> None:
-    """A chain where each pair comes before the one to its left: its end decides how all of it is paired."""
+    """In this chain each pair merges before the one to its left, so the end of the chain decides all of its pairs."""
     chain = BPE([bytes([i]) for i in range(256)] + [bytes([i, i + 1]) for i in reversed(range(199))])
     run = b"\xff" * (2**16 - inside) + bytes(range(200)) + b"\xff"  # the first window ends inside the chain
     assert np.concatenate(list(chain._merge_long(run))).tolist() == chain._encoding._encode_single_piece(run)

@@ -33,7 +33,7 @@ def test_each_thread_has_a_worker_and_its_own_answer(saved):
     assert all(worker.process.returncode == 0 for worker in workers._all)
 
 
-def test_a_worker_that_dies_is_said(saved):
+def test_a_worker_that_dies_is_reported(saved):
     workers = Workers(saved[1])
     workers.encode("abc")
     workers._all[0].process.send_signal(signal.SIGKILL)
@@ -43,21 +43,21 @@ def test_a_worker_that_dies_is_said(saved):
     workers.close()
 
 
-def test_a_worker_whose_program_was_killed_ends_without_a_word(saved):
-    """The system closes a dead program's end of the connection, here before the answer was read."""
+def test_a_worker_whose_parent_was_killed_ends_silently(saved):
+    """The system closes the dead parent's end of the connection, here before the answer was read."""
     worker = Worker(saved[1])
     worker.answer()
     worker._pipe.send_bytes(words(200_000).encode())
     worker._pipe.close()
     assert worker.process.wait() == 0
-    worker._said.seek(0)
-    assert worker._said.read() == b""
+    worker._output.seek(0)
+    assert worker._output.read() == b""
     worker.close()
 
 
 @pytest.fixture
 def custom(tmp_path, monkeypatch):
-    """`custom(code)`: every Python that is started runs that code first, found on the caller's PYTHONPATH."""
+    """`custom(code)` makes every new Python run the code first, from the caller's PYTHONPATH."""
 
     def write(code: str) -> None:
         (tmp_path / "custom").mkdir()
@@ -68,16 +68,16 @@ def custom(tmp_path, monkeypatch):
     return write
 
 
-def test_what_is_printed_in_a_worker_is_no_answer(saved, custom, tmp_path):
+def test_output_of_a_worker_is_not_an_answer(saved, custom, tmp_path):
     custom(f"print('hello' * 1000); open({str(tmp_path / 'ran')!r}, 'w').close()")
     workers = Workers(saved[1])
     assert np.array_equal(workers.encode("abc abd"), saved[0].encode("abc abd"))
     workers.close()
-    assert (tmp_path / "ran").exists()  # so the caller's PYTHONPATH was kept
+    assert (tmp_path / "ran").exists()  # the caller's PYTHONPATH was kept
 
 
 @pytest.mark.parametrize("name", ["queue.py", "random.py", "typing.py", "numpy.py", "tokenizers.py", "llm.py"])
-def test_a_worker_takes_no_module_from_the_working_folder(saved, here, name):
+def test_a_worker_imports_no_module_from_the_working_folder(saved, here, name):
     (here / name).write_text("raise RuntimeError('not the module you meant')")
     workers = Workers(saved[1])
     assert np.array_equal(workers.encode("abc abd"), saved[0].encode("abc abd"))
@@ -88,16 +88,16 @@ def test_a_worker_that_hangs_is_noticed(saved, custom, monkeypatch):
     custom("import sys, time; print('waiting for a licence', file=sys.stderr, flush=True); time.sleep(60)")
     monkeypatch.setattr(workers, "PATIENCE", 1)
     pool = Workers(saved[1])
-    with pytest.raises(Failure, match="gave no answer for 1 s; its last words: waiting for a licence; "):
+    with pytest.raises(Failure, match="gave no answer for 1 s; its last output: waiting for a licence; "):
         pool.encode("abc")
     pool.close()
     assert pool._all[0].process.returncode == -signal.SIGKILL
 
 
-def test_a_worker_that_cannot_start_says_why(saved, custom):
+def test_a_worker_that_cannot_start_names_the_cause(saved, custom):
     custom("import os; os.write(2, b'a trace\\nKeyError: 7\\n\\n'); os._exit(3)")
     workers = Workers(saved[1])
-    with pytest.raises(Failure, match=r"ended \(exit code 3\); its last words: KeyError: 7; prepare the text again"):
+    with pytest.raises(Failure, match=r"ended \(exit code 3\); its last output: KeyError: 7; prepare the text again"):
         workers.encode("abc")
     workers.close()
 

@@ -1,1 +1,1 @@
-"""Where text comes from: files, folders, rows, named texts; and what it is."""
+"""The sources of text: files, folders, rows and named texts; and the formats of their files."""

@@ -1,4 +1,4 @@
-"""Files that gzip or Zstandard compressed, read as the bytes that are in them."""
+"""Files compressed by gzip or Zstandard, read as the bytes that they contain."""
 
 import gzip
 import sys
@@ -9,51 +9,64 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from llm.errors import UserError
-from llm.text.recognise import quoted
+from llm.text.conversion import quote_name
 
 SUFFIXES = (".gz", ".zst")
 
 
-MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
+SIGNATURES = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 
 
 @contextmanager
-def opened(path: Path, label: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Yield (the bytes of a file, decompressed where its name ends in .gz or .zst; the file on the disk).
+def open_decompressed(path: Path, label: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Yield (the file decompressed if its name ends in .gz or .zst, the raw file on disk).
 
-    Raises UserError, also for what goes wrong in reading them: a file that is cut short among others.
+    `label` is the name of the file in messages.
+
+    Raises:
+        UserError: the file cannot be opened, or an error occurs while the block reads it: among others, the
+            compressed data is truncated.
     """
-    broken: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
+    read_errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     try:
         with open(path, "rb") as raw:
             suffix = path.suffix.lower()
             if suffix not in SUFFIXES:
                 yield raw, raw
                 return
-            head = raw.read(4)
-            raw.seek(0)
-            if head and not head.startswith(MAGIC[suffix]):
-                raise UserError(
-                    f"{label}: its name ends in {suffix}, but it is not compressed so; rename it: "
-                    f"mv -n {quoted(str(path))} {quoted(str(path.with_suffix('')))}"
-                )
+            _check_signature(raw, path, label)
             if suffix == ".gz":
                 with gzip.open(raw) as unpacked:
                     yield cast(IO[bytes], unpacked), raw
                 return
-            zstd = _zstd(label)
-            broken += (zstd.ZstdError,)
+            zstd = _import_zstd(label)
+            read_errors = (*read_errors, zstd.ZstdError)
             with zstd.open(raw) as file:
                 yield file, raw
-    except broken as error:
-        cause = getattr(error, "strerror", None) or error
-        damaged = "; it is damaged or was cut off, so get it again" if not getattr(error, "strerror", None) else ""
-        raise UserError(f"{label}: cannot be read ({cause}){damaged}") from None
+    except read_errors as error:
+        cause = getattr(error, "strerror", None)
+        if cause:
+            raise UserError(f"{label}: cannot be read ({cause})") from None
+        raise UserError(
+            f"{label}: cannot be read ({error}); it is damaged or was cut off, so download or copy it again"
+        ) from None
 
 
-def _zstd(label: str) -> Any:
-    """The standard library's module of Python 3.14, or its backport. The package zstandard ends a file that is cut
-    short without an error.
+def _check_signature(raw: IO[bytes], path: Path, label: str) -> None:
+    head = raw.read(4)
+    raw.seek(0)
+    suffix = path.suffix.lower()
+    if head and not head.startswith(SIGNATURES[suffix]):
+        raise UserError(
+            f"{label}: its name ends in {suffix}, but its content is not in that format; rename it: "
+            f"mv -n {quote_name(str(path))} {quote_name(str(path.with_suffix('')))}"
+        )
+
+
+def _import_zstd(label: str) -> Any:
+    """Import the standard library's module of Python 3.14, or its backport.
+
+    The package zstandard is not used: it reads a truncated file without an error.
     """
     try:
         if sys.version_info >= (3, 14):
@@ -61,5 +74,7 @@ def _zstd(label: str) -> Any:
         else:
             from backports import zstd
     except ImportError:
-        raise UserError(f"{label}: Zstandard needs a package; install it with: pip install backports.zstd") from None
+        raise UserError(
+            f"{label}: Zstandard needs the backports.zstd package; install it with: pip install backports.zstd"
+        ) from None
     return zstd

@@ -1,4 +1,4 @@
-"""The texts below a folder: what is read, and what is left out because it is not a person's text."""
+"""The texts below a folder: which files are read, and which are skipped because they are not the user's text."""
 
 import os
 from collections.abc import Iterator
@@ -7,47 +7,50 @@ from pathlib import Path
 
 from llm.errors import UserError
 from llm.text import compressed, rows
-from llm.text.recognise import converted
+from llm.text.conversion import converted_name
 
-PLAIN = tuple(ending + packed for packed in ("", *compressed.SUFFIXES) for ending in (".txt", ".md"))
-
-
-SUFFIXES = (*PLAIN, *rows.SUFFIXES)
+TEXT_SUFFIXES = tuple(suffix + packed for packed in ("", *compressed.SUFFIXES) for suffix in (".txt", ".md"))
 
 
-ENVIRONMENT = {"pyvenv.cfg", "conda-meta"}  # a folder with one of these is an environment of Python
+SUFFIXES = (*TEXT_SUFFIXES, *rows.SUFFIXES)
 
 
-INSTALLED = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
+ENVIRONMENT_FILES = {"pyvenv.cfg", "conda-meta"}  # a folder with one of these is a Python environment
 
 
-METADATA = (".egg-info", ".dist-info")  # endings of the folders that describe an installed package
+INSTALLED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
 
 
-TOKENS = {"train.bin", "train-00000.bin"}
+METADATA_SUFFIXES = (".egg-info", ".dist-info")  # of folders that describe an installed package
 
 
-RUN = {"config.toml", "metrics.jsonl"}
+TOKEN_FILES = {"train.bin", "train-00000.bin"}
 
 
-OF_A_RUN = {"metrics.jsonl", "samples.txt", "samples.jsonl"}
+RUN_FILES = {"config.toml", "metrics.jsonl"}  # a folder with all of these is a run
+
+
+RUN_TEXTS = {"metrics.jsonl", "samples.txt", "samples.jsonl"}
 
 
 REPORT = b"<!-- losscurve report -->\n"  # the first line of a report in Markdown
 
 
-SHOWN = 3  # names in a list
+LISTED = 3  # names in a list
 
 
-DEAD = "a dead link"
+DEAD_LINK = "a dead link"
 
 
-Key = tuple[int, int]
+NOT_A_TEXT = "not a text"
+
+
+FolderId = tuple[int, int]  # device, inode
 
 
 @dataclass
 class Found:
-    """The texts below `folder`, sorted by path, and in words what was left out."""
+    """The texts below `folder`, sorted by path, and descriptions of what is not read."""
 
     folder: Path
     texts: list[Path] = field(default_factory=list)
@@ -56,121 +59,146 @@ class Found:
     dead_links: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
-        """A line: how many texts are read, the first names, and what is not read."""
+        """Return one line: how many texts are read, the first names, and what is not read."""
         names = [str(text.relative_to(self.folder)) for text in self.texts]
-        return f"{self.folder}: reading {_counted(names, 'text')}{self.rest()}"
+        noun = "text" if len(names) == 1 else "texts"
+        return f"{self.folder}: reading {len(names):,} {noun}: {_list_first(names)}{self.describe_rest()}"
 
-    def rest(self) -> str:
-        """What is not read, in words."""
+    def describe_rest(self) -> str:
+        """Return what is not read, "" if nothing."""
         lists = {"left out": self.left_out, "cannot be read": self.unreadable, "dead links": self.dead_links}
-        return "".join(f"; {title}: {_listed(names)}" for title, names in lists.items() if names)
+        return "".join(f"; {title}: {_list_first(names)}" for title, names in lists.items() if names)
 
 
 def search(folder: Path) -> Found:
-    """Find the texts below a folder. Hidden files and folders are left out without a word.
+    """Find the texts below a folder. Hidden files and folders are left out and not listed.
 
-    A linked folder is followed, each folder read once: what links make loops of ends. Raises UserError if there is
-    nothing to read.
+    Linked folders are followed. Each folder is read once, so a loop of links ends.
+
+    Raises:
+        UserError: there is nothing to read.
     """
     found = Found(folder)
-    for where, names in _folders(found):
-        is_run, has_tokens = names >= RUN, bool(names & TOKENS) and where != folder
+    for place, names in _walk(found):
         for name in sorted(names):
-            path = where / name
-            try:
-                reason = _passed_over(path, names, is_run, has_tokens)
-            except OSError as error:
-                found.unreadable.append(f"{_shown(path, folder)} ({error.strerror})")
-                continue
-            if reason is None:
-                found.texts.append(path)
-            elif reason == DEAD:
-                found.dead_links.append(_shown(path, folder))
-            elif reason:
-                found.left_out.append(f"{_shown(path, folder)} ({reason})")
+            _sort_file(found, place / name, names)
     found.texts.sort()
     if not found.texts:
-        plain, packed = [s for s in SUFFIXES if not s.endswith(compressed.SUFFIXES)], " or ".join(compressed.SUFFIXES)
+        suffixes = ", ".join(suffix for suffix in SUFFIXES if not suffix.endswith(compressed.SUFFIXES))
         raise UserError(
-            f"{folder}: no file that ends in {', '.join(plain)} in it (text and lines also with {packed})"
-            f"{found.rest()}; name the files themselves"
+            f"{folder}: no file that ends in {suffixes} in it "
+            f"(text and lines also with {' or '.join(compressed.SUFFIXES)})"
+            f"{found.describe_rest()}; name the files themselves"
         )
     return found
 
 
-def _folders(found: Found) -> Iterator[tuple[Path, set[str]]]:
-    """Yield each folder with the names of its files, hidden ones left out: real folders before linked ones."""
-    waiting = [found.folder]
-    seen: set[Key] = set()  # by device and inode
-    above = {_key(parent) for parent in found.folder.resolve().parents}
+def _sort_file(found: Found, path: Path, names: set[str]) -> None:
+    """Add a file, among the `names` of its folder, to the list of `found` where it belongs."""
+    label = _relative_name(path, found.folder)
+    try:
+        reason = _reason_to_skip(path, names, is_named_folder=path.parent == found.folder)
+    except OSError as error:
+        found.unreadable.append(f"{label} ({error.strerror})")
+        return
+    if reason is None:
+        found.texts.append(path)
+    elif reason == DEAD_LINK:
+        found.dead_links.append(label)
+    elif reason != NOT_A_TEXT:
+        found.left_out.append(f"{label} ({reason})")
 
-    def refused(error: OSError) -> None:
-        found.unreadable.append(f"{_shown(Path(error.filename), found.folder)} ({error.strerror})")
 
-    while waiting:
-        for place, folders, names in os.walk(waiting.pop(0), onerror=refused):
-            where = Path(place)
-            key = _key(where)
-            reason = "" if where == found.folder else _no_texts(where, {*folders, *names})
-            if key in above:
+def _walk(found: Found) -> Iterator[tuple[Path, set[str]]]:
+    """Yield each folder with the names of its files, without hidden ones: real folders before linked ones."""
+    root = found.folder
+    pending = [root]
+    seen: set[FolderId] = set()
+    ids_above = {_folder_id(parent) for parent in root.resolve().parents}
+
+    def add_unreadable(error: OSError) -> None:
+        found.unreadable.append(f"{_relative_name(Path(error.filename), root)} ({error.strerror})")
+
+    while pending:
+        for place, folders, names in os.walk(pending.pop(0), onerror=add_unreadable):
+            folder = Path(place)
+            folder_id = _folder_id(folder)
+            reason = ""
+            if folder_id in ids_above:
                 reason = "a link to a folder above"
-            if key in seen or reason:
-                folders.clear()
-                if reason:
-                    found.left_out.append(f"{_shown(where, found.folder)}/ ({reason})")
+            elif folder != root:
+                reason = _reason_to_skip_folder(folder, {*folders, *names})
+            if reason:
+                found.left_out.append(f"{_relative_name(folder, root)}/ ({reason})")
+            if reason or folder_id in seen:
+                folders.clear()  # os.walk does not enter them
                 continue
-            seen.add(key)
+            seen.add(folder_id)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            waiting += [where / name for name in folders if (where / name).is_symlink()]
-            yield where, {name for name in names if not name.startswith(".")}
+            pending += [folder / name for name in folders if (folder / name).is_symlink()]
+            yield folder, {name for name in names if not name.startswith(".")}
 
 
-def _no_texts(where: Path, names: set[str]) -> str:
-    """Why nothing in a folder is a person's text; "" if it may be."""
-    if names & ENVIRONMENT:
+def _reason_to_skip_folder(folder: Path, names: set[str]) -> str:
+    """Return why nothing in a folder is the user's text, "" if something may be."""
+    if names & ENVIRONMENT_FILES:
         return "an environment"
-    if where.name in INSTALLED or where.name.endswith(METADATA):
+    if folder.name in INSTALLED_FOLDERS or folder.name.endswith(METADATA_SUFFIXES):
         return "installed packages"
-    return "a run" if names >= RUN else ""
+    if names >= RUN_FILES:
+        return "a run"
+    return ""
 
 
-def _passed_over(path: Path, names: set[str], is_run: bool, has_tokens: bool) -> str | None:
-    """Why a file among `names` is not read: None if it is, "" for what does not look like a text. Raises OSError."""
+def _reason_to_skip(path: Path, names: set[str], is_named_folder: bool) -> str | None:
+    """Return why a file, among the `names` of its folder, is not read; None if it is read. Raises OSError.
+
+    Beside token files, texts are read only in the folder that the user named.
+    """
     name = path.name
     if path.is_symlink() and not path.exists():
-        return DEAD
+        return DEAD_LINK
     if not name.lower().endswith(SUFFIXES):
-        return ""
-    if has_tokens:
+        return NOT_A_TEXT
+    if names & TOKEN_FILES and not is_named_folder:
         return "beside token files"
-    if is_run and name in OF_A_RUN:
+    if names >= RUN_FILES and name in RUN_TEXTS:
         return "of a run"
-    packed = name.lower().endswith(compressed.SUFFIXES)
-    for other in (converted(name), name.rpartition(".")[0] if packed else name):
-        if other != name and other in names:
-            return f"{other} is beside it"
+    other = _other_form(name, names)
+    if other:
+        return f"{other} is beside it"
     if not path.is_file():
-        return "no file"
-    if name.lower().endswith(".md"):
-        with open(path, "rb") as file:
-            if file.read(len(REPORT)) == REPORT:
-                return "a report"
+        return "not a regular file"
+    if name.lower().endswith(".md") and _is_report(path):
+        return "a report"
     return None
 
 
-def _key(path: Path) -> Key:
+def _other_form(name: str, names: set[str]) -> str:
+    """Return the name of the same text converted or decompressed, "" if it is not among `names`."""
+    others = [converted_name(name)]
+    if name.lower().endswith(compressed.SUFFIXES):
+        others.append(name.rpartition(".")[0])
+    for other in others:
+        if other != name and other in names:
+            return other
+    return ""
+
+
+def _is_report(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(REPORT)) == REPORT
+
+
+def _folder_id(path: Path) -> FolderId:
     info = path.stat()
     return info.st_dev, info.st_ino
 
 
-def _shown(path: Path, folder: Path) -> str:
+def _relative_name(path: Path, folder: Path) -> str:
     return str(path.relative_to(folder)) if path != folder else str(path)
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
-def _counted(names: list[str], what: str) -> str:
-    return f"{len(names):,} {what}{'s' if len(names) != 1 else ''}: {_listed(names)}"
+def _list_first(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

@@ -1,11 +1,13 @@
-"""What stands in a text that a person may not expect there: counted and said, and left as it is."""
+"""Contents of a text that the user may not expect, such as CRLF line ends or HTML: counted, reported, never changed."""
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from llm.text.recognise import convert
+from llm.text.compressed import SUFFIXES
+from llm.text.conversion import conversion_command
 
-MARKED = {  # what is counted, how it is called, and the filter that takes it out of a file
+MARKS = {  # the characters counted, their description, and the filter that removes them ("" if none is needed)
     "\r\n": ("CRLF line end(s), as Windows writes them", "tr -d '\\r'"),
     "\ufeff": ("byte-order mark(s) inside the text", "perl -pe 's/\\xEF\\xBB\\xBF//g'"),
     "\0": ("NUL character(s)", "tr -d '\\000'"),
@@ -13,10 +15,10 @@ MARKED = {  # what is counted, how it is called, and the filter that takes it ou
 }
 
 
-OVERLAP = max(map(len, MARKED)) - 1
+OVERLAP = max(map(len, MARKS)) - 1  # characters of a piece that may begin a mark
 
 
-MARKUP = {  # an ending, and what a file of that ending holds besides its text
+MARKUP = {  # the suffix of a file, and what such a file holds besides its text
     ".json": "JSON",
     ".csv": "a table (CSV)",
     ".tsv": "a table (TSV)",
@@ -27,72 +29,111 @@ MARKUP = {  # an ending, and what a file of that ending holds besides its text
 
 
 REMEDIES = {
-    "JSON": "rows, an object a line in a file that ends in .jsonl, are read without their brackets",
-    "a table (CSV)": "as .jsonl or .parquet its texts are read alone, from the column that --text_field names",
-    "a table (TSV)": "as .jsonl or .parquet its texts are read alone, from the column that --text_field names",
-    "XML": "its tags are in the text",
+    "JSON": "to read only its texts, write one JSON object a line into a .jsonl file",
+    "a table (CSV)": "to read only its texts, save it as .jsonl or .parquet and name the column with --text_field",
+    "a table (TSV)": "to read only its texts, save it as .jsonl or .parquet and name the column with --text_field",
+    "XML": "its tags are part of the text",
 }
 
 
+@dataclass
+class Count:
+    """How often a file holds something."""
+
+    label: str
+    shell_name: str
+    count: int
+
+
 class Oddities:
-    """Counts over the files of a text, which `begin` one after the other."""
+    """Counts over the files of a text; call `begin` for each file, then `add` for each of its pieces."""
 
     def __init__(self) -> None:
-        self._found: dict[str, list[tuple[str, str, int]]] = {}  # by kind: (file, name for a shell, count)
+        self._counts: dict[str, list[Count]] = {}  # by the mark or the markup; one for each file
 
-    def begin(self, label: str, name: str, in_rows: bool) -> None:
-        """The next pieces belong to the file `label`, which a shell knows by `name`, "" if it does not."""
-        self._label, self._name, self._in_rows = label, "" if in_rows else name, in_rows
-        self._tail: str | None = None  # the end of the last piece, where a mark may have begun
+    def begin(self, label: str, shell_name: str, in_rows: bool) -> None:
+        """Begin the next file."""
+        self._label = label
+        self._shell_name = "" if in_rows else shell_name  # no filter changes rows
+        self._in_rows = in_rows
+        self._tail: str | None = None  # the end of the last piece, where a mark may begin; None before the first piece
 
     def add(self, piece: str) -> None:
-        if self._tail is None and not self._in_rows and (kind := _markup(self._label, piece)):
-            self._add(kind, 1)
-        tail = "" if self._in_rows else self._tail or ""
+        """Count what the next piece of the file holds."""
+        if self._tail is None and not self._in_rows:
+            markup = _detect_markup(self._label, piece)
+            if markup:
+                self._increase(markup, 1)
+        tail = self._tail or ""
+        if self._in_rows:
+            tail = ""  # no mark reaches from one row into the next
         joined = tail + piece
-        for mark in MARKED:
-            if mark[0] in joined and (count := joined.count(mark) - tail.count(mark)):
-                self._add(mark, count)
+        for mark in MARKS:
+            if mark[0] not in joined:  # faster than counting the mark
+                continue
+            count = joined.count(mark) - tail.count(mark)
+            if count:
+                self._increase(mark, count)
         self._tail = joined[-OVERLAP:]
 
-    def _add(self, kind: str, count: int) -> None:
-        files = self._found.setdefault(kind, [])
-        if files and files[-1][0] == self._label:
-            files[-1] = (self._label, self._name, files[-1][2] + count)
-        else:
-            files.append((self._label, self._name, count))
+    def _increase(self, kind: str, count: int) -> None:
+        counts = self._counts.setdefault(kind, [])
+        if not counts or counts[-1].label != self._label:
+            counts.append(Count(self._label, self._shell_name, 0))
+        counts[-1].count += count
 
     def notices(self) -> Iterator[str]:
-        """A line for each kind of thing that was found."""
-        for kind in (kind for kind in (*dict.fromkeys(MARKUP.values()), *MARKED) if kind in self._found):
-            files = self._found[kind]
-            label, name, _ = files[0]
-            where = label + (f" and {len(files) - 1} more file(s)" if len(files) > 1 else "")
-            if kind not in MARKED:
-                remedy = REMEDIES.get(kind) or f"for its text alone: {convert('pandoc -f html -t plain', name)}"
-                yield f"{where}: read as plain text, though it is {kind}; {remedy}"
-                continue
-            what, command = MARKED[kind]
-            total = sum(count for _, _, count in files)
-            if not command:
-                remedy = "ordinary text here, not the token; documents in files or rows of their own have it between"
-            else:
-                remedy = "kept as they are" + (f"; without them: {convert(command, name)}" if name else "")
-            yield f"{where}: {total:,} {what}: {remedy}"
+        """Yield a line for each kind of thing that was found."""
+        for markup in dict.fromkeys(MARKUP.values()):
+            if markup in self._counts:
+                yield _describe_markup(markup, self._counts[markup])
+        for mark in MARKS:
+            if mark in self._counts:
+                yield _describe_mark(mark, self._counts[mark])
 
 
-def _markup(label: str, begin: str) -> str:
-    """What a text is besides text, by the file's name or its first characters; "" for a plain one."""
-    plain = label.lower().removesuffix(".gz").removesuffix(".zst")
-    for ending, kind in MARKUP.items():
-        if plain.endswith(ending):
-            return kind
-    start = begin[:100].lstrip().lower()
+def _describe_markup(markup: str, counts: list[Count]) -> str:
+    command = conversion_command("pandoc -f html -t plain", counts[0].shell_name)
+    remedy = REMEDIES.get(markup) or f"to get its text alone: {command}"
+    return f"{_list_files(counts)}: read as plain text, though it is {markup}; {remedy}"
+
+
+def _describe_mark(mark: str, counts: list[Count]) -> str:
+    description, filter_command = MARKS[mark]
+    if not filter_command:
+        remedy = "ordinary text, not the token; to put the token between documents, give each its own file or row"
+    elif counts[0].shell_name:
+        remedy = f"kept as they are; to remove them: {conversion_command(filter_command, counts[0].shell_name)}"
+    else:
+        remedy = "kept as they are"
+    total = sum(each.count for each in counts)
+    return f"{_list_files(counts)}: {total:,} {description}: {remedy}"
+
+
+def _list_files(counts: list[Count]) -> str:
+    others = f" and {len(counts) - 1} more file(s)" if len(counts) > 1 else ""
+    return counts[0].label + others
+
+
+def _detect_markup(label: str, first_piece: str) -> str:
+    """Return the markup of a text, by the file's name or its first characters; "" for plain text."""
+    name = label.lower()
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    for suffix, markup in MARKUP.items():
+        if name.endswith(suffix):
+            return markup
+    start = first_piece[:100].lstrip().lower()
     if start.startswith(("<!doctype html", "<html")):
         return "HTML"
     if start.startswith("{"):
-        try:
-            return "JSON" if isinstance(json.loads(begin.lstrip().partition("\n")[0]), dict) else ""
-        except (ValueError, RecursionError):
-            return ""
+        first_line = first_piece.lstrip().partition("\n")[0]
+        return "JSON" if _is_json_object(first_line) else ""
     return ""
+
+
+def _is_json_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -1,1 +1,1 @@
-"""How text becomes tokens, and the files that hold them."""
+"""Tokenizers, and the files of token ids that a text is prepared into."""

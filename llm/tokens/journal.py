@@ -1,10 +1,9 @@
-"""What is finished of a long preparation, so that after a kill it goes on from there.
+"""The journal of a long preparation: which shards are finished, so that it resumes after a kill.
 
-While it is made, its files are in `.partial/` of the data folder, and `.partial.json` says which shards are whole and
-where in the text the next one begins. Nothing there is believed: a shard counts while it has its SHA-256.
+During a preparation its files are in `.partial/` of the data folder, and `.partial.json` lists the finished shards and
+where in the text the next one begins. Nothing there is trusted: a shard counts only if its SHA-256 matches.
 """
 
-import hashlib
 import itertools
 import json
 import shutil
@@ -14,93 +13,109 @@ from typing import Any
 
 from llm import storage
 from llm.errors import UserError
-from llm.tokens.saved_tokenizer import load_tokenizer
+from llm.tokens.saved_tokenizer import hash_content, load_tokenizer
 from llm.tokens.token_files import SPLITS, shard_name
 from llm.tokens.tokenizer import Tokenizer
 
 NAME = ".partial.json"
 
 
-Key = dict[str, Any]  # text and settings: what has to be the same
+Key = dict[str, Any]  # text and settings: a preparation resumes only one with the same key
 
 
-Shard = dict[str, Any]  # split, tokens, bytes (of text), max_id, sha256; next: character and token of the next one
+# split, tokens, bytes (of text), max_id, sha256, next (character and token where the next shard begins)
+Shard = dict[str, Any]
+
+
+SHARD_FIELDS = ("split", "tokens", "bytes", "max_id", "sha256", "next")
 
 
 @dataclass
 class Journal:
-    """The finished shards of both splits, in their order. Kept in `folder`; None for a text too small for that."""
+    """The finished shards of both splits, in their order."""
 
-    folder: Path | None
+    folder: Path | None  # where the journal is written; None for a text too small for a journal
     key: Key
     tokenizer: Tokenizer
     shards: list[Shard]
 
-    def of(self, split: str) -> list[Shard]:
+    def shards_of(self, split: str) -> list[Shard]:
+        """Return the finished shards of one split."""
         return [shard for shard in self.shards if shard["split"] == split]
 
     def add(self, shard: Shard) -> None:
+        """Record a finished shard, in memory and on disk."""
         self.shards.append(shard)
         self.write()
 
     def write(self) -> None:
+        """Write the journal, if it has a folder."""
         if self.folder:
-            facts = {"key": self.key, "tokenizer": _sum(self.tokenizer), "shards": self.shards}
+            facts = {"key": self.key, "tokenizer": hash_content(self.tokenizer.to_json()), "shards": self.shards}
             storage.write_json(self.folder / NAME, facts)
 
 
-def tokenizer_of(folder: Path, key: Key) -> Tokenizer | None:
-    """The tokenizer of an interrupted preparation by the same `key`: it may have taken minutes to train."""
+def read_tokenizer(folder: Path, key: Key) -> Tokenizer | None:
+    """Return the tokenizer of an interrupted preparation with the same `key`; training it may have taken minutes."""
     try:
-        found = storage.read_json(folder / NAME)
+        facts = storage.read_json(folder / NAME)
         tokenizer = load_tokenizer(folder / storage.KEPT / "tokenizer.json")
-        return tokenizer if found["key"] == _as_read(key) and found["tokenizer"] == _sum(tokenizer) else None
-    except (UserError, KeyError, TypeError):  # none, or none of ours
+        return tokenizer if _matches(facts, key, tokenizer) else None
+    except (UserError, KeyError, TypeError):  # there is no journal, or it is damaged
         return None
 
 
-def shards_of(folder: Path, key: Key, tokenizer: Tokenizer) -> list[Shard] | None:
-    """The shards that an interrupted preparation by the same `key` and `tokenizer` finished, up to the first that is
-    not what it was; None where there is no such preparation."""
+def read_finished_shards(folder: Path, key: Key, tokenizer: Tokenizer) -> list[Shard] | None:
+    """Return the shards that an interrupted preparation finished, up to the first that is missing or damaged.
+
+    None if there is no preparation with the same `key` and `tokenizer`.
+    """
     try:
-        found = storage.read_json(folder / NAME)
-        if found["key"] != _as_read(key) or found["tokenizer"] != _sum(tokenizer):
+        facts = storage.read_json(folder / NAME)
+        if not _matches(facts, key, tokenizer):
             return None
-        shards = [_checked(shard) for shard in found["shards"]]
+        shards = [_check_shard(shard) for shard in facts["shards"]]
     except (UserError, KeyError, TypeError):
         return None
-    counted = {split: itertools.count() for split in SPLITS}
-    named = [(folder / storage.KEPT / shard_name(s["split"], next(counted[s["split"]])), s["sha256"]) for s in shards]
-    whole = itertools.takewhile(lambda file: file[0].is_file() and storage.sha256(file[0]) == file[1], named)
-    return shards[: len(list(whole))]
+    intact = []
+    numbers = {split: itertools.count() for split in SPLITS}
+    for shard in shards:
+        split = shard["split"]
+        path = folder / storage.KEPT / shard_name(split, next(numbers[split]))
+        if not path.is_file() or storage.sha256(path) != shard["sha256"]:
+            break
+        intact.append(shard)
+    return intact
 
 
 def discard(folder: Path) -> bool:
-    """Remove what an interrupted preparation left; whether it had come as far as a journal."""
-    there = (folder / NAME).exists()
-    (folder / NAME).unlink(missing_ok=True)
+    """Remove the files of an interrupted preparation, and return whether it had a journal."""
+    journal = folder / NAME
+    had_journal = journal.exists()
+    journal.unlink(missing_ok=True)
     if (folder / storage.KEPT).exists():
         shutil.rmtree(folder / storage.KEPT)
-    return there
+    return had_journal
 
 
-def held(folder: Path) -> int:
-    """Bytes on the disk that an interrupted preparation of `folder` takes."""
+def count_bytes(folder: Path) -> int:
+    """Return the bytes on disk of an interrupted preparation of `folder`."""
     partial = folder / storage.KEPT
-    return sum(path.stat().st_size for path in partial.iterdir()) if partial.is_dir() else 0
+    if not partial.is_dir():
+        return 0
+    return sum(path.stat().st_size for path in partial.iterdir())
 
 
-def _checked(shard: Any) -> Shard:
-    """Raises KeyError or TypeError for what is no entry of a journal."""
+def _matches(facts: Any, key: Key, tokenizer: Tokenizer) -> bool:
+    key_as_read = json.loads(json.dumps(key))  # a tuple becomes a list
+    is_same_tokenizer = facts["tokenizer"] == hash_content(tokenizer.to_json())
+    return bool(facts["key"] == key_as_read and is_same_tokenizer)
+
+
+def _check_shard(shard: Any) -> Shard:
+    """Return the fields of a shard in a journal. Raises KeyError or TypeError if it has others."""
     numbers = [shard["tokens"], shard["bytes"], shard["max_id"], *shard["next"]]
-    if shard["split"] not in SPLITS or len(numbers) != 5 or not all(type(n) is int and n >= 0 for n in numbers):
+    are_counts = all(type(number) is int and number >= 0 for number in numbers)
+    if shard["split"] not in SPLITS or len(numbers) != 5 or not are_counts:
         raise TypeError(shard)
-    return {key: shard[key] for key in ("split", "tokens", "bytes", "max_id", "sha256", "next")}
-
-
-def _as_read(key: Key) -> Any:
-    return json.loads(json.dumps(key))
-
-
-def _sum(tokenizer: Tokenizer) -> str:
-    return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()
+    return {field: shard[field] for field in SHARD_FIELDS}

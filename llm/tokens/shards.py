@@ -1,7 +1,9 @@
-"""Text to the token files of a split: shards of bounded size, each complete or absent, on all cores.
+"""Write the token files of a split: shards of bounded size, each complete or absent, on all cores.
 
 Text is cut only where that changes no id, and every shard of a split but the last has the same number of tokens. So a
-preparation that goes on at some shard writes what an undisturbed one would have written.
+preparation that resumes at a shard writes what an uninterrupted one would have written.
+
+Shapes: `V` vocabulary.
 """
 
 import contextlib
@@ -11,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,18 +23,19 @@ import numpy.typing as npt
 
 from llm import storage
 from llm.errors import Failure
-from llm.text.corpus import Corpus, Survey, span
+from llm.text.corpus import Corpus, Survey, documents_between
 from llm.tokens import cut
 from llm.tokens.bpe import BPE
 from llm.tokens.journal import Journal, Shard
-from llm.tokens.token_files import shard_name, stretches
+from llm.tokens.scan import iterate_chunks
+from llm.tokens.token_files import SPLITS, shard_name
 from llm.tokens.tokenizer import Ids, Tokenizer
-from llm.tokens.workers import Workers, joined
+from llm.tokens.workers import Workers, encode_joined
 
 SHARD_TOKENS = 2**27  # 256 MiB of uint16
 
 
-LARGE = 16 * 2**20  # characters from which processes are worth their start
+LARGE = 16 * 2**20  # characters of a text that is worth the start of worker processes
 
 
 AT_ONCE = 2**20  # tokens counted and written together: indexing makes 64-bit copies
@@ -40,64 +44,144 @@ AT_ONCE = 2**20  # tokens counted and written together: indexing makes 64-bit co
 Progress = Callable[[int, int], None]  # characters done, characters in all
 
 
-Place = list[int]  # a character of the text, and a token of what starts there
+Place = list[int]  # a character of the text, and a token of the batch that begins there
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """Writes the shards of one split after another, and collects which ids are in use."""
+
+    limit: int  # tokens of a shard
+    token_bytes: npt.NDArray[np.int64]  # (V,) bytes of text of each token
+    used: npt.NDArray[np.bool_]  # (V,) whether an id is in use
+
+    def mark_used(self, path: Path, dtype: np.dtype[Any]) -> None:
+        """Collect the ids of a shard that an interrupted preparation wrote."""
+        for _, ids in iterate_chunks(np.memmap(path, dtype, "r"), AT_ONCE):
+            self.used[ids] = True
+
+    def write(self, path: Path, stream: Iterator[tuple[Ids, Place]]) -> Shard | None:
+        """Write the next `limit` tokens of `stream`, or the rest of it; return None if nothing is left."""
+        part = next(stream, None)
+        if part is None:
+            return None
+        digest = hashlib.sha256()
+        tokens = 0
+        text_bytes = 0
+        largest = 0
+        with storage.writing(path) as file:
+            while part is not None:
+                ids, place = part
+                content = ids.tobytes()
+                file.write(content)
+                digest.update(content)
+                self.used[ids] = True
+                text_bytes += int(self.token_bytes[ids].sum())
+                largest = max(largest, int(ids.max()))
+                tokens += len(ids)
+                part = next(stream, None) if tokens < self.limit else None
+        return {
+            "tokens": tokens,
+            "bytes": text_bytes,
+            "max_id": largest,
+            "sha256": digest.hexdigest(),
+            "next": place,
+        }
 
 
 def write_splits(
-    folder: Path, source: Corpus, survey: Survey, at: int, journal: Journal, limit: int, progress: Progress | None
+    folder: Path,
+    source: Corpus,
+    survey: Survey,
+    train_characters: int,
+    journal: Journal,
+    shard_tokens: int,
+    progress: Progress | None,
 ) -> tuple[dict[str, dict[str, Any]], int]:
-    """Write the training split (the text up to the character `at`) and the validation split into `folder`, where
-    `tokenizer.json` and the shards of `journal` are. What meta.json has to say of each, and how many ids are in use.
+    """Write the training split (the first `train_characters`) and the validation split (the rest) into `folder`.
 
-    Raises Failure where the text is not the one surveyed any more.
+    `folder` holds `tokenizer.json` and the shards of `journal` already. Return (the description of each split for
+    meta.json, the number of ids in use).
+
+    Raises:
+        Failure: the text has changed since it was surveyed.
     """
     tokenizer = journal.tokenizer
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    lengths, used = tokenizer.token_bytes(), np.zeros(tokenizer.vocab_size, dtype=bool)
-    tick = progress or (lambda done, total: None)
-    with contextlib.ExitStack() as stack:
-        encode: Callable[..., Ids] = partial(joined, tokenizer)
-        if isinstance(tokenizer, BPE) and survey.total > LARGE:
-            workers = Workers(folder / "tokenizer.json")
-            stack.callback(workers.close)
-            encode = workers.encode
+    used = np.zeros(tokenizer.vocab_size, dtype=bool)
+    writer = ShardWriter(shard_tokens, tokenizer.token_bytes(), used)
 
-        def encoded(texts: list[str]) -> tuple[Ids, int]:
-            return encode(*texts).astype(dtype, copy=False), sum(map(len, texts))
+    def tick(characters_done: int) -> None:
+        if progress:
+            progress(characters_done, survey.total)
 
-        for split, start, stop in (("train", 0, at), ("val", at, survey.total)):
-            done = journal.of(split)
-            for number in range(len(done)):
-                for _, ids in stretches(np.memmap(folder / shard_name(split, number), dtype, "r"), AT_ONCE):
-                    used[ids] = True
-            begin, skip = done[-1]["next"] if done else (start, 0)
-            found = _in_order(encoded, _batches(source, survey, begin, stop, tokenizer))
-            stream = _stream(found, begin, skip, limit, lambda place: tick(place, survey.total))
-            for number in itertools.count(len(done)):
-                shard = _write_shard(folder / shard_name(split, number), stream, limit, lengths, used)
+    with _encoder(folder, tokenizer, survey) as encode:
+
+        def encode_batch(texts: list[str]) -> tuple[Ids, int]:
+            ids = encode(*texts).astype(dtype, copy=False)
+            return ids, sum(map(len, texts))
+
+        for split, start, stop in (("train", 0, train_characters), ("val", train_characters, survey.total)):
+            finished = journal.shards_of(split)
+            for number in range(len(finished)):
+                writer.mark_used(folder / shard_name(split, number), dtype)
+            begin, skip = finished[-1]["next"] if finished else (start, 0)
+            batches = _text_batches(source, survey, begin, stop, tokenizer)
+            encoded = _map_in_order(encode_batch, batches)
+            stream = _cut_at_shards(encoded, begin, skip, shard_tokens, tick)
+            for number in itertools.count(len(finished)):
+                shard = writer.write(folder / shard_name(split, number), stream)
                 if shard is None:
                     break
                 journal.add({"split": split} | shard)
-    ends = {split: journal.of(split)[-1]["next"] if journal.of(split) else [0, 0] for split in ("train", "val")}
-    sizes = sum(shard["bytes"] for shard in journal.shards)
-    if ends != {"train": [at, 0], "val": [survey.total, 0]} or sizes != survey.bytes:
-        raise Failure(f"{source.name}: the text changed while it was read; prepare it again")
-    characters = {"train": at, "val": survey.total - at}
-    splits = {split: _entry(folder, split, journal.of(split), characters[split]) for split in characters}
+    _check_whole_text(source, survey, train_characters, journal)
+    characters = {"train": train_characters, "val": survey.total - train_characters}
+    splits = {}
+    for split in SPLITS:
+        splits[split] = _describe_split(folder, split, journal.shards_of(split), characters[split])
     return splits, int(used.sum())
 
 
-def _batches(source: Corpus, survey: Survey, start: int, stop: int, tokenizer: Tokenizer) -> Iterator[list[str]]:
-    """The text from `start` to `stop` in batches that can be tokenized each by itself: texts with an end-of-text
-    between each two. That of a document's end stands in the batch with its end: the last text may be empty, the
-    first is not. After the last document of all there is none.
+@contextlib.contextmanager
+def _encoder(folder: Path, tokenizer: Tokenizer, survey: Survey) -> Iterator[Callable[..., Ids]]:
+    """Yield the function that encodes texts: in worker processes for the BPE of a large text."""
+    if not isinstance(tokenizer, BPE) or survey.total <= LARGE:
+        yield partial(encode_joined, tokenizer)
+        return
+    workers = Workers(folder / "tokenizer.json")
+    try:
+        yield workers.encode
+    finally:
+        workers.close()
+
+
+def _check_whole_text(source: Corpus, survey: Survey, train_characters: int, journal: Journal) -> None:
+    """Raise Failure if the shards do not hold the text that was surveyed."""
+    ends = []
+    for split in SPLITS:
+        shards = journal.shards_of(split)
+        ends.append(shards[-1]["next"] if shards else [0, 0])
+    text_bytes = sum(shard["bytes"] for shard in journal.shards)
+    if ends != [[train_characters, 0], [survey.total, 0]] or text_bytes != survey.bytes:
+        raise Failure(f"{source.name}: the text changed while it was read; prepare it again")
+
+
+def _text_batches(source: Corpus, survey: Survey, start: int, stop: int, tokenizer: Tokenizer) -> Iterator[list[str]]:
+    """Yield the text from `start` to `stop` in batches of texts, each batch to be tokenized by itself.
+
+    End-of-text belongs between two texts of a batch. The one after a document is in the batch with the document's
+    end: the last text of a batch may be empty, the first is not. There is none after the last document of all.
     """
-    texts, size = [""], 0
-    for end, chunks in span(source, survey, start, stop):
-        for piece in cut.pieces(chunks) if isinstance(tokenizer, BPE) else chunks:  # bytes and characters: cut anywhere
+    texts = [""]
+    size = 0  # characters of the batch
+    for end, chunks in documents_between(source, survey, start, stop):
+        # text may be cut anywhere for tokenizers by byte and by character
+        pieces = cut.pieces(chunks) if isinstance(tokenizer, BPE) else chunks
+        for piece in pieces:
             if size >= cut.PIECE:
                 yield texts
-                texts, size = [""], 0
+                texts = [""]
+                size = 0
             texts[-1] += piece
             size += len(piece)
         if end <= stop and end < survey.total:
@@ -106,65 +190,50 @@ def _batches(source: Corpus, survey: Survey, start: int, stop: int, tokenizer: T
         yield texts
 
 
-def _stream(
-    found: Iterator[tuple[Ids, int]], begin: int, skip: int, limit: int, tick: Callable[[int], None]
+def _cut_at_shards(
+    encoded: Iterator[tuple[Ids, int]], begin: int, skip: int, limit: int, tick: Callable[[int], None]
 ) -> Iterator[tuple[Ids, Place]]:
-    """The ids of batches (each with its characters) in arrays of which none reaches over the end of a shard, each with
-    the place behind it. The first batch begins at the character `begin`, and `skip` of its tokens are left out: there
-    a shard begins."""
+    """Yield the ids of batches in arrays that do not reach over the end of a shard, each with the place after it.
+
+    A batch comes with its number of characters. The first begins at the character `begin` of the text. The first
+    `skip` of its tokens are left out: the shard before has them.
+    """
     tokens = 0
-    for ids, characters in found:
+    for ids, characters in encoded:
         at = min(skip, len(ids))
         skip -= at
         while at < len(ids):
-            stop = min(at + AT_ONCE, at + limit - tokens % limit, len(ids))
+            left_in_shard = limit - tokens % limit
+            stop = min(at + AT_ONCE, at + left_in_shard, len(ids))
             tokens += stop - at
-            yield ids[at:stop], [begin, stop] if stop < len(ids) else [begin + characters, 0]
+            is_end_of_batch = stop == len(ids)
+            yield ids[at:stop], [begin + characters, 0] if is_end_of_batch else [begin, stop]
             at = stop
         begin += characters
         tick(begin)
 
 
-def _write_shard(
-    path: Path,
-    stream: Iterator[tuple[Ids, Place]],
-    limit: int,
-    lengths: npt.NDArray[np.int64],
-    used: npt.NDArray[np.bool_],
-) -> Shard | None:
-    """The next `limit` tokens of `stream`, or what is left of it, in `path`, marking the `used` ids; None if nothing
-    is left."""
-    part = next(stream, None)
-    if part is None:
-        return None
-    digest, tokens, size, largest = hashlib.sha256(), 0, 0, 0
-    with storage.writing(path) as file:
-        while part is not None:
-            ids, place = part
-            content = ids.tobytes()
-            file.write(content)
-            digest.update(content)
-            used[ids] = True
-            size += int(lengths[ids].sum())
-            largest = max(largest, int(ids.max()))
-            tokens += len(ids)
-            part = next(stream, None) if tokens < limit else None
-    return {"tokens": tokens, "bytes": size, "max_id": largest, "sha256": digest.hexdigest(), "next": place}
-
-
-def _entry(folder: Path, split: str, shards: list[Shard], characters: int) -> dict[str, Any]:
-    """What meta.json says of a split; a single shard gets the name of a whole."""
+def _describe_split(folder: Path, split: str, shards: list[Shard], characters: int) -> dict[str, Any]:
+    """Return the description of a split for meta.json; a single shard is renamed to the name of a whole split."""
     files = []
     for number, shard in enumerate(shards):
         path = folder / shard_name(split, number)
         if len(shards) == 1:
-            os.replace(path, folder / f"{split}.bin")
-            path = folder / f"{split}.bin"
+            whole = folder / f"{split}.bin"
+            os.replace(path, whole)
+            path = whole
         info = path.stat()
-        stamp = {"size": info.st_size, "mtime_ns": info.st_mtime_ns}  # a rename keeps it
-        files.append({"file": path.name, "tokens": shard["tokens"], "max_id": shard["max_id"]} | stamp)
-        files[-1]["sha256"] = shard["sha256"]
-    whole = {
+        files.append(
+            {
+                "file": path.name,
+                "tokens": shard["tokens"],
+                "max_id": shard["max_id"],
+                "size": info.st_size,
+                "mtime_ns": info.st_mtime_ns,  # a rename keeps it
+                "sha256": shard["sha256"],
+            }
+        )
+    totals = {
         "tokens": sum(shard["tokens"] for shard in shards),
         "bytes": sum(shard["bytes"] for shard in shards),
         "characters": characters,
@@ -172,18 +241,22 @@ def _entry(folder: Path, split: str, shards: list[Shard], characters: int) -> di
         "size": sum(file["size"] for file in files),
     }
     if len(files) > 1:
-        return whole | {"shards": files}
-    return {"file": files[0]["file"]} | whole | {key: files[0][key] for key in ("mtime_ns", "sha256")}
+        return {**totals, "shards": files}
+    only = files[0]
+    return {"file": only["file"], **totals, "mtime_ns": only["mtime_ns"], "sha256": only["sha256"]}
 
 
-def _in_order(work: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
-    """`work` of each item in order, on all cores (a tokenizer lets go of the interpreter), few in flight."""
-    workers = os.cpu_count() or 1
-    waiting: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
+def _map_in_order(work: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
+    """Yield `work` of each item in order, computed on all cores, with few items in flight.
+
+    Threads suffice, because a tokenizer releases the interpreter lock.
+    """
+    cores = os.cpu_count() or 1
+    pending: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(cores) as pool:
         for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(work, item))
+            if len(pending) > 2 * cores:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

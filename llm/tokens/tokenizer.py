@@ -1,7 +1,9 @@
-"""Text to ids and back: what every tokenizer does, and those by byte and by character.
+"""Text to ids and back: the interface of every tokenizer, and the tokenizers by byte and by character.
 
-Every tokenizer is a list of tokens (bytes); an id is a place in the list. Ordinary text never produces the end-of-text
-token.
+A tokenizer is a list of tokens (bytes); an id is an index into the list. Ordinary text never encodes to the
+end-of-text token.
+
+Shapes: `V` vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,8 +20,11 @@ Ids = npt.NDArray[Any]  # integers, one dimension
 END_OF_TEXT = "<|endoftext|>"
 
 
+REPLACEMENT = "\ufffd".encode()  # decoded from an id outside the vocabulary
+
+
 class Tokenizer(Protocol):
-    """What everything else knows of a tokenizer."""
+    """The interface of every tokenizer."""
 
     @property
     def kind(self) -> str: ...
@@ -28,31 +33,39 @@ class Tokenizer(Protocol):
     @property
     def end_of_text(self) -> int | None: ...
     def encode(self, text: str) -> Ids:
-        """The ids of `text`; UserError if it holds a lone surrogate or, for `char`, an unseen character."""
+        """Return the ids of `text`.
+
+        Raises:
+            UserError: the text holds a lone surrogate or, for `char`, a character outside the vocabulary.
+        """
 
     def decode_bytes(self, ids: Sequence[int] | Ids) -> bytes:
-        """The bytes of `ids`; an id outside the vocabulary becomes U+FFFD."""
+        """Return the bytes of `ids`; an id outside the vocabulary becomes U+FFFD."""
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
-        """`decode_bytes` as text, with U+FFFD for what is not UTF-8."""
+        """Return `decode_bytes` as text, with U+FFFD for bytes that are not UTF-8."""
 
     def token_bytes(self) -> npt.NDArray[np.int64]:
-        """(V,) length of each token in UTF-8 bytes of text, 0 for end-of-text."""
+        """Return the length (V,) of each token in UTF-8 bytes of text, 0 for end-of-text."""
 
     def to_json(self) -> dict[str, Any]: ...
 
 
-class _Tokens:
-    """What the tokenizers share: the list of tokens, and the way back from ids."""
+class TokenList:
+    """The part that all tokenizers share: the list of tokens, and decoding."""
 
     kind: str
 
     def __init__(self, tokens: list[bytes], end_of_text: int | None) -> None:
-        self.tokens, self.end_of_text, self.vocab_size = tokens, end_of_text, len(tokens)
+        self.tokens = tokens
+        self.end_of_text = end_of_text
+        self.vocab_size = len(tokens)
 
     def decode_bytes(self, ids: Sequence[int] | Ids) -> bytes:
-        tokens, size = self.tokens, self.vocab_size
-        return b"".join(tokens[i] if 0 <= i < size else b"\xef\xbf\xbd" for i in np.asarray(ids, np.int64).tolist())
+        tokens = self.tokens
+        size = self.vocab_size
+        indices = np.asarray(ids, np.int64).tolist()
+        return b"".join(tokens[i] if 0 <= i < size else REPLACEMENT for i in indices)
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -64,43 +77,46 @@ class _Tokens:
         return lengths
 
 
-class Bytes(_Tokens):
-    """The 256 bytes, and end-of-text as 256."""
+class Bytes(TokenList):
+    """The 256 bytes, and end-of-text as id 256."""
 
     kind = "byte"
 
     def __init__(self) -> None:
-        super().__init__([bytes([i]) for i in range(256)] + [END_OF_TEXT.encode()], end_of_text=256)
+        single_bytes = [bytes([i]) for i in range(256)]
+        super().__init__([*single_bytes, END_OF_TEXT.encode()], end_of_text=256)
 
     def encode(self, text: str) -> Ids:
-        return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.uint32)
+        return np.frombuffer(encode_utf8(text), dtype=np.uint8).astype(np.uint32)
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "byte", "vocab_size": 257}
 
 
-class Characters(_Tokens):
-    """The distinct characters of a text, in the order of their code points; no end-of-text."""
+class Characters(TokenList):
+    """The distinct characters of a text, in the order of their code points; without end-of-text."""
 
     kind = "char"
 
     def __init__(self, characters: Iterable[str]) -> None:
         self.characters = "".join(sorted(set(characters)))
-        super().__init__([_utf8(character) for character in self.characters], end_of_text=None)
-        points = np.frombuffer(self.characters.encode("utf-32-le"), dtype="<u4")
-        self._ids = np.full(int(points.max(initial=0)) + 2, self.vocab_size, dtype=np.uint32)  # by code point
+        super().__init__([encode_utf8(character) for character in self.characters], end_of_text=None)
+        points = _code_points(self.characters)
+        largest = int(points.max(initial=0))
+        # id by code point; vocab_size marks a character outside the vocabulary, as does the last entry
+        self._ids = np.full(largest + 2, self.vocab_size, dtype=np.uint32)
         self._ids[points] = np.arange(self.vocab_size)
 
     def encode(self, text: str) -> Ids:
-        _utf8(text)
-        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        encode_utf8(text)  # raises UserError for a lone surrogate
+        points = _code_points(text)
         ids: Ids = self._ids[np.minimum(points, len(self._ids) - 1)]
-        unseen = np.flatnonzero(ids == self.vocab_size)
-        if unseen.size:
-            place = int(unseen[0])
+        unknown = np.flatnonzero(ids == self.vocab_size)
+        if unknown.size:
+            place = int(unknown[0])
             raise UserError(
-                f"character {text[place]!r} (U+{ord(text[place]):04X}, at position {place}) is not among the "
-                f"{self.vocab_size} of this char vocabulary; leave it out, or prepare with --tokenizer byte or bpe"
+                f"character {text[place]!r} (U+{ord(text[place]):04X}, at position {place}) is not in the vocabulary "
+                f"of {self.vocab_size} characters; remove it, or prepare the text with --tokenizer byte or bpe"
             )
         return ids
 
@@ -108,7 +124,12 @@ class Characters(_Tokens):
         return {"kind": "char", "vocab_size": self.vocab_size, "characters": self.characters}
 
 
-def _utf8(text: str) -> bytes:
+def encode_utf8(text: str) -> bytes:
+    """Return the UTF-8 of `text`.
+
+    Raises:
+        UserError: the text holds a lone surrogate.
+    """
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -116,3 +137,7 @@ def _utf8(text: str) -> bytes:
             f"the text holds a lone surrogate (U+{ord(text[error.start]):04X}, at position {error.start}), "
             "which is not a character; remove it"
         ) from None
+
+
+def _code_points(text: str) -> npt.NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")

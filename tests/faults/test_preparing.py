@@ -1,5 +1,7 @@
-"""Preparing shards: each operation fails or kills once, the power is cut, a process is really killed; what is there
-is what was or the whole new, and the next preparation ends as an undisturbed one does."""
+"""Preparing shards while each operation fails or kills once, the power is cut, or a process really is killed.
+
+The folder then holds the old files or all new ones, and the next preparation ends as an uninterrupted one does.
+"""
 
 import json
 import os
@@ -23,8 +25,8 @@ MODES = checks.MODES if TORTURE else [("killed", True)]
 OLD, NEW = "the old text, of which there is little", "a new text, which is\nlonger"
 
 
-def scenario(place: Path, taken_up: list[int], old: bool) -> checks.Scenario:
-    """NEW is prepared in shards, in an empty folder or over OLD."""
+def scenario(place: Path, resumed: list[int], old: bool) -> checks.Scenario:
+    """Prepare NEW in shards, in an empty folder or over OLD."""
     for name, text in (("old", OLD), ("new", NEW)):
         (place / f"{name}.txt").write_text(text)
 
@@ -34,9 +36,9 @@ def scenario(place: Path, taken_up: list[int], old: bool) -> checks.Scenario:
             prepare((str(place / "old.txt"),), folder, "byte")
 
     def work(folder: Path, promise: checks.Promise) -> None:
-        said: list[str] = []
-        prepare((str(place / "new.txt"),), folder, "byte", shard_tokens=16, overwrite=True, say=said.append)
-        taken_up.extend(1 for line in said if "going on" in line)
+        notices: list[str] = []
+        prepare((str(place / "new.txt"),), folder, "byte", shard_tokens=16, overwrite=True, say=notices.append)
+        resumed.extend(1 for line in notices if "resuming" in line)
         promise("prepared")
 
     def judge(folder: Path, promised: list[str]) -> None:
@@ -50,7 +52,7 @@ def scenario(place: Path, taken_up: list[int], old: bool) -> checks.Scenario:
     def again(folder: Path) -> None:
         work(folder, lambda what: None)
         judge(folder, ["prepared"])
-        names = {path.name for path in folder.iterdir()} - {"scanned.json"}  # a tree made anew has other times
+        names = {path.name for path in folder.iterdir()} - {"scanned.json"}  # a copied tree has other times
         assert names == {*expected, ".lock"}, names
         assert {name: (folder / name).read_bytes() for name in expected if name != "meta.json"} == {
             name: content for name, content in expected.items() if name != "meta.json"
@@ -65,11 +67,11 @@ def scenario(place: Path, taken_up: list[int], old: bool) -> checks.Scenario:
 
 @pytest.mark.parametrize("old", [False, True] if TORTURE else [True])
 def test_every_operation_of_preparing_may_fail(tmp_path, old, record_property):
-    taken_up: list[int] = []
-    ends = checks.survives_faults(scenario(tmp_path, taken_up, old), tmp_path / "runs", MODES)
+    resumed: list[int] = []
+    ends = checks.survives_faults(scenario(tmp_path, resumed, old), tmp_path / "runs", MODES)
     record_property("failed or killed operations", ends.total())
     assert ends["killed"] >= 30
-    assert len(taken_up) >= 20  # it went on, and did not only begin anew
+    assert len(resumed) >= 20  # it resumed, and did not only start over
 
 
 def test_the_power_may_go_while_preparing(tmp_path, record_property):
@@ -78,8 +80,8 @@ def test_the_power_may_go_while_preparing(tmp_path, record_property):
     assert trees >= 50
 
 
-def test_preparing_shards_goes_on_after_kills(here, record_property):
-    """SIGKILL each time a few more shards are finished."""
+def test_preparing_shards_resumes_after_kills(here, record_property):
+    """Send SIGKILL each time that a few more shards are finished."""
     (here / "long.txt").write_text(words(20_000) * 40, encoding="utf-8")
     command = [sys.executable, "-m", "llm", "prepare", "long.txt", "--tokenizer", "byte", "--shard_tokens", "100000"]
     ours = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}
@@ -93,7 +95,7 @@ def test_preparing_shards_goes_on_after_kills(here, record_property):
         process.kill()
         err = process.communicate()[1]
         if kills:
-            assert f"going on with an interrupted preparation; {done} shards" in err
+            assert f"resuming an interrupted preparation; {done} shards" in err
         if process.returncode == 0:
             break
         assert process.returncode == -9, err

@@ -84,9 +84,9 @@ def start(job: str, nproc: int, args: argparse.Namespace) -> dict[str, Any]:
 
 def work(job: str, preset: str, steps: int, trace: str | None) -> None:
     """One process of a job; the first prints what it measured."""
-    from llm.machine.rendezvous import joined
+    from llm.machine.rendezvous import init_distributed
 
-    with joined() as world:
+    with init_distributed() as world:
         found = measure(world, job, preset, steps, trace)
         if world.leads:
             print(json.dumps(found))

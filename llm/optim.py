@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.config import TrainConfig
-from llm.machine.world import whole
+from llm.machine.world import full_tensor
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, split: bool) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 def clip_gradients(model: nn.Module, grad_clip: float) -> Tensor:
     """Scale the gradients down to a total norm of `grad_clip` where it is above 0; return the norm before that."""
-    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
     if grad_clip > 0:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
     return norm

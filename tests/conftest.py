@@ -18,7 +18,7 @@ from llm.config import TrainConfig, from_settings
 from llm.record.metrics import Record
 from llm.record.samples import Samples
 from llm.start.new_run import new_run
-from llm.storage import lacking
+from llm.storage import filesystem_limits
 from llm.train import train
 from llm.training.events import Event, Step
 from llm.training.live import LiveRun
@@ -101,8 +101,8 @@ def environment() -> dict[str, str]:
 def nothing_noted():
     """What a test lets a file system lack is nothing to the next test."""
     yield
-    lacking._noted.clear()
-    lacking._notes.clear()
+    filesystem_limits._recorded.clear()
+    filesystem_limits._unreported.clear()
 
 
 @pytest.fixture

@@ -263,7 +263,7 @@ def test_a_precision_without_instructions_is_measured_by_a_small_product(monkeyp
 def test_a_large_card_gets_a_large_product(monkeypatch, multiprocessors, size):
     properties = SimpleNamespace(multi_processor_count=multiprocessors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert device._measured_size(CUDA, torch.bfloat16) == size
+    assert device._product_size(CUDA, torch.bfloat16) == size
 
 
 @pytest.mark.parametrize("phase", range(8))

@@ -86,6 +86,6 @@ def test_a_file_that_stands_in_for_pythons_own_is_named(tmp_path, monkeypatch, l
     assert losscurve("runs") == (
         2,
         "",
-        f"error: your {tmp_path}/random.py stands in for Python's own random; rename it, or take its folder off "
+        f"error: your {tmp_path}/random.py shadows Python's own module random; rename it, or take its folder off "
         "PYTHONPATH (AttributeError: module 'random' has no attribute 'Random')\n",
     )

@@ -5,7 +5,7 @@ import torch
 
 from llm.machine import kernel
 
-needs_compiler = pytest.mark.skipif(kernel.built() is None, reason="no C compiler here")
+needs_compiler = pytest.mark.skipif(kernel.load_kernel() is None, reason="no C compiler here")
 
 
 def numbers(rows, width, scale):
@@ -114,7 +114,7 @@ def test_the_threads_share_the_rows(laid_out):
 @pytest.mark.parametrize("width", [64, 65])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_without_a_compiler_pytorch_does_the_same(monkeypatch, width, dtype, given):
-    monkeypatch.setattr(kernel, "built", lambda: None)
+    monkeypatch.setattr(kernel, "load_kernel", lambda: None)
     x = numbers(20, width, 1.0).to(dtype)
     if given and dtype != torch.float32:  # then it takes the largest, from which the near ones differ by little
         exact, taken = exponentials(x, None)
@@ -131,4 +131,4 @@ def test_without_a_compiler_pytorch_does_the_same(monkeypatch, width, dtype, giv
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true"])
 def test_a_compiler_that_is_absent_or_fails_is_done_without(monkeypatch, compiler):
     monkeypatch.setenv("CC", compiler)
-    assert kernel.built.__wrapped__() is None
+    assert kernel.load_kernel.__wrapped__() is None

@@ -1,4 +1,4 @@
-"""The record of a run: rows survive, torn lines do not matter, damaged ones are named."""
+"""The metrics of a run: rows survive, an incomplete last line is ignored, damaged lines are named."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ def test_rows_come_back_with_every_key(tmp_path):
     assert "Infinity" not in text
 
 
-def test_torn_last_line_is_left_out_and_cut_away(tmp_path):
+def test_an_incomplete_last_line_is_ignored_and_cut(tmp_path):
     for step in range(0, 50, 10):
         append(tmp_path, step=step, split="train", loss=1.0 * step)
     path = tmp_path / "metrics.jsonl"
@@ -97,7 +97,7 @@ def test_missing_run_and_full_disk(tmp_path, monkeypatch):
         read_record(tmp_path)
 
 
-def test_rows_that_a_full_disk_refused_go_with_the_next(tmp_path, monkeypatch):
+def test_rows_that_a_full_disk_refused_are_written_with_the_next(tmp_path, monkeypatch):
     written = Record(tmp_path)
     written.add(step=1, split="train", loss=1.0)
     written.catch_up()
@@ -116,14 +116,14 @@ def test_rows_that_a_full_disk_refused_go_with_the_next(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             written.catch_up()
         written.flush(1)  # the row of step 1 is there
-        with pytest.raises(OSError, match="its record"):
+        with pytest.raises(OSError, match="rows of the run"):
             written.flush(2)
         assert [row["step"] for row in read_record(tmp_path)] == [1]
     monkeypatch.undo()
     written.add(step=4, split="train", loss=1.0)
     written.catch_up()
     written.flush(4)
-    written.add(step=5, split="train", loss=1.0)  # and waits, which is no matter of the four before it
+    written.add(step=5, split="train", loss=1.0)  # waits, but the four before it are on the disk
     written.flush(4)
     assert [row["step"] for row in read_record(tmp_path)] == [1, 2, 3, 4]
 
@@ -142,7 +142,7 @@ def test_a_spike_is_a_leap_out_of_what_came_before():
     assert not metrics.is_spike(5.1, falling)
 
 
-def test_an_interrupted_cut_leaves_the_record_whole(tmp_path, monkeypatch):
+def test_an_interrupted_cut_leaves_the_record_complete(tmp_path, monkeypatch):
     for step in range(5):
         append(tmp_path, step=step, split="train", loss=1.0)
 

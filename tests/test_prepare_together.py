@@ -129,4 +129,4 @@ def test_a_folder_in_use_is_a_user_error_on_all_processes():
         patch.setattr(type(world), "_exchange", lambda self, outcome: exchanged.append(outcome))
         with pytest.raises(storage.InUse), world.together():
             raise storage.InUse(Path("data"), "data: in use")
-    assert exchanged == [{"error": "UserError", "words": "data: in use"}]
+    assert exchanged == [{"error": "UserError", "message": "data: in use"}]

@@ -363,7 +363,7 @@ def test_a_state_that_is_not_whole_after_the_kill_is_said(here, monkeypatch):
     fake_job(monkeypatch, rehearsing, f"sleep 100 & first=$!; sleep 100 & mkdir -p {folder}; {ends}")
     finding = list(rehearsing.findings())[-1]
     assert (finding.name, finding.good) == ("a kill", False)
-    assert "no saved state to resume from" in finding.words
+    assert "no checkpoint to resume from" in finding.words
     assert "manifest.json" in finding.words
 
 

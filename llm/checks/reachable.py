@@ -6,14 +6,10 @@ import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from llm.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 from llm.checks.check import CACHE, Check, setting
+from llm.errors import UserError
 
 
 def text() -> Check:

@@ -28,9 +28,9 @@ def main(argv: list[str]) -> int:
         settings_of(args)  # a mistake is said before torch is loaded, which takes a second, or started many times
         if args.nproc is not None:
             return several(args.nproc, args.words)
-    from llm.machine.rendezvous import joined
+    from llm.machine.rendezvous import init_distributed
 
-    with joined() as world:
+    with init_distributed() as world:
         return train_in(argv, world)
 
 

@@ -1,1 +1,1 @@
-"""The machine: device and precision, the processes of a run, the C kernel."""
+"""The machine: device and precision, the processes of a run, and the C kernel."""

@@ -1,7 +1,7 @@
-"""Where this Python, and those that we start, look for modules: a person's files must not stand in for them.
+"""Where this Python, and the ones that it starts, look for modules: a user's file must not shadow a module.
 
-`python -m` puts the working folder first on `sys.path`. A file `random.py` there is then what `import random` finds, in
-our modules, in PyTorch and in Python's own.
+`python -m` puts the working folder first on `sys.path`. If that folder holds a file `random.py`, `import random` finds
+it, in our modules, in PyTorch and in Python's standard library.
 """
 
 import os
@@ -9,11 +9,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
-ROOT = str(Path(__file__).resolve().parents[2])  # the folder that `llm` was imported from
+ROOT = str(Path(__file__).resolve().parents[2])  # the folder from which `llm` was imported
 
 
 def put_working_folder_last() -> None:
-    """Undo what `python -m` did to `sys.path`. Call it in the main module, before the rest is imported.
+    """Move the folder that `python -m` put first on `sys.path` to its end. Call this in the main module, first of all.
 
     The folder stays on the path, since `llm` may have been found there.
     """
@@ -22,27 +22,30 @@ def put_working_folder_last() -> None:
 
 
 def child_environment() -> dict[str, str]:
-    """Return the environment for a Python that we start: it finds modules where this one does, so also in the caller's
-    PYTHONPATH, and does not look into the working folder first.
+    """Return the environment for a Python that we start.
+
+    It finds modules where this one does, including the caller's PYTHONPATH, and does not search the working folder
+    first.
     """
-    found = [path for path in sys.path if path]  # "" is the working folder
-    if ROOT not in found:
-        found.insert(0, ROOT)
-    given = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    found = [path for path in given if path not in found] + found  # set since this Python started
-    return os.environ | {"PYTHONPATH": os.pathsep.join(found), "PYTHONSAFEPATH": "1"}
+    search_path = [path for path in sys.path if path]  # "" is the working folder
+    if ROOT not in search_path:
+        search_path.insert(0, ROOT)
+    python_path = os.environ.get("PYTHONPATH", "")  # may have changed since this Python started
+    given = [os.path.abspath(path) for path in python_path.split(os.pathsep) if path]
+    search_path = [path for path in given if path not in search_path] + search_path
+    return os.environ | {"PYTHONPATH": os.pathsep.join(search_path), "PYTHONSAFEPATH": "1"}
 
 
 def stand_in() -> str:
-    """Name a person's file that was imported in place of a module of Python's own; "" if there is none.
+    """Return a message that names a user's file imported in place of a standard-library module, or "".
 
-    For an error that nothing else explains.
+    For an error that has no other explanation.
     """
-    library = tuple(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib"))
+    library_folders = tuple(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib"))
     for name in sorted(sys.stdlib_module_names & sys.modules.keys()):
-        for path in sys.path:
-            places = (os.path.join(path, f"{name}.py"), os.path.join(path, name, "__init__.py"))
-            file = getattr(sys.modules[name], "__file__", None)
-            if file in places and not file.startswith(library):
-                return f"your {file} stands in for Python's own {name}; rename it, or take its folder off PYTHONPATH"
+        file = getattr(sys.modules[name], "__file__", None)
+        for folder in sys.path:
+            shadows = (os.path.join(folder, f"{name}.py"), os.path.join(folder, name, "__init__.py"))
+            if file in shadows and not file.startswith(library_folders):
+                return f"your {file} shadows Python's own module {name}; rename it, or take its folder off PYTHONPATH"
     return ""

@@ -1,8 +1,8 @@
-"""Exponentials and their row sums, the one thing of a training step that PyTorch's parts are slow at.
+"""Exponentials and their row sums: the one part of a training step that PyTorch is slow at.
 
-PyTorch goes over the numbers three times; the few lines of `kernel.c` once, in half the time in bfloat16 and a third in
-float32 (docs/performance.md). They are built at run time where there is a C compiler, in a fifth of a second, for the
-processor at hand, and kept nowhere. Without one, or for other numbers, PyTorch does the same.
+PyTorch makes three passes over the numbers. The C code in `kernel.c` makes one, in half the time in bfloat16 and a
+third in float32 (docs/performance.md). Where there is a C compiler, the code is compiled at run time for this CPU, in a
+fifth of a second, and the result is not stored. Without a compiler, and for other dtypes, PyTorch computes the same.
 """
 
 import ctypes
@@ -19,68 +19,92 @@ from typing import Any
 import torch
 from torch import Tensor
 
-GROUPS = 8  # sums of a row that are rounded to bfloat16, by PyTorch's way, before they are added up in float32
+GROUPS = 8  # partial sums of a row that PyTorch rounds to bfloat16 before they are added up in float32
 
 
 def exp_sum(x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Replace what is in x (rows, width) by exp(x - shift); returns its rows' sums and the shift that was taken, both
-    (rows, 1) in fp32. x is contiguous; in fp32 its transpose may be instead, for which there is C too.
+    """Replace `x` by exp(x - shift), in place, and return its row sums and the shift that was used.
 
-    `shift`: one that is known to be safe. Without it each row's largest is taken, and also where x - shift would have
-    to be rounded to few bits.
+    Args:
+        x: (rows, width), contiguous. In fp32 its transpose may be contiguous instead; the C code covers that too.
+        shift: (rows, 1) in fp32, known to be safe. Without it the maximum of each row is used. PyTorch's path also
+            uses the maximum where x - shift would be rounded to few bits.
+
+    Returns:
+        Row sums and shift, both (rows, 1) in fp32.
     """
-    rows, width = x.shape
-    small, on_cpu = x.dtype == torch.bfloat16, x.device.type == "cpu"
     in_columns = x.dtype == torch.float32 and x.t().is_contiguous()
-    if on_cpu and (small or in_columns) and (compiled := built()) is not None:
-        sums = torch.empty(rows, 1)
-        if small:
-            taken = torch.empty(rows, 1) if shift is None else shift
-            compiled.exp_sum(x.data_ptr(), sums.data_ptr(), taken.data_ptr(), shift is None, rows, width)
-        else:
-            taken = x.amax(1, keepdim=True) if shift is None else shift
-            compiled.exp_sum_columns(x.data_ptr(), sums.data_ptr(), taken.data_ptr(), rows, width)
-        return sums, taken
+    if x.device.type == "cpu" and (x.dtype == torch.bfloat16 or in_columns):
+        library = load_kernel()
+        if library is not None:
+            return _exp_sum_in_c(library, x, shift)
+    return _exp_sum_in_pytorch(x, shift)
+
+
+def _exp_sum_in_c(library: Any, x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows, width = x.shape
+    sums = torch.empty(rows, 1)
+    if x.dtype == torch.bfloat16:
+        find_maximum = shift is None
+        used = torch.empty(rows, 1) if shift is None else shift
+        library.exp_sum(x.data_ptr(), sums.data_ptr(), used.data_ptr(), find_maximum, rows, width)
+    else:
+        used = x.amax(1, keepdim=True) if shift is None else shift
+        library.exp_sum_columns(x.data_ptr(), sums.data_ptr(), used.data_ptr(), rows, width)
+    return sums, used
+
+
+def _exp_sum_in_pytorch(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows, width = x.shape
     shifted = shift is None or bool(shift.any())
     if shift is None or (shifted and x.dtype != torch.float32):
         shift = x.amax(1, keepdim=True).float()
     if shifted:
         x.sub_(shift.to(x.dtype))
     x.exp_()
-    if small and on_cpu and width % GROUPS == 0:  # a sum in float32 would first copy all of x to float32
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and width % GROUPS == 0:
+        # PyTorch's float32 sum of a bfloat16 tensor first copies all of it to float32.
         sums = x.view(rows, GROUPS, -1).sum(2).sum(1, keepdim=True, dtype=torch.float32)
     else:
         sums = x.sum(1, keepdim=True, dtype=torch.float32)
     return sums, shift
 
 
-def compiler() -> str | None:
-    """The C compiler of this machine: $CC, else cc; None if there is none."""
+def find_compiler() -> str | None:
+    """Return the path of this machine's C compiler ($CC, else cc), or None if there is none."""
     return shutil.which(os.environ.get("CC") or "cc")
 
 
 @functools.cache
-def built() -> Any:
-    """The functions of `kernel.c`; None where they cannot be built.
+def load_kernel() -> Any:
+    """Compile and load the functions of `kernel.c`; return None where that is impossible.
 
-    Their threads are those of PyTorch: it is linked without an OpenMP library, so that it finds the one already loaded.
+    The library shares PyTorch's threads: it is linked without an OpenMP library, so it uses the one already loaded.
     """
-    cc = compiler()
-    if cc is None:
+    compiler = find_compiler()
+    if compiler is None:
         return None
     c_file = resources.files("llm.machine") / "kernel.c"
     with resources.as_file(c_file) as source, tempfile.TemporaryDirectory() as folder:
-        part, library = Path(folder, "kernel.o"), Path(folder, "kernel.so")
+        object_file = Path(folder, "kernel.o")
+        library_file = Path(folder, "kernel.so")
         flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
         if platform.machine().lower() in ("x86_64", "amd64"):
-            flags.append("-mprefer-vector-width=512")  # gcc prefers 256 bits on Intel's: 9 ms become 17
+            flags.append("-mprefer-vector-width=512")  # gcc prefers 256 bits on Intel CPUs: 17 ms instead of 9
         try:
-            for words in ([*flags, "-c", str(source), "-o", str(part)], ["-shared", str(part), "-o", str(library)]):
-                subprocess.run([cc, *words], check=True, capture_output=True, timeout=60)
-            found = ctypes.CDLL(str(library))
-        except (OSError, subprocess.SubprocessError):  # another compiler's OpenMP among them
+            _run([compiler, *flags, "-c", str(source), "-o", str(object_file)])
+            _run([compiler, "-shared", str(object_file), "-o", str(library_file)])
+            library = ctypes.CDLL(str(library_file))
+        except (OSError, subprocess.SubprocessError):  # for example, the OpenMP library of another compiler is missing
             return None
-    pointers, numbers = [ctypes.c_void_p] * 3, [ctypes.c_int64] * 3
-    found.exp_sum.argtypes, found.exp_sum.restype = [*pointers, *numbers], None
-    found.exp_sum_columns.argtypes, found.exp_sum_columns.restype = [*pointers, *numbers[1:]], None
-    return found
+    pointers = [ctypes.c_void_p] * 3
+    integers = [ctypes.c_int64] * 3
+    library.exp_sum.argtypes = [*pointers, *integers]
+    library.exp_sum.restype = None
+    library.exp_sum_columns.argtypes = [*pointers, *integers[1:]]
+    library.exp_sum_columns.restype = None
+    return library
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=60)

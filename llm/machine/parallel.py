@@ -1,6 +1,6 @@
-"""Parallelism, applied to a model from outside: replicas (DDP), shards (FSDP2), recomputed activations.
+"""Parallelism, applied to a model from outside: replicas (DDP), shards (FSDP2), activation checkpointing.
 
-The model knows one device and nothing of this.
+The model's own code knows one device and nothing of this.
 """
 
 import warnings
@@ -21,12 +21,16 @@ from llm.machine.world import World
 if TYPE_CHECKING:
     from llm.model import GPT, Dropout, KVCache
 
-Exchange = Callable[[bool], AbstractContextManager[None]]
+Exchange = Callable[[bool], AbstractContextManager[None]]  # of a micro-batch: whether it is the last of its step
 
 
 def check_parallel(config: TrainConfig, world: World, dtype: torch.dtype) -> None:
-    """Raises UserError where the settings cannot be spread over the processes."""
-    windows, sharded = config.windows_per_step, config.parallel == "fsdp"
+    """Check that the settings can be spread over the processes.
+
+    Raises: UserError that names the setting and what to use instead.
+    """
+    windows = config.windows_per_step
+    sharded = config.parallel == "fsdp"
     if windows % world.size:
         raise UserError(
             f"batch_size x gradient_accumulation_steps = {windows} windows do not divide among {world.size} processes; "
@@ -41,76 +45,86 @@ def check_parallel(config: TrainConfig, world: World, dtype: torch.dtype) -> Non
 
 
 def recompute_activations(model: "GPT") -> None:
-    """Keep only what enters a block, and compute the rest again in backward (Chen et al. 2016)."""
+    """Keep only the input of each block, and recompute the rest in the backward pass (Chen et al. 2016)."""
 
-    def twice(forward: Callable[..., Tensor], x: Tensor, cache: "KVCache | None", drop: "Dropout | None") -> Tensor:
+    def recompute(forward: Callable[..., Tensor], x: Tensor, cache: "KVCache | None", drop: "Dropout | None") -> Tensor:
         place = drop.place if drop else 0
 
         def block(x: Tensor) -> Tensor:
             if drop:
-                drop.place = place  # the second time it draws what it drew the first
+                drop.place = place  # the second pass draws the same dropout as the first
             return forward(x, cache, drop)
 
         return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
     for block in model.h:
-        block.forward = partial(twice, block.forward)
+        block.forward = partial(recompute, block.forward)
 
 
 def shard_model(model: "GPT", world: World, device: torch.device, dtype: torch.dtype, offload: bool) -> None:
-    """Shard weights, gradients and, with them, the optimizer's state over the processes (FSDP2; Zhao et al. 2023).
+    """Shard weights and gradients, and so the optimizer's state, over the processes (FSDP2; Zhao et al. 2023).
 
-    The matrices of the blocks travel in the precision of their products. What autocast keeps in float32 (embeddings,
-    norms, and the output matrix, which the loss rounds by itself) does so here: the arithmetic is that of one process.
+    The matrices of the blocks are all-gathered in the precision of their products. What autocast keeps in float32
+    (embeddings, norms, and the output matrix, which the loss rounds itself) is all-gathered in float32. So the
+    arithmetic is that of one process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    # what a block adds to the stream is never changed in place, which is all that this warns of
+    # FSDP2 warns of in-place changes to a returned view. The output of a block's layer is never changed in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     mesh = init_device_mesh(device.type, (world.size,))
-    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    products = None if dtype == torch.float32 else dtype
-    precise = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    mixed = MixedPrecisionPolicy(param_dtype=products, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    offload_policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    full_precision = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mixed_precision = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
     for block in model.h:
         for layer in (block.attn, block.mlp):
-            fully_shard(cast(nn.Module, layer), mesh=mesh, mp_policy=mixed, offload_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=precise, offload_policy=policy)
+            fully_shard(cast(nn.Module, layer), mesh=mesh, mp_policy=mixed_precision, offload_policy=offload_policy)
+    fully_shard(model, mesh=mesh, mp_policy=full_precision, offload_policy=offload_policy)
 
 
-class _Forward(nn.Module):
-    """A model with the forward it is trained by, perhaps a compiled one: DDP takes a module."""
+class _ForwardModule(nn.Module):
+    """Wrap a model and the function that training calls as its forward, perhaps compiled: DDP takes only a module."""
 
     def __init__(self, model: "GPT", forward: Callable[..., Any]) -> None:
         super().__init__()
-        self.model, self._forward = model, (forward,)  # in a tuple, so as not to be a second submodule
+        self.model = model
+        self._forward = (forward,)  # a tuple, so that a compiled module is not registered as a second submodule
 
     def forward(self, *inputs: Tensor) -> Any:
         return self._forward[0](*inputs)
 
 
 def exchanging(model: "GPT", forward: Callable[..., Any], world: World) -> tuple[Callable[..., Any], Exchange]:
-    """(forward to train by, context of a micro-batch), by which the gradients of a step become the mean over all
-    processes: they are exchanged while the last micro-batch runs backward, and not before it.
+    """Return (the forward to train with, a context manager for each micro-batch).
+
+    With them the gradients of a step become the mean over all processes. The all-reduce runs during the backward pass
+    of the last micro-batch, and not before it.
     """
-    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2 adds this method
 
         @contextmanager
-        def synced(last: bool) -> Iterator[None]:
+        def synchronize(last: bool) -> Iterator[None]:
             cast(Any, model).set_requires_gradient_sync(last)
             yield
 
-        return forward, synced
+        return forward, synchronize
     if world.size == 1:
         return forward, lambda last: nullcontext()
-    replica = DistributedDataParallel(_Forward(model, forward), gradient_as_bucket_view=True)
+    replica = DistributedDataParallel(_ForwardModule(model, forward), gradient_as_bucket_view=True)
     return replica, lambda last: nullcontext() if last else replica.no_sync()
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """For what calls parts of a model rather than the model: its embeddings, norms and output matrix, whole."""
+    """Hold the full embeddings, norms and output matrix of a sharded model within the block.
+
+    Code that calls parts of the model, rather than the model itself, needs this.
+    """
     sharded = hasattr(model, "unshard")
     if sharded:
         model.unshard()  # type: ignore[operator]

@@ -1,4 +1,7 @@
-"""Heartbeats in the store of torchrun: a collective does not say which rank keeps it waiting."""
+"""Heartbeats in torchrun's store, and the watchdog that ends a process when another one is lost.
+
+A collective does not say which rank it waits for.
+"""
 
 import contextlib
 import datetime
@@ -14,149 +17,182 @@ import torch.distributed as dist
 from llm.errors import UserError
 from llm.machine.world import World
 
-BEAT = 1.0  # seconds between the signs of life of a process
+HEARTBEAT_SECONDS = 1.0  # interval between the heartbeats of a process
+
+HEARTBEAT_TIMEOUT = 60.0  # seconds without a heartbeat after which the job ends; LOSSCURVE_SILENCE overrides it
+
+LINGER_SECONDS = 6 * HEARTBEAT_SECONDS  # the surviving ranks keep sending heartbeats, so that the lost one stands out
+
+STORE_TIMEOUT = 30  # seconds to wait for an answer of torchrun's store
+
+LOST = "the processes of the run lost contact"
 
 
-SILENCE = 60.0  # seconds without one after which the job ends, unless LOSSCURVE_SILENCE says otherwise
+def read_heartbeat_timeout() -> float:
+    """Return the heartbeat timeout in seconds.
 
-
-PARTING = 6 * BEAT  # for which processes that are left go on beating, so that the one that is gone can be told
-
-
-STORE_WAIT = 30  # seconds for an answer of torchrun's store
-
-
-LOST = "the processes of the run lost each other"
-
-
-def silence() -> float:
-    """Seconds. Raises UserError for a LOSSCURVE_SILENCE that is none."""
-    given = os.environ.get("LOSSCURVE_SILENCE", str(SILENCE))
+    Raises: UserError for a LOSSCURVE_SILENCE that is not a number of seconds or too small.
+    """
+    given = os.environ.get("LOSSCURVE_SILENCE", str(HEARTBEAT_TIMEOUT))
     try:
         seconds = float(given)
     except ValueError:
         seconds = 0.0
-    if not 2 * BEAT <= seconds < 1e6:
-        raise UserError(f"LOSSCURVE_SILENCE = {given!r}: expected seconds, at least {2 * BEAT:g}")
+    least = 2 * HEARTBEAT_SECONDS
+    if not least <= seconds < 1e6:
+        raise UserError(f"LOSSCURVE_SILENCE = {given!r}: expected the heartbeat timeout in seconds, at least {least:g}")
     return seconds
 
 
-def _store(leads: bool = False) -> Any:
-    """A connection to torchrun's store, in which the processes can say what they cannot say to each other.
+def connect_to_store(leads: bool = False) -> Any:
+    """Return a connection to torchrun's key-value store, which works while collectives are blocked.
 
-    The launcher keeps it; where it does not, the leading process does. It takes one call at a time.
+    The launcher hosts the store; where it does not, rank 0 (`leads`) does. A connection takes one call at a time.
     """
-    keeps = leads and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    where, wait = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), datetime.timedelta(seconds=STORE_WAIT)
-    return dist.TCPStore(*where, is_master=keeps, wait_for_workers=False, timeout=wait)  # type: ignore[attr-defined]
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=leads and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=STORE_TIMEOUT),
+    )
 
 
-class Watch:
-    """Signs of life in torchrun's store, given and looked for: a collective does not say who keeps it waiting.
+class Watchdog:
+    """Send the heartbeat of this process and end it when a watched rank, the store or the launcher is lost.
 
-    Rank 0 looks at all, the others at rank 0. One thread speaks with the store, which may keep it waiting for good; the
-    other judges what it heard, and ends this process where that is too little.
+    Rank 0 watches all others; the others watch rank 0. One thread talks to the store, which may block it for good. A
+    second thread judges the heartbeats and ends this process.
     """
 
-    def __init__(self, world: World, prefix: str, allowed: float) -> None:
-        self.rank, self.local_rank, self.launcher = world.rank, world.local_rank, os.getppid()
-        self.store, self.prefix, self.allowed = _store(), prefix, allowed
-        self.everyone = [rank for rank in range(world.size) if rank != world.rank]
-        self.others = self.everyone if world.leads else [0]
-        self._done, self._store_lock = threading.Event(), threading.Lock()
-        self._seen: dict[int, tuple[str, float]] = {}  # by rank: its last sign, and when it was new
-        self._heard, self._trouble = time.monotonic(), ""  # when the store last answered, and what it said instead
-        self._mine = False  # whether this process says why the job ends
-        self._over: float | None = None  # when it was seen that another does
-        work = {"watch": self._judge, "signs": self._speak}
-        self._threads = [threading.Thread(target=do, daemon=True, name=name) for name, do in work.items()]
+    def __init__(self, world: World, prefix: str, timeout_seconds: float) -> None:
+        self.rank = world.rank
+        self.local_rank = world.local_rank
+        self.launcher_pid = os.getppid()
+        self.prefix = prefix  # of the keys in the store
+        self.timeout_seconds = timeout_seconds
+        self.all_others = [rank for rank in range(world.size) if rank != world.rank]
+        self.watched = self.all_others if world.leads else [0]
+        self.store = connect_to_store()
+        self._store_lock = threading.Lock()
+        self._store_answered = time.monotonic()
+        self._store_error = ""
+        self._heartbeats: dict[int, tuple[str, float]] = {}  # rank: (last heartbeat, time at which it changed)
+        self._reports = False  # whether this process reports why the job ends
+        self._other_reported: float | None = None  # time at which this process saw that another one reports
+        self._closed = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._check_heartbeats, daemon=True, name="watchdog"),
+            threading.Thread(target=self._exchange_heartbeats, daemon=True, name="heartbeats"),
+        ]
 
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
 
-    def _speak(self) -> None:
-        host, beat = f"{socket.gethostname()}, process {os.getpid()}", 0
-        while not self._done.wait(BEAT):
-            beat += 1
-            try:
-                with self._store_lock:
-                    self.store.set(f"{self.prefix}/sign/{self.rank}", f"{beat} {host}")
-                    for rank in self.others:
-                        key = f"{self.prefix}/sign/{rank}"
-                        sign = self.store.get(key).decode() if self.store.check([key]) else ""
-                        if rank not in self._seen or self._seen[rank][0] != sign:
-                            self._seen[rank] = sign, time.monotonic()
-                    if self._over is None and not self._mine and self.store.check([f"{self.prefix}/said"]):
-                        self._over = time.monotonic()
-                self._heard = time.monotonic()
-            except (RuntimeError, ValueError, OSError) as error:  # what the store raises when it is gone
-                self._trouble = f" ({str(error).splitlines()[0]})"
-
-    def _judge(self) -> None:
-        woke = time.monotonic()
-        while not self._done.wait(BEAT):
-            now = time.monotonic()
-            if now - woke > self.allowed:  # this process was itself stopped, and perhaps all were: nobody is to blame
-                self._heard, self._seen = now, {}
-            woke = now
-            if os.getppid() != self.launcher:
-                self._end("the launcher of this process is gone")
-            if now - self._heard > self.allowed:
-                where = "the store of the run at {MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
-                self._end(f"{where} has not answered for {self.allowed:.0f} s{self._trouble}")
-            if self._over is not None and now - self._over > PARTING:
-                os._exit(1)  # its exchange waits for one that waits for another, and so on to the one that is gone
-            named = self._named(self._silent(self.allowed))
-            if named and self._over is None and not self._mine:
-                self._end(f"{named} for {self.allowed:.0f} s: it hangs, was stopped, or was cut off")
-
-    def _silent(self, seconds: float) -> list[int]:
-        now = time.monotonic()
-        return [rank for rank, (_, since) in sorted(self._seen.items()) if now - since > seconds]
-
-    def _named(self, ranks: list[int]) -> str:
-        """The processes that are silent, in words; "" if there are none."""
-        if not ranks:
-            return ""
-        names = ", ".join(f"rank {rank} ({self._seen[rank][0].partition(' ')[2]})" for rank in ranks[:3])
-        return f"nothing was heard of {names}" + (f" and {len(ranks) - 3} more" if len(ranks) > 3 else "")
-
-    def missing(self, says: bool) -> str:
-        """Who gives no sign of life, in words, for the process that says it; "" for the others, which stay for so long
-        that they can be told from it, and where it cannot be told.
-        """
-        if not says:
-            time.sleep(PARTING)
-            return ""
-        self.others = self.everyone
-        time.sleep(4 * BEAT)
-        named = self._named(self._silent(2.5 * BEAT))
-        return f"{named}: it has ended, or was cut off" if named else ""
-
-    def says(self) -> bool:
-        """Whether it is for this process to say why the job ends: the first to ask, of those that reach the store."""
-        reached = time.monotonic() - self._heard < 3 * BEAT and self._store_lock.acquire(timeout=2 * BEAT)
-        try:
-            first = int(self.store.add(f"{self.prefix}/said", 1)) == 1 if reached else self.local_rank == 0
-        except (RuntimeError, ValueError, OSError):
-            first = self.local_rank == 0
-        finally:
-            if reached:
-                self._store_lock.release()
-        self._mine = first
-        return first
-
-    def _end(self, cause: str) -> None:
-        """End this process from beside its work, which waits for another in vain. What was saved stays."""
-        if self.says():
-            with contextlib.suppress(OSError):
-                print(f"error: {LOST}: {cause}; go on with --resume", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2 * BEAT)  # so that it is said before torchrun ends the rest
-        os._exit(1)
-
     def close(self) -> None:
-        self._done.set()
+        self._closed.set()
         for thread in self._threads:
             thread.join(5)
+
+    def claim_report(self) -> bool:
+        """Return whether this process reports why the job ends: the first to ask among those that reach the store.
+
+        Where the store does not answer, local rank 0 reports.
+        """
+        answered = time.monotonic() - self._store_answered < 3 * HEARTBEAT_SECONDS
+        locked = answered and self._store_lock.acquire(timeout=2 * HEARTBEAT_SECONDS)
+        first = self.local_rank == 0
+        if locked:
+            try:
+                with contextlib.suppress(RuntimeError, ValueError, OSError):
+                    first = int(self.store.add(f"{self.prefix}/reported", 1)) == 1
+            finally:
+                self._store_lock.release()
+        self._reports = first
+        return first
+
+    def describe_missing_ranks(self, reports: bool) -> str:
+        """Return a sentence that names the ranks whose heartbeat is stale, or "" if there are none.
+
+        Only the process that `reports` gets it. The others keep sending heartbeats for LINGER_SECONDS, so that they are
+        not taken for the missing one, and get "".
+        """
+        if not reports:
+            time.sleep(LINGER_SECONDS)
+            return ""
+        self.watched = self.all_others
+        time.sleep(4 * HEARTBEAT_SECONDS)
+        missing = self._describe(self._stale_ranks(2.5 * HEARTBEAT_SECONDS))
+        return f"{missing}: it has exited, or was cut off" if missing else ""
+
+    def _exchange_heartbeats(self) -> None:
+        name = f"{socket.gethostname()}, process {os.getpid()}"
+        count = 0
+        while not self._closed.wait(HEARTBEAT_SECONDS):
+            count += 1
+            try:
+                with self._store_lock:
+                    self.store.set(f"{self.prefix}/heartbeat/{self.rank}", f"{count} {name}")
+                    for rank in self.watched:
+                        self._read_heartbeat(rank)
+                    waits_for_report = self._other_reported is None and not self._reports
+                    if waits_for_report and self.store.check([f"{self.prefix}/reported"]):
+                        self._other_reported = time.monotonic()
+                self._store_answered = time.monotonic()
+            except (RuntimeError, ValueError, OSError) as error:  # what the store raises when its host is gone
+                self._store_error = f" ({str(error).splitlines()[0]})"
+
+    def _read_heartbeat(self, rank: int) -> None:
+        key = f"{self.prefix}/heartbeat/{rank}"
+        heartbeat = self.store.get(key).decode() if self.store.check([key]) else ""
+        if rank not in self._heartbeats or self._heartbeats[rank][0] != heartbeat:
+            self._heartbeats[rank] = heartbeat, time.monotonic()
+
+    def _check_heartbeats(self) -> None:
+        last_check = time.monotonic()
+        while not self._closed.wait(HEARTBEAT_SECONDS):
+            now = time.monotonic()
+            if now - last_check > self.timeout_seconds:
+                # This process was itself stopped, and perhaps all were: nobody is to blame.
+                self._store_answered = now
+                self._heartbeats = {}
+            last_check = now
+            if os.getppid() != self.launcher_pid:
+                self._end_process("the launcher of this process is gone")
+            if now - self._store_answered > self.timeout_seconds:
+                address = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+                self._end_process(
+                    f"torchrun's store at {address} has not answered for {self.timeout_seconds:.0f} s"
+                    f"{self._store_error}"
+                )
+            if self._other_reported is not None and now - self._other_reported > LINGER_SECONDS:
+                # The main thread may be blocked in a collective with a rank that waits for the lost one.
+                os._exit(1)
+            missing = self._describe(self._stale_ranks(self.timeout_seconds))
+            if missing and self._other_reported is None and not self._reports:
+                self._end_process(f"{missing} for {self.timeout_seconds:.0f} s: it hangs, was stopped, or was cut off")
+
+    def _stale_ranks(self, seconds: float) -> list[int]:
+        now = time.monotonic()
+        return [rank for rank, (_, changed) in sorted(self._heartbeats.items()) if now - changed > seconds]
+
+    def _describe(self, ranks: list[int]) -> str:
+        if not ranks:
+            return ""
+        names = []
+        for rank in ranks[:3]:
+            heartbeat, _ = self._heartbeats[rank]
+            _, _, name = heartbeat.partition(" ")
+            names.append(f"rank {rank} ({name})")
+        more = f" and {len(ranks) - 3} more" if len(ranks) > 3 else ""
+        return f"no heartbeat from {', '.join(names)}{more}"
+
+    def _end_process(self, cause: str) -> None:
+        """Exit from the watchdog thread: the main thread is blocked in a collective. Saved checkpoints stay."""
+        if self.claim_report():
+            with contextlib.suppress(OSError):
+                print(f"error: {LOST}: {cause}; continue with --resume", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2 * HEARTBEAT_SECONDS)  # let the reporting rank print before torchrun ends the rest
+        os._exit(1)

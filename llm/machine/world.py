@@ -1,7 +1,7 @@
-"""The processes of a run as one of them sees it, and what they say to each other.
+"""The processes of a run, as one of them sees it, and the messages that they exchange.
 
-What is said is small and goes over the CPU (gloo), as JSON and never as a pickle. DDP and FSDP2 exchange gradients and
-shards (parallel.py). A run without torchrun is a world of one.
+Messages are small, travel over the CPU (gloo) and are JSON, never pickle. DDP and FSDP2 exchange gradients and shards
+(parallel.py). A run without torchrun is a world of one process.
 """
 
 import json
@@ -22,143 +22,160 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run as one of them sees it. Without arguments: a run in one process."""
+    """The processes of a run, as one of them sees it. Without arguments: a run in one process."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # among those of this machine
-    started: bool = False  # by torchrun
-    restarted: bool = False  # by torchrun's --max-restarts, after this job had begun its run
-    group: Any = None  # of all processes, over the CPU: for what is exchanged in steps
-    patient: Any = None  # the same, for what is said in JSON
-    store: Any = None  # torchrun's
+    local_rank: int = 0  # rank among the processes of this machine
+    started: bool = False  # torchrun started this process
+    restarted: bool = False  # torchrun (--max-restarts) restarted this job after it had called `mark_started`
+    step_group: Any = None  # gloo group of all processes, for collectives within a step
+    json_group: Any = None  # gloo group of all processes with a long timeout, for JSON messages
+    store: Any = None  # torchrun's key-value store
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes files and talks."""
+        """Whether this is rank 0, the only process that writes files and prints."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """The JSON `value` of each process, by rank. Where one came with an error instead, that is raised on all."""
+        """Return the JSON `value` of every process, ordered by rank.
+
+        Raises: The error, on all processes, that one of them passed to `_raise_everywhere` instead of a value.
+        """
         return self._exchange({"value": value})
 
     def first(self, make: Callable[[], T]) -> T:
-        """What `make` returns, or raises, on rank 0: a JSON value that the others wait for."""
+        """Call `make` on rank 0 only and return its JSON value on all processes, which wait for it.
+
+        Raises: What `make` raises, on all processes, if it is a UserError or a Failure.
+        """
         if not self.leads:
             return self.gather(None)[0]  # type: ignore[no-any-return]
         try:
             made = make()
         except (UserError, Failure) as error:
-            self._tell(error)
+            self._raise_everywhere(error)
             raise
         return self.gather(made)[0]  # type: ignore[no-any-return]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block that all processes leave well, or none: an error a person should know is raised on each of them.
+        """Run a block that all processes complete, or none: a UserError or Failure of one is raised on all of them.
 
-        Within it they may exchange JSON, and nothing else.
+        Inside the block, processes may exchange JSON, and nothing else.
         """
         try:
             yield
         except (UserError, Failure) as error:
-            self._tell(error)
+            self._raise_everywhere(error)
             raise
         self.gather(None)
 
-    def _tell(self, error: Exception) -> None:
-        """Raise an error of this process on all of them, unless it came from there."""
-        if self.size > 1 and not hasattr(error, "quiet"):
-            where = "" if self.leads else f"rank {self.rank} on {socket.gethostname()}: "
-            kind = UserError if isinstance(error, UserError) else Failure
-            self._exchange({"error": kind.__name__, "words": f"{where}{error}"})
+    def _raise_everywhere(self, error: Exception) -> None:
+        # An error that already has `quiet` came from the exchange, so the other processes raise it too.
+        if self.size == 1 or hasattr(error, "quiet"):
+            return
+        origin = "" if self.leads else f"rank {self.rank} on {socket.gethostname()}: "
+        kind = UserError if isinstance(error, UserError) else Failure
+        self._exchange({"error": kind.__name__, "message": f"{origin}{error}"})
 
     def any(self, flag: bool) -> bool:
-        """Return whether any process raises its `flag`."""
+        """Return whether `flag` is true on any process."""
         if self.size == 1:
             return flag
-        raised = torch.tensor([flag], dtype=torch.uint8)
-        dist.all_reduce(raised, dist.ReduceOp.MAX, self.group)
-        return bool(raised.item())
+        flags = torch.tensor([flag], dtype=torch.uint8)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, self.step_group)
+        return bool(flags.item())
 
     def sum(self, values: Tensor) -> Tensor:
-        """Tensors on the CPU, added up over the processes, in place."""
+        """All-reduce a CPU tensor to its sum over the processes, in place."""
         if self.size > 1:
-            dist.all_reduce(values, group=self.group)
+            dist.all_reduce(values, group=self.step_group)
         return values
 
     def mean(self, value: Tensor) -> Tensor:
-        """Tensors on the device, averaged over the processes, in place; nothing waits for it on a GPU."""
+        """All-reduce a tensor on the device to its mean over the processes, in place. The CPU never waits for a GPU."""
         if self.size > 1:
             dist.all_reduce(value)
             value /= self.size
         return value
 
     def rows(self, count: int) -> slice:
-        """This process's share of a batch of `count` windows. They divide evenly: see `check_parallel`."""
+        """Return this process's share of a batch of `count` windows, which `check_parallel` made divisible."""
         share = count // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def agree(self, facts: dict[str, Any]) -> None:
-        """Raises UserError naming the first of `facts` that is not the same everywhere."""
-        told = self.gather({"host": socket.gethostname(), **facts})
-        names = dict.fromkeys(name for other in told for name in other if name != "host")
-        for rank, name in ((rank, name) for rank in range(len(told)) for name in names):
-            if told[rank].get(name) != told[0].get(name):
-                ours, theirs = (f"{told[r].get(name, 'absent')} on rank {r} ({told[r]['host']})" for r in (0, rank))
-                raise _shared(UserError(f"{name} is {ours} and {theirs}; make them the same"), self.leads)
+        """Check that `facts` are the same on all processes.
 
-    def begun(self) -> None:
-        """The run has begun: if torchrun starts this job's processes again, they go on with it."""
+        Raises: UserError that names the first fact which differs, with its two values and their ranks.
+        """
+        by_rank = self.gather({"host": socket.gethostname(), **facts})
+        names = dict.fromkeys(name for other in by_rank for name in other if name != "host")
+        for rank, other in enumerate(by_rank):
+            for name in names:
+                if other.get(name) == by_rank[0].get(name):
+                    continue
+                expected = f"{by_rank[0].get(name, 'absent')} on rank 0 ({by_rank[0]['host']})"
+                found = f"{other.get(name, 'absent')} on rank {rank} ({other['host']})"
+                error = UserError(f"{name} is {expected} and {found}; make them the same")
+                raise mark_as_shared(error, prints=self.leads)
+
+    def mark_started(self) -> None:
+        """Record in torchrun's store that this job owns its run, so that it resumes the run if torchrun restarts it."""
         if self.store and self.leads:
-            self.store.set("losscurve/begun", "1")
+            self.store.set(RUN_STARTED_KEY, "1")
 
     def _exchange(self, outcome: dict[str, Any]) -> list[Any]:
-        """What each process came to, of which this is ours; raises the first error among them."""
+        """Send the `outcome` of this process to all and return the values of all. Raises the first error among them."""
         if self.size == 1:
             return [outcome["value"]]
         content = torch.frombuffer(bytearray(json.dumps(outcome).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(content)]), group=self.patient)
-        room = torch.zeros(int(max(sizes)), dtype=torch.uint8)
-        room[: len(content)] = content
-        found = [torch.zeros_like(room) for _ in range(self.size)]
-        dist.all_gather(found, room, group=self.patient)
-        outcomes = [json.loads(bytes(f[: int(n)].tolist())) for f, n in zip(found, sizes, strict=True)]
-        for told in outcomes:
-            if "error" in told:
-                kind = UserError if told["error"] == UserError.__name__ else Failure
-                raise _shared(kind(told["words"]), self.leads)
-        return [told["value"] for told in outcomes]
+        dist.all_gather(sizes, torch.tensor([len(content)]), group=self.json_group)
+        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+        padded[: len(content)] = content
+        received = [torch.zeros_like(padded) for _ in range(self.size)]
+        dist.all_gather(received, padded, group=self.json_group)
+        outcomes = []
+        for message, size in zip(received, sizes, strict=True):
+            outcomes.append(json.loads(bytes(message[: int(size)].tolist())))
+        for other in outcomes:
+            if "error" in other:
+                kind = UserError if other["error"] == UserError.__name__ else Failure
+                raise mark_as_shared(kind(other["message"]), prints=self.leads)
+        return [other["value"] for other in outcomes]
 
 
 ALONE = World()
+RUN_STARTED_KEY = "losscurve/run-started"  # in torchrun's store, which outlives a restart of the processes
 
 
-def _shared(error: Exception, leads: bool) -> Exception:
-    """An error that all processes raise and only the leading one prints."""
-    error.quiet = not leads  # type: ignore[attr-defined]
+def mark_as_shared(error: Exception, prints: bool) -> Exception:
+    """Mark an error that several processes raise; only the one that `prints` reports it to the user."""
+    error.quiet = not prints  # type: ignore[attr-defined]
     return error
 
 
-def whole(value: Tensor) -> Tensor:
-    """The full tensor of one that is sharded over the processes, which all have to ask for it; else itself."""
+def full_tensor(value: Tensor) -> Tensor:
+    """Return the full tensor of a sharded one, a collective that all processes must call; else `value` itself."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def shard(value: Tensor) -> Tensor:
-    """The part of a tensor that this process holds: all of it, unless it is sharded."""
+def local_shard(value: Tensor) -> Tensor:
+    """Return the shard that this process holds of a sharded tensor; else `value` itself."""
     return value.to_local() if hasattr(value, "to_local") else value
 
 
 def receive(world: World, into: Tensor, value: Tensor | None) -> None:
-    """Fill `into`, sharded or not, on every process with the `value` (its full tensor) that rank 0 has."""
+    """Fill `into` on every process, sharded or not, with the full tensor `value` that only rank 0 has."""
     if world.size == 1 and not hasattr(into, "full_tensor"):
         assert value is not None
         into.copy_(value)
         return
     full = torch.empty(into.shape, dtype=into.dtype) if value is None else value.to(into.dtype)
-    full = full.to(_exchanged_on(into)).contiguous()
+    full = full.to(_collective_device(into)).contiguous()
     if hasattr(into, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
@@ -168,6 +185,6 @@ def receive(world: World, into: Tensor, value: Tensor | None) -> None:
     into.copy_(full)
 
 
-def _exchanged_on(value: Tensor) -> torch.device:
+def _collective_device(value: Tensor) -> torch.device:
     mesh = getattr(value, "device_mesh", None)
     return torch.device(mesh.device_type) if mesh is not None else value.device

@@ -53,7 +53,7 @@ def new_run(
         with world.together():
             if world.leads:
                 stack.enter_context(open_new_folder(parts, overwrite, say))
-            world.begun()
+            world.mark_started()
         connect(parts, say)
         yield LiveRun(parts, Path(config.out_dir), Progress(), text.prompt)
 

@@ -74,7 +74,7 @@ def resume_run(
                 say_changes(out_dir, data, before, config, say)
                 cut_back(out_dir, before, config, progress.step)
                 say_limits(say)
-            world.begun()
+            world.mark_started()
         connect(parts, say)
         yield LiveRun(parts, out_dir, progress, config.sample_prompt or "\n")
 

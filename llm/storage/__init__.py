@@ -1,11 +1,11 @@
-"""Durable files: complete or absent, hashed, verified. Everything the project writes goes through here.
+"""Durable files: complete or absent, hashed, verified. The project writes all its files through this package.
 
-A file is written under a temporary name beside its place, flushed to the disk, and renamed over it;
-then the folder is flushed too. After a crash at any moment the old file or the new one is there, whole.
-Several files that belong together are changed by a `Transaction`.
+A file is written under a temporary name beside its place, flushed to the disk, and renamed over it; then the folder is
+flushed too. After a crash at any moment the old file is complete or the new one is. A `transaction` replaces several
+files together.
 
-Some file systems have no locks, flush no folders or rename none. Work goes on there with less of a promise; `limits`
-says what is missing.
+Some file systems lack locks, or cannot flush or rename folders. Work continues there with weaker guarantees; `limits`
+reports which are missing.
 """
 
 from llm.storage.files import (
@@ -24,6 +24,15 @@ from llm.storage.files import (
     write_text,
     writing,
 )
+from llm.storage.filesystem_limits import (
+    FILES_NOT_FLUSHED,
+    FOLDERS_NOT_FLUSHED,
+    NO_LOCKS,
+    REMOVED_SLOWLY,
+    UNSUPPORTED,
+    limits,
+    note,
+)
 from llm.storage.folders import (
     KEPT,
     READY,
@@ -34,15 +43,6 @@ from llm.storage.folders import (
     transaction,
     unfinished,
     verify_folder,
-)
-from llm.storage.lacking import (
-    FILES_NOT_FLUSHED,
-    FOLDERS_NOT_FLUSHED,
-    NO_LOCKS,
-    REMOVED_SLOWLY,
-    UNSUPPORTED,
-    limits,
-    note,
 )
 from llm.storage.locks import HELD, InUse, in_use, locked, sweep
 

@@ -1,11 +1,10 @@
-"""The resumable state of a run: named tensors and facts in a folder that is complete or absent.
+"""Checkpoints to resume from: named tensors and facts in a folder that is complete or absent.
 
-`step-000500/` holds one safetensors file for each group of tensors ("model", "optimizer", ...),
-`state.json` and `manifest.json` with their hashes. It knows nothing of the model. `latest` and `best`
-are text files with a folder's name. Loading runs no code: safetensors and JSON only.
+`step-000500/` holds one safetensors file for each group of tensors ("model", "optimizer", ...), `state.json`, and
+`manifest.json` with the SHA-256 of each file. `latest` and `best` are text files with a folder's name. This module
+knows nothing of the model. Loading runs no code: it reads safetensors and JSON only.
 """
 
-import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -20,14 +19,18 @@ from torch import Tensor
 from llm import storage
 from llm.errors import UserError
 
-Groups = dict[str, dict[str, Tensor]]
+Groups = dict[str, dict[str, Tensor]]  # group: {name: tensor}
 
-
-DTYPES = {  # safetensors' names
-    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
-    **{torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"},
+DTYPES = {  # the names that safetensors gives them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
-
 
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -37,49 +40,63 @@ def folder_name(step: int) -> str:
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """Steps with a saved state, oldest first."""
-    found = {path.name: _NAME.fullmatch(path.name) for path in run_dir.glob("step-*") if path.is_dir()}
-    steps = {name: int(match[1]) for name, match in found.items() if match}
-    return sorted(step for name, step in steps.items() if name == folder_name(step))
+    """Return the steps that have a checkpoint in `run_dir`, oldest first."""
+    steps = []
+    for path in run_dir.glob("step-*"):
+        match = _NAME.fullmatch(path.name)
+        if match is None or not path.is_dir():
+            continue
+        step = int(match[1])
+        if path.name == folder_name(step):
+            steps.append(step)
+    return sorted(steps)
 
 
 def save_state(run_dir: Path, step: int, groups: Groups, facts: dict[str, Any], keep: int, is_best: bool) -> Path:
-    """Write the state of `step`, point `latest` (and `best`) at it, then retire older states.
+    """Write the checkpoint of `step`, point `latest` (and `best`) at it, then remove older ones; return its folder.
 
-    The `keep` newest and the best stay. Nothing older is touched before the new state is on the disk.
-    States of later steps, such as those of a schedule of kills, do not count and are left alone.
+    The `keep` newest and the best stay. Nothing older is touched before the new checkpoint is on the disk. Checkpoints
+    of later steps, such as those of a run with planned kills, do not count towards `keep` and stay.
     """
     final = run_dir / folder_name(step)
     with storage.folder_in_place(final) as folder:
         for name, tensors in groups.items():
             with storage.writing(folder / f"{name}.safetensors") as file:
-                for piece in pieces(tensors):
-                    file.write(piece)
+                for part in serialize_tensors(tensors):
+                    file.write(part)
         storage.write_json(folder / "state.json", {"step": step, **facts})
     storage.write_text(run_dir / "latest", final.name + "\n")
     if is_best:
         storage.write_text(run_dir / "best", final.name + "\n")
-    best = run_dir / "best"
-    spared = best.read_text(encoding="utf-8", errors="replace").strip() if best.exists() else ""
-    for old in [saved for saved in saved_steps(run_dir) if saved <= step][:-keep]:
-        if folder_name(old) != spared:
-            try:
-                storage.remove_folder(run_dir / folder_name(old))
-            except OSError as error:  # the new state is saved all the same
-                storage.note(run_dir, "old states could not be removed; the next save tries again", error)
+    _remove_old(run_dir, step, keep)
     return final
 
 
-def pieces(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file of the tensors, the same bytes as `safetensors.torch.save` makes of them, one tensor after the
-    other: that function would hold all of them twice more.
+def _remove_old(run_dir: Path, step: int, keep: int) -> None:
+    pointer = run_dir / "best"
+    best = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.exists() else ""
+    up_to_now = [saved for saved in saved_steps(run_dir) if saved <= step]
+    for old in up_to_now[:-keep]:
+        if folder_name(old) != best:
+            try:
+                storage.remove_folder(run_dir / folder_name(old))
+            except OSError as error:  # the new checkpoint is saved all the same
+                storage.note(run_dir, "old checkpoints could not be removed; the next save tries again", error)
+
+
+def serialize_tensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a safetensors file, one tensor at a time.
+
+    They are the bytes that `safetensors.torch.save` returns; that function holds all tensors in memory twice more.
     """
-    ordered = sorted(tensors.items(), key=lambda named: (-named[1].element_size(), named[0]))  # so all are aligned
-    ends = [0, *itertools.accumulate(value.nbytes for _, value in ordered)]
-    header = {
-        name: {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
-        for (name, value), start, end in zip(ordered, ends, ends[1:], strict=False)
-    }
+    # Largest elements first, as safetensors orders them: so all tensors are aligned.
+    ordered = sorted(tensors.items(), key=lambda named: (-named[1].element_size(), named[0]))
+    header = {}
+    start = 0
+    for name, value in ordered:
+        end = start + value.nbytes
+        header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
@@ -88,9 +105,9 @@ def pieces(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 def load_state(folder: Path) -> tuple[Groups, dict[str, Any]]:
-    """(tensors by group, facts) of a saved state, every byte verified against its manifest first.
+    """Return (tensors by group, facts) of a checkpoint, after verifying every byte against its manifest.
 
-    Raises UserError naming the file that is missing, changed or not a state of ours.
+    Raises: UserError that names the file which is missing, changed or not part of a checkpoint of ours.
     """
     storage.verify_folder(folder)
     facts = storage.read_json(folder / "state.json")
@@ -108,26 +125,31 @@ def load_state(folder: Path) -> tuple[Groups, dict[str, Any]]:
 
 
 def newest_state(run_dir: Path) -> tuple[Groups, dict[str, Any], dict[Path, str]]:
-    """The newest state that verifies, and the newer folders that were passed over, each with its reason.
+    """Return (tensors by group, facts, skipped) of the newest checkpoint that verifies.
 
-    Raises UserError where none does.
+    `skipped` holds the folders of newer checkpoints that do not verify, each with the reason.
+
+    Raises: UserError if no checkpoint verifies.
     """
-    passed_over: dict[Path, str] = {}
+    skipped: dict[Path, str] = {}
     for step in reversed(saved_steps(run_dir)):
         folder = run_dir / folder_name(step)
         try:
             groups, facts = load_state(folder)
-            return groups, facts, passed_over
+            return groups, facts, skipped
         except (UserError, OSError) as error:
-            passed_over[folder] = str(error)
-    reason = f" ({'; '.join(passed_over.values())})" if passed_over else ""
-    raise UserError(f"{run_dir}: no saved state to resume from{reason}; start anew with --overwrite")
+            skipped[folder] = str(error)
+    reasons = f" ({'; '.join(skipped.values())})" if skipped else ""
+    raise UserError(f"{run_dir}: no checkpoint to resume from{reasons}; start a new run with --overwrite")
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a state that does not verify, so that it is never tried again and can still be looked at."""
-    names = (f"damaged-{folder.name}" + (f"-{n}" if n else "") for n in itertools.count())
-    aside = next(path for path in map(folder.with_name, names) if not path.exists())
+    """Rename a checkpoint that does not verify, so that no resume tries it again and the user can inspect it."""
+    aside = folder.with_name(f"damaged-{folder.name}")
+    number = 0
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"damaged-{folder.name}-{number}")
     storage.rename_folder(folder, aside)
     storage.sync_folder(folder.parent)
     return aside

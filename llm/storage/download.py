@@ -1,4 +1,4 @@
-"""A file from the network: verified before it takes its name, and never a long wait where there is no network."""
+"""Download a file: it is verified before it takes its name, and an absent network is noticed within seconds."""
 
 import hashlib
 import queue
@@ -10,20 +10,19 @@ from pathlib import Path
 from llm import storage
 from llm.errors import Failure
 
-CONNECT_SECONDS = 4.0  # until the server answers, name look-up included
+CONNECT_SECONDS = 4.0  # until the server answers, including the DNS look-up
 
+STALL_SECONDS = 15.0  # without a byte, once the server has answered
 
-STALL_SECONDS = 15.0  # without a byte, once it has answered
-
-
-LIMIT = 64 * 2**20  # bytes; far above anything we fetch
+LIMIT = 64 * 2**20  # bytes; far above any file that we download
 
 
 def fetch(url: str, path: Path, sha256: str, what: str, offline: bool = False) -> Path:
-    """`path`, holding the file with that SHA-256: as it is there, or downloaded from `url`.
+    """Return `path` once it holds the file with that SHA-256, which is downloaded from `url` if needed.
 
     A file that is there and verifies is neither locked nor written. `what` names the file in messages.
-    Raises Failure, within seconds where there is no network.
+
+    Raises: Failure; within seconds if there is no network.
     """
     try:
         if path.is_file() and storage.sha256(path) == sha256:
@@ -35,50 +34,50 @@ def fetch(url: str, path: Path, sha256: str, what: str, offline: bool = False) -
         raise Failure(f"{what}: {path} {state}, and --offline was given; run once without it, or put the file there")
     try:
         content = _get(url)
-    except Exception as error:  # whatever a network can do: refused, unresolved, a proxy's page, a bad certificate
+    except Exception as error:  # refused, unresolved, a proxy's page, a bad certificate, and more
         raise Failure(
-            f"{what}: {path} {state}, and {url} cannot be reached ({_cause(error)}); "
+            f"{what}: {path} {state}, and {url} cannot be reached ({_describe(error)}); "
             "connect to the network, or put the file there"
         ) from None
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise Failure(f"{what}: what {url} sent is not the known file (SHA-256 differs); try again later")
+        raise Failure(f"{what}: {url} sent another file than the known one (SHA-256 differs); try again later")
     try:
         with storage.writing(path) as file:
             file.write(content)
     except OSError as error:
         raise Failure(
-            f"{what}: cannot be kept in {path.parent} ({error.strerror}); set LOSSCURVE_CACHE to a folder of yours"
+            f"{what}: cannot be saved in {path.parent} ({error.strerror}); set LOSSCURVE_CACHE to a folder of yours"
         ) from None
     return path
 
 
 def unreachable(url: str) -> str:
-    """Why nothing answers at `url`, known within seconds; empty where something does, be it an error."""
+    """Return within seconds why `url` does not answer, or "" if it answers, even with an HTTP error."""
     try:
         _get(url)
     except urllib.error.HTTPError:
         return ""
     except Exception as error:
-        return _cause(error)
+        return _describe(error)
     return ""
 
 
 def _get(url: str) -> bytes:
-    """The body at `url`. Raises what urllib raises, and TimeoutError if nothing answers in CONNECT_SECONDS."""
+    """Return the body at `url`. Raises: what urllib raises; TimeoutError if nothing answers within CONNECT_SECONDS."""
     answers: queue.Queue[bytes | Exception | None] = queue.Queue()
 
-    def work() -> None:
+    def download() -> None:
         try:
             with urllib.request.urlopen(url, timeout=STALL_SECONDS) as response:
-                answers.put(None)
+                answers.put(None)  # connected
                 answers.put(response.read(LIMIT))
         except Exception as error:
             if isinstance(error, urllib.error.HTTPError):
-                error.close()  # it holds the connection
+                error.close()  # it holds the connection open
             answers.put(error)
 
-    # a thread of its own, because no timeout of urllib covers the look-up of the name
-    threading.Thread(target=work, daemon=True).start()
+    # Download in a thread, because no timeout of urllib covers the DNS look-up.
+    threading.Thread(target=download, daemon=True).start()
     try:
         answer = answers.get(timeout=CONNECT_SECONDS) or answers.get()
     except queue.Empty:
@@ -88,6 +87,6 @@ def _get(url: str) -> bytes:
     return answer or b""
 
 
-def _cause(error: Exception) -> str:
-    reason = getattr(error, "reason", None)  # URLError wraps what happened
+def _describe(error: Exception) -> str:
+    reason = getattr(error, "reason", None)  # URLError wraps the original error
     return str(reason or error) or type(error).__name__

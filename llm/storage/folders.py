@@ -1,4 +1,4 @@
-"""Folders and groups of files that take their place together or not at all."""
+"""Folders and groups of files that are put in place together or not at all."""
 
 import errno
 import os
@@ -9,49 +9,51 @@ from pathlib import Path
 
 from llm.errors import UserError
 from llm.storage.files import (
-    _beside,
-    _sync_file,
-    _sync_files,
     make_folder,
     read_json,
     rename_folder,
     sha256,
+    sync_file,
+    sync_files,
     sync_folder,
+    temporary_path,
     write_json,
 )
-from llm.storage.lacking import REMOVED_SLOWLY, note
+from llm.storage.filesystem_limits import REMOVED_SLOWLY, note
 from llm.storage.locks import sweep
 
-STAGING, READY = ".preparing", ".prepared"  # a transaction before and after its point of no return
+STAGING = ".preparing"  # a transaction before its commit
 
+READY = ".prepared"  # a transaction after its commit, while its files are moved into place
 
-KEPT = ".partial"  # the staging of a long one, which is kept when it is interrupted
+KEPT = ".partial"  # the staging folder of a long transaction, which an interruption does not remove
 
 
 @contextmanager
 def folder_in_place(final: Path) -> Iterator[Path]:
-    """A new folder that takes the name `final` only when it is complete, with `manifest.json` last.
+    """Yield a new folder that is renamed to `final` only once it is complete; its `manifest.json` is written last.
 
-    The manifest holds the size and SHA-256 of every file, so that `verify_folder` can tell whether
-    the folder is still what was written. A folder of that name is set aside until the new one stands.
+    The manifest holds the size and SHA-256 of every file, so that `verify_folder` can tell whether the folder is
+    unchanged. An existing folder of that name is set aside until the new one is in place.
     """
     make_folder(final.parent)
-    temporary, aside = _beside(final, "tmp"), _beside(final, "old")
-    if aside.exists() and not final.exists():  # of an attempt that could not even be undone
+    temporary = temporary_path(final, "tmp")
+    aside = temporary_path(final, "old")
+    if aside.exists() and not final.exists():  # an earlier attempt failed and could not undo its rename
         os.replace(aside, final)
-    for left in (temporary, aside):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in (temporary, aside):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         manifest = {}
         for path in sorted(temporary.iterdir()):
             with open(path, "rb") as file:
-                _sync_file(file)
+                sync_file(file)
             manifest[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
         write_json(temporary / "manifest.json", {"files": manifest})
         if final.exists():
-            _free(final, aside)
+            _free_name(final, aside)
         os.replace(temporary, final)
     except BaseException:
         if aside.exists() and not final.exists():
@@ -63,22 +65,23 @@ def folder_in_place(final: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder; after a crash at any moment it is there, whole, or its name is gone (see `sweep`).
+    """Remove a folder; a crash leaves it complete, or frees its name (`sweep` removes the rest).
 
-    Where the file system cannot rename it, a part may be there, which does not verify.
+    Where the file system cannot rename the folder, a crash may leave a part of it, which does not verify.
     """
-    temporary = _beside(folder, "tmp")
+    temporary = temporary_path(folder, "tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    _free(folder, temporary)
+    _free_name(folder, temporary)
     sync_folder(folder.parent)
     if temporary.exists():
         shutil.rmtree(temporary)
 
 
-def _free(folder: Path, aside: Path) -> None:
-    """Free the name of a folder: rename it to `aside`, or remove it where the file system cannot rename it.
+def _free_name(folder: Path, aside: Path) -> None:
+    """Rename `folder` to `aside`, or remove it where the file system cannot rename it.
 
-    An overlay, as containers have, renames no folder of its lower layer. What is half removed there does not verify.
+    An overlay, which containers use, cannot rename a folder of its lower layer. A folder that is half removed there
+    does not verify.
     """
     try:
         os.replace(folder, aside)
@@ -90,16 +93,20 @@ def _free(folder: Path, aside: Path) -> None:
 
 
 def verify_folder(folder: Path) -> None:
-    """Raises UserError naming the first file that is missing, added or changed since it was written."""
+    """Compare every file of `folder` with its manifest.
+
+    Raises: UserError that names the first file which is missing, added or changed since it was written.
+    """
     if (folder / "manifest.json").is_symlink():
         raise UserError(f"{folder / 'manifest.json'}: not a regular file")
     manifest = read_json(folder / "manifest.json")
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or not files:
+    entries = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(entries, dict) or not entries:
         raise UserError(f"{folder / 'manifest.json'}: lists no files")
     present = {path.name for path in folder.iterdir()} - {"manifest.json"}
-    for name in sorted(present | set(files)):
-        path, entry = folder / name, files.get(name)
+    for name in sorted(present | set(entries)):
+        path = folder / name
+        entry = entries.get(name)
         if name != Path(name).name or name not in present or not isinstance(entry, dict):
             raise UserError(f"{path}: {'not in the manifest' if name in present else 'missing'}")
         if path.is_symlink() or not path.is_file():
@@ -110,11 +117,11 @@ def verify_folder(folder: Path) -> None:
 
 @contextmanager
 def transaction(folder: Path, keep: bool = False) -> Iterator[Path]:
-    """Replace several files of `folder` together: write the new ones into the path this yields.
+    """Yield a staging folder; when the block ends, replace the files of `folder` by those in it, all or none.
 
-    Until the block ends, `folder` is untouched. Then the staging folder is renamed, the point of no
-    return, and its files are moved into place. `recover` finishes or undoes what a crash left.
-    With `keep`, what an interrupted block has written stays, and the next one finds it in its path.
+    Until then `folder` is untouched. The commit is a rename of the staging folder, after which its files are moved into
+    place. `recover` completes or undoes what a crash interrupted. With `keep`, an interrupted block leaves its files,
+    and the next one finds them in its staging folder.
     """
     make_folder(folder)
     recover(folder)
@@ -126,7 +133,7 @@ def transaction(folder: Path, keep: bool = False) -> Iterator[Path]:
         staging.mkdir()
     try:
         yield staging
-        _sync_files(staging)
+        sync_files(staging)
         sync_folder(staging)
         rename_folder(staging, folder / READY)
     except BaseException:
@@ -138,9 +145,9 @@ def transaction(folder: Path, keep: bool = False) -> Iterator[Path]:
 
 
 def recover(folder: Path) -> None:
-    """Roll an interrupted `transaction` of `folder` forward if it was complete, else undo it.
+    """Complete an interrupted `transaction` of `folder` if it had committed, else undo it.
 
-    The caller holds the folder's lock where another process might be preparing it: see `unfinished`.
+    Where another process might be writing to the folder, the caller holds its lock: see `unfinished`.
     """
     if (folder / STAGING).exists():
         shutil.rmtree(folder / STAGING)
@@ -154,5 +161,5 @@ def recover(folder: Path) -> None:
 
 
 def unfinished(folder: Path) -> bool:
-    """Whether a `transaction` of `folder` is under way or was interrupted: lock it, then `recover`."""
+    """Return whether a `transaction` of `folder` is running or was interrupted: lock the folder, then `recover`."""
     return (folder / STAGING).exists() or (folder / READY).exists()

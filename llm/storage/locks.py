@@ -1,4 +1,4 @@
-"""A folder's lock, and what processes that are gone left under temporary names."""
+"""The lock of a folder, and the removal of temporary files that dead processes left in it."""
 
 import errno
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import IO
 
 from llm.errors import UserError
-from llm.storage.files import _LEFT, make_folder, rename_folder
-from llm.storage.lacking import NO_LOCKS, UNSUPPORTED, note
+from llm.storage.files import TEMPORARY_NAME, make_folder, rename_folder
+from llm.storage.filesystem_limits import NO_LOCKS, UNSUPPORTED, note
 
-HELD = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}  # what a lock says that another process holds
+HELD = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}  # errors of a lock that another process holds
 
 
 class InUse(UserError):
@@ -25,10 +25,12 @@ class InUse(UserError):
 
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
-    """Hold `folder`'s lock; the system releases it when the process ends, however it ends.
+    """Hold the lock of `folder` during the block. The system releases it when the process ends, however it ends.
 
-    What an interrupted process left under temporary names is removed, or put back where it belongs.
-    Raises UserError if another process holds the lock. `what` names the folder's use in that message.
+    Temporary files that an interrupted process left are removed, or put back in place (`sweep`). `what` names the use
+    of the folder in the message.
+
+    Raises: InUse if another process holds the lock.
     """
     make_folder(folder)
     with open(folder / ".lock", "a+b") as file:
@@ -48,7 +50,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether another process holds the lock of `folder` now."""
+    """Return whether another process holds the lock of `folder` now."""
     try:
         with locked(folder, ""):
             return False
@@ -57,17 +59,18 @@ def in_use(folder: Path) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what processes that are gone left in `folder` under temporary names.
+    """Remove the temporary files that dead processes left in `folder`. The caller holds the folder's lock.
 
-    A folder that was set aside for one that never came is put back. The caller holds the folder's lock.
+    A folder that was set aside for a replacement that never came gets its name back.
     """
     for path in sorted(folder.iterdir()):
-        left = _LEFT.fullmatch(path.name)
-        if left is None:
+        match = TEMPORARY_NAME.fullmatch(path.name)
+        if match is None:
             continue
-        if left[2] == "old" and not path.with_name(left[1]).exists():
-            rename_folder(path, path.with_name(left[1]))
-        elif _alive(int(left[3])):
+        final = path.with_name(match[1])
+        if match[2] == "old" and not final.exists():
+            rename_folder(path, final)
+        elif _is_alive(int(match[3])):
             continue
         elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -75,8 +78,8 @@ def sweep(folder: Path) -> None:
             path.unlink()
 
 
-def _alive(pid: int) -> bool:
-    if pid == os.getpid() or os.name == "nt":  # there, asking would end the process
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid() or os.name == "nt":  # on Windows, os.kill would end the process
         return False
     try:
         os.kill(pid, 0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.machine.device import precision
-from llm.machine.world import ALONE, World, whole
+from llm.machine.world import ALONE, World, full_tensor
 from llm.training.parts import Parts
 from llm.training.state import Progress
 
@@ -42,7 +42,7 @@ def where_it_breaks(model: nn.Module, loss_of: Callable[[], Tensor], world: Worl
     weights are gathered.
     """
     for name, p in model.named_parameters():
-        if not torch.isfinite(whole(p.detach())).all():
+        if not torch.isfinite(full_tensor(p.detach())).all():
             return f"weight {name}"
     found: list[str] = []
 
@@ -63,7 +63,7 @@ def where_it_breaks(model: nn.Module, loss_of: Callable[[], Tensor], world: Worl
     if world.any(broke != FINITE):
         return broke
     loss.backward()  # type: ignore[no-untyped-call]
-    grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    grads = {name: full_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     broken = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
     model.zero_grad(set_to_none=True)
     return f"gradient of {broken[-1]}" if broken else FINITE

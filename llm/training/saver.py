@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llm.machine.world import shard, whole
+from llm.machine.world import full_tensor, local_shard
 from llm.storage.checkpoint import Groups
 
 
@@ -28,7 +28,7 @@ class Saver:
         assert self._writing is None
         for group, tensors in groups.items():
             for name, value in tensors.items():
-                full = whole(value.detach())
+                full = full_tensor(value.detach())
                 if not keep:
                     continue
                 if (group, name) not in self._copies:
@@ -65,7 +65,7 @@ class Saver:
 
 def not_finite(groups: Groups) -> str | None:
     """Return the name of the first tensor (or shard of this rank) with a number that is not finite, else None."""
-    named = [(name, shard(value)) for tensors in groups.values() for name, value in tensors.items()]
+    named = [(name, local_shard(value)) for tensors in groups.values() for name, value in tensors.items()]
     named = [(name, value) for name, value in named if value.numel()]
     is_finite = torch.stack([torch.isfinite(torch.stack(value.aminmax())).all() for _, value in named])
     flags = is_finite.tolist()  # waits for the device once, not once a tensor

@@ -1,6 +1,6 @@
-"""Two hosts: two network namespaces joined by a cable (veth), each with its own folder, and torchrun in both.
+"""Two hosts: two network namespaces connected by a cable (veth), each with its own folder and its own torchrun.
 
-Skipped by name where namespaces are not permitted. LOSSCURVE_TORTURE=1 (make torture) does all of it.
+Skipped with the reason where namespaces are not permitted. LOSSCURVE_TORTURE=1 (make torture) runs all cases.
 """
 
 import os
@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-import ranks
 from conftest import flags
-from ranks import job, values, world_of
+from ranks import exit_codes
 
 import llm
 from llm.checks.prove import fingerprint
@@ -22,7 +21,7 @@ from llm.checks.verify import verify
 from llm.storage import checkpoint
 
 TORTURE = bool(os.environ.get("LOSSCURVE_TORTURE"))
-SILENCE = 3
+HEARTBEAT_TIMEOUT = 3  # seconds; the default is 60
 LONG = {"text": "text.txt", "max_steps": 300, "eval_every": 150, "save_every": 10, "dropout": 0.1, "keep": 99}
 PORT = 29400
 RENDEZVOUS = "join_timeout=120,last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=4,read_timeout=20"
@@ -39,14 +38,14 @@ class Host:
         self.name, self.address, self.folder = name, address, folder
         self.launcher = None
 
-    def plugged(self, state):
+    def set_cable(self, state):
         done = ip("-n", self.name, "link", "set", "cable", state)
         assert done.returncode == 0, done.stderr
 
     def torchrun(self, line, *options, nnodes="2"):
-        env = {"PYTHONPATH": str(Path(llm.__file__).parent.parent), "LOSSCURVE_SILENCE": str(SILENCE)}
+        env = {"PYTHONPATH": str(Path(llm.__file__).parent.parent), "LOSSCURVE_SILENCE": str(HEARTBEAT_TIMEOUT)}
         env |= {"OMP_NUM_THREADS": "1", "RES_OPTIONS": "attempts:0"}
-        command = self.inside()
+        command = self.command_prefix()
         command += [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nnodes}", "--nproc_per_node=1"]
         command += ["--rdzv_backend=c10d", f"--rdzv_endpoint=10.77.0.1:{PORT}", "--rdzv_id=curve"]
         command += [f"--rdzv_conf={RENDEZVOUS}", *options, "-m", "llm", "train"]
@@ -55,35 +54,32 @@ class Host:
                 [*command, *line.split()], stdout=out, stderr=err, cwd=self.folder, env=os.environ | env
             )
 
-    def inside(self):
-        """What makes a command run there, on a machine of its own name that knows both names."""
-        known = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
+    def command_prefix(self):
+        """Return the prefix that runs a command on this host, under its own name and with both in /etc/hosts."""
+        setup = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
         names = [str(self.folder.parent / "hosts"), self.name]
-        return ["ip", "netns", "exec", self.name, "unshare", "--uts", "--mount", "sh", "-c", known, "sh", *names]
+        return ["ip", "netns", "exec", self.name, "unshare", "--uts", "--mount", "sh", "-c", setup, "sh", *names]
 
     def processes(self):
         return [int(pid) for pid in ip("netns", "pids", self.name).stdout.split()]
 
     def kill(self):
-        """All at once, as a power cut does; nothing says goodbye, since the cable is out first."""
+        """Kill all processes at once, as a power cut does. Unplug the cable first, so that no connection is closed."""
         for pid in self.processes():
             os.kill(pid, signal.SIGKILL)
         if self.launcher:
             self.launcher.wait(30)
 
-    def ended_by_itself(self, patience):
-        assert self.ended(patience) != 0
-
-    def left_to_its_launcher(self, patience):
-        """Cut off from torchrun's store, a launcher waits for it as long as TCP does; nothing of the run is left."""
-        until = time.monotonic() + patience
+    def wait_until_ranks_ended(self, timeout):
+        """Wait until only the launcher is left. Without torchrun's store, it waits for that as long as TCP does."""
+        deadline = time.monotonic() + timeout
         while len(self.processes()) > 1:
-            assert time.monotonic() < until, self.err
+            assert time.monotonic() < deadline, self.err
             time.sleep(0.1)
         self.kill()
 
-    def ended(self, patience):
-        code = self.launcher.wait(patience)
+    def wait_until_ended(self, timeout):
+        code = self.launcher.wait(timeout)
         assert not self.processes()
         return code
 
@@ -98,9 +94,9 @@ class Host:
 
 @pytest.fixture
 def hosts(here):
-    """Two hosts; the run folder is on the first, and each has the token files."""
+    """Two hosts. The run folder is on the first; each has its own token files."""
     if shutil.which("ip") is None:
-        pytest.skip("no ip here to make network namespaces with (iproute2)")
+        pytest.skip("the command ip (iproute2) is needed to make network namespaces")
     found = []
     for number in (1, 2):
         name, folder = f"lc{os.getpid()}-{number}", here / f"host{number}"
@@ -117,11 +113,11 @@ def hosts(here):
         for host in found:
             for words in (("link", "set", "lo", "up"), ("addr", "add", f"{host.address}/24", "dev", "cable")):
                 assert ip("-n", host.name, *words).returncode == 0
-            host.plugged("up")
+            host.set_cable("up")
         lines = [f"127.0.0.1 localhost\n{one.address} {one.name}\n{two.address} {two.name}\n"]
         (here / "hosts").write_text("".join(lines))
-        if subprocess.run([*one.inside(), "true"], capture_output=True, check=False).returncode:
-            pytest.skip("a machine of another name is not permitted here")
+        if subprocess.run([*one.command_prefix(), "true"], capture_output=True, check=False).returncode:
+            pytest.skip("setting a host name is not permitted here")
         yield found
     finally:
         for host in found:
@@ -129,17 +125,17 @@ def hosts(here):
             ip("netns", "del", host.name)
 
 
-def at_step(step, one):
-    until = time.monotonic() + 90
+def wait_for_step(step, one):
+    deadline = time.monotonic() + 90
     while not any(saved >= step for saved in checkpoint.saved_steps(one.folder / "checkpoints")):
         assert one.launcher.poll() is None, one.err
-        assert time.monotonic() < until, one.err
+        assert time.monotonic() < deadline, one.err
         time.sleep(0.01)
 
 
 def undisturbed(here, kind):
     line = f"train {flags(**LONG, parallel=kind)} --out_dir {here / 'whole'}"
-    assert values(world_of(2, [job(ranks.command, lines=[line])], here / "told")[0]) == [0, 0]
+    assert exit_codes(2, line, here / "outcomes") == [0, 0]
     return fingerprint(here / "whole")
 
 
@@ -147,20 +143,23 @@ FAULTS = ["cable", "second", "first"]
 
 
 @pytest.mark.parametrize("fault", FAULTS if TORTURE else FAULTS[:1])
-def test_two_hosts_of_which_one_is_lost(here, hosts, fault, record_property):
+def test_losing_one_of_two_hosts(here, hosts, fault, record_property):
     expected = undisturbed(here, "ddp")
     one, two = hosts
     for host in hosts:
         host.torchrun(flags(**LONG))
-    at_step(50, one)
+    wait_for_step(50, one)
     began = time.monotonic()
-    one.plugged("down")
+    one.set_cable("down")
     if fault != "cable":
         {"first": one, "second": two}[fault].kill()
     seconds = {}
     for host in hosts:
         if fault == "cable" or host is {"first": two, "second": one}[fault]:
-            host.ended_by_itself(90) if host is one else host.left_to_its_launcher(30)
+            if host is one:
+                assert host.wait_until_ended(90) != 0
+            else:
+                host.wait_until_ranks_ended(30)
             seconds[host.name] = round(time.monotonic() - began, 1)
             print(fault, seconds[host.name], host.errors)
             assert len(host.errors) == 1, host.err
@@ -170,27 +169,27 @@ def test_two_hosts_of_which_one_is_lost(here, hosts, fault, record_property):
     assert [
         found for found in verify(one.folder / "checkpoints") if found.good is False and "bin" not in str(found)
     ] == []
-    one.plugged("up")
+    one.set_cable("up")
     for host in hosts:
         host.torchrun("--resume --out_dir checkpoints")
-    assert [host.ended(90) for host in hosts] == [0, 0], one.err + two.err
+    assert [host.wait_until_ended(90) for host in hosts] == [0, 0], one.err + two.err
     assert fingerprint(one.folder / "checkpoints") == expected
 
 
 @pytest.mark.skipif(not TORTURE, reason="one host lost is enough: in make torture")
-def test_of_two_hosts_one_goes_on_alone(here, hosts):
-    """With --nnodes=1:2 and --max-restarts, torchrun starts what is left again; the run goes on in one process."""
+def test_one_of_two_hosts_continues_alone(here, hosts):
+    """With --nnodes=1:2 and --max-restarts, torchrun restarts the remaining host; the run continues in one process."""
     one, two = hosts
     for host in hosts:
         host.torchrun(flags(**LONG), "--max-restarts=3", nnodes="1:2")
-    at_step(50, one)
-    one.plugged("down")
+    wait_for_step(50, one)
+    one.set_cable("down")
     two.kill()
     began = time.monotonic()
-    assert one.ended(180) == 0, one.err
-    print(f"the first host went on alone and was done {time.monotonic() - began:.1f} s later")
+    assert one.wait_until_ended(180) == 0, one.err
+    print(f"the first host continued alone and finished {time.monotonic() - began:.1f} s later")
     undisturbed(here, "ddp")
     folders = (one.folder / "checkpoints", here / "whole")
     ours, whole = (checkpoint.load_state(folder / "step-000300")[0]["model"] for folder in folders)
-    for name, value in whole.items():  # added up in another order from there on: 250 steps make 1e-7 this
+    for name, value in whole.items():  # sums are in another order from there on: 250 steps enlarge 1e-7 to this
         assert (ours[name] - value).abs().max() < 1e-3, name

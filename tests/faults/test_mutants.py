@@ -11,11 +11,11 @@ from typing import NamedTuple
 import pytest
 
 from llm import storage
-from llm.storage import checkpoint, files, folders, lacking, locks
+from llm.storage import checkpoint, files, filesystem_limits, folders, locks
 from tests.faults import checks
 
 Check = Callable[[Path], object]
-STORAGE = (files, folders, lacking, locks)
+STORAGE = (files, folders, filesystem_limits, locks)
 
 
 class Mutant(NamedTuple):
@@ -36,7 +36,7 @@ def cuts(scenario: checks.Scenario) -> Check:
 
 ONE, TWO = checks.SAVES[0], checks.SAVES[1]
 BEST = checks.SAVES[2]
-FLUSHED = "            _sync_file(file)\n        os.replace(temporary, path)\n"
+FLUSHED = "            sync_file(file)\n        os.replace(temporary, path)\n"
 RENAMED = "        rename_folder(staging, folder / READY)\n"
 MANIFEST = '        write_json(temporary / "manifest.json", {"files": manifest})\n'
 PLACED = "        os.replace(temporary, final)\n"
@@ -51,7 +51,7 @@ MUTANTS = [
         storage,
         [
             ("            file.flush()\n", "            os.replace(temporary, path)\n            file.flush()\n"),
-            (FLUSHED, "            _sync_file(file)\n"),
+            (FLUSHED, "            sync_file(file)\n"),
         ],
         cuts(checks.FILE),
     ),
@@ -71,7 +71,7 @@ MUTANTS = [
     Mutant(
         "the temporary name is the final one",
         storage,
-        [('temporary = _beside(path, "tmp")', "temporary = path")],
+        [('temporary = temporary_path(path, "tmp")', "temporary = path")],
         faults(checks.FILE),
     ),
     Mutant(
@@ -90,7 +90,7 @@ MUTANTS = [
     Mutant(
         "a torn row stays",
         storage,
-        [("            os.truncate(path, before)\n", "            pass\n")],
+        [("            os.truncate(path, size_before)\n", "            pass\n")],
         faults(checks.RECORD_GOES_ON, "short"),
     ),
     Mutant(
@@ -102,7 +102,7 @@ MUTANTS = [
     Mutant(
         "a record is not flushed",
         storage,
-        [('    with open(path, "ab") as file:\n        _sync_file(file)\n', "")],
+        [('    with open(path, "ab") as file:\n        sync_file(file)\n', "")],
         cuts(checks.RECORD_FLUSHED),
     ),
     # a folder with a manifest
@@ -111,7 +111,7 @@ MUTANTS = [
         storage,
         [
             (
-                "                _sync_file(file)\n            manifest[path.name]",
+                "                sync_file(file)\n            manifest[path.name]",
                 "                pass\n            manifest[path.name]",
             )
         ],
@@ -132,7 +132,7 @@ MUTANTS = [
     Mutant(
         "the old folder goes first",
         storage,
-        [("            _free(final, aside)\n", "            shutil.rmtree(final)\n")],
+        [("            _free_name(final, aside)\n", "            shutil.rmtree(final)\n")],
         faults(checks.FOLDER),
     ),
     Mutant(
@@ -143,21 +143,21 @@ MUTANTS = [
                 "    temporary.mkdir()\n",
                 "    temporary = final\n    shutil.rmtree(final, ignore_errors=True)\n    temporary.mkdir()\n",
             ),
-            ("        if final.exists():\n            _free(final, aside)\n", ""),
+            ("        if final.exists():\n            _free_name(final, aside)\n", ""),
         ],
         faults(checks.NEW_FOLDER),
     ),
     Mutant(
         "what was set aside is not put back",
         storage,
-        [("            rename_folder(path, path.with_name(left[1]))\n", "            shutil.rmtree(path)\n")],
+        [("            rename_folder(path, final)\n", "            shutil.rmtree(path)\n")],
         faults(checks.FOLDER),
     ),
     # several files
     Mutant(
         "files of a transaction are not flushed",
         storage,
-        [("        _sync_files(staging)\n", "")],
+        [("        sync_files(staging)\n", "")],
         cuts(checks.SEVERAL_PLAIN),
     ),
     Mutant(
@@ -236,7 +236,7 @@ MUTANTS = [
             (
                 STATE,
                 "    for old in [s for s in saved_steps(run_dir) if s < step][: 1 - keep or None]:\n"
-                "        shutil.rmtree(run_dir / folder_name(old))\n" + STATE,
+                "        storage.remove_folder(run_dir / folder_name(old))\n" + STATE,
             )
         ],
         faults(ONE),
@@ -246,7 +246,7 @@ MUTANTS = [
         storage,
         [
             (
-                "    _free(folder, temporary)\n    sync_folder(folder.parent)\n    if temporary.exists():\n",
+                "    _free_name(folder, temporary)\n    sync_folder(folder.parent)\n    if temporary.exists():\n",
                 "    shutil.rmtree(folder)\n    if temporary.exists():\n",
             )
         ],
@@ -257,8 +257,8 @@ MUTANTS = [
         storage,
         [
             (
-                "    _free(folder, temporary)\n    sync_folder(folder.parent)\n",
-                "    _free(folder, temporary)\n",
+                "    _free_name(folder, temporary)\n    sync_folder(folder.parent)\n",
+                "    _free_name(folder, temporary)\n",
             )
         ],
         cuts(ONE),
@@ -272,7 +272,7 @@ MUTANTS = [
     Mutant(
         "the best is retired",
         checkpoint,
-        [("        if folder_name(old) != spared:\n", "        if True:\n")],
+        [("        if folder_name(old) != best:\n", "        if True:\n")],
         faults(BEST),
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""The chapter's door to `losscurve prepare`."""
+"""Run `losscurve prepare`, by the command that the chapter names: `python -m scripts.prepare`."""
 
 import sys
 

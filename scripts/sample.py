@@ -1,4 +1,4 @@
-"""The chapter's door to `losscurve sample`."""
+"""Run `losscurve sample`, by the command that the chapter names: `python -m scripts.sample`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The chapter's door to `losscurve train`."""
+"""Run `losscurve train`, by the command that the chapter names: `python -m scripts.train`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The commands as typed: what they print, what they leave, and one clear line for every mistake."""
+"""The commands as typed: what they print, what they write, and one clear line for every mistake."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from llm.record.metrics import read_record
 
 
 def untouched(folder: Path) -> list[str]:
-    """What is in a folder, beside locks."""
+    """Return the files in a folder, without locks."""
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.name != ".lock" and p.is_file())
 
 
@@ -74,7 +74,7 @@ def test_a_run_is_never_overwritten_in_silence(run, losscurve):
     assert Path("checkpoints/model.pt").read_bytes() != before
 
 
-def test_resume_goes_on_and_refuses_what_would_be_another_run(run, losscurve):
+def test_resume_continues_and_refuses_what_would_be_another_run(run, losscurve):
     code, _, err = losscurve("train --resume")
     assert code == 2
     assert "complete at step 12; give a larger --max_steps" in err
@@ -84,7 +84,7 @@ def test_resume_goes_on_and_refuses_what_would_be_another_run(run, losscurve):
     code, out, err = losscurve("train --resume --max_steps 16")
     assert code == 0
     assert "the schedule changes" in err
-    assert "going on from step 12" in out
+    assert "resuming from step 12" in out
     assert [r["step"] for r in read_record(Path("checkpoints")) if r["split"] == "val"] == [0, 4, 8, 12, 16]
     code, _, err = losscurve("train --resume --out_dir nowhere")
     assert code == 2
@@ -92,7 +92,7 @@ def test_resume_goes_on_and_refuses_what_would_be_another_run(run, losscurve):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_an_interrupt_saves_and_says_how_to_go_on(here, start, number, code):
+def test_an_interrupt_saves_and_prints_how_to_resume(here, start, number, code):
     process = start(f"train --text text.txt --data_dir data {flags(max_steps=10**6)}")
     record = here / "checkpoints" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -102,7 +102,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(here, start, number, code):
     out, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     step = int(re.search(r"saved step (\d+) in checkpoints", out)[1])
-    assert "go on with: losscurve train --out_dir checkpoints --resume" in out
+    assert "continue with: losscurve train --out_dir checkpoints --resume" in out
     assert (here / "checkpoints" / f"step-{step:06d}" / "manifest.json").exists()
 
 
@@ -129,13 +129,15 @@ MISTAKES = {
     "--max_lr inf": "max_lr = inf: expected",
     "--max_lr 0": "max_lr = 0.0: expected a number above 0",
     "--dropout 1": "dropout = 1.0: expected",
-    "--max_lr 1e-300": "max_lr = 1e-300: below 1.2e-38, the end of float32, in which it is used; give",
+    "--max_lr 1e-300": "max_lr = 1e-300: below 1.2e-38, the smallest normal float32 number, "
+    "and training uses float32; give",
     "--min_lr 1e-40": "min_lr = 1e-40: below 1.2e-38",
     "--weight_decay 1e-300": "weight_decay = 1e-300: below",
     "--beta1 1e-300": "beta1 = 1e-300: below",
     "--dropout 1e-300": "dropout = 1e-300: below",
     "--grad_clip 1e-300": "grad_clip = 1e-300: below",
-    "--grad_clip 1e300": "grad_clip = 1e+300: above 3.4e+38, the end of float32, in which it is used; give a smaller",
+    "--grad_clip 1e300": "grad_clip = 1e+300: above 3.4e+38, the largest float32 number, and training uses float32; "
+    "give a smaller",
     "--warmup_steps 12": "warmup_steps = 12 is not below max_steps = 12",
     "--min_lr 1": "min_lr = 1.0 is above max_lr = 0.01",
     "--max_time soon": "max_time = 'soon': expected a duration such as 90, 10m or 2h",
@@ -154,7 +156,7 @@ MISTAKES = {
     "--text text.txt --init_from nowhere": "nowhere: no run and no .pt file there",
     "--text text.txt --init_from text.txt": "text.txt: is a text, not weights",
     "--text text.txt --sample_prompt !": "'!'",
-    "--out_dir=": "out_dir = '': expected a text that is not empty",
+    "--out_dir=": "out_dir = '': expected a non-empty string",
     "--text text.txt --data_dir d --out_dir d": "out_dir = d: is the folder of the token files",
 }
 
@@ -173,10 +175,10 @@ def test_a_mistake_in_train_is_one_clear_line(here, losscurve, mistake):
     assert lines[0].startswith("error: ")
     assert MISTAKES[mistake] in lines[0]
     made = set(untouched(here)) - set(before)
-    assert all(path.startswith("data/") for path in made), made  # at most the tokens of a text that was fine
+    assert all(path.startswith("data/") for path in made), made  # at most the token files of a valid text
 
 
-def test_no_room_for_a_run_is_one_clear_line(here, losscurve, monkeypatch):
+def test_a_full_disk_is_one_clear_line(here, losscurve, monkeypatch):
     losscurve("prepare text.txt --tokenizer char")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     code, out, err = losscurve(f"train --data_dir data {flags()}")
@@ -231,7 +233,7 @@ with llm.storage.locked(pathlib.Path("run"), "this run folder"):
     assert "run: this run folder is in use by another process" in err
 
 
-def test_tokens_of_something_else_train_as_they_are(here, losscurve):
+def test_token_files_of_another_program_train_as_they_are(here, losscurve):
     Path("data").mkdir()
     ids = np.random.default_rng(0).integers(0, 300, 400).astype("<u2")
     for split in ("train", "val"):
@@ -259,7 +261,7 @@ def test_sample_is_the_runs_own(run, losscurve):
     assert losscurve("sample --prompt abc --max_new_tokens 0 --num_samples 2")[1] == "abc\n---------------\nabc\n"
 
 
-def test_the_first_of_several_samples_is_the_one_that_is_drawn_alone(run, losscurve):
+def test_the_first_of_several_samples_equals_one_drawn_alone(run, losscurve):
     line = "sample --prompt ab --max_new_tokens 9 --seed 1 --num_samples"
     alone, two, three = (losscurve(f"{line} {count}")[1].split("---------------\n") for count in (1, 2, 3))
     assert alone == two[:1]
@@ -319,7 +321,7 @@ def test_a_pickle_that_runs_code_is_refused(here, losscurve):
     assert not Path("pwned").exists()
 
 
-def test_schedule_and_plot_say_where_they_wrote(run, losscurve):
+def test_schedule_and_plot_write_their_pictures(run, losscurve):
     code, out, _ = losscurve("schedule --max_steps 200 --out s.png")
     assert code == 0
     assert "wrote s.png" in out
@@ -331,9 +333,9 @@ def test_schedule_and_plot_say_where_they_wrote(run, losscurve):
 @pytest.mark.parametrize("words", ["", "--help", "trian", "train --help"])
 def test_usage(words, capsys):
     command = [sys.executable, "-m", "llm", *words.split()]
-    shown = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert shown.returncode == (0 if "help" in words else 2)
-    assert ("did you mean 'train'?" in shown.stderr) == (words == "trian")
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert ended.returncode == (0 if "help" in words else 2)
+    assert ("did you mean 'train'?" in ended.stderr) == (words == "trian")
 
 
 def test_a_dead_process_leaves_no_lock(here):
@@ -343,8 +345,8 @@ def test_a_dead_process_leaves_no_lock(here):
         pass
 
 
-def test_a_terminal_that_knows_no_accents_gets_question_marks():
+def test_an_ascii_terminal_gets_question_marks():
     code = "from llm.commands.main import main; print(main(['--help'])); print('\\u00e9')"
     around = os.environ | {"PYTHONIOENCODING": "ascii"}
-    shown = subprocess.run([sys.executable, "-c", code], env=around, capture_output=True, check=True)
-    assert shown.stdout.split()[-2:] == [b"0", b"?"]
+    ended = subprocess.run([sys.executable, "-c", code], env=around, capture_output=True, check=True)
+    assert ended.stdout.split()[-2:] == [b"0", b"?"]

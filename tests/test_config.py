@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from llm.config import (
     FIELDS,
-    LIMITED,
     PRESETS,
+    TEXTS_WITH_LIMIT,
     GPTConfig,
     TrainConfig,
     coerce,
@@ -93,10 +93,10 @@ def test_a_preset_is_what_was_published(preset, expected):
     assert {name: value_of(config, name) for name in expected} == expected
 
 
-def test_every_preset_is_there_and_none_else():
+def test_the_presets_are_these_four():
     assert set(PRESETS) == {"chapter", "shakespeare-char", "shakespeare-char-cpu", "gpt2-124m"}
     folders = [from_settings(read_toml(preset)).out_dir for preset in PRESETS]
-    assert len(set(folders)) == len(PRESETS)  # one never writes over another's run
+    assert len(set(folders)) == len(PRESETS)  # no preset writes into the run folder of another
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_an_unknown_name_gets_the_nearest(name, near):
 
 def test_a_name_near_to_nothing():
     assert refused(zzzzqqq=1) == "unknown setting 'zzzzqqq'"
-    assert "model" in refused(model=1)  # a field of the dataclass, and no setting
+    assert "model" in refused(model=1)  # a field of the dataclass, but not a setting
 
 
 HUGE = pytest.param(10**400, id="huge")
@@ -154,12 +154,12 @@ def test_the_fields_under_test_are_the_fields():
 @pytest.mark.parametrize(
     "value", [-1, math.nan, math.inf, -math.inf, "nan", "inf", True, False, "many", "", [1], {}, HUGE]
 )
-def test_no_number(value):
+def test_values_that_are_not_numbers(value):
     for name in NUMBERS:
         assert refused(**{name: value}).startswith(f"{name} = ")
 
 
-def test_zero_only_where_it_means_something():
+def test_zero_is_accepted_only_where_it_has_a_meaning():
     for name in NUMBERS:
         if name in ZERO:
             assert value_of(from_settings({name: 0} | ZERO[name]), name) == 0
@@ -168,7 +168,7 @@ def test_zero_only_where_it_means_something():
 
 
 @pytest.mark.parametrize("value", [1.5, "1.5", "0x10"])
-def test_a_fraction_of_a_thing(value):
+def test_a_fraction_is_not_a_whole_number(value):
     for name in WHOLE:
         assert refused(**{name: value}).startswith(f"{name} = ")
 
@@ -210,7 +210,7 @@ def test_the_dataclass_checks_its_rates(name, value):
         ("init_from", ["a"]),
     ],
 )
-def test_out_of_its_range(name, value):
+def test_values_out_of_range(name, value):
     assert refused(**{name: value}).startswith(f"{name} = ")
 
 
@@ -232,7 +232,7 @@ def test_out_of_its_range(name, value):
         ("seed", 2**63 - 1, 2**63 - 1),
     ],
 )
-def test_spellings(name, value, expected):
+def test_values_as_text(name, value, expected):
     found = coerce(name, value)
     assert (found, type(found)) == (expected, type(expected))
 
@@ -247,7 +247,7 @@ def test_durations(text, seconds):
 @pytest.mark.parametrize(
     "text", ["", "m", "-5", "1h30m", "10 m", "1e3", "nan", "inf", "10M", "5.", "0", "0m", "9" * 400]
 )
-def test_no_duration(text):
+def test_texts_that_are_not_durations(text):
     assert refused(max_time=text).startswith(f"max_time = {'0.0' if text in ('0', '0m') else ''}")
 
 
@@ -256,7 +256,7 @@ def test_heads_divide_the_width():
     assert from_settings({"n_embd": 102, "n_head": 3}).model.n_embd == 102
 
 
-def test_warm_up_and_rates_fit_the_run():
+def test_warm_up_and_learning_rates_must_fit_the_run():
     assert "warmup_steps = 10 is not below max_steps = 10" in refused(warmup_steps=10, max_steps=10)
     assert from_settings({"warmup_steps": 9, "max_steps": 10}).warmup == 9
     assert "min_lr = 0.002 is above max_lr = 0.001" in refused(min_lr=2e-3, max_lr=1e-3)
@@ -264,7 +264,7 @@ def test_warm_up_and_rates_fit_the_run():
     assert [from_settings({"max_steps": n}).warmup for n in (1, 49, 50, 5000)] == [0, 0, 1, 100]
 
 
-def test_a_later_layer_lies_over_the_earlier():
+def test_later_settings_override_earlier_ones():
     base = from_settings(read_toml("shakespeare-char"))
     config = from_settings({"n_layer": 2, "max_steps": 7, "warmup_steps": 1}, base)
     assert (config.model.n_layer, config.model.n_head, config.max_steps, config.beta2) == (2, 6, 7, 0.99)
@@ -332,7 +332,7 @@ def test_awkward_strings_survive(tmp_path, text):
 
 
 @pytest.mark.parametrize("name", ["out_dir", "text", "data_dir"])
-def test_a_name_that_no_file_of_ours_could_hold(name):
+def test_a_name_that_is_not_utf8_is_refused(name):
     assert "not valid UTF-8" in refused(**{name: "book-\udcff.txt"})
 
 
@@ -402,16 +402,16 @@ def test_settings_load_no_torch():
 
 
 def notices(preset, **given):
-    said = []
-    return over_preset(preset, given, said.append), said
+    lines = []
+    return over_preset(preset, given, lines.append), lines
 
 
-CLASHES = {  # what a person gives over a preset: what it leaves of the preset, and what the line says
+CONFLICTS = {  # preset, what the user gives, the resulting settings, part of the notice
     "steps": (
         {"warmup_steps": 100},
         {"max_iters": 50},
         {"warmup": 1},
-        "warmup_steps = 100 of the preset is left out",
+        "warmup_steps = 100 of the preset is ignored",
     ),
     "peak": (
         {"min_lr": 1e-4},
@@ -419,7 +419,7 @@ CLASHES = {  # what a person gives over a preset: what it leaves of the preset, 
         {"final_lr": 5e-6},
         "min_lr = 0.0001 of the preset",
     ),
-    "width": ({"n_head": 6, "n_embd": 384}, {"n_embd": 128}, {"n_head": 4}, "n_head = 6 of the preset is left out"),
+    "width": ({"n_head": 6, "n_embd": 384}, {"n_embd": 128}, {"n_head": 4}, "n_head = 6 of the preset is ignored"),
     "ddp": (
         {"cpu_offload": True, "parallel": "fsdp"},
         {"parallel": "ddp"},
@@ -440,18 +440,18 @@ CLASHES = {  # what a person gives over a preset: what it leaves of the preset, 
         {"n_layer": 6, "n_head": 6, "n_embd": 384, "dropout": 0.2, "tokenizer": "char"},
         {"init_from": "old"},
         {"n_layer": 4, "n_head": 4, "n_embd": 128, "dropout": 0.2, "tokenizer": "auto"},
-        "tokenizer = 'char' of the preset is left out: the weights of init_from decide it",
+        "tokenizer = 'char' of the preset is ignored: the weights of init_from determine it",
     ),
 }
 
 
-@pytest.mark.parametrize("name", CLASHES)
-def test_what_is_given_wins_over_a_preset(name):
-    preset, given, expected, words = CLASHES[name]
-    config, said = notices(preset, **given)
+@pytest.mark.parametrize("name", CONFLICTS)
+def test_given_settings_override_a_preset(name):
+    preset, given, expected, words = CONFLICTS[name]
+    config, lines = notices(preset, **given)
     assert {name: value_of(config, name) for name in expected} == expected
-    assert len(said) == 1
-    assert words in said[0]
+    assert len(lines) == 1
+    assert words in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -468,8 +468,8 @@ def test_what_is_given_wins_over_a_preset(name):
     ],
 )
 def test_the_rest_of_a_preset_stays(preset, given):
-    config, said = notices(preset, **given)
-    assert said == []
+    config, lines = notices(preset, **given)
+    assert lines == []
     assert config == from_settings(preset | given)
 
 
@@ -488,14 +488,14 @@ def test_the_rest_of_a_preset_stays(preset, given):
     ],
 )
 def test_what_is_given_is_never_changed(preset, given, words):
-    said = []
+    lines = []
     with pytest.raises(UserError, match=words):
-        over_preset(preset, given, said.append)
-    assert said == []
+        over_preset(preset, given, lines.append)
+    assert lines == []
 
 
-def test_the_limited_texts_are_those_of_the_hub():
-    assert set(LIMITED) == set(TEXTS)
+def test_the_texts_with_a_limit_are_those_of_the_hub():
+    assert set(TEXTS_WITH_LIMIT) == set(TEXTS)
 
 
 @pytest.mark.parametrize("name", ["out_dir", "data_dir", "init_from", "text"])
@@ -509,13 +509,13 @@ def test_a_home_folder_is_expanded(monkeypatch, name):
 def test_an_unknown_home_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refused(out_dir="~nobody-of-that-name/x") == (
-        "'~nobody-of-that-name/x': the home folder ~nobody-of-that-name is not known here; give the whole path"
+        "'~nobody-of-that-name/x': cannot find the home folder ~nobody-of-that-name; give the whole path"
     )
     monkeypatch.setenv("HOME", "")
-    assert "'~/x': the home folder ~ is not known here" in refused(out_dir="~/x")
+    assert "'~/x': cannot find the home folder ~" in refused(out_dir="~/x")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # as in a container with a user without a name
-    assert "'~/x': the home folder ~ is not known here" in refused(text=["~/x"])
+    assert "'~/x': cannot find the home folder ~" in refused(text=["~/x"])
     (tmp_path / "~notes.txt").touch()
     assert from_settings({"text": "~notes.txt"}).text == ("~notes.txt",)  # a file, as a shell's pattern names it
 

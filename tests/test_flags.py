@@ -21,7 +21,7 @@ from llm.tokens.prepare import prepare
 
 
 def typed(*words, names=FIELDS, bare=("text",)):
-    """The settings that these words of a command line give."""
+    """Return the settings that these words of a command line give."""
     parser = Parser("losscurve test", "", bare=bare)
     add_settings(parser, names)
     return typed_settings(parser.read(list(words)))
@@ -35,8 +35,8 @@ def mistake(*words):
 
 
 @pytest.fixture
-def said(capsys):
-    """`said("sample", "--prompt", "-x")`: the exit code and the one line of an error."""
+def run_wrong(capsys):
+    """`run_wrong("sample", "--prompt", "-x")` -> (exit code, the one line on stderr)."""
 
     def run(*words):
         code = main(list(words))
@@ -52,7 +52,7 @@ def said(capsys):
     "value",
     [
         "--Yes, my well-beloved lord",
-        "--n-layer x",  # no name and value of a flag, but a text that begins like one
+        "--n-layer x",  # not a flag with its value, but a text that starts like one
         "- a list",
         "-3",
         "-1e-3",
@@ -68,9 +68,9 @@ def test_a_value_is_used_as_it_is(value):
 
 @pytest.mark.parametrize("value", ["--foo-bar", "-x", "--well-beloved=lord", "--seed", "--n-layer=3 or not", "--it's"])
 def test_a_value_that_looks_like_a_flag_gets_a_remedy_that_works(value):
-    said = mistake("--sample_prompt", value)
-    assert said.startswith("--sample_prompt: no value follows")
-    pasted = shlex.split(said.split("is given as ")[1])
+    message = mistake("--sample_prompt", value)
+    assert message.startswith("--sample_prompt: no value follows")
+    pasted = shlex.split(message.split("starts with a dash as ")[1])
     assert typed(*pasted) == {"sample_prompt": value}
 
 
@@ -81,10 +81,10 @@ def test_a_sample_continues_what_was_typed(here, losscurve, capsys):
     assert capsys.readouterr().out == "--Yes, my well-beloved lord\n"
 
 
-def test_every_command_explains_a_prompt_of_dashes(said):
-    assert said("sample", "--prompt", "-x") == (
+def test_every_command_explains_a_prompt_of_dashes(run_wrong):
+    assert run_wrong("sample", "--prompt", "-x") == (
         2,
-        "error: --prompt: no value follows; a value that begins with a dash is given as --prompt=-x\n",
+        "error: --prompt: no value follows; write a value that starts with a dash as --prompt=-x\n",
     )
 
 
@@ -130,44 +130,44 @@ def test_a_setting_that_is_given_twice():
         from_settings({"max_steps": 5, "max_iters": 7})
 
 
-def test_a_switch_takes_a_truth_and_no_text():
+def test_a_boolean_flag_takes_true_or_false_and_no_text():
     assert typed("--compile", "false") == {"compile": "false"}
     assert typed("--compile", "my.txt", "--bias") == {"compile": True, "text": ["my.txt"], "bias": True}
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "prepare"])
-def test_a_text_needs_no_flag(here, said, command):
-    code, err = said(command, "missing.txt", "--data_dir=there")
+def test_a_text_needs_no_flag(here, run_wrong, command):
+    code, err = run_wrong(command, "missing.txt", "--data_dir=there")
     assert code == 2
     assert "missing.txt" in err
 
 
-def test_a_word_that_belongs_to_no_flag(said):
-    assert said("sample", "To be") == (
+def test_a_word_without_a_flag(run_wrong):
+    assert run_wrong("sample", "To be") == (
         2,
-        "error: To be: belongs to no flag; write --out_dir 'To be' or --prompt 'To be'\n",
+        "error: To be: has no flag; write --out_dir 'To be' or --prompt 'To be'\n",
     )
-    assert said("train", "my.toml")[1].startswith("error: my.toml: settings are given as --preset my.toml; ")
-    assert "--preset chapter;" in said("train", "chapter")[1]
-    assert said("train", "n-layer=6")[1].endswith("write --n-layer=6\n")
-    assert said("doctor", "me") == (2, "error: unknown argument me; see --help\n")
-    assert said("report", "a", "b") == (2, "error: unknown argument b; see --help\n")
-    assert "takes no value" in said("train", "--resume=yes")[1]
+    assert run_wrong("train", "my.toml")[1].startswith("error: my.toml: is a preset; write --preset my.toml; ")
+    assert "--preset chapter;" in run_wrong("train", "chapter")[1]
+    assert run_wrong("train", "n-layer=6")[1].endswith("write --n-layer=6\n")
+    assert run_wrong("doctor", "me") == (2, "error: unknown argument me; see --help\n")
+    assert run_wrong("report", "a", "b") == (2, "error: unknown argument b; see --help\n")
+    assert "takes no value" in run_wrong("train", "--resume=yes")[1]
 
 
-def test_a_file_whose_name_begins_with_a_dash(here, said):
+def test_a_file_whose_name_starts_with_a_dash(here, run_wrong):
     Path("-x.txt").write_text("abc", encoding="utf-8")
-    assert said("train", "-x.txt") == (
+    assert run_wrong("train", "-x.txt") == (
         2,
-        "error: unknown argument -x.txt; the file of that name is given as ./-x.txt\n",
+        "error: unknown argument -x.txt; if you mean the file of that name, write ./-x.txt\n",
     )
     assert flag("out_dir", "-x y") == "--out_dir='-x y'"
     assert flag("out_dir", "x y") == "--out_dir 'x y'"
 
 
-def test_folders_may_stand_anywhere(here, said):
-    assert "one: " in said("plot", "--out", "p.png", "one")[1]
-    assert "one: " in said("explain", "--", "one")[1]
+def test_folders_may_stand_anywhere(here, run_wrong):
+    assert "one: " in run_wrong("plot", "--out", "p.png", "one")[1]
+    assert "one: " in run_wrong("explain", "--", "one")[1]
 
 
 @pytest.mark.parametrize("word", ["--version", "version", "-V"])
@@ -176,29 +176,28 @@ def test_the_version(word, capsys):
     assert re.fullmatch(r"losscurve \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
-def test_names_of_other_programs_get_ours(said):
-    assert (
-        "here it is --max_steps (training is counted in steps: max_steps = epochs x"
-        in said("train", "--epochs", "3")[1]
-    )
-    assert "here it is --max_lr" in said("train", "--lr=1e-3")[1]
-    assert "here it is --track (tensorboard or wandb" in said("train", "--wandb-log=True")[1]
-    assert "here it is --init_from" in said("train", "--model", "gpt2")[1]
-    assert "here it is --checkpoint" in said("sample", "--model", "gpt2.pt")[1]
-    assert "here it is --prompt" in said("sample", "--start", "x")[1]
-    assert "here it is --data_dir" in said("prepare", "--out_dir", "x")[1]
-    assert said("sample", "--lr", "1")[1] == "error: unknown argument --lr; see --help\n"
-    assert "did you mean --n_layer?" in said("train", "-n_layer", "6")[1]
+def test_the_names_of_other_programs_suggest_ours(run_wrong):
+    assert "use --max_steps (a run is measured in steps: max_steps = epochs x" in run_wrong("train", "--epochs", "3")[1]
+    assert "; use --max_lr" in run_wrong("train", "--lr=1e-3")[1]
+    assert "; use --track (tensorboard or wandb" in run_wrong("train", "--wandb-log=True")[1]
+    assert "; use --init_from" in run_wrong("train", "--model", "gpt2")[1]
+    assert "; use --checkpoint" in run_wrong("sample", "--model", "gpt2.pt")[1]
+    assert "; use --prompt" in run_wrong("sample", "--start", "x")[1]
+    assert "; use --data_dir" in run_wrong("prepare", "--out_dir", "x")[1]
+    assert run_wrong("sample", "--lr", "1")[1] == "error: unknown argument --lr; see --help\n"
+    assert "did you mean --n_layer?" in run_wrong("train", "-n_layer", "6")[1]
 
 
 def test_names_of_other_programs_in_settings():
-    with pytest.raises(UserError, match=r"^unknown setting 'num_train_epochs'; here it is 'max_steps' \(training"):
+    with pytest.raises(
+        UserError, match=r"^unknown setting 'num_train_epochs'; use 'max_steps' \(a run is measured in steps"
+    ):
         from_settings({"num_train_epochs": 3})
-    with pytest.raises(UserError, match=r"^unknown setting 'wandb_log'; that is no setting but a flag: .* --track"):
+    with pytest.raises(UserError, match=r"^unknown setting 'wandb_log'; use the flag .* --track .*not a setting"):
         from_settings({"wandb_log": True})
 
 
-def test_the_table_of_other_names_holds_none_of_ours():
+def test_the_table_of_other_names_has_none_of_ours():
     own = set(FIELDS) | set(ALIASES)
     for ours, _, theirs in other_names.NAMES:
         assert set(theirs.split()) & own <= {"text", "out_dir"}, ours
@@ -207,7 +206,7 @@ def test_the_table_of_other_names_holds_none_of_ours():
         *("context_length", "hidden_size", "num_layers", "warmup", "output_dir", "dataset", "data", "model", "fp16"),
         *("gradient_checkpointing", "bf16", "eval_steps", "save_steps", "logging_steps"),
     ):
-        found = other_names.ours(name, FIELDS)
+        found = other_names.find_our_name(name, FIELDS)
         assert found, name
         assert found[0] in FIELDS
 
@@ -227,22 +226,22 @@ def test_processes_are_started_with_the_words_that_were_typed(words, monkeypatch
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     train.main(words)
     behind = started[0][started[0].index("train") + 1 :]
-    args = train.parsed(behind)
+    args = train.parse_flags(behind)
     assert (args.nproc, args.sample_prompt, args.text) == (None, "--nproc=2 or so", ["a b"])
 
 
-def test_the_runs_of_a_proof_get_the_words_that_were_typed(here, monkeypatch):
+def test_the_runs_of_prove_resume_get_the_words_that_were_typed(here, monkeypatch):
     passed = []
     monkeypatch.setattr("llm.checks.prove.whole_run", lambda words, folder: passed.append(words))
     monkeypatch.setattr("llm.checks.prove.killed_run", lambda *more: iter(()))
     monkeypatch.setattr("llm.checks.prove.fingerprint", lambda folder: {})
     prove_resume.main(["--sample_prompt=--seed", "--text", "-x y", "b", "--no_bias", "--preset", "chapter"])
-    args = train.parsed(passed[0])
+    args = train.parse_flags(passed[0])
     assert (args.sample_prompt, args.text, args.preset) == ("--seed", ["-x y", "b"], "chapter")
     assert from_settings(typed_settings(args)).model.bias is False
 
 
-HOME = {  # command lines that name a path in a home folder; none of it is there
+HOME = {  # command lines with a path in a home folder that does not exist, and their error
     "train --text=~/x": "x: there is no such file",
     "train --data_dir=~/x": "/x: no train.bin",
     "train --init_from=~/x --text text.txt": "/x: no run",
@@ -263,11 +262,11 @@ HOME = {  # command lines that name a path in a home folder; none of it is there
 
 
 @pytest.mark.parametrize("line", HOME)
-def test_a_home_folder_is_found(here, monkeypatch, said, line):
+def test_a_home_folder_is_found(here, monkeypatch, run_wrong, line):
     home = here / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
-    _, err = said(*line.split())
+    _, err = run_wrong(*line.split())
     assert HOME[line] in err
     assert str(home / "x") in err
     assert "~" not in err
@@ -291,17 +290,17 @@ def test_files_are_written_to_the_home_folder(here, monkeypatch, losscurve):
 def test_help_says_that_a_word_is_a_text(capsys):
     for command in COMMANDS:
         assert main([command, "--nonsense", "--help"]) == 0
-        shown = " ".join(capsys.readouterr().out.split())
-        assert ("A word that belongs to no flag is --text's" in shown) == (
+        help_text = " ".join(capsys.readouterr().out.split())
+        assert ("A word without a flag is a value of --text." in help_text) == (
             command in ("train", "plan", "schedule", "prepare", "prove-resume", "rehearse")
         )
 
 
-def test_a_preset_gives_way_to_what_is_typed(here, losscurve):
+def test_a_typed_flag_overrides_the_preset(here, losscurve):
     code, out, err = losscurve("schedule --preset shakespeare-char-cpu --max_steps 20")
     assert code == 0
     assert err == (
-        "warning: warmup_steps = 100 of the preset is left out: it is not below max_steps = 20; the warm-up is 0 steps "
+        "warning: warmup_steps = 100 of the preset is ignored: it is not below max_steps = 20; the warm-up is 0 steps "
         "(2 %)\n"
     )
     assert "in all: 20 steps, 0 of them warm-up" in out
@@ -310,16 +309,16 @@ def test_a_preset_gives_way_to_what_is_typed(here, losscurve):
     assert err == "error: warmup_steps = 20 is not below max_steps = 20; lower it, or raise max_steps\n"
 
 
-def test_a_run_says_once_what_of_its_preset_is_left_out(here, losscurve):
+def test_a_run_warns_once_about_ignored_settings_of_its_preset(here, losscurve):
     Path("mine.toml").write_text("max_steps = 2000\nwarmup_steps = 100\n", encoding="utf-8")
     small = " ".join(f"--{name} {value}" for name, value in SMALL.items() if name not in ("warmup_steps", "max_steps"))
     code, _, err = losscurve(f"train text.txt --preset mine.toml --max_steps 2 {small}")
     assert code == 0
-    assert err.count("warmup_steps = 100 of the preset is left out") == 1
+    assert err.count("warmup_steps = 100 of the preset is ignored") == 1
 
 
 def test_the_pasted_remedy_of_a_plan_names_its_file(here, losscurve, capsys, monkeypatch):
-    monkeypatch.setattr("llm.plan.timing.fits", lambda config: False)  # measures nothing
+    monkeypatch.setattr("llm.plan.timing.fits", lambda config: False)  # so nothing is measured
     losscurve("prepare text.txt --tokenizer char")
     words = shlex.split(f"plan --data_dir data {flags()} --out 'my plan.toml'")
     assert main(words) == 0
@@ -327,31 +326,31 @@ def test_the_pasted_remedy_of_a_plan_names_its_file(here, losscurve, capsys, mon
 
 
 @pytest.mark.parametrize("line", ["train --text data/*.txt", "prepare data/*.txt", "plan data/t?xt.txt"])
-def test_a_pattern_that_no_shell_expanded(here, said, line):
-    assert said(*line.split())[1] == (
+def test_a_pattern_that_no_shell_expanded(here, run_wrong, line):
+    assert run_wrong(*line.split())[1] == (
         f"error: {line.split()[-1]}: is a pattern that matches nothing; give the files, or their folder\n"
     )
     Path("data").mkdir()
     Path("data/text.txt").touch()
-    assert said(*line.split())[1].removeprefix(f"error: {line.split()[-1]}: ") == (
-        "is a pattern that no shell has expanded (it matches 1); leave out its quotes, or give the names themselves\n"
+    assert run_wrong(*line.split())[1].removeprefix(f"error: {line.split()[-1]}: ") == (
+        "is a glob pattern that no shell has expanded (it matches 1); remove its quotes, or give the file names\n"
     )
 
 
 def test_a_pattern_in_settings_is_named(here):
-    with pytest.raises(UserError, match=r"^\*\.txt: is a pattern that no shell has expanded \(it matches 1\)"):
+    with pytest.raises(UserError, match=r"^\*\.txt: is a glob pattern that no shell has expanded \(it matches 1\)"):
         prepare(from_settings({"text": "*.txt"}).text, Path("data"), "byte")
     Path("t[1].txt").write_text("abc " * 100, encoding="utf-8")
     assert prepare(("t[1].txt",), Path("data"), "byte")["source"]["characters"] == 400  # a name like any other
 
 
 @pytest.mark.parametrize("command", ["plot", "explain", "report", "verify", "runs", "watch", "memorised"])
-def test_a_pattern_of_runs_is_named(here, said, command):
+def test_a_pattern_of_runs_is_named(here, run_wrong, command):
     Path("runs/a").mkdir(parents=True)
-    assert "runs/*: is a pattern that no shell has expanded (it matches 1)" in said(command, "runs/*")[1]
+    assert "runs/*: is a glob pattern that no shell has expanded (it matches 1)" in run_wrong(command, "runs/*")[1]
 
 
-def test_the_cache_is_in_no_folder_of_the_name_of_a_tilde(here, monkeypatch):
+def test_the_cache_is_never_in_a_folder_named_tilde(here, monkeypatch):
     monkeypatch.setenv("HOME", str(here))
     monkeypatch.setenv("LOSSCURVE_CACHE", "~/cache")
     assert storage.cache_folder() == here / "cache"
@@ -366,10 +365,10 @@ def test_the_cache_is_in_no_folder_of_the_name_of_a_tilde(here, monkeypatch):
 def test_python_means_what_the_command_line_means(here, monkeypatch):
     monkeypatch.setenv("HOME", str(here / "home"))
     Path("mine.toml").write_text("max_steps = 2000\nwarmup_steps = 100\n", encoding="utf-8")
-    said = []
+    notices = []
     small = {name: value for name, value in SMALL.items() if name not in ("warmup_steps", "max_steps")}
-    llm.fit("text.txt", out_dir="~/run", preset="mine.toml", max_iters=1, say=said.append, **small)
-    assert sum("warmup_steps = 100 of the preset is left out" in line for line in said) == 1
+    llm.fit("text.txt", out_dir="~/run", preset="mine.toml", max_iters=1, say=notices.append, **small)
+    assert sum("warmup_steps = 100 of the preset is ignored" in line for line in notices) == 1
     assert llm.Run.open("~/run").path == here / "home" / "run"
-    llm.fit(out_dir="~/run", resume=True, max_steps=2, say=said.append)
+    llm.fit(out_dir="~/run", resume=True, max_steps=2, say=notices.append)
     assert not Path("~").exists()

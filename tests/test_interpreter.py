@@ -60,7 +60,7 @@ def test_every_python_of_ours_is_started_so(monkeypatch, tmp_path):
     monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.setattr(os, "execve", lambda _path, _words, env: around.append(env))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    train.several(2, [])
+    train.exec_torchrun(2, [])
     with watch.beside(tmp_path):
         pass
     with pytest.raises(OSError, match="no more processes"):

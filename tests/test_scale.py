@@ -12,7 +12,7 @@ from conftest import SMALL, flags
 
 from benchmarks.link import errors, fitted, predicted, ring
 from llm import GPT
-from llm.commands import plan_scale
+from llm.commands import plan_scale, plan_scale_prediction
 from llm.commands.flags import Parser
 from llm.commands.plan import main
 from llm.config import from_settings, read_toml
@@ -208,7 +208,7 @@ def test_the_fit_of_a_link_and_the_errors_of_a_prediction():
 
 
 def test_the_names_in_the_help_are_those_of_the_table():
-    assert tuple(ACCELERATORS) == plan_scale.NAMES
+    assert tuple(ACCELERATORS) == plan_scale.ACCELERATORS
 
 
 def test_flags_that_are_settings_of_a_run_are_not_added_twice(monkeypatch):
@@ -216,9 +216,9 @@ def test_flags_that_are_settings_of_a_run_are_not_added_twice(monkeypatch):
     parser = Parser("plan", "")
     parser.add_argument("--parallel", default=argparse.SUPPRESS)  # as `add_settings` does
     plan_scale.add_flags(parser)
-    assert not plan_scale.asked(parser.read([]))
-    assert plan_scale.asked(parser.read(["--parallel", "fsdp"]))
-    args = plan_scale.complete(parser.read(["--nproc", "2"]))
+    assert not plan_scale.is_requested(parser.read([]))
+    assert plan_scale.is_requested(parser.read(["--parallel", "fsdp"]))
+    args = plan_scale.with_defaults(parser.read(["--nproc", "2"]))
     assert (args.nproc, args.parallel) == (2, None)
 
 
@@ -295,7 +295,7 @@ def test_the_page_shows_what_the_command_prints(here, capsys):
 
 def test_machines_like_this_one_are_measured(here, capsys, monkeypatch):
     monkeypatch.setattr(timing, "probe", lambda config: timing.Pace(0.01, 1e-6, 1e-3))
-    monkeypatch.setattr(plan_scale, "memory_rate", lambda: 1e10)
+    monkeypatch.setattr(plan_scale_prediction, "measure_memory_rate", lambda: 1e10)
     out = shown(capsys, *f"--text text.txt --nproc 2 {flags()}".split())
     assert "2 x a CPU like this one" in out
     assert "6,400 tokens/s of one: measured just now" in out  # 4 windows of 16 in 10 ms
@@ -304,7 +304,7 @@ def test_machines_like_this_one_are_measured(here, capsys, monkeypatch):
 
 def test_a_machine_that_is_too_small_is_not_probed(here, monkeypatch):
     monkeypatch.setattr(timing, "machine_memory", lambda: 2**20)
-    monkeypatch.setattr(plan_scale, "memory_rate", lambda: 1e10)
+    monkeypatch.setattr(plan_scale_prediction, "measure_memory_rate", lambda: 1e10)
     with pytest.raises(UserError, match="does not fit in the memory here"):
         main(f"--text text.txt --nproc 2 {flags()}".split())
 

@@ -1,4 +1,4 @@
-"""Standard input, output and error as a terminal, a service or a full disk leave them to a command."""
+"""Standard input, output and error that are closed, full, or in an ASCII locale."""
 
 import os
 import subprocess
@@ -11,12 +11,12 @@ from conftest import environment, flags
 from llm.commands import bars
 from llm.commands.main import main
 
-UNWRITABLE = "error: standard output cannot be written ({}); send it to a file or a pipe that takes it\n"
-SETTLED = "import os, sys; from llm.commands import bars, streams; streams.settle(); "
+UNWRITABLE = "error: cannot write to standard output ({}); redirect it to a file or pipe that can be written\n"
+WITH_USABLE_STREAMS = "import os, sys; from llm.commands import bars, streams; streams.make_usable(); "
 
 
 def shell(line: str, *arguments: object, **env: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a line of the shell, in which "$@" is a Python with these arguments."""
+    """Run a line in the shell, where "$@" is Python with these arguments; return exit code, stdout and stderr."""
     command = ["sh", "-c", line, "sh", sys.executable, *map(str, arguments)]
     ended = subprocess.run(command, env=environment() | env, capture_output=True, encoding="utf-8", check=False)
     return ended.returncode, ended.stdout, ended.stderr
@@ -33,7 +33,7 @@ def shell(line: str, *arguments: object, **env: str) -> tuple[int, str, str]:
         ('"$@" 2>&-', "runs", (0, "no run in or below .; losscurve train makes one\n", "")),
         ('"$@" 2>&-', "runs --sort nothing", (2, "", "")),  # and not on stdout
         ('"$@" <&-', "sample --prompt_file -", (2, "", "error: standard input is closed; give a file instead of -\n")),
-        # a disk that is full, by a limit of 0 bytes to a file
+        # a full disk, simulated by a limit of 0 bytes per file
         ('ulimit -f 0; "$@" > full', "runs", (1, "", UNWRITABLE.format("File too large"))),
         ('ulimit -f 0; "$@" > full', "--help", (1, "", UNWRITABLE.format("File too large"))),
         ('ulimit -f 0; "$@" > full', "train --help", (1, "", UNWRITABLE.format("File too large"))),
@@ -41,11 +41,11 @@ def shell(line: str, *arguments: object, **env: str) -> tuple[int, str, str]:
         ('ulimit -f 0; PYTHONUNBUFFERED=1 "$@" > full', "runs", (1, "", UNWRITABLE.format("File too large"))),
     ],
 )
-def test_output_that_could_not_be_written_is_noticed(here, line, command, expected):
+def test_a_failed_write_to_stdout_is_an_error(here, line, command, expected):
     assert shell(line, "-m", "llm", *command.split()) == expected
 
 
-def test_a_reader_that_went_away_is_no_news(here):
+def test_a_closed_pipe_prints_no_error(here):
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "llm", "runs"]
@@ -54,40 +54,44 @@ def test_a_reader_that_went_away_is_no_news(here):
     assert (ended.returncode, ended.stderr) == (1, b"")
 
 
-def test_no_file_takes_the_number_of_a_closed_stream(here):
-    ours = SETTLED + "print(open('text.txt').fileno(), file=open('number', 'w'))"
+def test_no_file_gets_the_descriptor_of_a_closed_stream(here):
+    ours = WITH_USABLE_STREAMS + "print(open('text.txt').fileno(), file=open('number', 'w'))"
     assert shell('"$@" <&- >&- 2>&-', "-c", ours)[0] == 0
     assert int(Path("number").read_text()) > 2
     # nor in a process that we start
     child = "import subprocess; subprocess.run([sys.executable, '-c', 'open(\"child\", \"w\").write(str(os.dup(0)))'])"
     child = child.replace("'open", "'import os; open")
-    assert shell('"$@" <&- >&- 2>&-', "-c", SETTLED + child)[0] == 0
+    assert shell('"$@" <&- >&- 2>&-', "-c", WITH_USABLE_STREAMS + child)[0] == 0
     assert int(Path("child").read_text()) > 2
 
 
 @pytest.mark.parametrize("stream", [">&-", "> full"])
-def test_a_run_goes_on_where_its_lines_cannot_be_written(here, stream):
-    code, _, err = shell(f'ulimit -f 0; "$@" {stream}', "-c", SETTLED + "bars.log('one'); bars.log('two')")
+def test_lines_of_a_run_that_cannot_be_written_are_one_warning(here, stream):
+    code, _, err = shell(
+        f'ulimit -f 0; "$@" {stream}',
+        "-c",
+        WITH_USABLE_STREAMS + "bars.print_best_effort('one'); bars.print_best_effort('two')",
+    )
     why = "it is closed" if stream == ">&-" else "File too large"
     assert (code, err) == (
         0,
-        f"warning: standard output cannot be written ({why}); the run goes on and saves its files\n",
+        f"warning: cannot write to standard output ({why}); the run continues and saves its files\n",
     )
 
 
-def test_a_training_whose_lines_are_lost_ends_well(here, losscurve, monkeypatch):
+def test_training_succeeds_though_its_lines_cannot_be_written(here, losscurve, monkeypatch):
     def full(line: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bars, "tell", full)
+    monkeypatch.setattr(bars, "print_result", full)
     code, out, err = losscurve(f"train --text text.txt {flags(max_steps=2, warmup_steps=0)}")
     assert (code, out) == (0, "")
-    assert "warning: standard output cannot be written (No space left on device); the run goes on" in err
+    assert "warning: cannot write to standard output (No space left on device); the run continues" in err
     assert Path("checkpoints/model.pt").exists()
 
 
-def test_an_argument_in_utf8_is_read_where_the_locale_is_ascii(here):
-    """Also as the name of a file, and its words are printed as they are."""
+def test_an_argument_in_utf8_works_in_an_ascii_locale(here):
+    """It names a file, and is printed unchanged."""
     Path("é").mkdir()
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     assert shell('"$@"', "-m", "llm", "runs", "é", **ascii_only) == (

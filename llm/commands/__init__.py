@@ -1,1 +1,1 @@
-"""One file per command: flags in, library calls, words out. Nothing in the library imports this package."""
+"""One file per command: read the flags, call the library, print the result. No other room imports this one."""

@@ -1,4 +1,4 @@
-"""Progress on stderr, for a person who watches: nothing where there is no terminal, or CI or NO_COLOR is set."""
+"""Lines on stdout, and progress bars on stderr. A bar needs a terminal; CI and NO_COLOR turn it off."""
 
 import os
 import sys
@@ -11,30 +11,33 @@ from llm.commands import streams
 from llm.commands.flags import warn
 
 
-def watched() -> bool:
-    """Whether somebody sees stderr move."""
+def shows_bars() -> bool:
+    """Return whether a progress bar on stderr would be seen."""
     return sys.stderr.isatty() and not os.environ.get("CI") and not os.environ.get("NO_COLOR")
 
 
-def tell(line: str) -> None:
-    """A line on stdout, which is what the command is for. Raises OSError where it cannot be written."""
+def print_result(line: str) -> None:
+    """Print a line of the command's result on stdout. Raises OSError if stdout cannot be written."""
     print(line, flush=True)
 
 
-def log(line: str) -> None:
-    """A line on stdout about a run. That it cannot be written is no reason to end the run, which saves its files."""
+def print_best_effort(line: str) -> None:
+    """Print a line about a run on stdout. If stdout cannot be written, warn once: the run must still save its files."""
     try:
-        tell(line)
+        print_result(line)
     except OSError as error:
-        streams.drop()
-        if not isinstance(error, BrokenPipeError):  # whoever read it has seen enough
-            warn(f"standard output cannot be written ({streams.reason(error)}); the run goes on and saves its files")
+        streams.discard_stdout()
+        if not isinstance(error, BrokenPipeError):  # a closed pipe means that the reader has seen enough
+            warn(f"cannot write to standard output ({streams.describe(error)}); the run continues and saves its files")
 
 
 @contextmanager
-def tokenizing() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar for `prepare`, from its first word of progress on; None where nobody watches."""
-    if not watched():
+def tokenizing_bar() -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a function `(done, total)` that shows the progress of tokenizing; None if nobody would see the bar.
+
+    The bar appears with the first call.
+    """
+    if not shows_bars():
         yield None
         return
     from rich.console import Console
@@ -55,12 +58,15 @@ def tokenizing() -> Iterator[Callable[[int, int], None] | None]:
 
 
 class StepBar:
-    """Steps done, tokens per second and time left, below the lines that `print` writes to stdout."""
+    """A progress bar of a run on stderr: completed steps, tokens per second and time left.
+
+    The methods print a line above the bar. Without a terminal there is no bar, and they print plain lines.
+    """
 
     def __init__(self, total: int, done: int, tokens_per_step: int) -> None:
         self.bar: Any = None
         self.tokens_per_step = tokens_per_step
-        if watched():
+        if shows_bars():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -80,28 +86,31 @@ class StepBar:
             self.bar.stop()
 
     def print(self, line: str) -> None:
-        """A result: on stdout, above the bar where both are one terminal."""
-        if self.bar and sys.stdout.isatty():
-            self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        """Print a result on stdout."""
+        if self.bar and sys.stdout.isatty():  # bar and stdout are on one terminal
+            self._print_above(line)
         else:
-            log(line)
+            print_best_effort(line)
 
     def warn(self, text: str) -> None:
-        """A warning on stderr, above the bar."""
-        self._aside(f"warning: {text}")
+        """Print a warning on stderr."""
+        self._print_on_stderr(f"warning: {text}")
 
     def note(self, text: str) -> None:
-        """Something worth knowing, on stderr, above the bar."""
-        self._aside(f"note: {text}")
+        """Print a note on stderr."""
+        self._print_on_stderr(f"note: {text}")
 
-    def _aside(self, line: str) -> None:
+    def _print_on_stderr(self, line: str) -> None:
         if self.bar:
-            self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._print_above(line)
         else:
             print(line, file=sys.stderr)
 
+    def _print_above(self, line: str) -> None:
+        self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     def advance(self, step: int) -> None:
-        """Show `step` completed steps."""
+        """Show that `step` steps are completed."""
         if self.bar:
-            speed = (self.bar.tasks[0].speed or 0) * self.tokens_per_step  # of the last half minute
-            self.bar.update(self.task, completed=step, description=f"{speed:,.0f} tokens/s")
+            tokens_per_second = (self.bar.tasks[0].speed or 0) * self.tokens_per_step  # over the last half minute
+            self.bar.update(self.task, completed=step, description=f"{tokens_per_second:,.0f} tokens/s")

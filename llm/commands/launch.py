@@ -1,6 +1,6 @@
 """torchrun for `train --nproc`, started as `python -m llm.commands.launch` with torchrun's own arguments.
 
-The processes that it starts say on stderr what went wrong. torchrun would add 40 lines on how it found out; here the
+Each process that it starts prints its own error on stderr. torchrun would add 40 lines about how it noticed; here the
 last line is ours. Signals and exit codes are torchrun's.
 """
 
@@ -10,23 +10,23 @@ import sys
 
 
 def main(argv: list[str]) -> int:
-    """Run torchrun with `argv` and return its exit code. What is no process's failure is raised as by torchrun."""
+    """Run torchrun with `argv` and return its exit code. Other errors than a failed process are raised by torchrun."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    logging.disable(logging.ERROR)  # of this process, which does nothing else
+    logging.disable(logging.ERROR)  # torchrun's own log; this process does nothing else
     try:
         run(parse_args(argv))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:  # it could not say so itself
+        if failure.exitcode < 0:  # killed by a signal, so it could not print an error itself
             name = signal.Signals(-failure.exitcode).name
             hint = " (often: out of memory)" if name == "SIGKILL" else ""
-            cause = f"rank {rank} (process {failure.pid}) was ended by {name}{hint}"
-            print(f"error: {cause}; go on with --resume", file=sys.stderr)
+            cause = f"rank {rank} (process {failure.pid}) was killed by {name}{hint}"
+            print(f"error: {cause}; continue with --resume", file=sys.stderr)
         return 1
-    except SignalException:  # passed on to the processes, which saved
+    except SignalException:  # torchrun passed the signal on to the processes, and they saved
         return 1
     return 0
 

@@ -8,76 +8,99 @@ import sys
 
 from llm.errors import UserError
 
+_stdout: "_Stdout | None" = None  # the file below sys.stdout, once `make_usable` has replaced it
 
-def settle() -> None:
-    """Make the three streams usable, whatever this process was started with. Does not return where it has to start
-    Python anew, see `_start_in_utf8`.
+
+def make_usable() -> None:
+    """Make stdin, stdout and stderr usable, whatever this process was started with.
+
+    May restart Python in UTF-8 mode, in place of this process, and then does not return: see `_restart_in_utf8`.
     """
-    global _output
-    _start_in_utf8()
-    # a number that stays free would go to the next file opened, into which a `print` would then write
+    _restart_in_utf8()
+    _open_closed_streams()
+    # a stream that is not Python's own was put there by a test or a notebook, and stays
+    if sys.stdout is sys.__stdout__:
+        _replace_stdout()
+    if sys.stderr is sys.__stderr__:
+        _replace_stderr()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # "?" for a character that the terminal does not have
+
+
+def _open_closed_streams() -> None:
+    """Open the file descriptors of closed streams.
+
+    The next file opened would get a descriptor that stays free, and `print` would write into that file.
+    """
     if sys.stdin is None:
         os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
-        sys.stdin = io.TextIOWrapper(io.BufferedReader(_Closed()))
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(_ClosedStdin()))
     if sys.stdout is None:
-        os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)  # writing fails, as on any file that takes nothing
+        os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)  # read-only, so that a write fails
     if sys.stderr is None:
         os.set_inheritable(os.open(os.devnull, os.O_WRONLY), True)
-    # a stream that is not Python's own was put there by a test or a notebook
-    if sys.stdout is sys.__stdout__:
-        _output = _Output(1, "w", closefd=False)
-        encoding, unbuffered = (sys.stdout.encoding, sys.stdout.write_through) if sys.stdout else ("utf-8", False)
-        buffer = io.BufferedWriter(_output)
-        sys.stdout = io.TextIOWrapper(
-            buffer, encoding, line_buffering=_output.isatty() or unbuffered, write_through=unbuffered
-        )
-    if sys.stderr is sys.__stderr__:
-        encoding = sys.stderr.encoding if sys.stderr else "utf-8"
-        unheard = io.BufferedWriter(_Unheard(2, "w", closefd=False))
-        sys.stderr = io.TextIOWrapper(unheard, encoding, "backslashreplace", line_buffering=True, write_through=True)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # "?" where the terminal has no such character
 
 
-def failed() -> OSError | None:
-    """Why a part of stdout was not written, if it was not; what it still held is dropped then."""
+def _replace_stdout() -> None:
+    global _stdout
+    _stdout = _Stdout(1, "w", closefd=False)
+    encoding = sys.stdout.encoding if sys.stdout else "utf-8"
+    is_unbuffered = getattr(sys.stdout, "write_through", False)
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(_stdout),
+        encoding,
+        line_buffering=_stdout.isatty() or is_unbuffered,
+        write_through=is_unbuffered,
+    )
+
+
+def _replace_stderr() -> None:
+    encoding = sys.stderr.encoding if sys.stderr else "utf-8"
+    buffer = io.BufferedWriter(_Stderr(2, "w", closefd=False))
+    sys.stderr = io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True, write_through=True)
+
+
+def flush_stdout() -> OSError | None:
+    """Flush stdout and return the error if a write to it has failed. Discard what it still holds then."""
     try:
         sys.stdout.flush()
     except OSError as error:
-        drop()
+        discard_stdout()
         return error
-    lost = last_error()  # argparse, for one, takes no notice of it
-    if lost:
-        drop()
-    return lost
+    ignored = last_error()  # argparse, for one, ignores a failed write
+    if ignored:
+        discard_stdout()
+    return ignored
 
 
 def last_error() -> OSError | None:
-    """What the last write to stdout that failed raised."""
-    return _output.error if _output else None
+    """Return the error of the last write to stdout that failed."""
+    return _stdout.error if _stdout else None
 
 
-def drop() -> None:
-    """Let stdout lead nowhere, and forget what failed: the flush at the end of the process must not."""
-    if _output:
+def discard_stdout() -> None:
+    """Redirect stdout to the null device and forget its error, so that the flush at the process's end cannot fail."""
+    if _stdout:
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, _output.fileno())
+        os.dup2(null, _stdout.fileno())
         os.close(null)
-        _output.error = None
+        _stdout.error = None
 
 
-def reason(error: OSError) -> str:
-    """Why stdout cannot be written, in words."""
-    return "it is closed" if error.errno == errno.EBADF else error.strerror or str(error)
+def describe(error: OSError) -> str:
+    """Return in words why stdout cannot be written."""
+    if error.errno == errno.EBADF:
+        return "it is closed"
+    return error.strerror or str(error)
 
 
-def readable(text: str) -> str:
-    r"""`text` with the bytes of a file name that are not UTF-8 as \xe9, not as Python's surrogates."""
+def escape_bytes(text: str) -> str:
+    r"""Return `text` with the bytes that are not UTF-8 as \xe9, in place of Python's lone surrogates."""
     return re.sub("[\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", text)
 
 
-class _Closed(io.RawIOBase):
-    """A standard input that was closed from the start."""
+class _ClosedStdin(io.RawIOBase):
+    """A standard input that was closed when the process started. Reading raises UserError."""
 
     def readable(self) -> bool:
         return True
@@ -86,8 +109,8 @@ class _Closed(io.RawIOBase):
         raise UserError("standard input is closed; give a file instead of -")
 
 
-class _Output(io.FileIO):
-    """Stdout, which remembers that a write failed."""
+class _Stdout(io.FileIO):
+    """A standard output that remembers the error of a failed write."""
 
     error: OSError | None = None
 
@@ -99,8 +122,8 @@ class _Output(io.FileIO):
             raise
 
 
-class _Unheard(io.FileIO):
-    """Stderr, whose failed writes are dropped: that nobody hears a warning must not end what it warns of."""
+class _Stderr(io.FileIO):
+    """A standard error that drops failed writes: a warning that nobody reads must not end the work."""
 
     def write(self, data: object) -> int:
         try:
@@ -109,18 +132,16 @@ class _Unheard(io.FileIO):
             return len(memoryview(data))  # type: ignore[arg-type]
 
 
-_output: _Output | None = None
+def _restart_in_utf8() -> None:
+    """Restart Python in UTF-8 mode, in place of this process, if the locale is ASCII and an argument is UTF-8.
 
-
-def _start_in_utf8() -> None:
-    """Start Python anew in UTF-8, in the place of this process, where the locale knows ASCII only and an argument is
-    UTF-8: it would come as lone surrogates, and files of such names could not be opened by their name as it reads.
+    Python would decode that argument to lone surrogates, and could not open a file by the name that it prints.
     """
     if sys.flags.utf8_mode or sys.getfilesystemencoding().lower() not in ("ascii", "us-ascii"):
         return
     try:
-        needed = any(not os.fsencode(word).decode("utf-8").isascii() for word in sys.argv)
-    except UnicodeDecodeError:  # not UTF-8 either: kept as bytes, and named so
+        is_needed = any(not os.fsencode(word).decode("utf-8").isascii() for word in sys.argv)
+    except UnicodeDecodeError:  # not UTF-8 either: the argument stays as bytes, and messages escape them
         return
-    if needed:
+    if is_needed:
         os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})

@@ -1,14 +1,14 @@
-"""`train`: the main job. Flags in, the chapter's lines out."""
+"""`train`: read the flags, train, and print the chapter's lines. What it prints besides them: `train_lines.py`."""
 
 import argparse
 import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from llm.commands.flags import Parser, add_settings, config_from, flag, typed_settings, warn
+from llm.commands.flags import Parser, add_settings, config_from, typed_settings, warn
 from llm.config import FIELDS, PRESETS, TrainConfig
 from llm.errors import Failure, UserError
 from llm.machine.interpreter import child_environment
@@ -16,37 +16,41 @@ from llm.machine.interpreter import child_environment
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from llm.commands.bars import StepBar
     from llm.machine.world import World
+    from llm.plan.forecast import Forecast
+    from llm.record.explain import News
+    from llm.record.tracker import Start
     from llm.training.live import LiveRun
 
 DESCRIPTION = "Train a small GPT from scratch. With no flags: the chapter's recipe on tiny Shakespeare."
 
 
 def main(argv: list[str]) -> int:
-    if "RANK" not in os.environ:
-        args = parsed(argv)
-        settings_of(args)  # a mistake is said before torch is loaded, which takes a second, or started many times
+    if "RANK" not in os.environ:  # not started by torchrun
+        args = parse_flags(argv)
+        read_config(args)  # report a mistake now, before torch is loaded or torchrun starts many processes
         if args.nproc is not None:
-            return several(args.nproc, args.words)
+            return exec_torchrun(args.nproc, args.words)
     from llm.machine.rendezvous import init_distributed
 
     with init_distributed() as world:
-        return train_in(argv, world)
+        return run_process(argv, world)
 
 
-def parsed(argv: list[str]) -> argparse.Namespace:
+def parse_flags(argv: list[str]) -> argparse.Namespace:
     """Raises UserError."""
     parser = Parser("losscurve train", DESCRIPTION, bare=("text",))
     parser.add_argument("--preset", metavar="NAME|FILE.toml", help=f"settings to start from: {', '.join(PRESETS)}")
     add_settings(parser, FIELDS)
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in --out_dir from its last saved step"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out_dir from its last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out_dir")
-    parser.add_argument("--explain", action="store_true", help="say, on stderr, what the record shows as it shows it")
+    parser.add_argument(
+        "--explain", action="store_true", help="print on stderr what the record shows, while the run trains"
+    )
     parser.add_argument("--watch", action="store_true", help="serve the page of losscurve watch until the run ends")
     parser.add_argument(
-        "--track", action="append", default=[], metavar="tensorboard|wandb", help="follow the run there too"
+        "--track", action="append", default=[], metavar="tensorboard|wandb", help="show the run there too"
     )
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="processes on this machine, started by torchrun; see docs/scale.md"
@@ -54,122 +58,85 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     return parser.read(argv)
 
 
-def settings_of(args: argparse.Namespace, say: Callable[[str], None] = lambda line: None) -> TrainConfig:
-    """Raises UserError."""
+def read_config(args: argparse.Namespace, say: Callable[[str], None] = lambda line: None) -> TrainConfig:
+    """Return the config that the flags give. `say` gets the notices about the preset. Raises UserError."""
     if args.resume and (args.preset or args.overwrite):
-        raise UserError("--resume takes the settings of the run itself; leave out --preset and --overwrite")
+        raise UserError("--resume uses the settings of the run itself; leave out --preset and --overwrite")
     return config_from(args, say)
 
 
-def several(nproc: int, words: list[str]) -> int:
-    """Have torchrun start `nproc` processes of this command in the place of this one, with the `words` of its flags
-    (`Parser.read`). Raises UserError.
+def exec_torchrun(nproc: int, words: list[str]) -> int:
+    """Replace this process by torchrun, which starts `nproc` processes of this command.
+
+    `words` are its flags, as `Parser.read` returns them. Raises UserError.
     """
     cores = os.cpu_count() or 1
     if not 1 <= nproc <= 1024:
         raise UserError(f"nproc = {nproc}: expected a number of processes from 1 to 1024")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
     torchrun = ("-m", "llm.commands.launch", "--standalone", f"--nproc_per_node={nproc}", "-m", "llm", "train")
-    rest = [word for word in words if not word.startswith("--nproc=")]  # which torchrun would take for its own
+    flags = [word for word in words if not word.startswith("--nproc=")]  # torchrun would take --nproc as its own
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, *torchrun, *rest], child_environment())
+    os.execve(sys.executable, [sys.executable, *torchrun, *flags], child_environment())
 
 
-def train_in(argv: list[str], world: "World") -> int:
-    """The run, as one of its processes sees it: the leading one talks and writes."""
+def run_process(argv: list[str], world: "World") -> int:
+    """Train in this process, one of the run's, and return its exit code. Only rank 0 prints and writes files."""
     from pathlib import Path
 
-    from llm.commands.bars import StepBar, tokenizing
-    from llm.commands.bars import log as tell
     from llm.commands.look.watch import beside
-    from llm.machine.device import describe_device
-    from llm.plan.forecast import Forecast, outline
-    from llm.record.explain import News
-    from llm.record.trackers import following, starts
+    from llm.commands.train_lines import print_end, print_start
+    from llm.plan.forecast import Forecast
+    from llm.record.trackers import starts
     from llm.run import interrupts
-    from llm.schedule import warmup_warning
-    from llm.start.new_run import new_run
-    from llm.start.resume_run import resume_run
     from llm.train import train
-    from llm.training.events import Line, Notice, Step
 
     with world.together():
         say = warn if world.leads else lambda line: None
-        args = parsed(argv)
-        config = settings_of(args, say)
+        args = parse_flags(argv)
+        config = read_config(args, say)
         if world.started and args.nproc is not None:
-            raise UserError(f"nproc = {args.nproc}: torchrun has started the processes already; leave it out")
+            raise UserError(f"nproc = {args.nproc}: torchrun has already started the processes; leave --nproc out")
         trackers = starts(args.track, warn) if world.leads else {}
+
+    # torchrun --max-restarts restarted the processes: resume this job's run, however its first start began
     out_dir = Path(config.out_dir)
-    # started again by torchrun's --max-restarts: this job's own run goes on, however it was begun
     left = world.first(lambda: steps_left(out_dir)) if world.restarted else None
     if left == 0:
-        say(f"{out_dir}: complete before it was started again")
+        say(f"{out_dir}: the run was complete before torchrun restarted it")
         return 0
+
     with contextlib.ExitStack() as stack:
-        tell_address = stack.enter_context(beside(out_dir)) if args.watch and world.leads else None
-        if args.resume or left:
-            run = stack.enter_context(resume_run(out_dir, typed_settings(args), say, world))
-        else:
-            overwrite = args.overwrite or world.restarted
-            with tokenizing() if world.leads else contextlib.nullcontext() as progress:
-                run = stack.enter_context(new_run(config, overwrite, say, progress, world))
+        print_address = stack.enter_context(beside(out_dir)) if args.watch and world.leads else None
+        run = open_run(stack, args, config, world, resumes=args.resume or left is not None, say=say)
         caught = stack.enter_context(interrupts())
         run.stop = lambda: bool(caught)
-        config = run.parts.config
         if not world.leads:
             for _ in train(run):
                 pass
             check_saved(run)
             return exit_code(run, caught)
-        if warning := warmup_warning(config):
-            warn(warning)
-        tell(f"training on {describe_device(run.parts.device, run.parts.dtype)}")
-        tell(opening(run))
-        tell(outline(config, len(run.parts.data.train)))
-        if tell_address:
-            tell_address()
-        news, forecast = News(out_dir, config) if args.explain else None, Forecast(config)
-        with (
-            StepBar(config.max_steps, run.progress.step, config.tokens_per_step) as shown,
-            following(trackers, out_dir, config, shown.warn, shown.note),
-        ):
-            for event in train(run):
-                if isinstance(event, Line):
-                    shown.print(str(event))
-                    for line in news.at(event.step) if news else ():
-                        shown.note(line)
-                elif isinstance(event, Notice):
-                    shown.warn(event.text)
-                elif isinstance(event, Step):
-                    shown.advance(event.step)
-                    if said := forecast.at(event.step, run.seconds, run.progress.bookkeeping):
-                        shown.note(said)
+
+        print_start(run)
+        if print_address:
+            print_address()
+        forecast = Forecast(run.parts.config)
+        train_with_output(run, forecast, trackers, explains=args.explain)
     check_saved(run)
-    if run.reason == "interrupted":
-        tell(f"saved step {run.progress.step} in {out_dir}; go on with: {go_on(run)}")
-        return exit_code(run, caught)
-    tell("\n".join(ending(run)))
-    if run.reason != "patience" and (came := forecast.ended(run.progress.seconds)):
-        tell(came)
-    tell(f"saved {out_dir / 'model.pt'}")
+    print_end(run, forecast)
     return exit_code(run, caught)
 
 
-def exit_code(run: "LiveRun", caught: list[int]) -> int:
-    """Of every process of a run that ended in good order; the signal may have been another process's."""
-    return 128 + (caught[0] if caught else signal.SIGTERM) if run.reason == "interrupted" else 0
-
-
 def steps_left(out_dir: "Path") -> int | None:
-    """Of the run in `out_dir` from its newest saved state on; None where none was saved."""
+    """Return the number of steps left after the newest checkpoint in `out_dir`; None if there is no checkpoint."""
     from llm.start.resume_run import check_unfinished
     from llm.storage.checkpoint import newest_state, saved_steps
     from llm.weights import run_config
 
     if not saved_steps(out_dir):
         return None
-    config, progress = run_config(out_dir), newest_state(out_dir)[1]["progress"]
+    config = run_config(out_dir)
+    progress = newest_state(out_dir)[1]["progress"]
     try:
         check_unfinished(config, progress)
     except UserError:
@@ -177,76 +144,76 @@ def steps_left(out_dir: "Path") -> int | None:
     return int(config.max_steps - progress["step"])
 
 
+def open_run(
+    stack: contextlib.ExitStack,
+    args: argparse.Namespace,
+    config: TrainConfig,
+    world: "World",
+    resumes: bool,
+    say: Callable[[str], None],
+) -> "LiveRun":
+    """Start or resume the run. It stays open, with its folder locked, until `stack` closes. Raises UserError."""
+    from pathlib import Path
+
+    from llm.commands.bars import tokenizing_bar
+    from llm.start.new_run import new_run
+    from llm.start.resume_run import resume_run
+
+    if resumes:
+        return stack.enter_context(resume_run(Path(config.out_dir), typed_settings(args), say, world))
+    overwrite = args.overwrite or world.restarted
+    with tokenizing_bar() if world.leads else contextlib.nullcontext() as progress:
+        return stack.enter_context(new_run(config, overwrite, say, progress, world))
+
+
+def train_with_output(run: "LiveRun", forecast: "Forecast", trackers: "dict[str, Start]", explains: bool) -> None:
+    """Train on rank 0, with the progress bar, the trackers and, if `explains`, what the record shows."""
+    from llm.commands.bars import StepBar
+    from llm.record.explain import News
+    from llm.record.trackers import following
+
+    config = run.parts.config
+    news = News(run.out_dir, config) if explains else None
+    with (
+        StepBar(config.max_steps, run.progress.step, config.tokens_per_step) as bar,
+        following(trackers, run.out_dir, config, bar.warn, bar.note),
+    ):
+        train_and_print(run, bar, forecast, news)
+
+
+def train_and_print(run: "LiveRun", bar: "StepBar", forecast: "Forecast", news: "News | None") -> None:
+    """Train, and print each event as it happens."""
+    from llm.train import train
+    from llm.training.events import Line, Notice, Step
+
+    for event in train(run):
+        if isinstance(event, Line):
+            bar.print(str(event))
+            for line in news.at(event.step) if news else ():
+                bar.note(line)
+        elif isinstance(event, Notice):
+            bar.warn(event.text)
+        elif isinstance(event, Step):
+            bar.advance(event.step)
+            prediction = forecast.at(event.step, run.seconds, run.progress.bookkeeping)
+            if prediction:
+                bar.note(prediction)
+
+
 def check_saved(run: "LiveRun") -> None:
-    """Raises Failure, on all processes, if the last state is not on the disk."""
+    """Raise Failure, on all processes, if the last checkpoint is not on the disk."""
+    from llm.commands.train_lines import last_saved, resume_command
+
     with run.parts.world.together():
         if run.unsaved:
             raise Failure(
-                f"the last save failed: {run.unsaved}; {last_saved(run.out_dir)}; make room, then go on with: "
-                f"{go_on(run)}"
+                f"the last save failed: {run.unsaved}; {last_saved(run.out_dir)}; free some disk space, then continue "
+                f"with: {resume_command(run)}"
             )
 
 
-def go_on(run: "LiveRun") -> str:
-    """The command that resumes a run, in as many processes where they are all on this machine."""
-    world = run.parts.world
-    here = world.size > 1 and os.environ.get("LOCAL_WORLD_SIZE") == str(world.size)
-    return f"losscurve train {flag('out_dir', run.out_dir)} --resume" + (f" --nproc {world.size}" if here else "")
-
-
-def last_saved(out_dir: "Path") -> str:
-    """The newest state of a run, in words."""
-    from llm.storage.checkpoint import saved_steps
-
-    steps = saved_steps(out_dir)
-    return f"the last saved step is {steps[-1]}" if steps else "nothing was saved"
-
-
-def opening(run: "LiveRun") -> str:
-    """What is trained on what, in three lines."""
-    parts, config = run.parts, run.parts.config
-    parameters, tokens = sum(p.numel() for p in parts.model.parameters()), len(parts.data.train)
-    epochs, predicted = config.max_steps * config.tokens_per_step / tokens, len(parts.data.val) - 1
-    validating = f"all {predicted:,}" if predicted <= config.eval_tokens else f"{config.eval_tokens:,} of {predicted:,}"
-    begin = f"going on from step {run.progress.step}" if run.progress.step else "starting"
-    windows = f"{config.windows_per_step} windows"
-    if (processes := parts.world.size) > 1:
-        share, micro = config.share(processes)
-        windows += f" ({processes} processes x {micro} micro-batches x {min(share, config.batch_size)})"
-    return (
-        f"{parameters / 1e6:.2f} M parameters, vocabulary {config.model.vocab_size:,}\n"
-        f"{tokens:,} training tokens ({parts.data.source}); validation on {validating} tokens\n"
-        f"{begin}: {config.max_steps:,} steps of {windows} x {config.model.block_size} tokens, "
-        f"{epochs:.1f} times the text"
-    )
-
-
-def ending(run: "LiveRun") -> Iterator[str]:
-    """How the run went, what it means and what to type next."""
-    from llm.record.metrics import best, read_record
-    from llm.record.verdicts import landmarks, overfits
-    from llm.storage.checkpoint import folder_name
-
-    progress, config, out_dir, rows = run.progress, run.parts.config, run.out_dir, read_record(run.out_dir)
-    stopped = {"max_time": "max_time is used up", "patience": "no improvement within patience"}
-    if run.reason in stopped:
-        yield f"stopped at step {progress.step}: {stopped[run.reason]}"
-    lowest = best(rows)
-    assert lowest is not None  # a run that ends has been evaluated
-    bits = "" if lowest["bits_per_byte"] is None else f" ({lowest['bits_per_byte']:.3f} bits per byte)"
-    yield (
-        f"best val {lowest['loss']:.4f}{bits} at step {lowest['step']}, "
-        f"last val {progress.last_loss:.4f} at step {progress.step}"
-    )
-    if passed := landmarks(lowest["loss"], config.model.vocab_size):
-        yield passed
-    if overfitting := overfits(rows, config):
-        yield overfitting
-    speed = progress.tokens / (progress.seconds - progress.bookkeeping)
-    share = progress.bookkeeping / progress.seconds
-    rate, used = run.matrix_rate / 1e9, run.utilisation(speed)
-    yield f"{speed:,.0f} tokens/s: {used:.1%} of the {rate:,.0f} GFLOP/s that matrix products reach here"
-    yield f"evaluation, samples, pictures, saving: {share:.1%} of {progress.seconds:.0f} s"
-    yield f"in {out_dir}: loss_curve.png, samples.txt, metrics.jsonl, best.pt, {folder_name(progress.step)}/"
-    better = " --weights best" if overfitting else ""
-    yield f"next: losscurve sample {flag('out_dir', out_dir)}{better}"
+def exit_code(run: "LiveRun", caught: list[int]) -> int:
+    """Return the exit code of a process of a run that ended in order. `caught` holds the signals it received."""
+    if run.reason != "interrupted":
+        return 0
+    return 128 + (caught[0] if caught else signal.SIGTERM)  # the signal may have been another process's

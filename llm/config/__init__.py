@@ -1,36 +1,26 @@
-"""Settings: fields with units, the recipe, presets and TOML files. No torch.
+"""Settings: fields with units, the recipe, presets and TOML files. This room imports no torch.
 
 A setting has one name everywhere: the field here, the key in a TOML file, the flag on the command line and the keyword
 of `llm.fit`.
 """
 
 from llm.config.fields import (
-    COUNTS,
-    FLOAT32,
+    BOOLEAN_WORDS,
     NO_PATH,
-    PATHS,
-    TRUTHS,
-    UNITS,
     check_expanded,
     check_path,
-    describe,
     expanded,
     field_type,
-    int_of_float,
     is_pattern,
     parse_duration,
-    setting,
-    shown,
-    validate,
+    short_repr,
 )
 from llm.config.recipe import FIELDS, MODEL_FIELDS, PRESETS, TRAIN_FIELDS, GPTConfig, TrainConfig
 from llm.config.settings import (
     ALIASES,
-    LIMITED,
+    TEXTS_WITH_LIMIT,
     coerce,
     from_settings,
-    known_name,
-    known_settings,
     over_preset,
     read_toml,
     to_settings,
@@ -39,36 +29,26 @@ from llm.config.settings import (
 
 __all__ = [
     "ALIASES",
-    "COUNTS",
+    "BOOLEAN_WORDS",
     "FIELDS",
-    "FLOAT32",
-    "LIMITED",
     "MODEL_FIELDS",
     "NO_PATH",
-    "PATHS",
     "PRESETS",
+    "TEXTS_WITH_LIMIT",
     "TRAIN_FIELDS",
-    "TRUTHS",
-    "UNITS",
     "GPTConfig",
     "TrainConfig",
     "check_expanded",
     "check_path",
     "coerce",
-    "describe",
     "expanded",
     "field_type",
     "from_settings",
-    "int_of_float",
     "is_pattern",
-    "known_name",
-    "known_settings",
     "over_preset",
     "parse_duration",
     "read_toml",
-    "setting",
-    "shown",
+    "short_repr",
     "to_settings",
-    "validate",
     "write_toml",
 ]

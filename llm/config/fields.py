@@ -1,4 +1,4 @@
-"""What a field of the settings is: its help, unit and bounds, and the checks of a value and of a path."""
+"""A field of the settings: its help text, unit and bounds, and the checks of its value."""
 
 import dataclasses
 import glob
@@ -13,22 +13,20 @@ from typing import Any, Literal, get_args, get_origin
 
 from llm.errors import UserError
 
-PATHS = ("text", "data_dir", "out_dir", "init_from")
+PATHS = ("text", "data_dir", "out_dir", "init_from")  # the fields that hold paths
 
+BOOLEAN_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
-TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+SECONDS_PER_UNIT = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
+COUNT_SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}
 
-UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
+SMALLEST_FLOAT32 = 2.0**-126  # the smallest normal number above 0
+LARGEST_FLOAT32 = 2.0**128 - 2.0**104
 
 NO_PATH = "that looks like a text, not a path; write it to a file and give the file's name"
-
-
-FLOAT32 = (2.0**-126, 2.0**128 - 2.0**104)  # its smallest and largest number above 0
-
-
-COUNTS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}
+LONGEST_NAME = 255  # bytes of one component of a path, on common file systems
+LONGEST_PATH = 4000  # characters
 
 
 def setting(
@@ -39,134 +37,180 @@ def setting(
     above: float | None = None,
     unit: str = "",
 ) -> Any:
-    """A documented field; `low <= value <= high` and `value > above` are checked by `validate`."""
-    limits = {"low": low, "high": high, "above": above}
-    return field(default=default, metadata={"help": help, "unit": unit, **limits})
+    """Return a dataclass field with its documentation. `validate` checks `low <= value <= high` and `value > above`."""
+    return field(default=default, metadata={"help": help, "unit": unit, "low": low, "high": high, "above": above})
 
 
 def field_type(f: dataclasses.Field[Any]) -> tuple[Any, bool]:
-    """The type of a field without its `None`, and whether `None` is allowed."""
-    options = get_args(f.type) if get_origin(f.type) in (typing.Union, types.UnionType) else (f.type,)
+    """Return the type of a field without its `None`, and whether `None` is allowed."""
+    is_union = get_origin(f.type) in (typing.Union, types.UnionType)
+    options = get_args(f.type) if is_union else (f.type,)
     kinds = [kind for kind in options if kind is not type(None)]
     return kinds[0], len(kinds) < len(options)
 
 
 def parse_duration(text: str) -> float:
-    """Seconds in '90', '45s', '10m', '1.5h' or '2d'. Raises ValueError on anything else."""
+    """Return the seconds in '90', '45s', '10m', '1.5h' or '2d'. Raises ValueError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
     if not match:
         raise ValueError("give seconds, or a number with s, m, h or d, such as 10m")
-    return float(match[1]) * UNITS[match[2] or "s"]
+    return float(match[1]) * SECONDS_PER_UNIT[match[2] or "s"]
 
 
-def expanded(path: str) -> str:
-    """`path` with a leading ~ or ~name replaced by that home folder. Raises UserError where nobody knows it.
-
-    A shell does this too, but not after `=`, in quotes, in a TOML file or in Python.
-    """
-    if not path.startswith("~"):
-        return path
-    found = os.path.expanduser(path) if os.environ.get("HOME") != "" else path  # an empty one would make ~/x be /x
-    if found == path and not os.path.lexists(path):  # a file may be called ~x, and a pattern of the shell names it
-        user = path.partition("/")[0]
-        raise UserError(f"{shown(path)}: the home folder {user} is not known here; give the whole path")
-    return found
-
-
-def is_pattern(path: str) -> bool:
-    """Whether `path` names no file, but stands for those that a shell would have put in its place."""
-    return bool(re.search(r"[*?[]", path)) and not os.path.lexists(path)
-
-
-def check_expanded(path: str) -> None:
-    """Raises UserError for a pattern that matches something: no shell has expanded it."""
-    if is_pattern(path) and (found := len(glob.glob(path))):
-        raise UserError(
-            f"{path}: is a pattern that no shell has expanded (it matches {found}); leave out its quotes, or give "
-            "the names themselves"
-        )
-
-
-def shown(value: Any) -> str:
-    """`value` as in Python, shortened: a file may hold a number of thousands of digits or tables without end."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 120
-    try:
-        return short.repr(value)
-    except ValueError:  # Python spells no whole number beyond 4,300 digits
-        return "a huge number"
-
-
-def int_of_float(text: str) -> int:
-    """'1e6' is a million; '1.5' is no integer (ValueError)."""
+def parse_integer(text: str) -> int:
+    """Return the integer that a float literal spells: '1e6' is a million. Raises ValueError for '1.5'."""
     number = float(text)
     if number != int(number):
         raise ValueError(text)
     return int(number)
 
 
+def short_repr(value: Any) -> str:
+    """Return `repr(value)`, shortened: a file may hold a number of thousands of digits or deeply nested tables."""
+    short = reprlib.Repr()
+    short.maxstring = 120
+    short.maxother = 120
+    try:
+        return short.repr(value)
+    except ValueError:  # Python converts no integer beyond 4,300 digits to a string
+        return "a huge number"
+
+
+# ---- paths
+
+
+def expanded(path: str) -> str:
+    """Return `path` with a leading ~ or ~name replaced by that home folder.
+
+    A shell does this too, but not after `=`, in quotes, in a TOML file or in Python.
+    Raises UserError if the home folder is unknown.
+    """
+    if not path.startswith("~"):
+        return path
+    found = path
+    if os.environ.get("HOME") != "":  # with an empty HOME, expanduser would turn ~/x into /x
+        found = os.path.expanduser(path)
+    if found == path and not os.path.lexists(path):  # a file may be named ~x, and a shell's pattern can give that name
+        user = path.partition("/")[0]
+        raise UserError(f"{short_repr(path)}: cannot find the home folder {user}; give the whole path")
+    return found
+
+
+def is_pattern(path: str) -> bool:
+    """Return whether `path` is a glob pattern and not the name of an existing file."""
+    return bool(re.search(r"[*?[]", path)) and not os.path.lexists(path)
+
+
+def check_expanded(path: str) -> None:
+    """Raise UserError for a glob pattern that matches files: no shell has expanded it."""
+    if not is_pattern(path):
+        return
+    matches = len(glob.glob(path))
+    if matches:
+        raise UserError(
+            f"{path}: is a glob pattern that no shell has expanded (it matches {matches}); remove its quotes, or give "
+            "the file names"
+        )
+
+
+def check_path(name: str, path: str) -> None:
+    """Raise UserError for a path that no file system accepts, usually a text given in place of its file.
+
+    `name` is the setting that holds the path.
+    """
+    components = re.split(r"[/\\]", path)
+    longest = max(len(component.encode("utf-8", "surrogateescape")) for component in components)
+    if longest > LONGEST_NAME or len(path) > LONGEST_PATH:
+        raise UserError(f"{name} = {short_repr(path)}: {NO_PATH}")
+
+
+# ---- the checks of a value
+
+
 def describe(f: dataclasses.Field[Any]) -> str:
-    """What a field accepts, in words."""
+    """Return in words what a field accepts, such as "a whole number at least 1"."""
     kind, _ = field_type(f)
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
-    if f.metadata["unit"] == "duration":
-        return "a duration such as 90, 10m or 2h"
-    if f.metadata["unit"] == "characters":
-        return "a number of characters such as 50M or 2G"
-    if f.metadata["unit"] == "steps or duration":
-        return "a whole number of steps, or a duration such as 10m, at least 1 s"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text that is not empty"}.get(
-        kind, "a list of paths"
-    )
-    low, high, above = (f.metadata[key] for key in ("low", "high", "above"))
-    bounds = [
-        f"at least {low}" if low is not None else "",
-        f"above {above:g}" if above is not None else "",
-        f"at most {high}" if high is not None else "",
-    ]
-    return f"{words} {' and '.join(b for b in bounds if b)}".strip()
+    by_unit = {
+        "duration": "a duration such as 90, 10m or 2h",
+        "characters": "a number of characters such as 50M or 2G",
+        "steps or duration": "a whole number of steps, or a duration such as 10m, at least 1 s",
+    }
+    if f.metadata["unit"] in by_unit:
+        return by_unit[f.metadata["unit"]]
+    by_type = {int: "a whole number", float: "a number", bool: "true or false", str: "a non-empty string"}
+    bounds = []
+    if f.metadata["low"] is not None:
+        bounds.append(f"at least {f.metadata['low']}")
+    if f.metadata["above"] is not None:
+        bounds.append(f"above {f.metadata['above']:g}")
+    if f.metadata["high"] is not None:
+        bounds.append(f"at most {f.metadata['high']}")
+    return f"{by_type.get(kind, 'a list of paths')} {' and '.join(bounds)}".strip()
 
 
 def validate(config: Any) -> None:
-    """Raises UserError naming the first field of a dataclass of settings that is out of its bounds."""
+    """Check every field of a dataclass of settings. Raises UserError that names the first field out of its bounds."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if f.name == "model" or (value is None and field_type(f)[1]):
+        kind, is_optional = field_type(f)
+        if f.name == "model" or (value is None and is_optional):
             continue
-        kind, _ = field_type(f)
-        low, high, above = (f.metadata[key] for key in ("low", "high", "above"))
-        if get_origin(kind) is Literal:
-            good = value in get_args(kind)
-        elif kind in (int, float):
-            good = isinstance(value, (int, float)) and not isinstance(value, bool)
-            good = good and abs(value) <= sys.float_info.max  # neither NaN nor infinite, nor a whole number beyond
-            good = good and (isinstance(value, int) or kind is float or f.metadata["unit"] == "steps or duration")
-            good = good and (low is None or value >= low) and (high is None or value <= high)
-            good = good and (above is None or value > above)
-        elif kind is bool:
-            good = isinstance(value, bool)
-        else:  # a text, or several
-            words = (value,) if kind is str else value
-            good = isinstance(words, tuple) and all(isinstance(word, str) and word for word in words)
-            if good and re.search("[\ud800-\udfff]", "".join(words)):  # how Python holds bytes that are no UTF-8
-                cure = "type it in a UTF-8 terminal" if f.name == "sample_prompt" else "give the file another name"
-                raise UserError(f"{f.name} = {shown(value)}: not valid UTF-8; {cure}")
-            if good and f.name in ("text", "data_dir", "out_dir", "init_from"):
-                for word in words:
-                    check_path(f.name, word)
-        if not good:
-            raise UserError(f"{f.name} = {shown(value)}: expected {describe(f)}")
-        if kind is float and not f.metadata["unit"] and value and not FLOAT32[0] <= abs(value) <= FLOAT32[1]:
-            end, limit = ("below", FLOAT32[0]) if abs(value) < 1 else ("above", FLOAT32[1])
-            raise UserError(
-                f"{f.name} = {shown(value)}: {end} {limit:.2g}, the end of float32, in which it is used; "
-                f"give {'0 or a larger' if end == 'below' else 'a smaller'} number"
-            )
+        if not _is_accepted(f, kind, value):
+            raise UserError(f"{f.name} = {short_repr(value)}: expected {describe(f)}")
+        if kind is str or get_origin(kind) is tuple:
+            _check_strings(f.name, value)
+        elif kind is float and not f.metadata["unit"]:
+            _check_float32(f.name, value)
 
 
-def check_path(name: str, word: str) -> None:
-    """Raises UserError for what no file system takes as a path: a text given in place of its file, usually."""
-    longest = max(len(part.encode("utf-8", "surrogateescape")) for part in re.split(r"[/\\]", word))
-    if longest > 255 or len(word) > 4000:
-        raise UserError(f"{name} = {shown(word)}: {NO_PATH}")
+def _is_accepted(f: dataclasses.Field[Any], kind: Any, value: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind in (int, float):
+        return _is_accepted_number(f, kind, value)
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind is str:
+        return isinstance(value, str) and value != ""
+    return isinstance(value, tuple) and all(isinstance(item, str) and item for item in value)
+
+
+def _is_accepted_number(f: dataclasses.Field[Any], kind: Any, value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    if not abs(value) <= sys.float_info.max:  # NaN, an infinity, or an integer beyond the range of floats
+        return False
+    takes_float = kind is float or f.metadata["unit"] == "steps or duration"
+    if isinstance(value, float) and not takes_float:
+        return False
+    low, high, above = f.metadata["low"], f.metadata["high"], f.metadata["above"]
+    is_above_low = (low is None or value >= low) and (above is None or value > above)
+    return is_above_low and (high is None or value <= high)
+
+
+def _check_strings(name: str, value: str | tuple[str, ...]) -> None:
+    values = (value,) if isinstance(value, str) else value
+    if re.search("[\ud800-\udfff]", "".join(values)):  # lone surrogates: Python's form of bytes that are not UTF-8
+        remedy = "type it in a UTF-8 terminal" if name == "sample_prompt" else "give the file another name"
+        raise UserError(f"{name} = {short_repr(value)}: not valid UTF-8; {remedy}")
+    if name in PATHS:
+        for path in values:
+            check_path(name, path)
+
+
+def _check_float32(name: str, value: float) -> None:
+    """Raise UserError if float32, in which training uses the value, would round it to 0 or to infinity."""
+    if value == 0:
+        return
+    if abs(value) < SMALLEST_FLOAT32:
+        raise UserError(
+            f"{name} = {short_repr(value)}: below {SMALLEST_FLOAT32:.2g}, the smallest normal float32 number, and "
+            "training uses float32; give 0 or a larger number"
+        )
+    if abs(value) > LARGEST_FLOAT32:
+        raise UserError(
+            f"{name} = {short_repr(value)}: above {LARGEST_FLOAT32:.2g}, the largest float32 number, and training uses "
+            "float32; give a smaller number"
+        )

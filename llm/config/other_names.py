@@ -1,30 +1,31 @@
-"""Names that other programs have for our settings: answered with ours, never taken for them.
+"""Names that other programs use for our settings. An error names ours; the other name is never accepted.
 
-A name may mean something else there (a batch per device, a ratio of steps), so it is no alias; see `ALIASES` in
-`config.py` for nanoGPT's names that mean the same.
+A name may mean something else there (a batch per device, a ratio of steps), so it is not an alias. `ALIASES` in
+`settings.py` has nanoGPT's names, which mean the same.
 """
 
 from collections.abc import Container
 
-# our name, what to know about it, and the names that other programs have; a flag of another command may come second
+# Our name, a note about it, and the names in other programs. The first row whose name the command knows counts, so the
+# settings of train come first, and the flags of other commands follow.
 NAMES = (
     (
         "max_steps",
-        "training is counted in steps: max_steps = epochs x training tokens / tokens per step, where tokens per step = "
+        "a run is measured in steps: max_steps = epochs x training tokens / tokens per step, where tokens per step = "
         "batch_size x gradient_accumulation_steps x block_size",
         "epoch epochs num_epochs n_epoch n_epochs nb_epochs max_epochs num_train_epochs",
     ),
     (
         "max_steps",
-        "the schedule ends there too",
+        "the learning-rate schedule ends there too",
         "steps num_steps n_steps total_steps train_steps training_steps iters iterations num_iterations n_iters "
         "lr_decay_iters",
     ),
-    ("max_lr", "the peak; min_lr is the end", "lr base_lr peak_lr max_learning_rate initial_lr"),
+    ("max_lr", "the peak learning rate; min_lr is the last one", "lr base_lr peak_lr max_learning_rate initial_lr"),
     ("min_lr", "", "lr_min min_learning_rate end_lr final_lr"),
     (
         "batch_size",
-        "windows in a micro-batch; a step has batch_size x gradient_accumulation_steps of them, all devices together",
+        "windows per micro-batch; a step has batch_size x gradient_accumulation_steps windows, over all devices",
         "batch bs bsz train_batch_size micro_batch_size device_batch_size per_device_train_batch_size "
         "per_device_batch_size total_batch_size global_batch_size",
     ),
@@ -49,7 +50,7 @@ NAMES = (
     ("tokenizer", "auto, gpt2, bpe, byte or char", "tokenizer_name tokenizer_path tokenizer_type"),
     (
         "warmup_steps",
-        "warmup_steps = ratio x max_steps; without it 2 % of max_steps",
+        "warmup_steps = ratio x max_steps; the default is 2 % of max_steps",
         "warmup warmup_ratio warmup_proportion warmup_fraction num_warmup_steps",
     ),
     ("schedule", "cosine, linear or constant", "scheduler lr_scheduler lr_scheduler_type lr_schedule decay_lr"),
@@ -60,12 +61,12 @@ NAMES = (
     ("out_dir", "", "output_dir output_path output save_dir save_path checkpoint_dir ckpt_dir run_dir logging_dir"),
     (
         "text",
-        "files, folders or a name; data_dir for a folder of token files",
+        "files, folders or a name; data_dir is for a folder of token files",
         "dataset dataset_name data data_path train_data train_file train_path input input_file corpus file",
     ),
     (
         "init_from",
-        "a run folder or .pt file to start from; the shape of a new model is n_layer, n_head and n_embd",
+        "a run folder or .pt file to start from; n_layer, n_head and n_embd give the shape of a new model",
         "model model_name model_name_or_path base_model pretrained pretrained_model finetune",
     ),
     ("resume", "with out_dir, the run folder", "resume_from resume_from_checkpoint resume_path resume_training"),
@@ -74,7 +75,7 @@ NAMES = (
     ("eval_tokens", "in tokens: eval_iters x batch_size x block_size", "eval_iters eval_batches max_eval_samples"),
     (
         "save_every",
-        "in steps, or a time such as 10m",
+        "in steps, or a duration such as 10m",
         "save_steps save_interval save_freq checkpoint_interval checkpoint_every ckpt_interval",
     ),
     ("keep", "", "save_total_limit keep_checkpoints max_checkpoints"),
@@ -83,7 +84,7 @@ NAMES = (
     ("max_time", "90, 10m or 2h", "time_limit max_runtime train_seconds"),
     (
         "track",
-        "tensorboard or wandb; of a run that is there already: losscurve track RUN --to wandb",
+        "tensorboard or wandb; for an existing run: losscurve track RUN --to wandb",
         "wandb wandb_log wandb_project wandb_run_name use_wandb wandb_enabled report_to tensorboard logger",
     ),
     ("dtype", "auto, float32, bfloat16 or float16", "fp16 bf16 fp32 half amp precision mixed_precision torch_dtype"),
@@ -93,7 +94,7 @@ NAMES = (
     ("nproc", "", "nproc_per_node num_gpus n_gpu num_processes world_size devices"),
     ("activation_checkpointing", "", "gradient_checkpointing use_gradient_checkpointing grad_checkpointing"),
     ("seed", "", "random_seed manual_seed rng_seed"),
-    # of sample
+    # flags of sample
     ("prompt", "", "start text input"),
     ("max_new_tokens", "", "max_tokens n_predict length max_length num_tokens sample_len"),
     ("num_samples", "", "n samples num_return_sequences"),
@@ -105,11 +106,14 @@ NAMES = (
         "a .pt file; out_dir for a run folder",
         "model ckpt ckpt_path checkpoint_path model_path weights_path",
     ),
-    # of prepare
+    # flags of prepare
     ("data_dir", "", "out_dir output_dir output out"),
 )
 
 
-def ours(name: str, known: Container[str]) -> tuple[str, str] | None:
-    """Our name, among those `known`, for what other programs call `name`, and what to know about it."""
-    return next(((own, note) for own, note, theirs in NAMES if own in known and name in theirs.split()), None)
+def find_our_name(name: str, known: Container[str]) -> tuple[str, str] | None:
+    """Return our name, one of `known`, for what other programs call `name`, and a note about it, or None."""
+    for own, note, theirs in NAMES:
+        if own in known and name in theirs.split():
+            return own, note
+    return None

@@ -1,4 +1,4 @@
-"""The settings themselves: the shape of a model and everything that decides a training run."""
+"""The settings: the shape of a model, and everything that determines a training run."""
 
 import dataclasses
 import math
@@ -18,12 +18,12 @@ class GPTConfig:
     vocab_size: int = setting(50257, "tokens in the vocabulary", low=1, high=2**31)
     block_size: int = setting(64, "context length, in tokens", low=1, high=2**20)
     n_layer: int = setting(4, "transformer blocks", low=1, high=1000)
-    n_head: int = setting(4, "attention heads; divides n_embd", low=1, high=1000)
+    n_head: int = setting(4, "attention heads; n_embd must be divisible by it", low=1, high=1000)
     n_embd: int = setting(128, "width of the residual stream", low=1, high=2**17)
     ffn_mult: int = setting(4, "width of the feed-forward layer, in units of n_embd", low=1, high=64)
-    dropout: float = setting(0.0, "share of activations dropped in training", low=0.0, high=0.99)
-    bias: bool = setting(False, "a bias in the attention linears (the feed-forward and norms have one)")
-    tied_lm_head: bool = setting(False, "the output matrix is the token embedding, as in GPT-2")
+    dropout: float = setting(0.0, "fraction of activations that training drops", low=0.0, high=0.99)
+    bias: bool = setting(False, "give the attention linears a bias (the feed-forward linears and norms have one)")
+    tied_lm_head: bool = setting(False, "use the token embedding as the output matrix, as GPT-2 does")
     gelu: Literal["exact", "tanh"] = setting("exact", "exact GELU, or GPT-2's tanh approximation")
 
     def __post_init__(self) -> None:
@@ -37,10 +37,10 @@ class GPTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides a training run. The defaults are the chapter's recipe.
+    """Everything that determines a training run. The defaults are the chapter's recipe.
 
-    The model's own fields are those of `GPTConfig` and are set here by the same names;
-    its `vocab_size` is then the tokenizer's, unless given.
+    `model` holds the fields of `GPTConfig`; flags, TOML files and keywords set them by the same names. The model's
+    `vocab_size` is the tokenizer's, unless it is given.
     """
 
     text: tuple[str, ...] = setting(
@@ -48,29 +48,32 @@ class TrainConfig:
         "what to train on: files, folders, - (standard input) or a name: shakespeare, tinystories, fineweb-edu",
     )
     text_limit: int | None = setting(
-        None, "of tinystories or fineweb-edu, take this much (default: 200M)", low=1, unit="characters"
+        None, "characters to take from tinystories or fineweb-edu (default: 200M)", low=1, unit="characters"
     )
-    text_field: str | None = setting(None, "field or column of rows that holds the text (default: text)")
+    text_field: str | None = setting(None, "field (.jsonl) or column (.parquet) that holds the text (default: text)")
     tokenizer: Literal["auto", "gpt2", "bpe", "byte", "char"] = setting(
-        "auto", "auto: gpt2 where its vocabulary can be had, else a bpe trained on the text"
+        "auto", "auto: gpt2 if its vocabulary can be loaded, else a bpe trained on the text"
     )
     vocab_size: int | None = setting(
-        None, "tokens in the vocabulary (default: the tokenizer's; for bpe 4096)", low=1, high=2**31
+        None, "tokens in the vocabulary (default: the tokenizer's; 4096 for bpe)", low=1, high=2**31
     )
     val_fraction: float = setting(
-        0.1, "share of the text's characters, at its end, kept for validation", above=0.0, high=0.9
+        0.1, "fraction of the text's characters, taken from its end, held out for validation", above=0.0, high=0.9
     )
     data_dir: str | None = setting(None, "folder of train.bin and val.bin (default: data, or data/NAME for a --text)")
     out_dir: str = setting("checkpoints", "the run folder")
 
     model: GPTConfig = field(default_factory=GPTConfig)
 
-    batch_size: int = setting(32, "windows in a micro-batch", low=1, high=2**20)
-    gradient_accumulation_steps: int = setting(1, "micro-batches in a step", low=1, high=2**20)
-    max_steps: int = setting(5000, "updates in the run, and the length of the schedule", low=1, high=10**9)
+    batch_size: int = setting(32, "windows per micro-batch", low=1, high=2**20)
+    gradient_accumulation_steps: int = setting(1, "micro-batches per step", low=1, high=2**20)
+    max_steps: int = setting(
+        5000, "updates in the run, and the length of the learning-rate schedule", low=1, high=10**9
+    )
     max_time: float | None = setting(
         None,
-        "stop after this long, the time before a resume included (90, 10m, 2h); the schedule is not bent",
+        "stop after this time (90, 10m, 2h), including the time before a resume; "
+        "does not change the learning-rate schedule",
         above=0.0,
         unit="duration",
     )
@@ -79,22 +82,24 @@ class TrainConfig:
     log_every: int = setting(10, "steps between training records in metrics.jsonl", low=1, high=10**6)
     save_every: int | float | None = setting(
         None,
-        "steps between saved states, or with a unit the time: 500, 10m (default: as eval_every)",
+        "steps between checkpoints, or a duration with its unit: 500, 10m (default: eval_every)",
         low=1,
         unit="steps or duration",
     )
-    keep: int = setting(2, "newest saved states kept, besides the best", low=1)
-    patience: int | None = setting(None, "stop after this many evaluations without improvement", low=1)
+    keep: int = setting(2, "newest checkpoints to keep, besides the best", low=1)
+    patience: int | None = setting(None, "stop after this many evaluations in a row without improvement", low=1)
 
     warmup_steps: int | None = setting(None, "steps of linear warm-up from 0 (default: 2 % of max_steps)", low=0)
     max_lr: float = setting(3e-4, "peak learning rate", above=0.0, high=100.0)
     min_lr: float | None = setting(None, "final learning rate (default: max_lr / 10)", low=0.0, high=100.0)
-    schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "shape after the warm-up")
-    beta1: float = setting(0.9, "AdamW: decay of the mean gradient", low=0.0, high=0.999999)
-    beta2: float = setting(0.95, "AdamW: decay of the mean squared gradient", low=0.0, high=0.9999999)
+    schedule: Literal["cosine", "linear", "constant"] = setting(
+        "cosine", "shape of the learning rate after the warm-up"
+    )
+    beta1: float = setting(0.9, "AdamW: decay rate of the mean gradient", low=0.0, high=0.999999)
+    beta2: float = setting(0.95, "AdamW: decay rate of the mean squared gradient", low=0.0, high=0.9999999)
     weight_decay: float = setting(0.01, "AdamW: weight decay", low=0.0, high=100.0)
-    weight_decay_split: bool = setting(False, "leave norms, biases and embeddings out of weight decay")
-    grad_clip: float = setting(0.0, "largest norm of the gradient; 0 is off", low=0.0)
+    weight_decay_split: bool = setting(False, "apply no weight decay to norms, biases and embeddings")
+    grad_clip: float = setting(0.0, "clip the gradient to this norm; 0 turns clipping off", low=0.0)
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "precision of matrix products; auto: bfloat16 where it is fast, else float32"
@@ -102,16 +107,18 @@ class TrainConfig:
     device: str = setting("auto", "auto, cpu, mps, cuda or cuda:N")
     compile: bool = setting(False, "torch.compile the model")
     parallel: Literal["ddp", "fsdp"] = setting(
-        "ddp", "how processes share the work: ddp, a whole model each; fsdp, shards of one model"
+        "ddp", "ddp: every process holds the whole model; fsdp: the model is sharded over the processes"
     )
-    activation_checkpointing: bool = setting(False, "save memory: compute a block's activations again in backward")
-    cpu_offload: bool = setting(False, "keep the shards of fsdp in the memory of the processor")
-    seed: int = setting(1337, "decides initial weights, batches and dropout", low=0, high=2**63 - 1)
+    activation_checkpointing: bool = setting(
+        False, "save memory: recompute each block's activations in the backward pass"
+    )
+    cpu_offload: bool = setting(False, "keep the shards of fsdp in host memory")
+    seed: int = setting(1337, "seed of initial weights, batches and dropout", low=0, high=2**63 - 1)
     init_from: str | None = setting(None, "start from the weights of a run folder or a .pt file")
     sample_prompt: str | None = setting(
         None, "prompt of the sample at each evaluation (default: ROMEO: or a line break)"
     )
-    sample_tokens: int = setting(100, "tokens in the sample at each evaluation; 0 is off", low=0, high=10**5)
+    sample_tokens: int = setting(100, "tokens in the sample at each evaluation; 0 turns samples off", low=0, high=10**5)
 
     def __post_init__(self) -> None:
         validate(self)
@@ -124,33 +131,34 @@ class TrainConfig:
 
     @property
     def warmup(self) -> int:
-        """Steps of warm-up: as given, or 2 % of the steps (100 of the chapter's 5,000)."""
+        """Steps of warm-up: `warmup_steps`, or 2 % of the steps (100 of the chapter's 5,000)."""
         return self.max_steps // 50 if self.warmup_steps is None else self.warmup_steps
 
     @property
     def final_lr(self) -> float:
-        """Learning rate at the last step: as given, or the usual tenth of the peak."""
-        # rounded, since 3e-4 / 10 is not 3e-5 in binary
-        return float(f"{self.max_lr / 10:.12g}") if self.min_lr is None else self.min_lr
+        """Learning rate at the last step: `min_lr`, or the usual tenth of the peak."""
+        if self.min_lr is not None:
+            return self.min_lr
+        return float(f"{self.max_lr / 10:.12g}")  # rounded to 12 digits: 3e-4 / 10 is not 3e-5 in binary
 
     @property
     def windows_per_step(self) -> int:
+        """Windows in one step, over all processes."""
         return self.batch_size * self.gradient_accumulation_steps
 
     def share(self, processes: int) -> tuple[int, int]:
-        """(windows, micro-batches) that each of so many processes has of a step, which divides among them."""
+        """Return (windows, micro-batches) of one process in a step. `processes` must divide `windows_per_step`."""
         windows = self.windows_per_step // processes
         return windows, math.ceil(windows / self.batch_size)
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens in one step, over all processes."""
         return self.windows_per_step * self.model.block_size
 
 
 MODEL_FIELDS = {f.name: f for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"}
 
-
 TRAIN_FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "model"}
-
 
 FIELDS = TRAIN_FIELDS | MODEL_FIELDS  # every flag of `train`, by name

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llm import storage
-from llm.config import NO_PATH, check_expanded, is_pattern, shown
+from llm.config import NO_PATH, check_expanded, is_pattern, short_repr
 from llm.errors import Failure, UserError
 from llm.storage import download
 from llm.text import folders, hub, rows
@@ -193,7 +193,7 @@ def name_of(text: tuple[str, ...]) -> str:
     if first in NAMED_TEXTS:
         return first
     if "\0" in first:
-        raise UserError(f"{shown(first)}: {NO_PATH}")
+        raise UserError(f"{short_repr(first)}: {NO_PATH}")
     if first == "-":
         return "stdin"
     return Path(first).resolve().stem or "text"
@@ -239,7 +239,7 @@ def _not_found(word: str) -> UserError:
     """Return the error for a name that no file has. Raises UserError for a pattern that no shell expanded."""
     check_expanded(word)
     if "\n" in word:
-        return UserError(f"{shown(word)}: {NO_PATH}")
+        return UserError(f"{short_repr(word)}: {NO_PATH}")
     if is_pattern(word):
         return UserError(f"{word}: is a pattern that matches nothing; give the files, or their folder")
     names = ", ".join(NAMED_TEXTS)

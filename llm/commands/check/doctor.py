@@ -18,15 +18,15 @@ def main(argv: list[str]) -> int:
     Parser("losscurve doctor", DESCRIPTION).read(argv)
 
     from llm.checks.doctor import examine
-    from llm.commands.bars import tell
+    from llm.commands.bars import print_result
 
     marks = PLAIN if "?" in shown("".join(MARKS.values())) else MARKS
     broken = 0
     for check in examine():
         remedy = f"; try: {check.remedy}" if check.remedy else ""
-        tell(shown(f"{marks[check.good]} {check.name:<12}{check.words}{remedy}"))
+        print_result(shown(f"{marks[check.good]} {check.name:<12}{check.words}{remedy}"))
         broken += check.good is False
-    tell(f"{broken} to mend" if broken else "all that is needed works")
+    print_result(f"{broken} to mend" if broken else "all that is needed works")
     return 1 if broken else 0
 
 

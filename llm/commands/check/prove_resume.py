@@ -28,20 +28,20 @@ def main(argv: list[str]) -> int:
     from pathlib import Path
 
     from llm.checks.prove import fingerprint, killed_run, whole_run
-    from llm.commands.bars import tell
+    from llm.commands.bars import print_result
 
     flags = [f"--preset={args.preset}"] if args.preset else []
     for name, value in typed_settings(args).items():
         words = value if isinstance(value, list) else [value]
         flags += [f"--{name}={word}" for word in words if name != "out_dir"]
     folders = [Path(config.out_dir, name) for name in ("whole", "killed")]
-    tell(f"training {config.max_steps} steps in one go")
+    print_result(f"training {config.max_steps} steps in one go")
     whole_run(flags, folders[0])
     luck = random.Random()  # moments, not secrets
     hit = 0
     for step in killed_run(flags, folders[1], config.max_steps, args.kills, luck):
         hit += 1
-        tell(f"killed after step {max(step, 0)}, resuming")
+        print_result(f"killed after step {max(step, 0)}, resuming")
     if hit < args.kills:
         warn(f"the run was done after {hit} of {args.kills} kills; give more --max_steps for more")
     whole, killed = (fingerprint(folder) for folder in folders)
@@ -49,6 +49,6 @@ def main(argv: list[str]) -> int:
     for what in sorted(whole.keys() | killed.keys()):
         equal = whole.get(what) == killed.get(what)
         same = same and equal
-        tell(f"{'same' if equal else 'DIFFERS':<8} {what}  {(killed.get(what) or 'missing')[:16]}")
-    tell(f"{hit} kills: {'bit for bit the run that was never stopped' if same else 'NOT the same run'}")
+        print_result(f"{'same' if equal else 'DIFFERS':<8} {what}  {(killed.get(what) or 'missing')[:16]}")
+    print_result(f"{hit} kills: {'bit for bit the run that was never stopped' if same else 'NOT the same run'}")
     return 0 if same else 1

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 
     from llm.checks.rehearsal import Rehearsal
     from llm.checks.rehearse import NOT_CHECKED, changes
-    from llm.commands.bars import tell
+    from llm.commands.bars import print_result
 
     before = signal.signal(signal.SIGTERM, _leave)
     began, world_size = time.monotonic(), args.world_size or args.nproc
@@ -54,30 +54,30 @@ def main(argv: list[str]) -> int:
     try:
         rehearsal = Rehearsal(config, args.nproc, world_size, args.world_size is None, folder, warn)
         what = f"{world_size} processes with {config.parallel}"
-        tell(f"rehearsing {what} as {args.nproc} on the CPU of this machine (gloo)")
-        tell(f"smaller: {', '.join(changes(rehearsal.config, rehearsal.small))}")
+        print_result(f"rehearsing {what} as {args.nproc} on the CPU of this machine (gloo)")
+        print_result(f"smaller: {', '.join(changes(rehearsal.config, rehearsal.small))}")
         found = []
         for finding in rehearsal.findings():
-            tell(f"{MARKS[finding.good]:<8}{finding.name:<11}{finding.words}")
+            print_result(f"{MARKS[finding.good]:<8}{finding.name:<11}{finding.words}")
             found.append(finding)
         if left := list(rehearsal.stages)[len(found) :]:
-            tell(f"{'':<8}not reached: {', '.join(left)}")
-        tell(f"not checked: {NOT_CHECKED}")
+            print_result(f"{'':<8}not reached: {', '.join(left)}")
+        print_result(f"not checked: {NOT_CHECKED}")
     finally:
         signal.signal(signal.SIGTERM, before)
         if args.keep_folder:
-            tell(f"left for you: {folder}")
+            print_result(f"left for you: {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
     failed = [finding.name for finding in found if finding.good is False]
     took = f"({time.monotonic() - began:.0f} s)"
     if failed:
-        tell(f"the run of {what} will NOT hold together as it is: mend {' and '.join(failed)} {took}")
+        print_result(f"the run of {what} will NOT hold together as it is: mend {' and '.join(failed)} {took}")
         return 1
     if ask := [finding.name for finding in found if finding.good is None]:
-        tell(f"the run of {what} will hold together, if its machines have the {' and '.join(ask)} {took}")
+        print_result(f"the run of {what} will hold together, if its machines have the {' and '.join(ask)} {took}")
     else:
-        tell(f"the run of {what} will hold together {took}")
+        print_result(f"the run of {what} will hold together {took}")
     return 0
 
 

@@ -23,12 +23,12 @@ def main(argv: list[str]) -> int:
     args = parser.read(argv)
 
     from llm.checks.verify import verify
-    from llm.commands.bars import tell
+    from llm.commands.bars import print_result
 
     damaged = 0
     for folder in args.folders:
         for finding in verify(folder):
-            tell(f"{WORDS[finding.good]:<8} {finding.path}: {finding.words}")
+            print_result(f"{WORDS[finding.good]:<8} {finding.path}: {finding.words}")
             damaged += finding.good is False
-    tell(f"{damaged} damaged" if damaged else "all that could be checked is as it was written")
+    print_result(f"{damaged} damaged" if damaged else "all that could be checked is as it was written")
     return 1 if damaged else 0

@@ -15,7 +15,7 @@ def main(argv: list[str]) -> int:
     )
     args = parser.read(argv)
 
-    from llm.commands.bars import tell
+    from llm.commands.bars import print_result
     from llm.record.bands import band_of_run
     from llm.record.explain import explain
     from llm.record.metrics import read_record
@@ -23,5 +23,5 @@ def main(argv: list[str]) -> int:
 
     rows = read_record(args.run)
     lines = explain(rows, run_config(args.run), band_of_run(args.run))
-    tell("\n".join(lines) or f"nothing worth knowing in the {len(rows):,} rows of {args.run}")
+    print_result("\n".join(lines) or f"nothing worth knowing in the {len(rows):,} rows of {args.run}")
     return 0

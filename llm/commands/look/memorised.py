@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{name} = {getattr(args, name)}: expected 1 or more")
 
     from llm.checks.memorised import draw, run_tokens, spread_windows
-    from llm.commands.bars import tell
+    from llm.commands.bars import print_result
     from llm.commands.flags import warn
     from llm.machine.device import choose_device, choose_dtype, precision
     from llm.run import Run
@@ -60,16 +60,16 @@ def main(argv: list[str]) -> int:
     tokenizer = run_tokenizer(run.path, run.config.model.vocab_size, warn)
     model = run.model(args.weights, str(device))
     size, prompt = (args.num_samples, args.max_new_tokens), run.config.sample_prompt or "\n"
-    tell(f"{size[0]} samples of {size[1]} tokens, looked for in {len(data.train):,} training tokens")
+    print_result(f"{size[0]} samples of {size[1]} tokens, looked for in {len(data.train):,} training tokens")
     for heat in temperatures:
         with precision(choose_dtype(config.dtype, device), device):
             samples = draw(model, data, tokenizer, prompt, size, config.seed, heat)
-        tell(f"temperature {heat:<7g} | {compared(samples, data.train, tokenizer)}")
+        print_result(f"temperature {heat:<7g} | {compared(samples, data.train, tokenizer)}")
     usual = spread_windows(data.val, *size)
-    tell(f"validation text     | {compared(usual, data.train, tokenizer)}")
+    print_result(f"validation text     | {compared(usual, data.train, tokenizer)}")
     if usual.shape != size:
-        tell(f"(the validation text is short: {usual.shape[0]} x {usual.shape[1]} tokens of it)")
-    tell(MEANING)
+        print_result(f"(the validation text is short: {usual.shape[0]} x {usual.shape[1]} tokens of it)")
+    print_result(MEANING)
     return 0
 
 

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no_memorised", action="store_true", help="draw no samples to look for in the training text")
     args = parser.read(argv)
 
-    from llm.commands.bars import tell
+    from llm.commands.bars import print_result
     from llm.commands.flags import warn
     from llm.report.gather import gather
     from llm.report.write_html import write_html
@@ -37,5 +37,5 @@ def main(argv: list[str]) -> int:
         warn(report.card.trouble)
     out = args.out or args.run / usual
     write(report, out)
-    tell(f"wrote {out} ({out.stat().st_size / 2**20:.2f} MiB)")
+    print_result(f"wrote {out} ({out.stat().st_size / 2**20:.2f} MiB)")
     return 0

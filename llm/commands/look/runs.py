@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     import json
     import sys
 
-    from llm.commands.bars import tell
+    from llm.commands.bars import print_result
     from llm.commands.flags import warn
     from llm.record.runs import FOLDERS, find, summary
 
@@ -60,11 +60,11 @@ def main(argv: list[str]) -> int:
     if not whole:
         warn(f"stopped after {FOLDERS:,} folders; give a folder nearer to the runs")
     if args.json:
-        tell(json.dumps([vars(run) | {"path": str(run.path)} for run in runs], indent=2))
+        print_result(json.dumps([vars(run) | {"path": str(run.path)} for run in runs], indent=2))
     elif not runs:
-        tell(f"no run in or below {args.folder}; losscurve train makes one")
+        print_result(f"no run in or below {args.folder}; losscurve train makes one")
     else:
-        tell("\n".join(table(runs, args.folder, width() if sys.stdout.isatty() else None)))
+        print_result("\n".join(table(runs, args.folder, width() if sys.stdout.isatty() else None)))
     return 0
 
 

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     from pathlib import Path
 
     from llm.checks.memorised import run_tokens
-    from llm.commands.bars import tell
+    from llm.commands.bars import print_result
     from llm.commands.flags import warn
     from llm.data import batch_at
     from llm.run import Run
@@ -33,6 +33,6 @@ def main(argv: list[str]) -> int:
     batch = batch_at(data.train, config.seed, args.step - 1, config.windows_per_step, config.model.block_size)
     for number, (ids, last) in enumerate(zip(batch.x, batch.y[:, -1:], strict=True), 1):
         tokens = [*ids.tolist(), *last.tolist()]
-        tell(f"--- step {args.step}, window {number} of {len(batch.x)} ---")
-        tell(tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens)))
+        print_result(f"--- step {args.step}, window {number} of {len(batch.x)} ---")
+        print_result(tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens)))
     return 0

@@ -19,12 +19,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--to", action="append", required=True, metavar="tensorboard|wandb", help="several by commas")
     args = parser.read(argv)
 
-    from llm.commands.bars import tell
+    from llm.commands.bars import print_result
     from llm.commands.flags import warn
     from llm.record.trackers import replay, starts
     from llm.weights import run_config
 
     config = run_config(args.run)
     for name, start in starts(args.to, warn).items():
-        tell(f"{name}: {replay(args.run, config, name, start)}")
+        print_result(f"{name}: {replay(args.run, config, name, start)}")
     return 0

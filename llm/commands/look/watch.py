@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     import socket
     import threading
 
-    from llm.commands.bars import tell
+    from llm.commands.bars import print_result
 
     try:
         from llm.page.server import Server, plotly_script
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
         again = f"losscurve watch {' '.join(shlex.quote(str(name)) for name in args.runs)}"
         end = f"it ends with the run; {again} opens it again" if args.until_eof else "Ctrl-C ends it"
         with contextlib.suppress(KeyboardInterrupt):
-            tell(f"watching {', '.join(map(str, args.runs))} at http://127.0.0.1:{port}/{token}/ ({end})")
+            print_result(f"watching {', '.join(map(str, args.runs))} at http://127.0.0.1:{port}/{token}/ ({end})")
             server.run(sockets=[listener])
     return 0
 
@@ -94,7 +94,7 @@ def beside(out_dir: "Path") -> Iterator[Callable[[], None]]:
     import subprocess
     import threading
 
-    from llm.commands.bars import log
+    from llm.commands.bars import print_best_effort
     from llm.machine.interpreter import child_environment
 
     command = [sys.executable, "-m", "llm", "watch", "--until_eof", "--", str(out_dir)]
@@ -126,7 +126,7 @@ def beside(out_dir: "Path") -> Iterator[Callable[[], None]]:
         except queue.Empty:
             line = f"error: its server said nothing within {PATIENCE} s"
         if line.startswith("watching "):
-            log(line)
+            print_best_effort(line)
         else:
             no_page(line.removeprefix("error: "))
 

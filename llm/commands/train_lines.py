@@ -1,0 +1,121 @@
+"""The lines that `train` prints on stdout before the first step and after the last."""
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from llm.commands.bars import print_best_effort
+from llm.commands.flags import flag, warn
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from llm.plan.forecast import Forecast
+    from llm.training.live import LiveRun
+
+REASONS = {"max_time": "max_time is used up", "patience": "no improvement within patience"}
+
+
+def print_start(run: "LiveRun") -> None:
+    """Print the device, the model, the data, the steps, and what the run will need."""
+    from llm.machine.device import describe_device
+    from llm.plan.forecast import outline
+    from llm.schedule import warmup_warning
+
+    config = run.parts.config
+    warning = warmup_warning(config)
+    if warning:
+        warn(warning)
+    print_best_effort(f"training on {describe_device(run.parts.device, run.parts.dtype)}")
+    print_best_effort(start_lines(run))
+    print_best_effort(outline(config, len(run.parts.data.train)))
+
+
+def start_lines(run: "LiveRun") -> str:
+    """Return three lines: the model, the data, the steps."""
+    parts = run.parts
+    config = parts.config
+    parameters = sum(p.numel() for p in parts.model.parameters())
+    train_tokens = len(parts.data.train)
+    predicted = len(parts.data.val) - 1  # tokens of the validation split that have one before them
+    validated = f"all {predicted:,}" if predicted <= config.eval_tokens else f"{config.eval_tokens:,} of {predicted:,}"
+    begin = f"resuming from step {run.progress.step}" if run.progress.step else "starting"
+    windows = f"{config.windows_per_step} windows"
+    processes = parts.world.size
+    if processes > 1:
+        share, micro_batches = config.share(processes)
+        windows += f" ({processes} processes x {micro_batches} micro-batches x {min(share, config.batch_size)})"
+    epochs = config.max_steps * config.tokens_per_step / train_tokens
+    return (
+        f"{parameters / 1e6:.2f} M parameters, vocabulary {config.model.vocab_size:,}\n"
+        f"{train_tokens:,} training tokens ({parts.data.source}); validation on {validated} tokens\n"
+        f"{begin}: {config.max_steps:,} steps of {windows} x {config.model.block_size} tokens, "
+        f"{epochs:.1f} times the text"
+    )
+
+
+def print_end(run: "LiveRun", forecast: "Forecast") -> None:
+    """Print the result of the run, how good its forecast was, and what to type next."""
+    if run.reason == "interrupted":
+        print_best_effort(
+            f"saved step {run.progress.step} in {run.out_dir}; continue with: {resume_command(run)}",
+        )
+        return
+    print_best_effort("\n".join(end_lines(run)))
+    accuracy = None if run.reason == "patience" else forecast.ended(run.progress.seconds)
+    if accuracy:
+        print_best_effort(accuracy)
+    print_best_effort(f"saved {run.out_dir / 'model.pt'}")
+
+
+def end_lines(run: "LiveRun") -> Iterator[str]:
+    """Yield the losses and what they mean, the speed, the files, and the next command."""
+    from llm.record.metrics import best, read_record
+    from llm.record.verdicts import landmarks, overfits
+    from llm.storage.checkpoint import folder_name
+
+    progress = run.progress
+    config = run.parts.config
+    rows = read_record(run.out_dir)
+    if run.reason in REASONS:
+        yield f"stopped at step {progress.step}: {REASONS[run.reason]}"
+    lowest = best(rows)
+    assert lowest is not None  # a run that ends has been evaluated
+    bits = "" if lowest["bits_per_byte"] is None else f" ({lowest['bits_per_byte']:.3f} bits per byte)"
+    yield (
+        f"best val {lowest['loss']:.4f}{bits} at step {lowest['step']}, "
+        f"last val {progress.last_loss:.4f} at step {progress.step}"
+    )
+    passed = landmarks(lowest["loss"], config.model.vocab_size)
+    if passed:
+        yield passed
+    overfitting = overfits(rows, config)
+    if overfitting:
+        yield overfitting
+
+    tokens_per_second = progress.tokens / (progress.seconds - progress.bookkeeping)
+    yield (
+        f"{tokens_per_second:,.0f} tokens/s: {run.utilisation(tokens_per_second):.1%} of the "
+        f"{run.matrix_rate / 1e9:,.0f} GFLOP/s that matrix products reach here"
+    )
+    share = progress.bookkeeping / progress.seconds
+    yield f"evaluation, samples, pictures, saving: {share:.1%} of {progress.seconds:.0f} s"
+    yield f"in {run.out_dir}: loss_curve.png, samples.txt, metrics.jsonl, best.pt, {folder_name(progress.step)}/"
+    weights = " --weights best" if overfitting else ""
+    yield f"next: losscurve sample {flag('out_dir', run.out_dir)}{weights}"
+
+
+def resume_command(run: "LiveRun") -> str:
+    """Return the command that resumes a run, with as many processes if they all ran on this machine."""
+    world = run.parts.world
+    command = f"losscurve train {flag('out_dir', run.out_dir)} --resume"
+    all_here = os.environ.get("LOCAL_WORLD_SIZE") == str(world.size)
+    return f"{command} --nproc {world.size}" if world.size > 1 and all_here else command
+
+
+def last_saved(out_dir: "Path") -> str:
+    """Return in words which checkpoint of a run is the newest."""
+    from llm.storage.checkpoint import saved_steps
+
+    steps = saved_steps(out_dir)
+    return f"the last saved step is {steps[-1]}" if steps else "no checkpoint was saved"

@@ -1,8 +1,8 @@
 """Make the reference bands that ship with the package: the validation losses of a preset's runs, over seeds.
 
 Trains what is not there yet (each seed into OUT_DIR/PRESET-SEED, resumed if it was stopped), then writes
-llm/reference/PRESET.json. Finished runs made elsewhere can be given as folders. A run that is not finished counts up
-to where it is: the band ends where the shortest of its runs does.
+llm/record/reference/PRESET.json. Finished runs made elsewhere can be given as folders. A run that is not finished
+counts up to where it is: the band ends where the shortest of its runs does.
 
     python -m benchmarks.bands chapter --seeds 1337,1,2 --data_dir data --out_dir runs/bands [RUN ...]
 """
@@ -19,7 +19,7 @@ from llm.record.bands import shaping
 from llm.record.metrics import losses, read_record
 from llm.weights import run_config
 
-REFERENCE = Path(__file__).parent.parent / "llm" / "reference"
+REFERENCE = Path(__file__).parent.parent / "llm" / "record" / "reference"
 
 
 def main() -> None:

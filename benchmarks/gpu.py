@@ -53,7 +53,7 @@ def main() -> None:
         spread = f"{r['low']:,.0f}-{r['high']:,.0f}"
         print(
             f"{r['preset']:<22}{r['side']:<15}{r['tokens_per_second']:>12,.0f}{spread:>22}"
-            f"{r['mfu']:>16.1%}{r['peak_gib']:>10.2f}{r['loss']:>9.4f}"
+            f"{r['matmul_utilisation']:>16.1%}{r['peak_gib']:>10.2f}{r['loss']:>9.4f}"
         )
     good = [r for r in rows if not r["failed"]]
     if good:
@@ -80,7 +80,7 @@ def row(preset: str, side: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "low": speeds[0],
         "high": speeds[-1],
         "matrix_rate": rate,
-        "mfu": middle * runs[0]["flops_per_token"] / rate,
+        "matmul_utilisation": middle * runs[0]["flops_per_token"] / rate,
         "peak_gib": max(run["peak_gib"] for run in runs),
         "loss": runs[0]["loss"],
     }

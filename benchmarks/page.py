@@ -55,7 +55,7 @@ class Run:
         loss, noise = 3 + 8 / (1 + self.step / 500), 0.1 * ((self.step * 2654435761 >> 16) % 1000) / 1000
         facts = {"step": self.step, "split": split, "loss": loss + noise, "lr": 3e-4, "grad_norm": 1 + noise}
         facts |= {"tokens": self.step * 2048, "seconds": self.step * 0.4, "tokens_per_second": 5000 + 100 * noise}
-        return json.dumps(facts | {"mfu": 0.54} | more) + "\n"
+        return json.dumps(facts | {"matmul_utilisation": 0.54} | more) + "\n"
 
     def evaluation(self) -> str:
         text = self.row("val", loss=round(3 + 8 / (1 + self.step / 500), 4), bits_per_byte=2.2)

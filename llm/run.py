@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import dataclasses
 import html
 import io
 import os
@@ -22,11 +21,11 @@ from llm.config import (
     TrainConfig,
     check_path,
     coerce,
+    differing_settings,
     expanded,
     field_type,
     over_preset,
     read_toml,
-    to_settings,
 )
 from llm.errors import Failure, UserError
 from llm.generate import continue_text
@@ -113,13 +112,8 @@ class Run:
         return read_samples(self.path)
 
     def changed(self) -> dict[str, Any]:
-        """The settings that differ from the defaults, the run's folders left out."""
-        unset = dataclasses.replace(self.config, warmup_steps=None, min_lr=None)  # these follow from others
-        usual = to_settings(TrainConfig()) | {"warmup_steps": unset.warmup, "min_lr": unset.final_lr}
-        settings = {
-            name: value for name, value in to_settings(self.config).items() if name not in ("out_dir", "data_dir")
-        }
-        return {name: value for name, value in settings.items() if value != usual.get(name)}
+        """Return the settings that differ from the defaults, except the run's folders."""
+        return differing_settings(self.config, ignored=("out_dir", "data_dir"))
 
     def _repr_png_(self) -> bytes:
         """The loss curve, for what shows pictures only."""

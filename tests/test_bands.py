@@ -12,12 +12,14 @@ from benchmarks.bands import collected, spelled
 from llm import storage
 from llm.config import TrainConfig, from_settings, read_toml
 from llm.record import bands
-from llm.record.bands import STUDENT, Band, band_from, band_of, band_of_run, normal, shaping
+from llm.record.bands import STUDENT, Band, band_from_reference, band_of, band_of_run, band_verdict, shaping
 from llm.record.explain import News, explain
 from llm.record.plot import draw_run
 
 BAND = Band("chapter", 3, (0, 250, 500), (10.8, 5.8, 5.1), (0.01, 0.05, 0.02))
-SHIPPED = [file.name for file in resources.files("llm").joinpath("reference").iterdir() if file.name.endswith(".json")]
+SHIPPED = [
+    file.name for file in resources.files("llm.record").joinpath("reference").iterdir() if file.name.endswith(".json")
+]
 
 
 def rows(*losses, every=250):
@@ -32,7 +34,7 @@ def test_one_more_run_lies_inside_19_times_of_20_or_more(runs):
     for _ in range(trials):
         losses = draw.normal(5, 0.1, (runs + 1, 1))
         facts = {"preset": "p", "steps": [0], "val": {str(i): list(row) for i, row in enumerate(losses[:-1])}}
-        low, high = band_from(facts).at(0)
+        low, high = band_from_reference(facts).at(0)
         inside += low <= losses[-1, 0] <= high
     assert abs(inside / trials - 0.95) < 0.016  # 3.3 standard errors
 
@@ -44,36 +46,38 @@ def test_the_quantile_of_three_runs_is_that_of_student_in_closed_form():
 
 def test_the_spread_is_averaged_with_the_neighbours():
     facts = {"preset": "p", "steps": [0, 1, 2], "val": {"1": [1.0, 1.0, 1.0], "2": [1, 1, 1], "3": [1, 1, 1.3]}}
-    band = band_from(facts)
+    band = band_from_reference(facts)
     variance = np.var([1, 1, 1.3], ddof=1)
     factor = STUDENT[3] * (1 + 1 / 3) ** 0.5
-    assert band.half == pytest.approx([0, factor * (variance / 3) ** 0.5, factor * (variance / 2) ** 0.5])
+    assert band.half_width == pytest.approx([0, factor * (variance / 3) ** 0.5, factor * (variance / 2) ** 0.5])
     assert band.mean == pytest.approx([1, 1, 1.1])
 
 
 @pytest.mark.parametrize(
     ("losses", "word"),
     [
-        ((10.8, 5.8), "as usual"),
-        ((10.8, 5.8, 5.119), "as usual"),
+        ((10.8, 5.8), "inside the reference band"),
+        ((10.8, 5.8, 5.119), "inside the reference band"),
         ((10.8, 5.8, 5.13), None),  # once
-        ((10.8, 6.0, 5.13), "not as usual"),
-        ((10.8, 5.0, 4.0), "not as usual"),
-        ((10.8, 6.0, 5.1), "as usual"),  # came back
-        ((10.9,), "not as usual"),
+        ((10.8, 6.0, 5.13), "outside the reference band"),
+        ((10.8, 5.0, 4.0), "outside the reference band"),
+        ((10.8, 6.0, 5.1), "inside the reference band"),  # came back
+        ((10.9,), "outside the reference band"),
         ((), None),
     ],
 )
 def test_a_run_is_judged_by_its_last_evaluations(losses, word):
-    line = normal(rows(*losses), BAND)
+    line = band_verdict(rows(*losses), BAND)
     assert line is None if word is None else line.startswith(f"{word}: ")
-    if word == "not as usual":
+    if word == "outside the reference band":
         assert ("above" in line) == (losses[-1] > 5.1)
 
 
-def test_evaluations_that_the_band_has_not_are_passed_over():
-    assert normal(rows(10.8, 99, 5.8, 99, 5.1, every=125), BAND).startswith("as usual: validation loss 5.100")
-    assert normal(rows(10.8), None) is None
+def test_evaluations_missing_in_the_band_are_ignored():
+    assert band_verdict(rows(10.8, 99, 5.8, 99, 5.1, every=125), BAND).startswith(
+        "inside the reference band: validation loss 5.100"
+    )
+    assert band_verdict(rows(10.8), None) is None
 
 
 def test_only_runs_of_the_same_settings_and_data_have_a_band(tmp_path, monkeypatch):
@@ -101,15 +105,15 @@ def test_a_folder_without_its_settings_or_hashes_has_no_band(tmp_path):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_ships_fits_the_preset_and_each_of_its_runs_lies_inside(name):
-    facts = json.loads(resources.files("llm").joinpath("reference", name).read_text())
-    band = band_from(facts)
+    facts = json.loads(resources.files("llm.record").joinpath("reference", name).read_text())
+    band = band_from_reference(facts)
     preset = from_settings(read_toml(facts["preset"]) | {"vocab_size": facts["settings"].get("vocab_size")})
     assert shaping(preset) == facts["settings"]
     assert band.runs >= 3
     for losses in facts["val"].values():
         points = rows(*losses, every=band.steps[1])
         assert all(low <= row["loss"] <= high for row in points for low, high in [band.at(row["step"])])
-        assert normal(points, band).startswith("as usual")
+        assert band_verdict(points, band).startswith("inside the reference band")
 
 
 def test_the_line_is_explained_and_drawn_and_comes_from_runs_that_were_made(here, losscurve, monkeypatch):
@@ -124,14 +128,14 @@ def test_the_line_is_explained_and_drawn_and_comes_from_runs_that_were_made(here
     monkeypatch.setattr(bands.resources, "files", lambda package: here)
     band = band_of_run(runs[3])
     for end in (facts["val"]["1"][-1], 99.0):
-        word = "as usual" if end < 99 else "not as usual"
+        word = "inside the reference band" if end < 99 else "outside the reference band"
         found = rows(*[facts["val"]["1"][0], end, end, end], every=4)
         assert any(line.startswith(f"{word}: ") for line in explain(found, run_settings(runs[3]), band))
         assert any(f"; {word}" in text.get_text() for text in draw_run(found, "run", None, band).texts)
-    assert any("usual: " in line for line in losscurve(f"explain {runs[3]}")[1].splitlines())
+    assert any("the reference band: " in line for line in losscurve(f"explain {runs[3]}")[1].splitlines())
     for _ in range(2):
         append(runs[3], step=12, split="val", loss=99.0)
-    assert any("not as usual: " in line for line in News(runs[3], run_settings(runs[3])).at(12))
+    assert any("outside the reference band: " in line for line in News(runs[3], run_settings(runs[3])).at(12))
 
 
 def run_settings(run):

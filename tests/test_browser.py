@@ -280,7 +280,7 @@ def test_the_page_says_that_its_server_has_ended_and_keeps_the_curve(browser, tm
         until(lambda: len(trace(page, "training")), 6, "rows")
         fill(tmp_path, range(6, 11))
         page.server.terminate()  # the last rows still come
-        page.get_by_text("this page's server has ended").wait_for()
+        page.get_by_text("this page's server has stopped").wait_for()
         until(lambda: trace(page, "training"), list(range(11)), "after the end")
 
 

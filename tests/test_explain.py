@@ -12,7 +12,7 @@ from conftest import append, flags
 
 from llm import GPT, GPTConfig
 from llm.config import TrainConfig
-from llm.record import explain, verdicts
+from llm.record import explain, rate_verdicts, time_verdicts, verdicts
 from llm.record.explain import News
 from llm.schedule import lr_at
 
@@ -100,7 +100,7 @@ def test_the_first_loss_of_a_fresh_model_is_as_expected(vocab_size, n_embd, tied
 
     assert verdict() is None
     model.lm_head.weight.data.mul_(10)
-    assert "look at the initialisation" in verdict()
+    assert "check the initialisation" in verdict()
 
 
 def test_the_first_loss_is_judged_by_width_and_only_of_fresh_weights():
@@ -109,8 +109,8 @@ def test_the_first_loss_is_judged_by_width_and_only_of_fresh_weights():
         return verdicts.first_loss([{"step": 0, "split": "val", "loss": loss}], config)
 
     assert verdict(10.85) is None
-    assert "ln 50257 + 0.0002 x 128 = 10.85 is expected" in verdict(11.3)
-    assert "nothing is learned yet" in verdict(8.0)
+    assert "expected ln 50257 + 0.0002 x 128 = 10.85" in verdict(11.3)
+    assert "cannot know this before training" in verdict(8.0)
     wide = math.log(50257) + 0.0002 * 8192
     assert verdict(wide, n_embd=8192) is None
     assert verdict(math.log(50257), n_embd=8192) is not None
@@ -125,10 +125,12 @@ def test_landmarks_are_passed_one_by_one():
 
     assert verdict((0, 10.7)) is None
     assert verdict((0, 10.9), (250, 10.9)) is None
-    assert verdict((0, 10.9), (250, 9.0)).startswith("passed ln V at step 250: below 10.82 (guessing), at best 9.00; ")
+    assert verdict((0, 10.9), (250, 9.0)).startswith(
+        "passed ln V at step 250: validation loss below 10.82 (guessing), lowest 9.00; "
+    )
     assert "next is ln V / 2 = 5.41 (token frequencies)" in verdict((250, 9.0))
     last = verdict((250, 9.0), (500, 5.0), (750, 2.6), (1000, 2.9))
-    assert last == "passed ln V / 4 at step 750: below 2.71 (coherent text), at best 2.60"
+    assert last == "passed ln V / 4 at step 750: validation loss below 2.71 (coherent text), lowest 2.60"
     assert "5.41 (token frequencies) passed; ln V / 4 = 2.71 (coherent text) not reached" in verdicts.landmarks(
         4, 50257
     )
@@ -157,11 +159,11 @@ def test_spikes_are_named_once_with_their_text():
     assert verdicts.spikes(rows, CHAPTER) is None
     rows[100]["spikes"] = [812]
     line = verdicts.spikes(rows, CHAPTER)
-    assert line.startswith("spike: the loss of step 812 leapt; ")
+    assert line.startswith("spike: the loss jumped at step 812; ")
     assert "--step 812" in line
     assert "--grad_clip 1" in line
     rows[200]["spikes"] = [1500, 1502]
-    assert "leapt, 3 times in all, last at step 1502" in verdicts.spikes(rows, CHAPTER)
+    assert "jumped at step 812, 3 spikes in all, the last at step 1502" in verdicts.spikes(rows, CHAPTER)
     assert "--grad_clip" not in verdicts.spikes(rows, replace(CHAPTER, grad_clip=1.0))
     rows[200]["spikes"] = 5  # a record from elsewhere
     assert "812" in verdicts.spikes(rows, CHAPTER)
@@ -173,22 +175,22 @@ def test_a_loss_that_rises_or_a_gradient_that_explodes_is_too_high_a_rate():
     def rising(step):
         return down(step) + max(0, step - 3000) / 1000
 
-    line = verdicts.diverges(record(rising, rising), CHAPTER)
+    line = rate_verdicts.diverges(record(rising, rising), CHAPTER)
     assert "the training loss rises again, from 3." in line
     assert "--max_lr 0.0001, --grad_clip 1" in line
-    assert verdicts.diverges(record(rising, down), CHAPTER) is None  # that overfits
-    assert verdicts.diverges(healthy(), CHAPTER) is None
-    assert verdicts.diverges(record(rising, rising, end=300), CHAPTER) is None  # too few rows
-    assert verdicts.diverges(healthy(noise=0.5), CHAPTER) is None
+    assert rate_verdicts.diverges(record(rising, down), CHAPTER) is None  # that overfits
+    assert rate_verdicts.diverges(healthy(), CHAPTER) is None
+    assert rate_verdicts.diverges(record(rising, rising, end=300), CHAPTER) is None  # too few rows
+    assert rate_verdicts.diverges(healthy(noise=0.5), CHAPTER) is None
 
     def leap(step):
         return down(step) + (6.0 if step == 4990 else 0)
 
-    assert verdicts.diverges(record(down, leap), CHAPTER) is None  # a spike is not a rise
+    assert rate_verdicts.diverges(record(down, leap), CHAPTER) is None  # a spike is not a rise
     exploding = record(down, down, norm=lambda step: 0.5 * math.exp(max(0, step - 3000) / 500))
-    assert "the gradient norm grew from 0.5 to " in verdicts.diverges(exploding, CHAPTER)
-    assert verdicts.diverges(record(down, down, norm=lambda step: 1 + step / 1000), CHAPTER) is None
-    assert verdicts.diverges(record(rising, rising), replace(CHAPTER, max_steps=20000, warmup_steps=6000)) is None
+    assert "the gradient norm grew from 0.5 to " in rate_verdicts.diverges(exploding, CHAPTER)
+    assert rate_verdicts.diverges(record(down, down, norm=lambda step: 1 + step / 1000), CHAPTER) is None
+    assert rate_verdicts.diverges(record(rising, rising), replace(CHAPTER, max_steps=20000, warmup_steps=6000)) is None
 
 
 def test_a_loss_that_falls_in_a_straight_line_is_too_low_a_rate():
@@ -196,19 +198,19 @@ def test_a_loss_that_falls_in_a_straight_line_is_too_low_a_rate():
 
     def verdict(curve, config=CHAPTER, **changes):  # `curve` is a function of the share of the learning done
         rows = record(*[lambda step: curve(float(learned[step] / learned[-1]))] * 2, **changes)
-        return verdicts.too_slow(rows, config)
+        return rate_verdicts.too_slow(rows, config)
 
     def straight(share):
         return 10.8 - 4 * share
 
     line = verdict(straight)
     assert "fell from 10." in line
-    assert 44 <= int(re.search(r"(\d+)% of that in the later half", line)[1]) <= 50
+    assert 44 <= int(re.search(r"(\d+)% of that in the second half", line)[1]) <= 50
     assert "--max_lr 0.0009" in line
     assert verdict(straight, end=2000) is not None
     assert verdict(straight, end=450) is None  # not yet a tenth of the steps
     assert verdict(straight, replace(CHAPTER, init_from="run")) is None
-    assert verdicts.too_slow(healthy(), CHAPTER) is None
+    assert rate_verdicts.too_slow(healthy(), CHAPTER) is None
     assert verdict(lambda share: 10.8 if share < 0.6 else 6.0, noise=0.0) is None  # all at once
     assert verdict(lambda share: 10.8 - 4 * min(1, 5 * share) - 3 * max(0, share - 0.75)) is None  # falls at its end
     assert verdict(lambda share: 10.8) is None
@@ -222,34 +224,34 @@ def test_a_leap_near_the_warmup_is_too_short_a_warmup():
     def leaping(at):
         return lambda step: down(step) + 3 * math.exp(-(((step - at) / 20) ** 2))
 
-    line = verdicts.short_warmup(record(down, leaping(130)), CHAPTER)
-    assert line.startswith("warm-up of 100 steps probably too short: the training loss leapt from ")
+    line = rate_verdicts.short_warmup(record(down, leaping(130)), CHAPTER)
+    assert line.startswith("warm-up of 100 steps probably too short: the training loss jumped from ")
     assert "--warmup_steps 200, --max_lr 0.0001" in line
-    assert verdicts.short_warmup(record(down, leaping(2000)), CHAPTER) is None  # long after it
-    assert verdicts.short_warmup(record(down, leaping(150), noise=0.8), CHAPTER) is None  # within the noise
-    assert verdicts.short_warmup(healthy(), CHAPTER) is None
+    assert rate_verdicts.short_warmup(record(down, leaping(2000)), CHAPTER) is None  # long after it
+    assert rate_verdicts.short_warmup(record(down, leaping(150), noise=0.8), CHAPTER) is None  # within the noise
+    assert rate_verdicts.short_warmup(healthy(), CHAPTER) is None
     bold = replace(CHAPTER, warmup_steps=0)
-    assert "--warmup_steps 100, " in verdicts.short_warmup(record(down, leaping(40), bold), bold)
+    assert "--warmup_steps 100, " in rate_verdicts.short_warmup(record(down, leaping(40), bold), bold)
     slow = replace(CHAPTER, warmup_steps=400)
-    assert "--warmup_steps" not in verdicts.short_warmup(record(down, leaping(450), slow), slow)
+    assert "--warmup_steps" not in rate_verdicts.short_warmup(record(down, leaping(450), slow), slow)
     norms = record(down, down, norm=lambda step: 50.0 if step == 120 else 1.5)
-    assert "the gradient norm leapt from 1.5 to 50 by step 120" in verdicts.short_warmup(norms, CHAPTER)
+    assert "the gradient norm jumped from 1.5 to 50 by step 120" in rate_verdicts.short_warmup(norms, CHAPTER)
     falling = record(down, down, norm=lambda step: 50.0 if step < 30 else 1.5)
-    assert verdicts.short_warmup(falling, CHAPTER) is None
+    assert rate_verdicts.short_warmup(falling, CHAPTER) is None
 
 
-def test_time_beside_the_training_is_told_from_a_quarter_on():
-    assert verdicts.not_training(healthy(beside=0.2)) is None
-    assert verdicts.not_training(healthy(beside=0.4)).startswith("time beside the training: 40% of 8333 s went to ")
-    assert verdicts.not_training(healthy(beside=0.4, end=500)) is None  # 3 evaluations
+def test_time_outside_the_steps_is_reported_above_a_quarter():
+    assert time_verdicts.not_training(healthy(beside=0.2)) is None
+    assert time_verdicts.not_training(healthy(beside=0.4)).startswith("time outside the steps: 40% of 8333 s went to ")
+    assert time_verdicts.not_training(healthy(beside=0.4, end=500)) is None  # 3 evaluations
     often = replace(CHAPTER, eval_every=10)
-    assert verdicts.not_training(healthy(often, beside=0.4, end=60)) is not None
-    assert verdicts.not_training(healthy(often, beside=0.4, end=30)) is None  # less than a minute
+    assert time_verdicts.not_training(healthy(often, beside=0.4, end=60)) is not None
+    assert time_verdicts.not_training(healthy(often, beside=0.4, end=30)) is None  # less than a minute
     silent = [row | {"tokens_per_second": None} for row in healthy(beside=0.4)]
-    assert verdicts.not_training(silent) is None  # a record without speeds
+    assert time_verdicts.not_training(silent) is None  # a record without speeds
 
 
-def test_waiting_for_data_is_told_from_a_quarter_on():
+def test_slow_data_loading_is_reported_above_a_quarter():
     def waiting(share, **changes):
         """Each step takes a second, of which making its batch takes a share."""
         before, rows = 0, []
@@ -259,12 +261,12 @@ def test_waiting_for_data_is_told_from_a_quarter_on():
             rows.append(row | {"data_seconds": took})
         return rows
 
-    assert verdicts.waits_for_data(waiting(0.2)) is None
-    line = verdicts.waits_for_data(waiting(0.4))
-    assert line.startswith("waits for data: making batches took 40% of the 5000 s of the steps")
+    assert time_verdicts.waits_for_data(waiting(0.2)) is None
+    line = time_verdicts.waits_for_data(waiting(0.4))
+    assert line.startswith("slow data loading: making batches took 40% of the 5000 s of the steps")
     assert line in explain.explain(waiting(0.4), CHAPTER)
-    assert verdicts.waits_for_data(waiting(0.4, end=50)) is None  # less than a minute
-    assert verdicts.waits_for_data(healthy()) is None  # a record of before
+    assert time_verdicts.waits_for_data(waiting(0.4, end=50)) is None  # less than a minute
+    assert time_verdicts.waits_for_data(healthy()) is None  # a record of before
 
 
 def test_an_empty_record_and_one_without_losses_say_nothing():
@@ -289,7 +291,7 @@ def test_news_says_each_line_once_and_looks_ever_more_rarely(tmp_path, monkeypat
     assert 500 < len(looks) < 600  # 100, then one for each 1 %
 
 
-def test_overfitting_is_said_once_though_its_step_moves(tmp_path, monkeypatch):
+def test_overfitting_is_reported_once_though_its_step_changes(tmp_path, monkeypatch):
     news, said = News(tmp_path, CHAPTER), []
     for now, line in (
         (1, "overfits since step 220: a"),
@@ -303,8 +305,10 @@ def test_overfitting_is_said_once_though_its_step_moves(tmp_path, monkeypatch):
 
 
 def test_patience_is_not_advised_to_a_run_that_has_it():
-    assert "--patience 3 stops in time, and best.pt keeps step 1750" in verdicts.overfits(chapter(), CHAPTER)
-    assert verdicts.overfits(chapter(), replace(CHAPTER, patience=2)).endswith("more text; best.pt keeps step 1750")
+    assert "--patience 3 stops in time; best.pt has the weights of step 1750" in verdicts.overfits(chapter(), CHAPTER)
+    assert verdicts.overfits(chapter(), replace(CHAPTER, patience=2)).endswith(
+        "more text; best.pt has the weights of step 1750"
+    )
 
 
 def few(*values, start=10.85):
@@ -314,35 +318,39 @@ def few(*values, start=10.85):
     return [shared | {"step": 0, "split": "val", "loss": start}, *rows]
 
 
-def test_losses_worse_than_guessing_are_said_from_the_second_on():
-    line = verdicts.diverges(few(64.0, 61.0), CHAPTER)
+def test_two_losses_worse_than_guessing_are_reported():
+    line = rate_verdicts.diverges(few(64.0, 61.0), CHAPTER)
     assert line.startswith("learning rate probably too high: losses of 62.5 are worse than guessing (10.85)")
     assert "--max_lr 0.0001" in line
-    assert verdicts.diverges(few(9.0, None, 2e5, 3e5, 2e5), CHAPTER)  # what was learned at first is no help
+    assert rate_verdicts.diverges(few(9.0, None, 2e5, 3e5, 2e5), CHAPTER)  # what was learned at first is no help
     for fine in ((64.0,), (11.2, 11.3), (64.0, 9.0, 8.0), (None, None), ()):
-        assert verdicts.diverges(few(*fine), CHAPTER) is None
-    assert verdicts.diverges(few(20.0, 21.0, start=25.0), CHAPTER) is None  # begun with other weights, and better now
+        assert rate_verdicts.diverges(few(*fine), CHAPTER) is None
+    assert (
+        rate_verdicts.diverges(few(20.0, 21.0, start=25.0), CHAPTER) is None
+    )  # begun with other weights, and better now
     overfit = few(3.0, 1.0, 0.2)
     overfit = [row | more for row in overfit[1:] for more in ({}, {"split": "val", "loss": 15.0})]
-    assert verdicts.diverges(overfit, CHAPTER) is None
+    assert rate_verdicts.diverges(overfit, CHAPTER) is None
     unread = few(None, 2e5, 3e5)
-    assert verdicts.diverges([unread[0], unread[1], *(row | {"split": "val"} for row in unread[2:])], CHAPTER)
-    assert verdicts.diverges(few(64.0, 61.0)[1:], CHAPTER)  # without an evaluation ln V is what there is
+    assert rate_verdicts.diverges([unread[0], unread[1], *(row | {"split": "val"} for row in unread[2:])], CHAPTER)
+    assert rate_verdicts.diverges(few(64.0, 61.0)[1:], CHAPTER)  # without an evaluation ln V is what there is
 
 
-def test_steps_without_an_update_are_said():
+def test_steps_without_an_update_are_reported():
     rows = few(9.0, None, 8.0)
     assert verdicts.refused(rows, CHAPTER) is None
     rows[2]["refused"] = [15]
-    assert verdicts.refused(rows, CHAPTER).startswith("steps without an update: 15, since loss or gradient was not a")
+    assert verdicts.refused(rows, CHAPTER).startswith(
+        "steps without an update: 15, because the loss or the gradient was"
+    )
     rows[3]["refused"] = [21, 22]
-    assert verdicts.refused(rows, CHAPTER).startswith("steps without an update: 15 to 22, 3 in all, since")
+    assert verdicts.refused(rows, CHAPTER).startswith("steps without an update: 15 to 22, 3 in all, because")
     assert "--step 15 prints the text" in verdicts.refused(rows, CHAPTER)
     assert verdicts.refused(rows, CHAPTER) in explain.explain(rows, CHAPTER)
     assert verdicts.refused([few()[0] | {"refused": "15"}], CHAPTER) is None
 
 
-def test_a_damaged_record_ends_no_run_and_is_said_once(tmp_path):
+def test_a_damaged_record_stops_no_run_and_is_reported_once(tmp_path):
     append(tmp_path, step=0, split="val", loss=1.0)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write("{\n")

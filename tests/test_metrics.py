@@ -191,3 +191,11 @@ def test_what_is_written_is_the_contract(tmp_path):
     values = {"step": 1, "split": "val", **dict.fromkeys(metrics.NUMBERS, 1.5)}
     append(tmp_path, **values)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == values == read_record(tmp_path)[0]
+
+
+def test_a_record_of_an_earlier_version_is_read_without_its_mfu(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "split": "train", "loss": 2.5, "mfu": 0.57}\n')
+    (row,) = read_record(tmp_path)
+    assert (row["loss"], row["matmul_utilisation"]) == (2.5, None)
+    cut(tmp_path, 10)
+    assert len(read_record(tmp_path)) == 1

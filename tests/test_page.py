@@ -13,7 +13,7 @@ from conftest import flags, words
 from llm.commands.main import main
 from llm.config import from_settings
 from llm.errors import UserError
-from llm.page.playground import Playground, question
+from llm.page.playground import Playground, parse_question
 from llm.run import Run
 from llm.schedule import lr_at, warmup_warning
 from llm.tokens.tokenizer import Bytes
@@ -213,10 +213,12 @@ def test_a_character_of_several_tokens_is_shown_where_it_ends():
             token = (yield logits(token)).item()
 
     playground = Playground()
-    playground.opened = lambda *_: (None, Bytes())
+    playground.load = lambda *_: (None, Bytes())
     with mock.patch("llm.page.playground.logits_after", rows):
         told = [
-            next(playground.stream(Path(), question(json.dumps({"prompt": "a", "ids": ids, "count": 1}).encode())))
+            next(
+                playground.stream(Path(), parse_question(json.dumps({"prompt": "a", "ids": ids, "count": 1}).encode()))
+            )
             for ids in ([], [0xC3], [0xC3, 0xA9])
         ]
     assert [token["text"] for token in told] == ["", "\u00e9", ""]
@@ -225,13 +227,13 @@ def test_a_character_of_several_tokens_is_shown_where_it_ends():
 def test_the_model_is_loaded_once_and_anew_when_its_file_changes(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     ground = Playground()
-    first, _ = ground.opened(tmp_path / "run", "last")
-    assert ground.opened(tmp_path / "run", "last")[0] is first
-    best, _ = ground.opened(tmp_path / "run", "best")
+    first, _ = ground.load(tmp_path / "run", "last")
+    assert ground.load(tmp_path / "run", "last")[0] is first
+    best, _ = ground.load(tmp_path / "run", "best")
     assert best is not first
     shutil.copy(trained / "best.pt", tmp_path / "new")
     (tmp_path / "new").replace(tmp_path / "run" / "best.pt")
-    assert ground.opened(tmp_path / "run", "best")[0] is not best
+    assert ground.load(tmp_path / "run", "best")[0] is not best
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,7 @@ def test_a_body_without_end_or_sense_is_refused(trained):
     for content in (b"x" * 2**19, b"[" * 100_000, b"\xff", b"[]"):
         assert client(trained).post("runs/0/next", content=content).status_code == 400
     with pytest.raises(UserError):
-        question(b"1")
+        parse_question(b"1")
 
 
 def test_weights_that_are_not_there_are_one_line(tmp_path):

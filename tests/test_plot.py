@@ -13,9 +13,9 @@ from conftest import append, environment
 from llm.commands.main import main
 from llm.config import TrainConfig
 from llm.errors import UserError
-from llm.record.chart_style import _save, plain
+from llm.record.chart_style import plain, save_figure
 from llm.record.plot import draw, draw_comparison, draw_run, plot_runs, plot_schedule
-from llm.record.points import POINTS, thinned
+from llm.record.points import MAX_POINTS, thin_by_mean
 from llm.schedule import lr_at
 
 
@@ -60,7 +60,7 @@ def test_one_run_says_what_it_shows(tmp_path):
         assert expected in text, expected
 
 
-def test_several_runs_are_told_apart_without_colour(tmp_path):
+def test_several_runs_differ_without_colour(tmp_path):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", higher=0.2), make_run(tmp_path / "c", steps=500)]
     figure = draw(runs)
     (axes,) = figure.axes  # no second axis: the learning rates would not be told apart
@@ -87,10 +87,10 @@ def test_labels_of_curves_that_end_together_do_not_touch(tmp_path):
 def test_hostile_names_stay_text(tmp_path, name):
     rows = [{"step": 0, "split": "val", "loss": 1.0, "bits_per_byte": None, "lr": None}]
     for drawing in (lambda: draw_run(rows, name), lambda: draw_comparison([rows, rows], [name, name])):
-        _save(drawing, tmp_path / "a.svg")
+        save_figure(drawing, tmp_path / "a.svg")
         assert plain(name) in words(tmp_path / "a.svg")
         assert "<script" not in (tmp_path / "a.svg").read_text(encoding="utf-8")
-    _save(drawing, tmp_path / "a.png")
+    save_figure(drawing, tmp_path / "a.png")
 
 
 def test_names_become_one_short_line():
@@ -119,26 +119,26 @@ def row(step, split, loss, **more):
     ids=["empty", "step 0", "nulls", "no train", "no val", "diverged", "zero", "huge step"],
 )
 def test_odd_records_are_drawn(tmp_path, rows, vocab_size):
-    _save(lambda: draw_run(rows, "odd", vocab_size), tmp_path / "a.png")
-    _save(lambda: draw_comparison([rows, []], ["odd", "empty"]), tmp_path / "b.svg")
+    save_figure(lambda: draw_run(rows, "odd", vocab_size), tmp_path / "a.png")
+    save_figure(lambda: draw_comparison([rows, []], ["odd", "empty"]), tmp_path / "b.svg")
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 
 def test_thinning_keeps_the_mean():
     points = [(step, math.sin(step)) for step in range(0, 12_000)]
-    thin = thinned(points)
-    assert len(thin) == POINTS
+    thin = thin_by_mean(points)
+    assert len(thin) == MAX_POINTS
     assert math.fsum(y for _, y in thin) / len(thin) == pytest.approx(math.fsum(y for _, y in points) / len(points))
-    assert thinned(points[:POINTS]) == points[:POINTS]
-    assert len(thinned(points[: POINTS + 1])) <= POINTS
+    assert thin_by_mean(points[:MAX_POINTS]) == points[:MAX_POINTS]
+    assert len(thin_by_mean(points[: MAX_POINTS + 1])) <= MAX_POINTS
 
 
 def test_a_long_record_is_drawn_quickly(tmp_path):
     rows = [row(step, "train", 3 + math.exp(-step / 999), lr=1e-3) for step in range(20_000)]
     rows += [row(step, "val", 3.1, lr=1e-3) for step in range(0, 20_000, 20)]
-    _save(lambda: draw_run(rows[:10], "first"), tmp_path / "a.png")  # loads matplotlib
+    save_figure(lambda: draw_run(rows[:10], "first"), tmp_path / "a.png")  # loads matplotlib
     start = time.process_time()
-    _save(lambda: draw_run(rows, "long", 50257), tmp_path / "a.png")
+    save_figure(lambda: draw_run(rows, "long", 50257), tmp_path / "a.png")
     assert time.process_time() - start < 3  # 0.3 s on a quiet machine
 
 
@@ -169,7 +169,7 @@ def test_a_failed_drawing_leaves_the_old_picture(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_same_names_are_told_apart_by_their_paths(tmp_path, monkeypatch):
+def test_runs_of_the_same_name_are_labelled_with_their_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "a/run", steps=50)
     make_run(tmp_path / "b/run", steps=50)

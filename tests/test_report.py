@@ -85,7 +85,7 @@ def make_run(folder, steps=2000, samples=True, words="Speak, lord", **settings):
     for step in range(0, steps + 1, 25):
         fall = 6.0 * math.exp(-step / 150)
         facts = {"lr": 3e-4, "tokens": step * 2048, "seconds": step / 2.5}
-        more = {"grad_norm": 1.0, "tokens_per_second": 5000.0, "mfu": 0.5} if step else {}
+        more = {"grad_norm": 1.0, "tokens_per_second": 5000.0, "matmul_utilisation": 0.5} if step else {}
         append(folder, step=step, split="train", loss=4.4 - step / 1500 + fall, **facts, **more)
         if step % 250 == 0:
             val = 4.78 + fall + max(0, step - 1000) / 4000
@@ -206,34 +206,34 @@ def test_the_band_is_drawn_where_there_is_one(tmp_path, monkeypatch):
     shown = read(make_run(tmp_path / "run"))
     (polygon,) = shown.with_class("polygon", "band")
     assert len(polygon["points"].split()) == 6  # up to where the run is
-    assert "where 95 % of chapter runs lie (5 seeds)" in shown.text
-    assert "as usual: validation loss 5.030 at step 2000" in shown.text
+    assert "reference band: 95 % of chapter runs (5 seeds)" in shown.text
+    assert "inside the reference band: validation loss 5.030 at step 2000" in shown.text
     monkeypatch.setattr(gathering, "band_of_run", bands.band_of_run)
-    assert "as usual" not in read(tmp_path / "run").text
+    assert "the reference band:" not in read(tmp_path / "run").text
 
 
 def test_what_stands_in_the_training_text_is_counted_as_by_hand(trained):
-    memory = gather(trained).memory
+    memorisation = gather(trained).memorisation
     text = (trained.parent / "text.txt").read_text(encoding="utf-8")
     cut = round(len(text) * 0.9)
     train, val = text[:cut], text[cut:]
-    assert [row.what for row in memory.seen] == [
+    assert [row.source for row in memorisation.overlaps] == [
         "temperature 0.5",
         "temperature 0.8",
         "temperature 1",
         "validation text",
     ]
-    assert memory.weights == "best.pt"
-    assert memory.tokens == 2016  # 63 samples of 32, the least that the context of 16 is stretched to
+    assert memorisation.weights == "best.pt"
+    assert memorisation.tokens == 2016  # 63 samples of 32, the least that the context of 16 is stretched to
     count = min(63, len(val) // 32)
     windows = [val[i * (len(val) // 32) // count * 32 :][:32] for i in range(count)]
     grams = [window[i : i + 8] for window in windows for i in range(25)]
-    assert memory.seen[-1].share == pytest.approx(np.mean([gram in train for gram in grams]))
+    assert memorisation.overlaps[-1].share == pytest.approx(np.mean([gram in train for gram in grams]))
     longest = max((w[i:j] for w in windows for i in range(32) for j in range(i + 1, 33) if w[i:j] in train), key=len)
-    assert memory.seen[-1].longest == len(longest)
+    assert memorisation.overlaps[-1].longest == len(longest)
     shown = read(trained)
-    assert f"{100 * memory.seen[-1].share:.1f} %" in shown.text
-    assert gather(trained, memorised=False).memory is None
+    assert f"{100 * memorisation.overlaps[-1].share:.1f} %" in shown.text
+    assert gather(trained, memorised=False).memorisation is None
     assert "Memorised" not in read(trained, memorised=False).text
 
 
@@ -269,7 +269,7 @@ def test_every_text_stays_text(tmp_path):
     assert all(set(attrs) <= {"class", "src", "alt"} for _, attrs in shown.elements)
 
 
-def test_folders_of_the_machine_are_not_told(tmp_path):
+def test_a_report_has_no_folder_of_the_machine(tmp_path):
     secret = {"data_dir": "/home/alice/secret/data", "out_dir": "/home/alice/runs/mine", "text": ["/home/alice/my.txt"]}
     run = make_run(tmp_path / "mine", **secret)
     append(run, step=2025, split="train", loss=9.0, spikes=[2020])
@@ -310,7 +310,7 @@ def test_a_long_run_stays_small(tmp_path):
 def test_parts_that_are_missing_say_so(run, losscurve, monkeypatch):
     monkeypatch.chdir(run.parent)
     (run / "best.pt").unlink()
-    assert gather(run).memory.weights == "model.pt"
+    assert gather(run).memorisation.weights == "model.pt"
     (run / "model.pt").unlink()
     assert "no weights are saved yet" in read(run).text
     (run / "env.json").unlink()
@@ -356,7 +356,7 @@ def test_token_files_of_another_program(here, losscurve):
     assert losscurve(f"train --data_dir data {small}")[0] == 0
     code, out, err = losscurve("report")
     assert (code, out.split(" (")[0]) == (0, f"wrote {Path('checkpoints/report.html')}")
-    assert err == "warning: the run has no tokenizer.json, so tokens are shown by their ids\n"
+    assert err == "warning: the run has no tokenizer.json, so tokens are shown as ids\n"
     text = Page(Path("checkpoints/report.html").read_text(encoding="utf-8")).text
     assert "a text of unknown origin" in text
     assert "300 of 300" in text
@@ -392,7 +392,7 @@ def test_only_an_earlier_report_is_overwritten(run, tmp_path, losscurve, monkeyp
         assert "--out" in err
         assert content is None or Path(out).read_bytes() == content
     Path("empty.html").touch()
-    with pytest.raises(UserError, match="something else than a report"):
+    with pytest.raises(UserError, match="is not a report"):
         write_html(made, Path("empty.html"))
     with pytest.raises(UserError, match="cannot be written"):
         write_html(made, Path("empty.html/report.html"))
@@ -421,7 +421,7 @@ def test_markdown_with_pictures(run, tmp_path, losscurve, monkeypatch):
     code, _, err = losscurve("report run --format md --no_memorised")
     assert (code, err.split("; ")[0]) == (
         2,
-        f"error: {folder / 'report-loss_curve.png'}: is there, and of no earlier report",
+        f"error: {folder / 'report-loss_curve.png'}: exists and is not of an earlier report",
     )
     Path("README.md").write_text("# Mine")
     assert losscurve("report run --format md --no_memorised --out README.md")[0] == 2

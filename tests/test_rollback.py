@@ -95,7 +95,11 @@ def test_several_refused_in_a_row_are_passed_over_from_the_last_saved_state(here
     assert [e.step for e in steps_in(events)] == [*range(1, 9), *range(5, 13)]
     steps = [row["step"] for row in read_record(Path("checkpoints")) if row["split"] == "train"]
     assert steps == list(range(13))
-    timed = [row["step"] for row in read_record(Path("checkpoints")) if row["mfu"] and row["tokens_per_second"]]
+    timed = [
+        row["step"]
+        for row in read_record(Path("checkpoints"))
+        if row["matmul_utilisation"] and row["tokens_per_second"]
+    ]
     assert timed == [1, 2, 3, 4, 5, 9, 10, 11, 12]  # steps that were passed over took no time
     assert next(iter(run.parts.optimizer.state.values()))["step"].item() == 9
 

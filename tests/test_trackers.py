@@ -18,7 +18,7 @@ from conftest import append, environment, flags, write_samples
 
 from llm.config import from_settings, to_settings, write_toml
 from llm.errors import Failure, UserError
-from llm.record import metrics, track_wandb, trackers
+from llm.record import metrics, trackers
 from llm.record.metrics import read_record
 from llm.record.samples import read_samples
 from llm.record.tracker import scalars
@@ -37,7 +37,7 @@ def expected(run_dir: Path) -> Shown:
             shown["bits_per_byte/val"].append((row["step"], row["bits_per_byte"]))
             continue
         shown["loss/train"].append((row["step"], row["loss"]))
-        for key in ("lr", "grad_norm", "tokens", "seconds", "tokens_per_second", "mfu", "data_seconds"):
+        for key in ("lr", "grad_norm", "tokens", "seconds", "tokens_per_second", "matmul_utilisation", "data_seconds"):
             shown[key].append((row["step"], row[key]))
     told = {name: [point for point in points if point[1] is not None] for name, points in shown.items()}
     return {name: points for name, points in told.items() if points}
@@ -138,7 +138,7 @@ def recorded(here):
     path.mkdir()
     config = from_settings({"max_steps": 8, "warmup_steps": 0, "text": ("a b.txt", "c.txt"), "n_layer": 3})
     (path / "config.toml").write_text(write_toml(config), encoding="utf-8")
-    numbers = {"lr": 1e-3, "grad_norm": 0.5, "tokens_per_second": 10.0, "mfu": 0.25}
+    numbers = {"lr": 1e-3, "grad_norm": 0.5, "tokens_per_second": 10.0, "matmul_utilisation": 0.25}
     append(path, step=0, split="train", loss=5.0, lr=0.0, seconds=0.0, tokens=0)
     for step in (0, 4, 8):
         if step:
@@ -185,15 +185,15 @@ def test_showing_it_again_replaces_what_was_there(recorded, losscurve):
 
 def test_a_record_that_is_cut_back_is_shown_anew_also_to_a_tensorboard_that_is_open(recorded):
     view = View(recorded, from_settings({}), starts(["tensorboard"], print)["tensorboard"])
-    view.look()
+    view.update()
     opened = events(recorded)
     assert [step for step, _ in scalars_of(opened)["loss/val"]] == [0, 4, 8]
     metrics.cut(recorded, 4)
     append(recorded, step=6, split="train", loss=3.125, seconds=20.0)
-    view.look()
+    view.update()
     append(recorded, step=8, split="val", loss=2.5, seconds=21.0)
-    view.look()
-    view.look()
+    view.update()
+    view.update()
     view.close()
     assert scalars_of(events(recorded))["loss/val"] == [(0, 5.0), (4, 4.0), (8, 2.5)]
     assert scalars_of(events(recorded))["loss/train"] == [(0, 5.0), (2, 0.0), (6, 3.125)]
@@ -227,45 +227,53 @@ TOLD: list[Told] = []
 def test_a_view_tells_each_row_once_as_it_appears_and_each_sample_after_its_evaluation(tmp_path):
     TOLD.clear()
     view = View(tmp_path, from_settings({}), Told)
-    view.look()
+    view.update()
     assert (TOLD, view.where) == ([], None)  # nothing to show yet
     append(tmp_path, step=0, split="train", loss=5.0)
-    view.look()
+    view.update()
     assert TOLD == []  # W&B needs an evaluation to know the run by
     append(tmp_path, step=0, split="val", loss=4.0)
-    view.look()
+    view.update()
     (told,) = TOLD
     assert told.first["loss"] == 4.0
     record = tmp_path / "metrics.jsonl"
     with open(record, "ab") as file:
         file.write(b'{"step": 1, "split": "tr')  # its writer is in the middle
-    view.look()
+    view.update()
     assert told.heard == [(0, "train"), (0, "val")]
     with open(record, "ab") as file:
         file.write(b'ain", "loss": 3.0}\n')
     write_samples(tmp_path, (0, 4.0, "late"))  # written after the row was seen
-    view.look()
+    view.update()
     assert told.heard[2:] == [(1, "train"), (0, "late")]
     append(tmp_path, step=2, split="val", loss=2.0)
     append(tmp_path, step=3, split="train", loss=2.0)
     write_samples(tmp_path, (0, 4.0, "late"), (2, 2.0, "a"), (9, 2.0, "of an evaluation that is still to be recorded"))
-    view.look()
-    view.look()
+    view.update()
+    view.update()
     assert told.heard[4:] == [(2, "val"), (2, "a"), (3, "train")]
     metrics.cut(tmp_path, 1)
-    view.look()
+    view.update()
     assert told.heard[7:] == ["closed"]
     assert TOLD[1].heard == [(0, "train"), (0, "val"), (0, "late"), (1, "train")]
     assert TOLD[1].first == told.first
     record.unlink()
-    view.look()  # a folder that was cleared is no reason to fail
+    view.update()  # a folder that was cleared is no reason to fail
     view.close()
     assert TOLD[1].heard[4:] == ["closed"]
 
 
 def test_numbers_that_are_none_are_not_shown():
-    row = {"step": 1, "split": "train", "loss": float("nan"), "lr": None, "grad_norm": "x", "tokens": 5, "mfu": 0.5}
-    assert scalars(row) == {"tokens": 5, "mfu": 0.5}
+    row = {
+        "step": 1,
+        "split": "train",
+        "loss": float("nan"),
+        "lr": None,
+        "grad_norm": "x",
+        "tokens": 5,
+        "matmul_utilisation": 0.5,
+    }
+    assert scalars(row) == {"tokens": 5, "matmul_utilisation": 0.5}
     assert scalars({"step": 1, "split": "val", "loss": 2.0, "lr": 3.0}) == {"loss/val": 2.0}
 
 
@@ -301,7 +309,9 @@ def test_a_training_is_followed_and_nothing_is_sent_without_an_account(trained, 
     literal = {step: "\n".join("    " + line for line in text.splitlines()) for step, text in samples}
     assert texts_of(events(run_dir)) == literal
     lines = trained.stderr.splitlines()
-    assert "warning: W&B has no key here (wandb login gives it one), so this run is written offline and" in lines[0]
+    assert (
+        "warning: W&B has no key here, so this run is written offline and nothing is sent; run wandb login" in lines[0]
+    )
     assert "note: tensorboard: tensorboard --logdir 'runs/<b>/tensorboard'" in lines
     assert f"note: wandb: offline; to send it: wandb sync '{kept.folder.relative_to(here)}'" in lines
     assert len(lines) == 4  # and of the short warm-up
@@ -362,11 +372,11 @@ def test_wandb_without_a_home_is_no_fault_of_the_installation(here, losscurve, m
     assert err == "error: HOME is not set, and W&B needs a home folder for its settings; set it, such as HOME=/tmp\n"
 
 
-def test_a_tracker_that_does_not_start_is_told_from_one_that_is_missing(monkeypatch):
+def test_a_tracker_that_does_not_start_differs_from_one_that_is_missing(monkeypatch):
     def fail(say):
         raise PermissionError(13, "Permission denied", "settings")
 
-    monkeypatch.setattr(track_wandb, "with_wandb", fail)
+    monkeypatch.setattr(trackers, "with_wandb", fail)
     with pytest.raises(UserError, match=r"^wandb does not start \(PermissionError: .*denied: 'settings'\); fix this"):
         starts(["wandb"], print)
 
@@ -383,7 +393,7 @@ def test_what_cannot_be_replayed_says_why(recorded, losscurve, monkeypatch):
     def broken(run_dir, config, first):
         raise RuntimeError("no\nroom")
 
-    with pytest.raises(Failure, match="wandb: RuntimeError: no room; mend that"):
+    with pytest.raises(Failure, match="wandb: RuntimeError: no room; fix this and retry"):
         replay(recorded, from_settings({}), "wandb", broken)
     record = recorded / "metrics.jsonl"
     lines = record.read_bytes()
@@ -434,7 +444,7 @@ class Breaks:
 @pytest.mark.parametrize("at", ["start", "row", "sample", "flush", "close"])
 def test_a_tracker_that_fails_is_warned_of_once_and_training_goes_on(at, here, losscurve, monkeypatch):
     monkeypatch.setattr(Breaks, "at", at)
-    monkeypatch.setattr(track_wandb, "with_wandb", lambda say: Breaks)
+    monkeypatch.setattr(trackers, "with_wandb", lambda say: Breaks)
     monkeypatch.setattr(trackers, "SECONDS", 0.01)
     code, out, err = losscurve(f"{TRAIN} --track wandb,tensorboard --no_compile")
     assert code == 0
@@ -442,8 +452,8 @@ def test_a_tracker_that_fails_is_warned_of_once_and_training_goes_on(at, here, l
     (warning,) = [line for line in err.splitlines() if "warm-up" not in line and "note:" not in line]
     cause = "SystemExit: gave up" if at == "flush" else "OSError: [Errno 28] No space left on device"
     assert warning == (
-        f"warning: wandb failed, and training goes on without it ({cause}). "
-        "The record has everything: losscurve track checkpoints --to wandb"
+        f"warning: wandb failed, and training continues without it ({cause}). "
+        "The record is complete; to show it: losscurve track checkpoints --to wandb"
     )
     same(scalars_of(events(here / "checkpoints")), here / "checkpoints")  # the other one is not harmed
 
@@ -457,7 +467,7 @@ def test_a_tracker_that_blocks_holds_nothing_up(here, losscurve, monkeypatch):
         def row(self, row):
             release.wait()
 
-    monkeypatch.setattr(track_wandb, "with_wandb", lambda say: Blocks)
+    monkeypatch.setattr(trackers, "with_wandb", lambda say: Blocks)
     monkeypatch.setattr(trackers, "SECONDS", 0.01)
     monkeypatch.setattr(trackers, "PATIENCE", 0.3)
     start = time.monotonic()
@@ -465,7 +475,8 @@ def test_a_tracker_that_blocks_holds_nothing_up(here, losscurve, monkeypatch):
     assert time.monotonic() - start < 10
     release.set()
     assert (code, out.endswith("saved checkpoints/model.pt\n")) == (0, True)
-    assert "warning: wandb does not finish; it is left behind. The record has everything: losscurve track" in err
+    assert "warning: wandb did not finish within 0.3 s and is abandoned. The record is complete; to show it: " in err
+    assert "losscurve track checkpoints --to wandb" in err
     for thread in threading.enumerate():
         if thread.name == "wandb":
             thread.join(5)

@@ -123,7 +123,8 @@ def test_a_resumed_run_is_the_run_never_stopped(here, settings, stop_at):
     records = []
     for folder in ("whole", "parts"):
         timeless = [
-            {k: v for k, v in row.items() if "second" not in k and k != "mfu"} for row in read_record(Path(folder))
+            {k: v for k, v in row.items() if "second" not in k and k != "matmul_utilisation"}
+            for row in read_record(Path(folder))
         ]
         records.append(timeless)
     assert records[0] == records[1]
@@ -326,8 +327,8 @@ def test_a_run_is_a_record_a_plot_and_a_sample(here):
     assert not any("tmp" in name for name in names)
     row = run.record[-1]
     assert set(row) == {
-        "step", "split", "loss", "bits_per_byte", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second", "mfu",
-        "data_seconds",
+        "step", "split", "loss", "bits_per_byte", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second",
+        "matmul_utilisation", "data_seconds",
     }  # fmt: skip
     model = GPT(run.config.model)
     model.load_state_dict(torch.load(here / "run" / "model.pt", weights_only=True))

@@ -42,7 +42,7 @@ def test_watch_refuses_what_is_no_folder_or_port(tmp_path):
         watch.main(["--port", "70000"])
 
 
-def test_a_folder_without_a_run_is_said_to_be_waited_for(tmp_path):
+def test_watch_announces_that_it_waits_for_a_folder_without_a_run(tmp_path):
     command = [sys.executable, "-m", "llm", "watch", str(tmp_path / "rum")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     with process:

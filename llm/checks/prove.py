@@ -18,7 +18,13 @@ from llm.machine.interpreter import child_environment
 from llm.record.metrics import read_record
 from llm.storage import checkpoint
 
-TIMES = ("seconds", "tokens_per_second", "mfu", "data_seconds", "bookkeeping")  # what differs between any two runs
+TIMES = (
+    "seconds",
+    "tokens_per_second",
+    "matmul_utilisation",
+    "data_seconds",
+    "bookkeeping",
+)  # what differs between any two runs
 
 
 def fingerprint(run_dir: Path) -> dict[str, str]:

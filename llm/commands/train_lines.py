@@ -95,7 +95,7 @@ def end_lines(run: "LiveRun") -> Iterator[str]:
 
     tokens_per_second = progress.tokens / (progress.seconds - progress.bookkeeping)
     yield (
-        f"{tokens_per_second:,.0f} tokens/s: {run.utilisation(tokens_per_second):.1%} of the "
+        f"{tokens_per_second:,.0f} tokens/s: {run.matmul_utilisation(tokens_per_second):.1%} of the "
         f"{run.matrix_rate / 1e9:,.0f} GFLOP/s that matrix products reach here"
     )
     share = progress.bookkeeping / progress.seconds

@@ -4,6 +4,7 @@ A setting has one name everywhere: the field here, the key in a TOML file, the f
 of `llm.fit`.
 """
 
+from llm.config.differences import differing_settings
 from llm.config.fields import (
     BOOLEAN_WORDS,
     NO_PATH,
@@ -41,6 +42,7 @@ __all__ = [
     "check_expanded",
     "check_path",
     "coerce",
+    "differing_settings",
     "expanded",
     "field_type",
     "from_settings",

@@ -1,1 +1,1 @@
-"""The live page of `losscurve watch`: reading run folders as they grow, a server on loopback, and what it shows."""
+"""The live page of `losscurve watch`: follow run folders, and serve them on loopback."""

@@ -1,13 +1,13 @@
-// The charts of the runs: losses, learning rate, gradient norm, speed.
+// The charts of the runs: losses, learning rate, gradient norm, throughput.
 
-import { $, colour, css, dark, DASHES, MARKERS, number, plain, visible, whole } from "./words.js";
-import { COLUMN, known } from "./runs.js";
+import { $, colour, css, dark, DASHES, escapeForPlotly, integer, MARKERS, number, showControls } from "./words.js";
+import { COLUMN, knownRuns } from "./runs.js";
 
 const CONFIG = {
   displaylogo: false, responsive: true, plotlyServerURL: "", topojsonURL: "",
   modeBarButtonsToRemove: ["select2d", "lasso2d", "toImage", "autoScale2d"],
 };
-const PLACE = { step: 0, tokens: 1, time: 2 }; // of an axis in a row's columns
+const PLACE = { step: 0, tokens: 1, time: 2 }; // column of a row, by axis
 const TITLE = { step: "step", tokens: "tokens", time: "minutes trained" };
 const wide = () => innerWidth > 800;
 const KEYS = "plus and minus zoom, arrows move, 0 shows all";
@@ -24,7 +24,7 @@ export function draw(id, traces, layout, label, config = {}) {
     ...layout,
     xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis },
   }, { ...CONFIG, ...config });
-  chart.setAttribute("aria-label", visible(`${label}; ${KEYS}`));
+  chart.setAttribute("aria-label", showControls(`${label}; ${KEYS}`));
   chart.tabIndex = 0;
   chart.onkeydown = move;
 }
@@ -32,9 +32,9 @@ export function draw(id, traces, layout, label, config = {}) {
 const MOVES = {
   "+": [0.25, -0.25], "=": [0.25, -0.25], "-": [-0.5, 0.5], ArrowLeft: [-0.2, -0.2], ArrowRight: [0.2, 0.2],
 };
-function move(event) { // zoom and move along the steps by keys
+function move(event) { // zooms and moves along the steps by keys
   const full = event.currentTarget._fullLayout, [from, to] = full.xaxis.range, wide = to - from;
-  const by = MOVES[event.key]; // shares of what is shown
+  const by = MOVES[event.key]; // by which shares of the visible range the ends move
   if (!by && event.key !== "0") return;
   event.preventDefault();
   const range = by ? { "xaxis.range": [from + by[0] * wide, to + by[1] * wide] } : { "xaxis.autorange": true };
@@ -43,7 +43,7 @@ function move(event) { // zoom and move along the steps by keys
 
 export const turned = (rows, width) => Array.from({ length: width }, (_, i) => rows.map((row) => row[i]));
 
-function smooth(values, weight) { // a mean that forgets, corrected for its start
+function smooth(values, weight) { // exponential moving average with bias correction
   let sum = 0, share = 0;
   return values.map((value) => {
     sum = weight * sum + (1 - weight) * value;
@@ -51,11 +51,11 @@ function smooth(values, weight) { // a mean that forgets, corrected for its star
     return sum / share;
   });
 }
-function along(columns) { // the chosen axis, of columns [step, tokens, seconds, …]
+function along(columns) { // returns the selected axis, of columns [step, tokens, seconds, …]
   const axis = $("axis").value, found = columns[PLACE[axis]];
   return axis === "time" ? found.map((x) => (x === null ? null : x / 60)) : found;
 }
-function place(run, step) { // a step on the chosen axis; beyond the record, at the run's pace
+function place(run, step) { // returns a step's place on the selected axis; for future steps at the run's pace
   const { facts, pace } = run, axis = $("axis").value;
   if (axis === "step") return step;
   if (axis === "tokens") return facts.tokens_per_step ? step * facts.tokens_per_step : null;
@@ -68,9 +68,9 @@ function place(run, step) { // a step on the chosen axis; beyond the record, at 
 }
 
 export function drawCharts() {
-  if (!known().length) return;
+  if (!knownRuns().length) return;
   const xaxis = { title: { text: TITLE[$("axis").value] }, type: $("xscale").value };
-  const common = { xaxis, uirevision: $("axis").value + $("xscale").value }; // zoom stays while these do
+  const common = { xaxis, uirevision: $("axis").value + $("xscale").value }; // the zoom is kept while these are the same
   drawLoss(common);
   drawRate(common);
   drawOne("norm-chart", "grad_norm", common, "gradient norm %{y:.4g}", { type: $("scale").value }, "Gradient norm");
@@ -79,49 +79,69 @@ export function drawCharts() {
 }
 
 function drawLoss(common) {
-  const bits = $("measure").value === "bits", log = $("scale").value === "log", several = known().length > 1;
-  const traces = [], shapes = [], annotations = [], words = [], ends = [];
-  const unit = bits ? "bits per byte" : "loss";
-  known().forEach((run, i) => {
-    const { facts } = run, label = several ? `${plain(facts.name)}: ` : "", said = several ? `${facts.name}: ` : "";
-    const line = { color: colour(i), dash: several ? DASHES[i % DASHES.length] : "solid" };
-    const train = run.curves.loss, val = turned(facts.val, 5), shown = val[bits ? 4 : 3];
-    if (facts.band && !bits && !several && $("axis").value === "step") traces.push(band(facts.band));
-    if (!bits && train && train[0].length) {
-      ends.push(...train[COLUMN.loss]);
-      traces.push(...training(train, label, several ? line : { ...line, color: colour(1) }, several));
-      words.push(`${said}training loss ${number(train[COLUMN.loss].at(-1))}`);
-    }
-    if (!shown.length) return;
-    const x = along(val), at = facts.val.findIndex((row) => row[0] === facts.best);
-    traces.push({
-      x, y: shown, customdata: val[0], name: `${label}validation`, showlegend: true, line: { ...line, width: 2.4 },
-      mode: shown.length > 150 ? "lines" : "lines+markers", marker: { symbol: MARKERS[i % MARKERS.length], size: 7 },
-      hovertemplate: `${label}validation<br>step %{customdata:,}<br>${unit} %{y:.4f}<extra></extra>`,
-    });
-    ends.push(...shown.filter((y) => y !== null));
-    if (at >= 0 && shown[at] !== null) {
-      traces.push(star(x[at], shown[at], facts.best, label, line.color));
-      words.push(`${said}lowest validation ${unit} ${number(shown[at])} at step ${whole(facts.best)}`);
-    }
-    if (facts.overfits_since !== null) {
-      words.push(`${said}overfits since step ${whole(facts.overfits_since)}`);
-      if (!several) region(run, shapes, annotations);
-    }
-  });
-  if (!bits) ends.push(...marks(log, shapes, annotations));
-  const low = ends.reduce((a, b) => Math.min(a, b), Infinity), top = ends.reduce((a, b) => Math.max(a, b), -Infinity);
-  const space = (top - low) * 0.06 || 1, range = [Math.max(0, low - space), top + space];
-  const yaxis = { title: { text: bits ? unit : "loss (nats per token)" }, type: $("scale").value };
-  if (ends.length) yaxis.range = log ? [Math.log10(Math.max(low, 1e-3) * 0.92), Math.log10(top * 1.08)] : range;
+  const chart = {
+    bits: $("measure").value === "bits", // bits per byte in place of nats per token
+    log: $("scale").value === "log",
+    several: knownRuns().length > 1,
+    traces: [], shapes: [], annotations: [],
+    losses: [], // everything drawn, for the range of the axis
+    words: [], // a description for screen readers
+  };
+  knownRuns().forEach((run, i) => addLosses(run, i, chart));
+  if (!chart.bits) chart.losses.push(...marks(chart.log, chart.shapes, chart.annotations));
+  const { bits, log, traces, shapes, annotations, words } = chart;
+  const yaxis = { title: { text: bits ? "bits per byte" : "loss (nats per token)" }, type: $("scale").value };
+  if (chart.losses.length) yaxis.range = lossRange(chart.losses, log);
+  const right = bits ? 14 : wide() ? 112 : 52; // room for the names of the landmarks
   draw("loss-chart", traces, {
     ...common, uirevision: common.uirevision + $("scale").value + $("measure").value, yaxis, shapes, annotations,
     showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
-    margin: { l: 56, r: bits ? 14 : wide() ? 112 : 52, t: 34, b: 44 },
+    margin: { l: 56, r: right, t: 34, b: 44 },
   }, `Loss over the run: ${words.join(", ")}`);
-  $("loss-words").textContent = visible(words.join("; "));
+  $("loss-words").textContent = showControls(words.join("; "));
 }
-function training(columns, label, line, several) { // the smoothed curve, over what was smoothed
+function lossRange(losses, log) { // returns the range of the axis; on a log axis in powers of ten
+  const low = losses.reduce((a, b) => Math.min(a, b), Infinity);
+  const high = losses.reduce((a, b) => Math.max(a, b), -Infinity);
+  if (log) return [Math.log10(Math.max(low, 1e-3) * 0.92), Math.log10(high * 1.08)];
+  const space = (high - low) * 0.06 || 1;
+  return [Math.max(0, low - space), high + space];
+}
+function addLosses(run, i, chart) { // adds the curves of a run
+  const { bits, several, traces, words } = chart;
+  const { facts } = run;
+  const unit = bits ? "bits per byte" : "loss";
+  const label = several ? `${escapeForPlotly(facts.name)}: ` : "";
+  const prefix = several ? `${facts.name}: ` : "";
+  const line = { color: colour(i), dash: several ? DASHES[i % DASHES.length] : "solid" };
+  if (facts.band && !bits && !several && $("axis").value === "step") traces.push(band(facts.band));
+  const train = run.curves.loss;
+  if (!bits && train && train[0].length) {
+    chart.losses.push(...train[COLUMN.loss]);
+    traces.push(...training(train, label, several ? line : { ...line, color: colour(1) }, several));
+    words.push(`${prefix}training loss ${number(train[COLUMN.loss].at(-1))}`);
+  }
+  const val = turned(facts.val, 5);
+  const y = val[bits ? 4 : 3];
+  if (!y.length) return;
+  const x = along(val);
+  traces.push({
+    x, y, customdata: val[0], name: `${label}validation`, showlegend: true, line: { ...line, width: 2.4 },
+    mode: y.length > 150 ? "lines" : "lines+markers", marker: { symbol: MARKERS[i % MARKERS.length], size: 7 },
+    hovertemplate: `${label}validation<br>step %{customdata:,}<br>${unit} %{y:.4f}<extra></extra>`,
+  });
+  chart.losses.push(...y.filter((value) => value !== null));
+  const best = facts.val.findIndex((row) => row[0] === facts.best);
+  if (best >= 0 && y[best] !== null) {
+    traces.push(star(x[best], y[best], facts.best, label, line.color));
+    words.push(`${prefix}lowest validation ${unit} ${number(y[best])} at step ${integer(facts.best)}`);
+  }
+  if (facts.overfits_since !== null) {
+    words.push(`${prefix}overfits since step ${integer(facts.overfits_since)}`);
+    if (!several) region(run, chart.shapes, chart.annotations);
+  }
+}
+function training(columns, label, line, several) { // the smoothed curve over the recorded one
   const x = along(columns), y = columns[COLUMN.loss], weight = Number($("smoothing").value);
   const thin = { color: line.color, width: 1 }, hover = "loss %{customdata[1]:.4f} (smoothed %{y:.4f})";
   const under = { x, y, mode: "lines", line: thin, opacity: 0.25, hoverinfo: "skip", showlegend: false };
@@ -137,7 +157,7 @@ function star(x, y, step, label, color) {
   return {
     x: [x], y: [y], mode: "markers+text", showlegend: false, text: [`best ${number(y)}`], textposition: "top center",
     textfont: { color }, marker: { symbol: "star", size: 17, color, line: { color: css("--card"), width: 1.5 } },
-    cliponaxis: false, hovertemplate: `${label}best<br>step ${whole(step)}<br>%{y:.4f}<extra></extra>`,
+    cliponaxis: false, hovertemplate: `${label}best<br>step ${integer(step)}<br>%{y:.4f}<extra></extra>`,
   };
 }
 function band([steps, mean, half]) {
@@ -145,10 +165,10 @@ function band([steps, mean, half]) {
   return {
     x: [...steps, ...[...steps].reverse()], y: [...upper, ...lower.reverse()], mode: "lines", line: { width: 0 },
     fill: "toself", fillcolor: dark.matches ? "rgba(124,188,240,.18)" : "rgba(0,80,143,.14)", hoverinfo: "skip",
-    name: "where such runs lie", showlegend: true,
+    name: "reference band", showlegend: true,
   };
 }
-function region(run, shapes, annotations) { // of overfitting
+function region(run, shapes, annotations) { // adds the region of overfitting
   const from = place(run, run.facts.overfits_since), to = place(run, run.pace.step), color = css("--warm");
   const edge = { xref: "x", yref: "paper", x0: from, y0: 0, y1: 1 };
   shapes.push({ type: "rect", ...edge, x1: to, fillcolor: color, opacity: 0.09, line: { width: 0 }, layer: "below" });
@@ -158,18 +178,18 @@ function region(run, shapes, annotations) { // of overfitting
     text: "overfitting", showarrow: false, xanchor: "left", yanchor: "top", xshift: 4, yshift: -4, font: { color },
   });
 }
-function marks(log, shapes, annotations) { // the landmarks; returns their losses
-  const all = new Map(known().flatMap((run) => run.facts.landmarks).map((mark) => [mark.loss, mark]));
-  const room = wide() && all.size <= 3; // in runs of several vocabularies they lie close
+function marks(log, shapes, annotations) { // adds the landmarks, and returns their losses
+  const all = new Map(knownRuns().flatMap((run) => run.facts.landmarks).map((mark) => [mark.loss, mark]));
+  const room = wide() && all.size <= 3; // those of several vocabularies are close together
   const sorted = [...all.values()].sort((a, b) => b.loss - a.loss), apart = 0.05 * (sorted[0]?.loss || 0);
-  let named = Infinity; // the last that has its words: none is written over another
+  let named = Infinity; // the last landmark with a label, so that labels do not overlap
   for (const mark of sorted) {
     const line = { color: css("--soft"), width: 1, dash: "dot" };
     const words = `${mark.name} = ${mark.loss.toFixed(2)}${room ? `<br>${mark.meaning}` : ""}`;
     shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: mark.loss, y1: mark.loss, line, layer: "below" });
     if (named - mark.loss < apart) continue;
     named = mark.loss;
-    annotations.push({ // beside the chart, where no curve runs over it
+    annotations.push({ // beside the chart, where no curve crosses it
       xref: "paper", x: 1, xshift: 4, y: log ? Math.log10(mark.loss) : mark.loss, xanchor: "left", yanchor: "middle",
       text: wide() ? words : mark.name, align: "left", showarrow: false,
       font: { color: css("--soft"), size: 11 },
@@ -179,23 +199,23 @@ function marks(log, shapes, annotations) { // the landmarks; returns their losse
 }
 
 function drawOne(id, key, common, hover, yaxis, label) {
-  const words = [], traces = known().filter((run) => run.curves[key]).map((run) => {
-    const i = known().indexOf(run), columns = run.curves[key], last = columns[COLUMN[key]].at(-1);
+  const words = [], traces = knownRuns().filter((run) => run.curves[key]).map((run) => {
+    const i = knownRuns().indexOf(run), columns = run.curves[key], last = columns[COLUMN[key]].at(-1);
     if (last !== undefined) words.push(`${run.facts.name} ${last.toPrecision(3)}`);
     return {
       x: along(columns), y: columns[COLUMN[key]], customdata: columns[COLUMN.step], mode: "lines",
       line: { color: colour(i), width: 1.4, dash: DASHES[i % DASHES.length] },
-      hovertemplate: `${plain(run.facts.name)}<br>step %{customdata:,}<br>${hover}<extra></extra>`,
+      hovertemplate: `${escapeForPlotly(run.facts.name)}<br>step %{customdata:,}<br>${hover}<extra></extra>`,
     };
   });
-  draw(id, traces, { ...common, yaxis }, `${label}, lately ${words.join(", ")}`);
+  draw(id, traces, { ...common, yaxis }, `${label}, latest ${words.join(", ")}`);
 }
 
-function drawRate(common) { // what is past thick, what is to come thin, and a marker where the run is
+function drawRate(common) { // the past thick, the future thin, and a marker at the current step
   const traces = [], words = [];
-  known().forEach((run, i) => {
+  knownRuns().forEach((run, i) => {
     const { facts, pace } = run, past = run.curves.loss, line = { color: colour(i), dash: DASHES[i % DASHES.length] };
-    const hover = `${plain(facts.name)}<br>step %{customdata:,}<br>learning rate %{y:.3e}<extra></extra>`;
+    const hover = `${escapeForPlotly(facts.name)}<br>step %{customdata:,}<br>learning rate %{y:.3e}<extra></extra>`;
     const add = (x, y, steps, look) => traces.push({ x, y, customdata: steps, hovertemplate: hover, ...look });
     const [steps, rates] = turned(facts.schedule.filter(([step]) => step >= (pace.step || 0)), 2);
     add(steps.map((step) => place(run, step)), rates, steps, { mode: "lines", line: { ...line, width: 1 } });
@@ -207,5 +227,5 @@ function drawRate(common) { // what is past thick, what is to come thin, and a m
     words.push(`${facts.name} ${Number(y.at(-1)).toPrecision(3)}`);
   });
   const yaxis = { exponentformat: "e", rangemode: "tozero" };
-  draw("lr-chart", traces, { ...common, yaxis }, `Learning rate, lately ${words.join(", ")}`);
+  draw("lr-chart", traces, { ...common, yaxis }, `Learning rate, latest ${words.join(", ")}`);
 }

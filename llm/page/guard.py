@@ -1,7 +1,7 @@
-"""Who may ask the live page's server: who has the address that it printed, and asks from this machine.
+"""Access control of the live page: only who has the printed address, and only from this machine.
 
-The address begins with a token that nobody can guess, http://127.0.0.1:PORT/TOKEN/. It is no cookie, which browsers
-would send to every other server on this machine too, and no header, which a link could not carry.
+The address contains a random token: http://127.0.0.1:PORT/TOKEN/. It is not a cookie, because browsers would send a
+cookie to every other server on this machine, and not a header, because a link cannot carry one.
 """
 
 import hmac
@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)  # styles: plotly sets its own
+)  # unsafe-inline: plotly sets styles of its own
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -24,13 +24,15 @@ HEADERS = {
 
 
 class Guard:
-    """Lets through only requests whose path begins with the token, whose Host is this server and, where a browser
-    names one, whose Origin is too (so that no other site, nor a name that points here, reaches it by a browser).
-    Every other request is answered with 403.
+    """Answer every request with 403 unless its path begins with the token and its Host is this server.
+
+    If a browser sends an Origin, that must be this server too. So no other site, and no other host name that resolves
+    to this machine, reaches the server through a browser.
     """
 
     def __init__(self, app: ASGIApp, token: str, port: int) -> None:
-        self.app, self.token = app, token
+        self.app = app
+        self.token = token
         self.hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,9 +49,9 @@ class Guard:
         root = scope["path"].partition("/")[2].partition("/")[0]
         app: ASGIApp = self.app
         if headers.get(b"host") not in self.hosts:
-            app = Response("refused: not the name of this server\n", 403)
+            app = Response("refused: the Host header is not this server\n", 403)
         elif headers.get(b"origin") not in {None, *(f"http://{host}" for host in self.hosts)}:
-            app = Response("refused: asked from another page\n", 403)
+            app = Response("refused: the Origin header is another site\n", 403)
         elif not hmac.compare_digest(root.encode(), self.token.encode()):
             app = Response("refused: open the whole address that losscurve watch printed\n", 403)
         await app({**scope, "root_path": f"/{root}"}, receive, send_with_headers)

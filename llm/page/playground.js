@@ -1,33 +1,33 @@
-// The playground: a prompt, the knobs, the next token's distribution before and after each of them, and writing.
-// Nothing is asked for until a person does something here: it loads the weights, in the page's server.
+// The playground: a prompt, the sampling parameters, the next-token distribution before and after each of them, and
+// generation. Nothing is requested before the user does something here, because the server then loads the weights.
 
-import { $, element, number, offer, visible, whole } from "./words.js";
-import { known, runOf } from "./runs.js";
+import { $, element, integer, number, setChoices, showControls } from "./words.js";
+import { knownRuns, selectedRun } from "./runs.js";
 
 const KNOBS = ["temperature", "top_k", "top_p"];
 const STAGES = ["before", "temperature", "top_k", "after"];
 const NAMES = { best: "best (best.pt)", last: "last (model.pt)" };
-let tokens = []; // drawn so far
-let pressed = null; // the token whose alternatives are shown
-let writing = null; // what stops the writing
-let asking = null;
+let tokens = []; // generated so far
+let pressed = null; // the selected token, whose alternatives are shown
+let writing = null; // aborts the generation in progress
+let asking = null; // aborts the request in progress
 
-export function drawPlayground() { // what can be chosen
-  offer($("play-run"), known().map((run) => [run.number, run.facts.name]));
-  const weights = runOf($("play-run"))?.facts.weights || [];
-  offer($("weights"), weights.map((name) => [name, NAMES[name]]));
+export function drawPlayground() { // updates the choices
+  setChoices($("play-run"), knownRuns().map((run) => [run.number, run.facts.name]));
+  const weights = selectedRun($("play-run"))?.facts.weights || [];
+  setChoices($("weights"), weights.map((name) => [name, NAMES[name]]));
   for (const id of ["step-one", "stream"]) $(id).disabled = !weights.length;
-  if (!weights.length) say("no weights yet: they are saved with an evaluation");
+  if (!weights.length) say("no weights yet: the run saves them at an evaluation");
   else if ($("play-words").textContent.startsWith("no weights yet")) say("");
 }
-export function setPrompt(text) { // the run's own, unless a person was quicker
+export function setPrompt(text) { // sets the run's prompt, unless the user has typed one
   if ($("prompt").value !== $("prompt").defaultValue) return askSoon();
   $("prompt").value = text;
   startOver();
 }
 
 function say(text, bad) {
-  $("play-words").textContent = visible(text);
+  $("play-words").textContent = showControls(text);
   $("play-words").className = bad ? "bad" : "";
 }
 function question(more) {
@@ -41,7 +41,7 @@ const post = (what, body, signal) => fetch(`runs/${$("play-run").value || 0}/${w
   method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal,
 });
 
-async function ask() { // for the distribution of the next token
+async function ask() { // requests the next-token distribution
   if (writing || pressed || !$("weights").value) return;
   asking?.abort();
   const mine = (asking = new AbortController());
@@ -49,17 +49,17 @@ async function ask() { // for the distribution of the next token
     const answer = await (await post("next", question(), mine.signal)).json();
     if (pressed) return;
     if (answer.error) {
-      $("likely").hidden = true; // it was that of another question
+      $("likely").hidden = true; // it belongs to an earlier request
       $("likely-words").textContent = "";
       return say(answer.error, true);
     }
     say("");
     showLikely(answer.likely, null, "Next token");
     const [before, after] = answer.entropy.map((nats) => number(nats, 2));
-    const can = `${whole(answer.possible)} of ${whole(answer.vocab_size)} tokens can be drawn`;
-    $("likely-words").textContent = `${can}; entropy ${before} nats before the knobs, ${after} after`;
+    const can = `${integer(answer.possible)} of ${integer(answer.vocab_size)} tokens can be drawn`;
+    $("likely-words").textContent = `${can}; entropy ${before} nats before the parameters, ${after} after`;
   } catch (error) {
-    if (error.name !== "AbortError") say("the server does not answer", true);
+    if (error.name !== "AbortError") say("no answer from the server", true);
   }
 }
 let soon;
@@ -75,7 +75,7 @@ function showLikely(likely, drawn, title) {
   $("likely").hidden = false;
   $("likely").tBodies[0].replaceChildren(...likely.map((token) => {
     const row = element("tr", undefined, token.id === drawn ? "drawn" : "");
-    const head = element("th", JSON.stringify(visible(token.text)));
+    const head = element("th", JSON.stringify(showControls(token.text)));
     head.scope = "row";
     row.append(head, ...STAGES.map((stage) => cell(token[stage], most, stage)));
     return row;
@@ -98,18 +98,18 @@ function startOver() {
 }
 function addToken(token) {
   const place = tokens.push(token) - 1;
-  const button = element("span", token.text || "·", "token"); // a <button> breaks no line
+  const button = element("span", token.text || "·", "token"); // not a <button>, which cannot break across lines
   if (token.text === "\n") button.classList.add("newline");
-  button.tabIndex = place ? -1 : 0; // one stop of the tab key, arrows from there on
+  button.tabIndex = place ? -1 : 0; // one tab stop; arrow keys move from there
   button.setAttribute("role", "button");
   button.setAttribute("aria-pressed", "false");
   button.onclick = () => {
     release();
     pressed = button;
     button.setAttribute("aria-pressed", "true");
-    const drawn = JSON.stringify(visible(token.text));
+    const drawn = JSON.stringify(showControls(token.text));
     showLikely(token.likely, token.id, `Likely at token ${place + 1}, where ${drawn} was drawn`);
-    $("likely-words").textContent = "▸ marks what was drawn, out of the last column";
+    $("likely-words").textContent = "▸ marks the token that was drawn, from the last column";
   };
   $("written").append(button);
   $("written").scrollTop = $("written").scrollHeight;
@@ -136,15 +136,15 @@ async function write(count) {
   asking?.abort();
   writing?.abort();
   release();
-  if ($("written").firstChild.textContent !== visible($("prompt").value)) startOver();
+  if ($("written").firstChild.textContent !== showControls($("prompt").value)) startOver();
   const mine = (writing = new AbortController());
   $("stop").disabled = false;
-  say("writing");
+  say("generating");
   try {
     const response = await post("stream", question({ count }), mine.signal);
     if (!response.ok) throw new Error((await response.json()).error);
     for await (const token of events(response.body)) if (writing === mine) addToken(token);
-    say(`${whole(tokens.length)} tokens`);
+    say(`${integer(tokens.length)} tokens`);
   } catch (error) {
     const stopped = error.name === "AbortError";
     say(stopped ? "stopped" : error.message, !stopped);
@@ -154,14 +154,14 @@ async function write(count) {
   $("stop").disabled = true;
   if ($("play-words").className !== "bad") ask();
 }
-async function* events(body) { // the data of server-sent events; throws what one called failed says
+async function* events(body) { // yields the data of server-sent events; throws the error of a "failed" event
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ; ) {
     const { done, value } = await reader.read();
     if (done) return;
-    const whole = (rest + value).split("\n\n");
-    rest = whole.pop();
-    for (const event of whole) {
+    const complete = (rest + value).split("\n\n");
+    rest = complete.pop();
+    for (const event of complete) {
       const data = JSON.parse(event.slice(event.indexOf("data: ") + 6));
       if (event.startsWith("event: failed")) throw new Error(data.error);
       if (event.startsWith("data: ")) yield data;

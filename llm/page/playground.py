@@ -1,6 +1,7 @@
-"""The next token of a prompt, before and after each knob, by a run's saved weights. On the CPU, one at a time.
+"""The playground: next-token probabilities of a run's saved weights, before and after each sampling parameter.
 
-What is drawn from is what `llm.generate` draws from: the same functions, of the same logits. V vocabulary.
+It runs on the CPU, one request at a time, and samples exactly as `llm.generate` does: with the same functions of the
+same logits. Shapes: T time, V vocabulary.
 """
 
 import codecs
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
     from llm.model import GPT
     from llm.tokens.tokenizer import Tokenizer
 
-PROMPT = 20_000  # characters
-TOKENS = 2_000  # that follow the prompt, at most
-SHOWN = 20  # candidates
+PROMPT = 20_000  # characters, at most
+TOKENS = 2_000  # after the prompt, at most
+CANDIDATES = 20  # likely tokens in an answer
 
 
 @dataclass(frozen=True)
 class Question:
-    """What the page asks: a prompt, the tokens drawn after it so far, and the knobs."""
+    """A request of the page: a prompt, the tokens generated after it so far, and the sampling parameters."""
 
     prompt: str
     ids: list[int]
@@ -35,11 +36,15 @@ class Question:
     top_k: int | None
     top_p: float
     seed: int
-    count: int  # tokens to draw
+    count: int  # tokens to generate
 
 
-def question(body: bytes) -> Question:
-    """What a request's body asks. Raises UserError naming the field that is out of its range."""
+def parse_question(body: bytes) -> Question:
+    """Return the question in the body of a request.
+
+    Raises:
+        UserError: the body is not JSON, or a field is out of its range; the message names the field.
+    """
     from llm.generate import check_knobs
 
     try:
@@ -48,28 +53,39 @@ def question(body: bytes) -> Question:
         raise UserError("the request is not JSON") from None
     if not isinstance(given, dict):
         raise UserError("the request is not a JSON object")
-    prompt, ids, weights = given.get("prompt", ""), given.get("ids", []), given.get("weights", "last")
+    prompt = given.get("prompt", "")
+    ids = given.get("ids", [])
+    weights = given.get("weights", "last")
     if not isinstance(prompt, str) or not 0 < len(prompt) <= PROMPT:
         raise UserError(f"prompt: give 1 to {PROMPT:,} characters")
     if not isinstance(ids, list) or len(ids) > TOKENS or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        raise UserError(f"ids: expected at most {TOKENS:,} tokens; start anew")
+        raise UserError(f"ids: expected at most {TOKENS:,} token ids; start over")
     if weights not in tuple(WEIGHTS):
         raise UserError("weights: expected last or best")
-    top_k = None if given.get("top_k") is None else whole(given, "top_k", 1, 2**31)
-    temperature, top_p = number(given, "temperature", 1.0), number(given, "top_p", 1.0)
+    top_k = None if given.get("top_k") is None else _integer(given, "top_k", 1, 2**31)
+    temperature = _number(given, "temperature", 1.0)
+    top_p = _number(given, "top_p", 1.0)
     check_knobs(0, temperature, top_k, top_p)
-    seed, count = whole(given, "seed", 0, 2**53, 1337), whole(given, "count", 0, TOKENS, 1)
-    return Question(prompt, ids, weights, temperature, top_k, top_p, seed, count)
+    return Question(
+        prompt,
+        ids,
+        weights,
+        temperature,
+        top_k,
+        top_p,
+        seed=_integer(given, "seed", 0, 2**53, 1337),
+        count=_integer(given, "count", 0, TOKENS, 1),
+    )
 
 
-def number(given: dict[str, Any], name: str, default: float) -> float:
+def _number(given: dict[str, Any], name: str, default: float) -> float:
     value = given.get(name, default)
     if type(value) not in (int, float) or not abs(value) < 1e9:
         raise UserError(f"{name}: expected a number")
     return float(value)
 
 
-def whole(given: dict[str, Any], name: str, low: int, high: int, default: int = 1) -> int:
+def _integer(given: dict[str, Any], name: str, low: int, high: int, default: int = 1) -> int:
     value = given.get(name, default)
     if type(value) is not int or not low <= value <= high:
         raise UserError(f"{name}: expected a whole number from {low} to {high:,}")
@@ -78,14 +94,18 @@ def whole(given: dict[str, Any], name: str, low: int, high: int, default: int = 
 
 @dataclass
 class Playground:
-    """The model last asked for, kept until another is, or until its file is written anew."""
+    """Answers questions. It keeps the last model until another is requested or its file changes."""
 
     _key: tuple[Any, ...] = ()
     _model: "GPT | None" = None
     _tokenizer: "Tokenizer | None" = None
 
-    def opened(self, path: Path, weights: str) -> tuple["GPT", "Tokenizer"]:
-        """Model and tokenizer of a run. Raises UserError where it has no such weights, or cannot be read."""
+    def load(self, path: Path, weights: str) -> tuple["GPT", "Tokenizer"]:
+        """Return model and tokenizer of a run.
+
+        Raises:
+            UserError: the run has no such weights, or they cannot be read.
+        """
         import torch
 
         from llm.run import Run
@@ -94,70 +114,82 @@ class Playground:
         try:
             found = file.stat()
         except OSError:
-            raise UserError(f"{WEIGHTS[weights]}: not saved yet; the first save comes with an evaluation") from None
+            raise UserError(f"{WEIGHTS[weights]}: not saved yet; the run saves it at an evaluation") from None
         key = (file, found.st_mtime_ns, found.st_size, found.st_ino)
         if key != self._key or self._model is None or self._tokenizer is None:
-            self._key, self._model = (), None  # the old one's memory goes first
-            torch.set_num_threads(1)  # the others are the training's
+            self._key = ()
+            self._model = None  # free the memory of the old model first
+            torch.set_num_threads(1)  # leave the other cores to the training
             run = Run.open(path)
-            self._tokenizer, self._model = run.tokenizer, run.model(weights, "cpu")
+            self._tokenizer = run.tokenizer
+            self._model = run.model(weights, "cpu")
             self._key = key
         return self._model, self._tokenizer
 
     def next(self, path: Path, asked: Question) -> dict[str, Any]:
-        """The likeliest next tokens, each with its probability before and after the knobs."""
+        """Return the most likely next tokens, each with its probability before and after the sampling parameters."""
         import torch
 
-        model, tokenizer = self.opened(path, asked.weights)
+        model, tokenizer = self.load(path, asked.weights)
         with torch.no_grad():
             logits = next(logits_after(model, context(tokenizer, asked), tokenizer.vocab_size))
         return {"likely": likely(logits, asked, tokenizer), **knob_counts(logits, asked)}
 
     def stream(self, path: Path, asked: Question) -> Iterator[dict[str, Any]]:
-        """Tokens as they are drawn, each with what else was likely there.
+        """Yield tokens as they are generated, each with the likely alternatives in its place.
 
-        From the prompt on they are those that `losscurve sample` draws with this seed; tokens after some drawn before
-        are drawn with a seed of their own (the seed and how many there are), so that stepping does not repeat itself.
+        Directly after the prompt they are those that `losscurve sample` generates with this seed. After earlier tokens,
+        the seed is derived from the seed and the number of these tokens, so that single steps do not repeat a draw.
         """
         import torch
 
         from llm.generate import candidates
 
-        model, tokenizer = self.opened(path, asked.weights)
-        luck = torch.Generator()
-        luck.manual_seed(asked.seed if not asked.ids else (asked.seed * 1_000_003 + len(asked.ids)) % 2**63)
+        model, tokenizer = self.load(path, asked.weights)
+        generator = torch.Generator()
+        seed = asked.seed
+        if asked.ids:
+            seed = (asked.seed * 1_000_003 + len(asked.ids)) % 2**63
+        generator.manual_seed(seed)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        decoder.decode(tokenizer.decode_bytes(asked.ids))  # a character may be under way
-        rows = logits_after(model, context(tokenizer, asked), tokenizer.vocab_size)
+        decoder.decode(tokenizer.decode_bytes(asked.ids))  # they may end inside a character
+        logits_stream = logits_after(model, context(tokenizer, asked), tokenizer.vocab_size)
         with torch.no_grad():
-            logits = next(rows)
+            logits = next(logits_stream)
         for _ in range(asked.count):
             with torch.no_grad():
                 probabilities, ids = candidates(logits, asked.temperature, asked.top_k, asked.top_p)
-                drawn = torch.multinomial(probabilities, 1, generator=luck)
+                drawn = torch.multinomial(probabilities, 1, generator=generator)
                 token = drawn if ids is None else ids.gather(1, drawn)
-                number = int(token.item())
-                shown = likely(logits, asked, tokenizer, number)
-                yield {"id": number, "text": decoder.decode(tokenizer.decode_bytes([number])), "likely": shown}
-                logits = rows.send(token)
+                token_id = int(token.item())
+                yield {
+                    "id": token_id,
+                    "text": decoder.decode(tokenizer.decode_bytes([token_id])),
+                    "likely": likely(logits, asked, tokenizer, token_id),
+                }
+                logits = logits_stream.send(token)
 
 
 def context(tokenizer: "Tokenizer", asked: Question) -> "Tensor":
-    """The token ids (1, T) of the prompt and of what was drawn after it. Raises UserError."""
+    """Return the token ids (1, T) of the prompt and of the tokens generated after it.
+
+    Raises:
+        UserError: the prompt has no token, or an id is not one of this run's.
+    """
     import torch
 
     prompt = tokenizer.encode(asked.prompt).tolist()
     if any(i >= tokenizer.vocab_size for i in asked.ids):
-        raise UserError("ids: not tokens of this run; start anew")
+        raise UserError("ids: not tokens of this run; start over")
     if not prompt:
         raise UserError("prompt: holds no token; give at least one character")
     return torch.tensor([prompt + asked.ids], dtype=torch.int64)
 
 
 def logits_after(model: "GPT", ids: "Tensor", vocab_size: int) -> Any:
-    """A generator of logits (1, V): those after `ids` (1, T), then those after each token (1, 1) sent to it.
+    """Return a generator of logits (1, V): those after `ids` (1, T), then those after each token (1, 1) sent to it.
 
-    With a key/value cache while the context fits, as `generate` does.
+    Like `generate`, it uses a key/value cache until the context is full.
     """
     import torch
 
@@ -165,18 +197,23 @@ def logits_after(model: "GPT", ids: "Tensor", vocab_size: int) -> Any:
     from llm.model import KVCache
 
     limit = model.config.block_size
-    past = new = ids[:, -limit:]
+    past = ids[:, -limit:]  # the context
+    new = past  # the tokens that are not in the cache
     cache = KVCache(model.config, 1, ids.device, model.wte.weight.dtype)
     while True:
         with torch.no_grad():
-            hidden = model.hidden(new, cache) if cache.length + new.size(1) <= limit else model.hidden(past)
+            fits = cache.length + new.size(1) <= limit
+            hidden = model.hidden(new, cache) if fits else model.hidden(past)
             logits = last_logits(model, hidden)[:, :vocab_size]
         new = yield logits
         past = torch.cat([past, new], 1)[:, -limit:]
 
 
 def likely(logits: "Tensor", asked: Question, tokenizer: "Tokenizer", drawn: int | None = None) -> list[dict[str, Any]]:
-    """The `SHOWN` likeliest tokens of logits (1, V), and the one `drawn`: before the knobs, and after each in turn."""
+    """Return the CANDIDATES most likely tokens of logits (1, V), and the one `drawn`, with their probabilities.
+
+    There is one probability before the sampling parameters, and one after each of them in turn.
+    """
     import torch
 
     from llm.generate import next_probabilities
@@ -188,7 +225,7 @@ def likely(logits: "Tensor", asked: Question, tokenizer: "Tokenizer", drawn: int
         "top_k": next_probabilities(logits, asked.temperature, asked.top_k),
         "after": next_probabilities(logits, asked.temperature, asked.top_k, asked.top_p),
     }
-    ids = before[0].topk(min(SHOWN, before.size(1))).indices.tolist()
+    ids = before[0].topk(min(CANDIDATES, before.size(1))).indices.tolist()
     ids += [drawn] if drawn is not None and drawn not in ids else []
     return [
         {"id": i, "text": tokenizer.decode([i])}
@@ -198,7 +235,7 @@ def likely(logits: "Tensor", asked: Question, tokenizer: "Tokenizer", drawn: int
 
 
 def knob_counts(logits: "Tensor", asked: Question) -> dict[str, Any]:
-    """How many tokens can be drawn, of how many, and the distribution's entropy (nats) before and after."""
+    """Return how many tokens of the vocabulary can be drawn, and the entropy (nats) before and after the parameters."""
     import torch
 
     from llm.generate import next_probabilities

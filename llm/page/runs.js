@@ -1,16 +1,16 @@
-// What is known of each run, as the server sends it; and whether it still sends.
+// The state of each run, from the messages of the server, and whether the server still sends.
 
 export const COLUMNS = ["step", "tokens", "seconds", "loss", "grad_norm", "tokens_per_second", "lr"];
 export const COLUMN = Object.fromEntries(COLUMNS.map((name, i) => [name, i]));
 
 const runs = []; // by number: {number, pace, facts, curves: {loss: columns, …}}
-export const known = () => runs.filter((run) => run && run.facts);
-export const runOf = (select) => runs[select.value] || known()[0];
+export const knownRuns = () => runs.filter((run) => run && run.facts);
+export const selectedRun = (select) => runs[select.value] || knownRuns()[0];
 
-// `changed(run, facts)` is told of each message, `said(words, live)` of the connection
-export function follow(changed, said) {
+// calls `changed(run, facts)` after each message, and `setConnection(words, live)` when the connection changes
+export function follow(changed, setConnection) {
   const source = new EventSource("events");
-  source.addEventListener("hello", () => said("live", true));
+  source.addEventListener("hello", () => setConnection("live", true));
   source.addEventListener("run", (event) => {
     const message = JSON.parse(event.data), run = (runs[message.run] ||= { number: message.run, curves: {} });
     take(run, message);
@@ -18,11 +18,11 @@ export function follow(changed, said) {
   });
   source.addEventListener("ended", () => {
     source.close();
-    said("this page's server has ended; losscurve watch starts another", false);
+    setConnection("this page's server has stopped; start it again with losscurve watch", false);
   });
   source.onerror = () => {
-    said("connection lost, trying again", false);
-    if (source.readyState === EventSource.CLOSED) setTimeout(() => follow(changed, said), 2000);
+    setConnection("connection lost, reconnecting", false);
+    if (source.readyState === EventSource.CLOSED) setTimeout(() => follow(changed, setConnection), 2000);
   };
 }
 

@@ -1,6 +1,6 @@
-"""The live page's server: what its addresses answer, of the run folders it was started with.
+"""The live page's server: its addresses, for the run folders it was started with.
 
-A run is asked for by its number; no path comes from a request. Who may ask at all: see `guard`.
+A request names a run by its number, so no path comes from a request. `guard` decides which requests are answered.
 """
 
 import asyncio
@@ -24,26 +24,28 @@ from llm.config import TrainConfig, from_settings
 from llm.errors import Failure, UserError
 from llm.page.follow import Follower
 from llm.page.guard import Guard
-from llm.page.playground import Playground, Question, question
-from llm.page.shown import Viewer, names_of, schedule_points
+from llm.page.messages import Viewer, names_of, schedule_points
+from llm.page.playground import Playground, Question, parse_question
 from llm.schedule import lr_at, warmup_warning
 
-LOOK_EVERY = 1.0  # seconds
+UPDATE_EVERY = 1.0  # seconds
+KEEP_ALIVE = 15  # updates without news after which a comment is sent
 BODY = 2**18  # bytes of a request, at most
 KNOBS = ("warmup_steps", "max_lr", "min_lr", "max_steps", "schedule")
 SCRIPTS = ("page.js", "words.js", "runs.js", "charts.js", "slider.js", "playground.js")
-ERRORS = (UserError, Failure, OSError, RuntimeError, MemoryError)  # what a run folder that changes can cause
+ERRORS = (UserError, Failure, OSError, RuntimeError, MemoryError)  # what a changing run folder can cause
 
 
 class Page:
-    """The run folders that are followed, and what the page's addresses answer."""
+    """The run folders that the server follows, and the answers of its addresses."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.runs = [Follower(path, name) for path, name in zip(paths, names_of(paths), strict=True)]
-        self.ended = asyncio.Event()  # set where the server is about to end
+        self.ended = asyncio.Event()  # set when the server is about to stop
         self._playground = Playground()
-        self._playing, self._looking = asyncio.Lock(), asyncio.Lock()
-        self._looked_at = -LOOK_EVERY
+        self._playing = asyncio.Lock()  # one request of the playground at a time
+        self._updating = asyncio.Lock()
+        self._updated_at = -UPDATE_EVERY
 
     def app(self) -> Starlette:
         routes = [
@@ -61,7 +63,7 @@ class Page:
 
     @staticmethod
     def file(name: str, kind: str) -> Any:
-        """What answers with a file of this package."""
+        """Return an endpoint that serves a file of this package."""
 
         def answer(request: Request) -> Response:
             return Response(resources.files("llm.page").joinpath(name).read_bytes(), media_type=kind)
@@ -75,13 +77,13 @@ class Page:
         return StreamingResponse(self.changes(), media_type="text/event-stream")
 
     async def changes(self) -> AsyncIterator[str]:
-        """Server-sent events: of each run all there is, then what is new, once a second; at last that it ends."""
+        """Yield server-sent events: everything about each run, then once a second what is new, and at last the end."""
         viewers = [Viewer() for _ in self.runs]
         yield f"retry: 1000\nevent: hello\ndata: {json.dumps({'runs': len(self.runs)})}\n\n"
-        quiet = 0
+        quiet = 0  # updates without news
         while True:
             last = self.ended.is_set()
-            await self.look()
+            await self.update()
             quiet += 1
             for number, (run, viewer) in enumerate(zip(self.runs, viewers, strict=True)):
                 if message := viewer.news(run):
@@ -90,22 +92,22 @@ class Page:
             if last:
                 yield "event: ended\ndata: {}\n\n"
                 return
-            if quiet >= 15:  # so that either side notices when the other is gone
+            if quiet >= KEEP_ALIVE:  # so that each side notices if the other is gone
                 quiet = 0
                 yield ": here\n\n"
-            behind = any(run.behind for run in self.runs)
+            behind = any(run.is_behind for run in self.runs)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self.ended.wait(), 0.01 if behind else LOOK_EVERY)
+                await asyncio.wait_for(self.ended.wait(), 0.01 if behind else UPDATE_EVERY)
 
-    async def look(self) -> None:
-        """Read what is new in every folder, at most once a second; in a thread, since there may be much."""
-        async with self._looking:
-            fresh = time.monotonic() - self._looked_at < 0.9 * LOOK_EVERY
-            if fresh and not self.ended.is_set() and not any(run.behind for run in self.runs):
+    async def update(self) -> None:
+        """Read what is new in every folder, at most once a second, in a thread, because there may be much to read."""
+        async with self._updating:
+            is_fresh = time.monotonic() - self._updated_at < 0.9 * UPDATE_EVERY
+            if is_fresh and not self.ended.is_set() and not any(run.is_behind for run in self.runs):
                 return
             for run in self.runs:
-                await run_in_threadpool(run.look)
-            self._looked_at = time.monotonic()
+                await run_in_threadpool(run.update)
+            self._updated_at = time.monotonic()
 
     def schedule(self, request: Request) -> Response:
         try:
@@ -114,34 +116,36 @@ class Page:
             return JSONResponse({"error": str(error)}, 400)
 
     def sample(self, request: Request) -> Response:
-        run, step = request.path_params["run"], request.path_params["step"]
+        run = request.path_params["run"]
+        step = request.path_params["step"]
         text = self.runs[run].sample(step) if run < len(self.runs) else None
         if text is None:
-            return JSONResponse({"error": "no such sample any more"}, 404)
+            return JSONResponse({"error": "this sample no longer exists"}, 404)
         return JSONResponse({"text": text})
 
     async def next(self, request: Request) -> Response:
-        return await self.answered(request, stream=False)
+        return await self._answer(request, stream=False)
 
     async def stream(self, request: Request) -> Response:
-        return await self.answered(request, stream=True)
+        return await self._answer(request, stream=True)
 
-    async def answered(self, request: Request, stream: bool) -> Response:
-        """The playground's answer, or the one line that says why there is none."""
+    async def _answer(self, request: Request, stream: bool) -> Response:
+        """Return the playground's answer, or an error message of one line."""
         try:
-            run, body = self.runs[request.path_params["run"]], await body_of(request)
-            asked = await run_in_threadpool(question, body)  # the first loads torch
+            run = self.runs[request.path_params["run"]]
+            body = await read_body(request)
+            asked = await run_in_threadpool(parse_question, body)  # the first call loads torch
             if stream:
-                return StreamingResponse(self.tokens(run, asked), media_type="text/event-stream")
+                return StreamingResponse(self._tokens(run, asked), media_type="text/event-stream")
             async with self._playing:
                 return JSONResponse(await run_in_threadpool(self._playground.next, run.path, asked))
         except IndexError:
             return JSONResponse({"error": "no such run"}, 404)
         except ERRORS as error:
-            return JSONResponse({"error": one_line(error)}, 400)
+            return JSONResponse({"error": first_line(error)}, 400)
 
-    async def tokens(self, run: Follower, asked: Question) -> AsyncIterator[str]:
-        """Server-sent events, one for each token."""
+    async def _tokens(self, run: Follower, asked: Question) -> AsyncIterator[str]:
+        """Yield server-sent events, one for each token."""
         async with self._playing:
             try:
                 tokens = self._playground.stream(run.path, asked)
@@ -149,18 +153,18 @@ class Page:
                     yield f"data: {json.dumps(token)}\n\n"
                 yield "event: done\ndata: {}\n\n"
             except ERRORS as error:
-                yield f"event: failed\ndata: {json.dumps({'error': one_line(error)})}\n\n"
+                yield f"event: failed\ndata: {json.dumps({'error': first_line(error)})}\n\n"
 
 
 class Server(uvicorn.Server):
-    """Serves the page of run folders on 127.0.0.1:`port`; pages that are open are told when it ends."""
+    """Serve the page of run folders on 127.0.0.1:`port`, and notify open pages when the server stops."""
 
     def __init__(self, paths: Sequence[Path], token: str, port: int) -> None:
         self.page = Page(paths)
         super().__init__(
             uvicorn.Config(
                 Guard(self.page.app(), token, port),
-                log_level="critical",  # streams that are cut off are no news
+                log_level="critical",  # no messages about interrupted streams
                 access_log=False,
                 lifespan="off",
                 ws="none",
@@ -174,8 +178,12 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-async def body_of(request: Request) -> bytes:
-    """A request's body. Raises UserError where it is too long to be one of the page's."""
+async def read_body(request: Request) -> bytes:
+    """Return the body of a request.
+
+    Raises:
+        UserError: it is longer than BODY.
+    """
     body = b""
     async for part in request.stream():
         body += part
@@ -184,12 +192,17 @@ async def body_of(request: Request) -> bytes:
     return body
 
 
-def one_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error message, at most 500 characters."""
     return (str(error) or type(error).__name__).splitlines()[0][:500]
 
 
 def schedule_answer(given: dict[str, str]) -> dict[str, Any]:
-    """The learning rate that flags give: a curve, a small table, the usual warning. Raises UserError."""
+    """Return the learning-rate schedule of these flags: a curve, a small table, the warning about the warm-up.
+
+    Raises:
+        UserError: a setting is out of its range; the message names it.
+    """
     config = from_settings({name: given[name][:40] for name in KNOBS if given.get(name)})
     rows = sorted({0, config.warmup // 2, config.warmup, *(round(i * config.max_steps / 8) for i in range(1, 9))})
     return {
@@ -201,7 +214,7 @@ def schedule_answer(given: dict[str, str]) -> dict[str, Any]:
 
 
 def flags_of(config: TrainConfig) -> str:
-    """The flags of `train` that give this schedule."""
+    """Return the flags of `train` for this schedule."""
     return (
         f"--warmup_steps {config.warmup} --max_lr {config.max_lr!r} --min_lr {config.final_lr!r} "
         f"--max_steps {config.max_steps} --schedule {config.schedule}"
@@ -209,7 +222,11 @@ def flags_of(config: TrainConfig) -> str:
 
 
 def plotly_script() -> Any:
-    """Plotly's own packaged script. Raises UserError where the package is not installed."""
+    """Return the script in plotly's package.
+
+    Raises:
+        UserError: plotly is not installed.
+    """
     try:
         script = resources.files("plotly") / "package_data" / "plotly.min.js"
     except ModuleNotFoundError:

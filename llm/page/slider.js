@@ -1,9 +1,9 @@
-// The chapter's slider: warm-up, peak, floor, total steps and shape of a schedule; its curve, its table, its flags.
+// The sliders of a schedule: warm-up, peak, floor, total steps and shape; with its curve, its table and its flags.
 
-import { $, colour, element, rate, rowOf, whole } from "./words.js";
+import { $, colour, element, integer, rate, tableRow } from "./words.js";
 import { draw, turned } from "./charts.js";
 
-const TOTALS = [100, 1e6], PEAKS = [1e-6, 1e-1]; // ends of the sliders that are logarithmic
+const TOTALS = [100, 1e6], PEAKS = [1e-6, 1e-1]; // ranges of the logarithmic sliders
 const along = ([low, high], t) => low * (high / low) ** (t / 100);
 const back = ([low, high], v) => {
   const inside = Math.min(high, Math.max(low, v));
@@ -11,7 +11,7 @@ const back = ([low, high], v) => {
 };
 const twoDigits = (x) => Number(x.toPrecision(2));
 const at = (id) => Number($(id).value);
-let exact = {}; // what a slider has not moved since the run's own settings: sliders round
+let exact = {}; // the run's own settings, until their slider is moved: a slider's position is rounded
 
 function chosen() {
   const total = exact.total ?? twoDigits(along(TOTALS, at("total")));
@@ -21,7 +21,7 @@ function chosen() {
   return { max_steps: total, max_lr: peak, schedule: $("shape").value, warmup_steps: warmup, min_lr: floor };
 }
 
-export function setSlider(knobs) { // to a run's own schedule
+export function setSlider(knobs) { // sets the sliders to a run's schedule
   exact = { ...knobs };
   $("shape").value = knobs.shape;
   $("total").value = back(TOTALS, knobs.total);
@@ -35,8 +35,8 @@ let asked = 0;
 export async function drawSlider() {
   const number = ++asked, values = chosen(), share = (100 * values.warmup_steps) / values.max_steps;
   const words = {
-    warmup: `${whole(values.warmup_steps)} steps, ${Number(share.toPrecision(2))} %`, peak: rate(values.max_lr),
-    floor: rate(values.min_lr), total: `${whole(values.max_steps)} steps`,
+    warmup: `${integer(values.warmup_steps)} steps, ${Number(share.toPrecision(2))} %`, peak: rate(values.max_lr),
+    floor: rate(values.min_lr), total: `${integer(values.max_steps)} steps`,
   };
   for (const [id, text] of Object.entries(words)) {
     document.querySelector(`output[for=${id}]`).textContent = text;
@@ -46,14 +46,14 @@ export async function drawSlider() {
   try {
     found = await (await fetch(`schedule?${new URLSearchParams(values)}`)).json();
   } catch {
-    return; // the server is gone, which the page says elsewhere
+    return; // the server has stopped, which #connection says
   }
   if (number !== asked) return;
   $("schedule-warning").textContent = found.error || found.warning || "";
   if (found.error) return;
   const flags = found.flags.split(" --").map((flag, i) => element("span", i ? `--${flag}` : flag)); // each on one line
   $("flags").replaceChildren(...flags.flatMap((flag, i) => (i ? [" ", flag] : [flag])));
-  $("schedule-table").tBodies[0].replaceChildren(...found.table.map(([step, lr]) => rowOf([whole(step), rate(lr)])));
+  $("schedule-table").tBodies[0].replaceChildren(...found.table.map(([step, lr]) => tableRow([integer(step), rate(lr)])));
   const [x, y] = turned(found.curve, 2), hovertemplate = "step %{x:,}<br>learning rate %{y:.3e}<extra></extra>";
   const layout = { xaxis: { title: { text: "step" } }, yaxis: { exponentformat: "e", rangemode: "tozero" } };
   const trace = { x, y, mode: "lines", line: { color: colour(0), width: 2.4 }, hovertemplate };

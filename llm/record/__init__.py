@@ -1,1 +1,1 @@
-"""What a run leaves to look at: metrics, samples, pictures, verdicts, trackers."""
+"""The outputs of a run: metrics, samples, pictures, verdicts, trackers."""

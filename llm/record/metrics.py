@@ -1,12 +1,22 @@
-"""A run's record, `metrics.jsonl`: one row a line, written as training goes, readable while it goes.
+"""Read and write a run's record, `metrics.jsonl`: one JSON object a line, appended during training.
 
-A row holds `step` (batches done), `split` ("train" or "val") and, where they apply, `loss` (nats per token),
-`bits_per_byte` (val), `lr`, `grad_norm`, `tokens` (in those batches), `seconds` (trained for so far),
-`tokens_per_second`, `mfu` (model FLOP utilisation: the share of the matrix rate measured on this machine) and
-`data_seconds` (that making the batches took, since the training row before);
-only where there are any, `refused` (steps whose batch gave a number that is not finite, and made no update) and
-`spikes` (steps whose loss leapt). Everything that shows a run (the picture, the page, a tracker) is a view of
-these rows.
+Every row has `step` (completed steps) and `split` ("train" or "val"). Where they apply, it also has:
+
+- `loss`: mean cross-entropy, in nats per token
+- `bits_per_byte`: the same loss per byte of text (validation rows only)
+- `lr`: learning rate
+- `grad_norm`: gradient norm before clipping
+- `tokens`: tokens trained on so far
+- `seconds`: training time so far
+- `tokens_per_second`: throughput of the steps since the previous training row
+- `matmul_utilisation`: achieved FLOP/s as a share of the matrix-multiplication rate measured on this machine. It is
+  not MFU, which divides by the vendor's peak.
+- `data_seconds`: seconds spent on making batches since the previous training row
+- `refused`: steps without an update, because their loss or gradient was not finite (only if there are any)
+- `spikes`: steps whose loss spiked (only if there are any)
+
+The loss curve, the live page and the trackers are views of these rows. Unknown keys are ignored: older records have
+`mfu` in place of `matmul_utilisation`.
 """
 
 import math
@@ -18,12 +28,18 @@ from llm.storage import lines
 from llm.storage.lines import Lines, Row, parse_object
 
 NAME = "metrics.jsonl"
-
-
-SPIKE_HISTORY = 50  # steps that a leap of the loss is judged by
-
-
-NUMBERS = ("loss", "bits_per_byte", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second", "mfu", "data_seconds")
+SPIKE_HISTORY = 50  # previous steps that a spike is judged against
+NUMBERS = (
+    "loss",
+    "bits_per_byte",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "seconds",
+    "tokens_per_second",
+    "matmul_utilisation",
+    "data_seconds",
+)
 
 
 class Record(Lines):
@@ -34,17 +50,21 @@ class Record(Lines):
 
 
 def cut(run_dir: Path, step: int) -> None:
-    """Drop the rows of steps beyond `step` and a torn last line, so that a run resumed at `step` can go on.
+    """Drop the rows after `step` and an incomplete last line, so that a run can resume at `step`.
 
-    A record that is not there stays absent. Raises UserError that names a damaged line.
+    Does nothing if there is no record.
+
+    Raises:
+        UserError: a line is damaged; the message names it.
     """
     lines.cut(run_dir / NAME, parse_row, step)
 
 
 def read_record(run_dir: Path) -> list[Row]:
-    """Return the rows of a run, each with every key (None where the row has nothing).
+    """Return the rows of a run. Every row has all keys of NUMBERS; a missing value is None.
 
-    Raises UserError that names the folder without a record, or the line that is damaged.
+    Raises:
+        UserError: the folder has no record, or a line is damaged; the message names it.
     """
     path = run_dir / NAME
     try:
@@ -56,7 +76,11 @@ def read_record(run_dir: Path) -> list[Row]:
 
 
 def parse_row(line: bytes) -> Row:
-    """Return the row in a line. Raises ValueError that says what is wrong with it."""
+    """Return the row that a line holds.
+
+    Raises:
+        ValueError: the line is not a row; the message names the field.
+    """
     row = parse_object(line)
     if row.get("split") not in ("train", "val"):
         raise ValueError("split is neither train nor val")
@@ -68,47 +92,58 @@ def parse_row(line: bytes) -> Row:
 
 
 def is_spike(loss: float, before: list[float]) -> bool:
-    """Whether a step's loss leaps out of those `before` it: above their median by half a nat and by
-    six times their spread (1.4826 times the median distance from the median, which leaps do not move)."""
+    """Return whether `loss` is a spike relative to the losses `before` it.
+
+    A spike is above their median by half a nat and by six standard deviations. The standard deviation is estimated as
+    1.4826 times the median absolute deviation, which earlier spikes do not inflate.
+    """
     if len(before) < SPIKE_HISTORY // 2:
         return False
-    middle = statistics.median(before)
-    spread = 1.4826 * statistics.median(abs(x - middle) for x in before)
-    return loss - middle > max(0.5, 6 * spread)
+    median = statistics.median(before)
+    deviation = 1.4826 * statistics.median(abs(x - median) for x in before)
+    return loss - median > max(0.5, 6 * deviation)
 
 
 def losses(rows: list[Row], split: str) -> list[tuple[int, float]]:
-    """(step, loss) of each row of a split that has a loss."""
+    """Return (step, loss) of each row of a split that has a loss."""
     return [(row["step"], row["loss"]) for row in rows if row["split"] == split and row["loss"] is not None]
 
 
 def best(rows: list[Row]) -> Row | None:
-    """The row of the lowest validation loss, the first of equals; None before any evaluation."""
+    """Return the row of the lowest validation loss, the first one of a tie; None before the first evaluation."""
     evaluations = [row for row in rows if row["split"] == "val" and row["loss"] is not None]
     return min(evaluations, key=lambda row: float(row["loss"]), default=None)
 
 
 def overfits_since(rows: list[Row]) -> int | None:
-    """The step of the lowest validation loss, if the run overfits from there on; else None.
+    """Return the step of the lowest validation loss if the run overfits after it, else None.
 
-    It does if there are at least 2 later evaluations, the last of them is above the lowest by at least
-    0.01 nats and 1 %, and the training loss went on falling: its mean over the last interval between
-    evaluations is below its mean over the interval before the lowest. (If both rise, the run diverges.)
-    Without training rows to compare, validation alone decides.
+    The run overfits if all of these hold:
+
+    - There are at least 2 later evaluations.
+    - The last one is above the lowest by at least 0.01 nats and 1 %.
+    - The training loss kept falling: its mean over the last evaluation interval is below its mean over the interval
+      before the lowest evaluation. (If both losses rise, the run diverges.) A record without training rows passes.
     """
-    low = best(rows)
-    if low is None:
+    lowest = best(rows)
+    if lowest is None:
         return None
-    later = [(step, loss) for step, loss in losses(rows, "val") if step > low["step"]]
-    if len(later) < 2 or later[-1][1] < low["loss"] + max(0.01, 0.01 * low["loss"]):
+    later = [(step, loss) for step, loss in losses(rows, "val") if step > lowest["step"]]
+    if len(later) < 2:
         return None
-    interval = later[0][0] - low["step"]
-    then, now = (_mean_before(end, interval, losses(rows, "train")) for end in (low["step"], later[-1][0]))
-    diverges = then is not None and now is not None and now >= then
-    return None if diverges else int(low["step"])
+    last_step, last_loss = later[-1]
+    if last_loss < lowest["loss"] + max(0.01, 0.01 * lowest["loss"]):
+        return None
+    train = losses(rows, "train")
+    interval = later[0][0] - lowest["step"]
+    train_then = _mean_loss_before(lowest["step"], interval, train)
+    train_now = _mean_loss_before(last_step, interval, train)
+    if train_then is not None and train_now is not None and train_now >= train_then:
+        return None
+    return int(lowest["step"])
 
 
-def _mean_before(end: int, interval: int, points: list[tuple[int, float]]) -> float | None:
-    """The mean loss of the points of steps in (end - interval, end], None if there are none."""
+def _mean_loss_before(end: int, interval: int, points: list[tuple[int, float]]) -> float | None:
+    """Return the mean loss over the steps in (end - interval, end], None if the points have none of them."""
     inside = [loss for step, loss in points if end - interval < step <= end]
     return math.fsum(inside) / len(inside) if inside else None

@@ -1,4 +1,4 @@
-"""The runs below a folder, and what each came to. Reads settings and records only; no torch."""
+"""Find the runs below a folder and summarise each. Reads settings and records only, without torch."""
 
 import dataclasses
 import os
@@ -13,15 +13,13 @@ from llm.errors import UserError
 from llm.record.metrics import NAME, best, losses, read_record
 from llm.storage.lines import Row
 
-FOLDERS = 20_000  # looked into by one search
-
-
-PASSED_BY = re.compile(r"\..*|(damaged-)?step-\d+.*|node_modules|__pycache__")
+FOLDERS = 20_000  # read by one search, at most
+SKIPPED = re.compile(r"\..*|(damaged-)?step-\d+.*|node_modules|__pycache__")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run came to; None for what its files do not tell. Losses in nats per token."""
+    """The state and the results of a run; None for what its files do not contain. Losses in nats per token."""
 
     path: Path
     state: str  # "done", "stopped", "unfinished" or "damaged"
@@ -34,34 +32,43 @@ class Summary:
     last: float | None = None  # newest validation loss
     parameters: int | None = None
     tokens_per_second: float | None = None  # median of its training rows
-    written: float | None = None  # when its record was last written, seconds since 1970
+    written: float | None = None  # last write of its record, in seconds since 1970
 
 
 def find(folder: Path) -> tuple[list[Path], bool]:
-    """The run folders in and below `folder`, nearest first, and whether all of it was looked through.
+    """Return the run folders in and below `folder`, nearest first, and whether the search was complete.
 
-    Links are not followed; hidden folders and saved states are passed by. Raises UserError if `folder` is not there.
+    It does not follow links, and skips hidden folders and checkpoints.
+
+    Raises:
+        UserError: `folder` does not exist.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one that has runs in or below it")
-    found, waiting, looked = [], deque([folder]), 0
-    while waiting and looked < FOLDERS:
-        here, looked = waiting.popleft(), looked + 1
+    found = []
+    waiting = deque([folder])
+    searched = 0
+    while waiting and searched < FOLDERS:
+        here = waiting.popleft()
+        searched += 1
         try:
             with os.scandir(here) as entries:
                 inside = sorted((entry.name, entry.is_dir(follow_symlinks=False), entry.is_file()) for entry in entries)
-        except OSError:  # not ours to read, or just gone
+        except OSError:  # no permission, or just deleted
             continue
-        files = {name for name, _, is_file in inside if is_file}
-        # another program may have one of these too
-        if len(files & {"config.toml", NAME, "env.json"}) >= 2 and files & {"config.toml", NAME}:
+        if _is_run({name for name, _, is_file in inside if is_file}):
             found.append(here)
-        waiting += [here / name for name, is_folder, _ in inside if is_folder and not PASSED_BY.fullmatch(name)]
+        waiting += [here / name for name, is_folder, _ in inside if is_folder and not SKIPPED.fullmatch(name)]
     return found, not waiting
 
 
+def _is_run(files: set[str]) -> bool:
+    """Return whether a folder with these files is a run; other programs also write a file with one of these names."""
+    return len(files & {"config.toml", NAME, "env.json"}) >= 2 and bool(files & {"config.toml", NAME})
+
+
 def summary(path: Path) -> Summary:
-    """What the run in `path` came to. One that cannot be read is "damaged", with the reason."""
+    """Return the summary of the run in `path`. If it cannot be read, its state is "damaged", with the reason."""
     known = Summary(path, "damaged")
     try:
         known = dataclasses.replace(known, written=(path / NAME).stat().st_mtime)
@@ -79,32 +86,39 @@ def summary(path: Path) -> Summary:
         rows = read_record(path)
     except (UserError, OSError) as error:
         return dataclasses.replace(known, reason=str(error).replace(f"{path}{os.sep}", ""))
-    evaluations, low = losses(rows, "val"), best(rows)
+    return _with_results(known, rows, config)
+
+
+def _with_results(known: Summary, rows: list[Row], config: TrainConfig) -> Summary:
+    """Return the summary with what its record contains."""
+    evaluations = losses(rows, "val")
+    lowest = best(rows)
     speeds = [row["tokens_per_second"] for row in rows if row["tokens_per_second"] is not None]
-    state, reason = standing(rows, config)
+    state, reason = run_state(rows, config)
     return dataclasses.replace(
         known,
         state=state,
         reason=reason,
         step=max((row["step"] for row in rows), default=0),
-        best=low["loss"] if low else None,
-        bits_per_byte=low["bits_per_byte"] if low else None,
-        best_step=low["step"] if low else None,
+        best=lowest["loss"] if lowest else None,
+        bits_per_byte=lowest["bits_per_byte"] if lowest else None,
+        best_step=lowest["step"] if lowest else None,
         last=evaluations[-1][1] if evaluations else None,
         tokens_per_second=statistics.median(speeds) if speeds else None,
     )
 
 
-def standing(rows: list[Row], config: TrainConfig) -> tuple[str, str]:
-    """Whether a run is done, as far as its record tells, and if not, why."""
-    step = max((row["step"] for row in rows), default=0)
-    if step >= config.max_steps:
+def run_state(rows: list[Row], config: TrainConfig) -> tuple[str, str]:
+    """Return the state of a run ("done", "stopped" or "unfinished") as far as its record shows it, and the reason."""
+    if max((row["step"] for row in rows), default=0) >= config.max_steps:
         return "done", ""
-    evaluations, low = [row for row in rows if row["split"] == "val"], best(rows)
-    if config.max_time is not None and max((row["seconds"] or 0.0 for row in rows), default=0.0) >= config.max_time:
+    seconds = max((row["seconds"] or 0.0 for row in rows), default=0.0)
+    if config.max_time is not None and seconds >= config.max_time:
         return "stopped", "max_time"
-    stale = sum(row["step"] > low["step"] for row in evaluations) if low else len(evaluations)
-    if config.patience is not None and stale >= config.patience:
+    evaluations = [row for row in rows if row["split"] == "val"]
+    lowest = best(rows)
+    without_gain = [row for row in evaluations if lowest is None or row["step"] > lowest["step"]]
+    if config.patience is not None and len(without_gain) >= config.patience:
         return "stopped", "patience"
     trained = [row for row in rows if row["split"] == "train"]
     if trained and trained[-1].get("refused") and trained[-1]["loss"] is None:
@@ -113,9 +127,11 @@ def standing(rows: list[Row], config: TrainConfig) -> tuple[str, str]:
 
 
 def parameters(config: GPTConfig) -> int:
-    """How many a `GPT` of this shape has."""
-    width, wide = config.n_embd, config.ffn_mult * config.n_embd
+    """Return the number of parameters of a `GPT` of this shape."""
+    width = config.n_embd
+    hidden = config.ffn_mult * width
     attention = 4 * width * width + (4 * width if config.bias else 0)
-    block = attention + 2 * wide * width + wide + width + 4 * width  # feed-forward, its biases, two norms
-    tables = config.vocab_size * (1 if config.tied_lm_head else 2) + config.block_size
-    return tables * width + config.n_layer * block + 2 * width
+    feed_forward = 2 * hidden * width + hidden + width  # two matrices, two biases
+    norms = 4 * width  # two layer norms, weight and bias each
+    embeddings = (config.vocab_size * (1 if config.tied_lm_head else 2) + config.block_size) * width
+    return embeddings + config.n_layer * (attention + feed_forward + norms) + 2 * width

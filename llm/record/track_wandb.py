@@ -1,4 +1,4 @@
-"""A run as W&B shows it, offline where no account is set up."""
+"""Show a run in Weights & Biases (W&B): online if the user has an account there, else offline."""
 
 import hashlib
 import html
@@ -18,40 +18,37 @@ from llm.storage.lines import Row
 
 
 def with_wandb(say: Say) -> Start:
-    """Weights & Biases: a run of the same name, in the run's wandb/ and, where the user has set W&B up, online.
+    """Return the W&B tracker, which keeps a run of the same name in the run's wandb/.
 
-    Raises ImportError, and UserError where W&B was asked to be online and has no key. Nothing is sent and nobody
-    asked for a key otherwise: the run is written offline.
+    It is online only if the user has set W&B up. Otherwise the run is written offline: nothing is sent, and nobody is
+    asked for a key.
+
+    Raises:
+        ImportError: W&B is not installed.
+        UserError: W&B was asked to be online and has no key, or there is no home folder.
     """
     if os.path.expanduser("~") == "~":  # W&B looks for its settings there
         raise UserError("HOME is not set, and W&B needs a home folder for its settings; set it, such as HOME=/tmp")
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own reports of its crashes
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash reports
     import wandb
 
     settings = wandb.setup().settings
-    mode: Any = {"dryrun": "offline", "run": "online"}.get(settings.mode, settings.mode)
-    if mode == "online" and not has_key(settings):
-        if "WANDB_MODE" in os.environ:
-            raise UserError("WANDB_MODE = online: W&B has no key here; run wandb login, or set WANDB_MODE=offline")
-        say("W&B has no key here (wandb login gives it one), so this run is written offline and nothing is sent")
-        mode = "offline"
+    mode = _choose_mode(settings, say)
 
     class WandB:
         def __init__(self, run_dir: Path, config: TrainConfig, first: Row) -> None:
             name = run_dir.resolve().name
-            # the same for as long as this run is this run, so that a view takes the place of the one before;
-            # the seconds that its first evaluation took are those of no other
-            number = hashlib.sha256(json.dumps([name, first], sort_keys=True).encode()).hexdigest()[:16]
-            for old in (run_dir / "wandb").glob(f"*run-*-{number}"):
+            run_id = _run_id(name, first)
+            for old in (run_dir / "wandb").glob(f"*run-*-{run_id}"):
                 shutil.rmtree(old)
             self._run = wandb.init(
                 dir=str(run_dir),
-                id=number,
+                id=run_id,
                 project=settings.project or "losscurve",
                 name=settings.run_name or name,
                 config=hyperparameters(config),
                 mode=mode,
-                settings=wandb.Settings(silent=True, console="off", login_timeout=1.0),  # should it ask all the same
+                settings=wandb.Settings(silent=True, console="off", login_timeout=1.0),  # in case it asks nevertheless
             )
             self._run.define_metric("loss/val", summary="min")
             self._step = 0
@@ -66,9 +63,10 @@ def with_wandb(say: Say) -> Start:
 
         def sample(self, step: int, text: str) -> None:
             page = f"<p>step {step}</p><pre>{html.escape(text)}</pre>"
-            self._run.log({"sample": wandb.Html(page, inject=False)}, step=self._step)  # W&B takes no step back
+            # not `step`: W&B drops what is logged for an earlier step
+            self._run.log({"sample": wandb.Html(page, inject=False)}, step=self._step)
 
-        def flush(self) -> None: ...  # W&B does so in its own time
+        def flush(self) -> None: ...  # W&B uploads on its own schedule
 
         def close(self) -> None:
             self._run.finish()
@@ -76,8 +74,31 @@ def with_wandb(say: Say) -> Start:
     return WandB
 
 
+def _choose_mode(settings: Any, say: Say) -> Any:
+    """Return W&B's mode; "offline" in place of "online" if it has no key and the user did not ask for "online".
+
+    Raises:
+        UserError: WANDB_MODE asks for online mode, and there is no key.
+    """
+    mode = {"dryrun": "offline", "run": "online"}.get(settings.mode, settings.mode)
+    if mode != "online" or has_key(settings):
+        return mode
+    if "WANDB_MODE" in os.environ:
+        raise UserError("WANDB_MODE = online: W&B has no key here; run wandb login, or set WANDB_MODE=offline")
+    say("W&B has no key here, so this run is written offline and nothing is sent; run wandb login to be online")
+    return "offline"
+
+
+def _run_id(name: str, first: Row) -> str:
+    """Return the same id for as long as this run is the same run, so that a view replaces the earlier one.
+
+    The seconds of the first evaluation distinguish it from other runs in the same folder.
+    """
+    return hashlib.sha256(json.dumps([name, first], sort_keys=True).encode()).hexdigest()[:16]
+
+
 def has_key(settings: Any) -> bool:
-    """Whether W&B, with these settings, finds something to log in with: where it looks itself, without asking."""
+    """Return whether W&B with these settings has a key, by looking where W&B itself looks, without asking."""
     if settings.api_key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     own = os.environ.get("NETRC")

@@ -1,4 +1,4 @@
-"""What a tracker is, and what it is shown of a row and of the settings."""
+"""The interface of a tracker, and which numbers and settings of a run it gets."""
 
 import math
 from collections.abc import Callable
@@ -13,9 +13,9 @@ Say = Callable[[str], None]
 
 
 class Tracker(Protocol):
-    """What shows a run. Anything it raises ends the view, and only that."""
+    """A program that shows a run. An exception from it ends its view of the run, never the training."""
 
-    where: str  # in words, how to look at it
+    where: str  # how to look at the run, in words
 
     def row(self, row: Row) -> None: ...
     def sample(self, step: int, text: str) -> None: ...
@@ -27,8 +27,9 @@ Start = Callable[[Path, TrainConfig, Row], Tracker]  # run folder, settings, fir
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """The numbers of a row by the names that trackers show them under; what an evaluation shares with the training
-    row of its step is shown once.
+    """Return the finite numbers of a row by the names that trackers show.
+
+    A validation row gives only its losses: the training row of the same step has the other numbers.
     """
     split = row["split"]
     keys = ("loss", "bits_per_byte") if split == "val" else metrics.NUMBERS
@@ -38,5 +39,5 @@ def scalars(row: Row) -> dict[str, float]:
 
 
 def hyperparameters(config: TrainConfig) -> dict[str, Any]:
-    """The settings as plain values."""
-    return {key: " ".join(v) if isinstance(v, tuple) else v for key, v in to_settings(config).items()}
+    """Return the settings as plain values; a list of texts becomes one string."""
+    return {key: " ".join(value) if isinstance(value, tuple) else value for key, value in to_settings(config).items()}

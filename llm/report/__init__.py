@@ -1,1 +1,1 @@
-"""A run in one piece, to share."""
+"""Reports: a run in one file, to share."""

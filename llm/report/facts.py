@@ -1,4 +1,4 @@
-"""A report as data: what a run was, what it came to, what it wrote and on what it was trained."""
+"""A report as data: the settings and results of a run, its samples and its training text."""
 
 import math
 import shlex
@@ -13,24 +13,24 @@ from llm.config import FIELDS, TrainConfig, to_settings
 from llm.record.bands import Band
 from llm.record.chart_style import plain
 from llm.record.metrics import best
-from llm.record.points import thinned
-from llm.report.words import differing_settings, last, spelled, spelled_words
+from llm.record.points import thin_by_mean
+from llm.report.words import format_setting, last_value, setting_words, settings_to_repeat
 from llm.storage.lines import Row
 
 
 class Sample(NamedTuple):
-    """A text written at an evaluation."""
+    """A text generated at an evaluation."""
 
     step: int
-    loss: float
+    loss: float  # validation loss, nats per token
     prompt: str
     text: str  # without the prompt
     left_out: int  # characters
-    notable: bool  # the first, the last, that of the best evaluation
+    notable: bool  # the first, the last, or that of the best evaluation
 
 
 class Evaluation(NamedTuple):
-    """A line of the run: losses in nats per token, `train` the mean over the steps since the line before."""
+    """One evaluation. Losses are in nats per token; `train` is the mean over the steps since the one before."""
 
     step: int
     lr: float | None
@@ -41,7 +41,7 @@ class Evaluation(NamedTuple):
 
 
 class Frequency(NamedTuple):
-    """A token and how often it stands in the training text."""
+    """A token and how often the training text has it."""
 
     token: str
     id: int
@@ -49,30 +49,30 @@ class Frequency(NamedTuple):
     share: float
 
 
-class Seen(NamedTuple):
-    """What of some samples stands in the training text word for word."""
+class Overlap(NamedTuple):
+    """How much of some texts the training text contains word for word."""
 
-    what: str
-    share: float | None  # of the N-grams
+    source: str
+    share: float | None  # of their N-grams
     longest: int  # tokens
     passage: str
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Samples looked for in the training text."""
+class Memorisation:
+    """Samples that were searched for in the training text."""
 
-    weights: str  # the file
-    tokens: int  # drawn at each temperature
-    seen: Sequence[Seen]  # by temperature, and of the validation text
+    weights: str  # name of the file
+    tokens: int  # generated at each temperature
+    overlaps: Sequence[Overlap]  # one for each temperature, and one for the validation text
 
 
 @dataclass(frozen=True)
-class Card:
-    """What a run was trained on. `facts` are named values in words."""
+class DataCard:
+    """What a run was trained on. `facts` are names and values, in words."""
 
     facts: Sequence[tuple[str, str]]
-    trouble: str | None = None  # why the token files could not be looked at
+    trouble: str | None = None  # why the token files could not be read
     most: Sequence[Frequency] = ()
     least: Sequence[Frequency] = ()
     unseen: int = 0  # tokens of the vocabulary that the training text does not have
@@ -83,7 +83,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Report:
-    """A run, ready to be written down. A `memory` that is a text says why there is none; None: not asked for."""
+    """The content of a report.
+
+    `memorisation` is None if not requested; a string explains why it is unavailable.
+    """
 
     name: str
     config: TrainConfig
@@ -93,77 +96,80 @@ class Report:
     verdicts: Sequence[str]
     evaluations: Sequence[Evaluation]
     samples: Sequence[Sample]
-    samples_in_all: int
+    sample_count: int  # before some were left out
     environment: Sequence[tuple[str, str]]
-    card: Card
-    memory: Memory | str | None
+    card: DataCard
+    memorisation: Memorisation | str | None
     run_dir: Path
-    made: str
+    created: str  # date and time
     version: str = __version__
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """The number of completed steps."""
         return max((row["step"] for row in self.rows), default=0)
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
+        """Whether all steps are done."""
         return self.step >= self.config.max_steps
 
     @property
     def lowest(self) -> Row | None:
-        """The best evaluation."""
+        """The evaluation with the lowest validation loss."""
         return best(self.rows)
 
     @property
     def seconds(self) -> float | None:
-        return last(self.rows, "seconds")
+        """The training time."""
+        return last_value(self.rows, "seconds")
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on."""
+        """The number of tokens trained on."""
         return self.step * self.config.tokens_per_step
 
     @property
     def text(self) -> str:
-        """What it was trained on, in a few words."""
-        words = self.card.source or ", ".join(spelled_words("text", self.config.text)) or "a text of unknown origin"
-        return plain(words, 60)
+        """The name of the training text."""
+        name = self.card.source or ", ".join(setting_words("text", self.config.text)) or "a text of unknown origin"
+        return plain(name, 60)
 
     @property
     def perplexity(self) -> float | None:
-        """exp of the best loss: among how many equally likely tokens one would be as unsure."""
-        return math.exp(self.lowest["loss"]) if self.lowest and self.lowest["loss"] < 20 else None
+        """exp(lowest loss), None if that is huge. A uniform guess among so many tokens would have the same loss."""
+        if self.lowest is None or self.lowest["loss"] >= 20:
+            return None
+        return math.exp(self.lowest["loss"])
 
     @property
     def epochs(self) -> float | None:
-        """How many times the training text was read, in tokens drawn; None where its size is not known."""
+        """How many times the training text was read, in tokens; None if its size is unknown."""
         return self.tokens / self.card.train_tokens if self.card.train_tokens else None
 
-    def middle(self, key: str) -> float | None:
-        """The median of a number over the training rows."""
+    def median(self, key: str) -> float | None:
+        """Return the median of a number over the training rows, None if none has it."""
         values = [row[key] for row in self.rows if row["split"] == "train" and row[key] is not None]
         return statistics.median(values) if values else None
 
     def points(self, key: str, split: str = "train") -> list[tuple[float, float]]:
-        """(step, value) of a number, at most `plot.POINTS`, neighbours averaged."""
-        return list(thinned([(r["step"], r[key]) for r in self.rows if r["split"] == split and r[key] is not None]))
+        """Return (step, value) of a number, thinned by `record.points.thin_by_mean`."""
+        recorded = [(row["step"], row[key]) for row in self.rows if row["split"] == split and row[key] is not None]
+        return list(thin_by_mean(recorded))
 
-    def chosen(self) -> list[tuple[str, str, bool]]:
-        """Every setting: its name, its value, and whether it differs from the chapter's recipe."""
-        differing = differing_settings(self.config)
+    def settings(self) -> list[tuple[str, str, bool]]:
+        """Return every setting: its name, its value, and whether it differs from the chapter's recipe."""
+        differing = settings_to_repeat(self.config)
         values = to_settings(self.config)
-        return [(name, spelled(name, values[name]), name in differing) for name in FIELDS if name in values]
+        return [(name, format_setting(name, values[name]), name in differing) for name in FIELDS if name in values]
 
     def command(self) -> str:
-        """What to type for such a run."""
-        values = differing_settings(self.config)
-        values = differing_settings(self.config)
+        """Return the command that trains such a run."""
         command = ["losscurve train"]
-        for name, value in values.items():
-            words = spelled_words(name, value)
-            dashed = any(word.startswith("-") for word in words)  # which would be taken for a flag
-            command += (
-                [shlex.quote(f"--{name}={word}") for word in words] if dashed else [f"--{name}", shlex.join(words)]
-            )
+        for name, value in settings_to_repeat(self.config).items():
+            words = setting_words(name, value)
+            if any(word.startswith("-") for word in words):  # would be parsed as a flag
+                command += [shlex.quote(f"--{name}={word}") for word in words]
+            else:
+                command += [f"--{name}", shlex.join(words)]
         return " ".join(command)

@@ -1,7 +1,7 @@
-"""Collect a report from a run folder.
+"""Collect the content of a report from a run folder.
 
-Only the record and the settings have to be there: a part that is missing says so in its place. Folders
-are named by their last part, since a report is for others to read.
+Only the record and the settings are required. A part that is missing is reported as missing. Folders are named by their
+last part, because a report is meant to be shared.
 """
 
 import math
@@ -20,9 +20,11 @@ from llm.record.bands import band_of_run
 from llm.record.chart_style import plain
 from llm.record.explain import explain
 from llm.record.metrics import best, losses, read_record
-from llm.report.card import card_of, memory_of
+from llm.record.points import pick_evenly
+from llm.report.card import make_card
 from llm.report.facts import Evaluation, Report, Sample
-from llm.report.words import evenly, visible, without_folders
+from llm.report.memorisation import measure_memorisation
+from llm.report.words import shorten_folders, show_controls
 from llm.run import Run
 from llm.start.run_data import Say
 from llm.storage.lines import Row
@@ -31,32 +33,32 @@ from llm.tokens.saved_tokenizer import load_tokenizer
 from llm.tokens.token_files import GPT2_VOCAB
 from llm.tokens.tokenizer import Tokenizer
 
-SAMPLES, SAMPLE_LENGTH = 24, 4000  # samples shown, and characters of each: they keep a report small
-
-
+SAMPLES = 24  # in a report; this limit and the next keep the file small
+SAMPLE_LENGTH = 4000  # characters of a sample
 EVALUATIONS = 60  # rows of the table of evaluations
+ENVIRONMENT = 40  # lines of env.json
 
 
 def gather(run_dir: Path, data_dir: str | None = None, memorised: bool = True, say: Say = lambda line: None) -> Report:
-    """All there is to say of the run in `run_dir`; its token files are looked for in `data_dir` where it is given.
+    """Return the report of the run in `run_dir`.
 
-    Raises UserError where there is no run, its record is damaged, or a given `data_dir` does not hold its data.
+    Args:
+        data_dir: the run's token files, if they have moved.
+        memorised: generate samples and search for them in the training text.
+        say: called with notices about the token files.
+
+    Raises:
+        UserError: there is no run, its record is damaged, or `data_dir` does not hold the run's data.
     """
-    run, rows = Run.open(run_dir), read_record(run_dir)
+    run = Run.open(run_dir)
+    rows = read_record(run_dir)
     band = band_of_run(run_dir)
-    trouble: list[str] = []
-    tokenizer = tokenizer_of(run, trouble)
-    data: TokenData | str
-    try:
-        data = run_tokens(run, data_dir, say)
-    except (UserError, OSError) as error:
-        if data_dir is not None:  # a person said where
-            raise
-        data = without_folders(str(error), run)
-    samples = samples_of(run, rows)
+    tokenizer, trouble = find_tokenizer(run)
+    data = _open_tokens(run, data_dir, say)
+    samples = collect_samples(run, rows)
+    listed = {sample.step for sample in pick_evenly(samples, SAMPLES)}
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(run.config.model).parameters())
-    kept = {sample.step for sample in evenly(samples, SAMPLES)}
     return Report(
         name=plain(run_dir.resolve().name, 60),
         config=run.config,
@@ -64,68 +66,101 @@ def gather(run_dir: Path, data_dir: str | None = None, memorised: bool = True, s
         band=band,
         parameters=parameters,
         verdicts=explain(rows, replace(run.config, out_dir=PurePath(run.config.out_dir).name or "."), band),
-        evaluations=evaluations_of(rows),
-        samples=[sample for sample in samples if sample.step in kept or sample.notable],
-        samples_in_all=len(samples),
-        environment=environment_of(run_dir),
-        card=card_of(run, data, tokenizer, trouble),
-        memory=memory_of(run, data, tokenizer) if memorised else None,
+        evaluations=collect_evaluations(rows),
+        samples=[sample for sample in samples if sample.step in listed or sample.notable],
+        sample_count=len(samples),
+        environment=read_environment(run_dir),
+        card=make_card(run, data, tokenizer, trouble),
+        memorisation=measure_memorisation(run, data, tokenizer) if memorised else None,
         run_dir=run_dir,
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
-def tokenizer_of(run: Run, trouble: list[str]) -> Tokenizer | None:
-    """The run's tokenizer, for tokens of unknown origin GPT-2's if it is on this machine; None, with the reason in
-    `trouble`, where there is none or it is damaged."""
+def _open_tokens(run: Run, data_dir: str | None, say: Say) -> TokenData | str:
+    """Return the run's token files, or why they cannot be read.
+
+    Raises:
+        UserError: the user gave `data_dir`, and it does not hold them.
+    """
+    try:
+        return run_tokens(run, data_dir, say)
+    except (UserError, OSError) as error:
+        if data_dir is not None:
+            raise
+        return shorten_folders(str(error), run)
+
+
+def find_tokenizer(run: Run) -> tuple[Tokenizer | None, list[str]]:
+    """Return the run's tokenizer, or else GPT-2's if that fits and is on this machine, and what went wrong."""
     try:
         if (run.path / "tokenizer.json").exists():
-            return load_tokenizer(run.path / "tokenizer.json")
+            return load_tokenizer(run.path / "tokenizer.json"), []
         if run.config.model.vocab_size >= GPT2_VOCAB:
-            return gpt2(offline=True)
-        trouble.append("the run has no tokenizer.json, so tokens are shown by their ids")
+            return gpt2(offline=True), []
+        return None, ["the run has no tokenizer.json, so tokens are shown as ids"]
     except UserError as error:
-        trouble.append(without_folders(str(error), run))
+        return None, [shorten_folders(str(error), run)]
     except Failure:
-        trouble.append("the run has no tokenizer.json and GPT-2's is not here, so tokens are shown by their ids")
-    return None
+        return None, ["the run has no tokenizer.json and GPT-2's is not on this machine, so tokens are shown as ids"]
 
 
-def samples_of(run: Run, rows: list[Row]) -> list[Sample]:
-    """Return the samples of a run, each cut to SAMPLE_LENGTH characters; none where they cannot be read."""
+def collect_samples(run: Run, rows: list[Row]) -> list[Sample]:
+    """Return the samples of a run, each cut to SAMPLE_LENGTH characters; none if they cannot be read."""
     try:
         written = run.samples
     except UserError:
         return []
-    low, found = best(rows), []
+    lowest = best(rows)
+    found = []
     for place, sample in enumerate(written):
-        prompt = visible(sample.prompt)[:SAMPLE_LENGTH]
+        prompt = show_controls(sample.prompt)[:SAMPLE_LENGTH]
         kept = SAMPLE_LENGTH - len(prompt)
-        notable = place in (0, len(written) - 1) or (low is not None and sample.step == low["step"])
-        left_out = max(0, len(sample.text) - kept)
-        found.append(Sample(sample.step, sample.val_loss, prompt, visible(sample.text[:kept]), left_out, notable))
+        is_best = lowest is not None and sample.step == lowest["step"]
+        found.append(
+            Sample(
+                step=sample.step,
+                loss=sample.val_loss,
+                prompt=prompt,
+                text=show_controls(sample.text[:kept]),
+                left_out=max(0, len(sample.text) - kept),
+                notable=is_best or place in (0, len(written) - 1),
+            )
+        )
     return found
 
 
-def evaluations_of(rows: list[Row]) -> list[Evaluation]:
-    """The lines of a run, at most EVALUATIONS and the best, evenly spread."""
-    train, before, lines = losses(rows, "train"), -1, []
-    position = 0
-    for row in (row for row in rows if row["split"] == "val" and row["loss"] is not None):
-        since = []
+def collect_evaluations(rows: list[Row]) -> list[Evaluation]:
+    """Return the evaluations of a run: evenly spaced ones, at most EVALUATIONS, and the best."""
+    train = losses(rows, "train")
+    evaluations: list[Evaluation] = []
+    position = 0  # in `train`
+    for row in rows:
+        if row["split"] != "val" or row["loss"] is None:
+            continue
+        start = position
         while position < len(train) and train[position][0] <= row["step"]:
-            since += [train[position][1]] if train[position][0] > before else []
             position += 1
-        mean = math.fsum(since) / len(since) if since else None
-        lines.append(Evaluation(row["step"], row["lr"], mean, row["loss"], row["bits_per_byte"], row["seconds"]))
-        before = row["step"]
-    low = min(lines, key=lambda line: line.val, default=None)
-    kept = {line.step for line in [*evenly(lines, EVALUATIONS), *([low] if low else [])]}
-    return [line for line in lines if line.step in kept]
+        before = evaluations[-1].step if evaluations else -1
+        since = [loss for step, loss in train[start:position] if step > before]
+        evaluations.append(
+            Evaluation(
+                step=row["step"],
+                lr=row["lr"],
+                train=math.fsum(since) / len(since) if since else None,
+                val=row["loss"],
+                bits_per_byte=row["bits_per_byte"],
+                seconds=row["seconds"],
+            )
+        )
+    listed = {evaluation.step for evaluation in pick_evenly(evaluations, EVALUATIONS)}
+    if evaluations:
+        listed.add(min(evaluations, key=lambda evaluation: evaluation.val).step)
+    return [evaluation for evaluation in evaluations if evaluation.step in listed]
 
 
-def environment_of(run_dir: Path) -> list[tuple[str, str]]:
-    """env.json as named values."""
+def read_environment(run_dir: Path) -> list[tuple[str, str]]:
+    """Return env.json as names and values in words; an empty list if it cannot be read."""
     try:
         facts = storage.read_json(run_dir / "env.json")
     except UserError:
@@ -133,6 +168,7 @@ def environment_of(run_dir: Path) -> list[tuple[str, str]]:
     if not isinstance(facts, dict):
         return []
     data = facts.pop("data", None)
-    sums = [(f"SHA-256 of {name}", value) for name, value in data.items()] if isinstance(data, dict) else []
-    named = [(str(name), value) for name, value in facts.items() if value is not None]
-    return [(plain(name, 60), plain(str(value), 120)) for name, value in [*named, *sums][:40]]
+    pairs = [(str(name), value) for name, value in facts.items() if value is not None]
+    if isinstance(data, dict):
+        pairs += [(f"SHA-256 of {name}", value) for name, value in data.items()]
+    return [(plain(name, 60), plain(str(value), 120)) for name, value in pairs[:ENVIRONMENT]]

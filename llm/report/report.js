@@ -1,5 +1,5 @@
 "use strict";
-// Reads the charts' numbers out and zooms into them. The charts are there without it.
+// Shows the values of the charts at a step, and zooms. Without this script the charts are still there.
 {
   const numbers = JSON.parse(document.getElementById("numbers").textContent);
   const byId = (id) => document.getElementById(id);
@@ -18,9 +18,10 @@
   }));
   const end = charts.length ? +charts[0].figure.dataset.end : 0;
   const whole = [-0.01 * end, 1.01 * end];
-  let view = whole, used = false;  // `used`: the reader has asked for a step
+  let view = whole;  // the steps in view
+  let used = false;  // whether the reader has selected a step
 
-  // the places that can be read: every recorded step
+  // the positions of the slider: every recorded step
   const steps = [...new Set(charts.flatMap((chart) => Object.values(chart.data).flatMap(([x]) => x)))].sort((a, b) => a - b);
   const slider = byId("step");
 
@@ -41,7 +42,7 @@
     return found;
   }
 
-  const spelled = (value) =>
+  const format = (value) =>
     Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(+value.toPrecision(6));
   const across = (step) => 100 * (step - view[0]) / (view[1] - view[0]);
 
@@ -52,7 +53,7 @@
     return made;
   }
 
-  // the values from `low` to `high` that a chart shows: all of it, or the losses of the steps in view
+  // returns the range of values that a chart shows: all of it, or for the losses those of the steps in view
   function heights(chart) {
     if (chart.name !== "loss" || view === whole) return [chart.low, chart.high];
     const shown = Object.values(chart.data).flatMap(([x, y]) => y.filter((_, i) => x[i] >= view[0] && x[i] <= view[1]));
@@ -70,12 +71,12 @@
     chart.ticks.replaceChildren(
       ...ticks(low, high, 5).map((value) => {
         const tick = element("svg", { class: "tick y", y: `${down(value)}%` });
-        tick.append(element("line", { x2: "100%" }), element("text", { x: -8, dy: ".35em" }, spelled(value)));
+        tick.append(element("line", { x2: "100%" }), element("text", { x: -8, dy: ".35em" }, format(value)));
         return tick;
       }),
       ...ticks(Math.max(0, view[0]), Math.min(end, view[1]), 5).filter(Number.isInteger).map((step) => {
         const tick = element("svg", { class: "tick x", x: `${across(step)}%` });
-        tick.append(element("line", { y2: "100%" }), element("text", { y: "100%", dy: "1.5em" }, spelled(step)));
+        tick.append(element("line", { y2: "100%" }), element("text", { y: "100%", dy: "1.5em" }, format(step)));
         return tick;
       }),
     );
@@ -89,7 +90,7 @@
     }
   }
 
-  function read() {
+  function showValues() {
     const step = steps[+slider.value];
     byId("place").textContent = step.toLocaleString("en");
     for (const chart of charts) {
@@ -97,35 +98,35 @@
       chart.guide.setAttribute("x", `${place}%`);
       chart.guide.toggleAttribute("hidden", !used || place < 0 || place > 100);
       chart.words.textContent = Object.entries(chart.data).filter(([, [x]]) => x.length).map(([name, [x, y]]) => {
-        const i = nearest(x, step), value = chart.name === "loss" ? y[i].toFixed(4) : spelled(y[i]);
-        return (chart.name === "loss" ? `${name} ${value}` : value) + (x[i] === step ? "" : ` (step ${spelled(x[i])})`);
+        const i = nearest(x, step), value = chart.name === "loss" ? y[i].toFixed(4) : format(y[i]);
+        return (chart.name === "loss" ? `${name} ${value}` : value) + (x[i] === step ? "" : ` (step ${format(x[i])})`);
       }).reverse().join(", ");
     }
     slider.setAttribute("aria-valuetext", `step ${step}: ${charts[0].words.textContent}`);
   }
 
-  function show(left, right) {
+  function zoomTo(left, right) {
     const size = Math.max(right - left, Math.min(4, whole[1] - whole[0]));
     left = Math.min(Math.max(left, whole[0]), whole[1] - size);
     view = size >= 0.999 * (whole[1] - whole[0]) ? whole : [left, left + size];
     byId("whole").disabled = byId("out").disabled = view === whole;
     charts.forEach(draw);
-    read();
+    showValues();
   }
 
-  // zoom around the step that is read, keeping it where it is
+  // zooms around the selected step, which keeps its place
   function zoom(factor) {
     const step = Math.min(Math.max(steps[+slider.value], view[0]), view[1]);
-    show(step - (step - view[0]) * factor, step + (view[1] - step) * factor);
+    zoomTo(step - (step - view[0]) * factor, step + (view[1] - step) * factor);
   }
 
   if (steps.length > 1) {
     slider.max = steps.length - 1;
     slider.value = steps.length - 1;
-    slider.addEventListener("input", () => { used = true; read(); });
+    slider.addEventListener("input", () => { used = true; showValues(); });
     byId("in").addEventListener("click", () => zoom(0.5));
     byId("out").addEventListener("click", () => zoom(2));
-    byId("whole").addEventListener("click", () => show(...whole));
+    byId("whole").addEventListener("click", () => zoomTo(...whole));
     document.querySelector(".controls").hidden = document.querySelector(".hint").hidden = false;
     for (const chart of charts) {
       let from = null;
@@ -148,25 +149,25 @@
         const step = stepAt(event);
         slider.value = nearest(steps, step);
         used = true;
-        read();
+        showValues();
         if (from !== null) {
           picked.setAttribute("x", `${across(Math.min(from, step))}%`);
           picked.setAttribute("width", `${Math.abs(across(step) - across(from))}%`);
         }
       });
       chart.frame.addEventListener("pointerup", (event) => {
-        const to = stepAt(event), began = from;
+        const to = stepAt(event), start = from;
         from = null;
         picked.setAttribute("width", 0);
-        if (began !== null && Math.abs(across(to) - across(began)) > 2) show(Math.min(began, to), Math.max(began, to));
+        if (start !== null && Math.abs(across(to) - across(start)) > 2) zoomTo(Math.min(start, to), Math.max(start, to));
       });
       chart.frame.addEventListener("pointercancel", () => { from = null; picked.setAttribute("width", 0); });
-      chart.frame.addEventListener("dblclick", () => show(...whole));
+      chart.frame.addEventListener("dblclick", () => zoomTo(...whole));
     }
-    read();
+    showValues();
   }
 
-  // on paper everything is open
+  // for printing, open all details
   let closed = [];
   addEventListener("beforeprint", () => {
     closed = [...document.querySelectorAll("details:not([open])")];

@@ -73,7 +73,7 @@ class LiveRun:
         """Measure the speed that the next training row tells from here on."""
         self.pace = (self.stepping_seconds, self.progress.tokens)
 
-    def utilisation(self, tokens_per_second: float) -> float:
+    def matmul_utilisation(self, tokens_per_second: float) -> float:
         """Return the share of `matrix_rate` that so many tokens per second take."""
         return tokens_per_second * self.parts.model.flops_per_token() / self.matrix_rate
 

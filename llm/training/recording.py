@@ -66,7 +66,7 @@ def log_step(run: LiveRun, step: Step) -> Iterator[Notice]:
         tokens=progress.tokens,
         seconds=round(run.seconds, 3),
         tokens_per_second=None if speed is None else round(speed, 1),
-        mfu=None if speed is None else round(run.utilisation(speed), 4),
+        matmul_utilisation=None if speed is None else round(run.matmul_utilisation(speed), 4),
         data_seconds=round(run.parts.data_seconds, 4),
         **marks,
     )

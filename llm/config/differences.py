@@ -1,0 +1,20 @@
+"""Compare the settings of a run with the defaults."""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+from llm.config.recipe import TrainConfig
+from llm.config.settings import to_settings
+
+
+def differing_settings(config: TrainConfig, ignored: Collection[str] = ()) -> dict[str, Any]:
+    """Return the settings that differ from the chapter's recipe, except those in `ignored`.
+
+    `warmup_steps` and `min_lr` differ only if they are not what the other settings would make them.
+    """
+    derived = dataclasses.replace(config, warmup_steps=None, min_lr=None)
+    usual = to_settings(TrainConfig()) | {"warmup_steps": derived.warmup, "min_lr": derived.final_lr}
+    return {
+        name: value for name, value in to_settings(config).items() if name not in ignored and value != usual.get(name)
+    }

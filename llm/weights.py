@@ -21,14 +21,14 @@ LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch.save's
 
 
 def run_config(folder: Path) -> TrainConfig:
-    """The settings of the run in `folder`. Raises UserError where there is none."""
+    """Return the settings of the run in `folder`. Raises UserError where there is none."""
     if not (folder / "config.toml").is_file():
         raise UserError(f"{folder}: no run here (no config.toml); give the folder of one, or train one there")
     return from_settings(read_toml(str(folder / "config.toml")))
 
 
 def weights_file(source: str) -> Path:
-    """The .pt file meant by a run folder (its best weights, else its last) or by the file itself."""
+    """Return the .pt file that a run folder means (its best weights, else its last), or the file itself."""
     path = Path(source)
     candidates = [path / "best.pt", path / "model.pt"] if path.is_dir() else [path]
     for candidate in candidates:
@@ -38,7 +38,7 @@ def weights_file(source: str) -> Path:
 
 
 def load_model(path: Path, device: torch.device, base: GPTConfig | None = None) -> GPT:
-    """A model in evaluation mode with the weights of a .pt file. Raises UserError as `read_weights` does."""
+    """Return a model in evaluation mode with the weights of a .pt file. Raises UserError as `read_weights` does."""
     config, weights = read_weights(path, base or GPTConfig())
     model = GPT(config)
     model.load_state_dict(weights)
@@ -46,8 +46,9 @@ def load_model(path: Path, device: torch.device, base: GPTConfig | None = None) 
 
 
 def check_sums(path: Path) -> None:
-    """Raises UserError if the file is no archive of torch.save, or a byte of it changed: it is a zip archive, whose
-    checksums torch does not look at.
+    """Raises UserError if the file is not an archive of torch.save, or a byte of it changed.
+
+    It is a zip archive, and torch does not check its CRC-32 sums.
     """
     try:
         size = path.stat().st_size
@@ -132,27 +133,40 @@ def _state_dict(path: Path, content: Any, base: GPTConfig) -> tuple[dict[str, Te
 
 
 def read_weights(path: Path, base: GPTConfig) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The shape and the state_dict in a .pt file. Sizes come from the tensors; what these do not tell
-    (heads, GELU, dropout) from the config.toml beside the file, else from `base`.
+    """Return the shape and the state_dict in a .pt file.
 
-    Raises UserError where the file is not a state_dict of a `GPT`. Loading runs no code.
+    Sizes come from the tensors. What these do not tell (heads, GELU, dropout) comes from the config.toml beside the file,
+    else from `base`. Loading runs no code.
+
+    Raises UserError where the file is not a state_dict of a `GPT`.
     """
     check_sums(path)
+    weights, base = _state_dict(path, load_plain_data(path), base)
+    if (path.parent / "config.toml").exists():
+        base = run_config(path.parent).model
+    config, expected = infer_shape(path, weights, base)
+    check_tensors(path, weights, expected)
+    return config, weights
+
+
+def load_plain_data(path: Path) -> Any:
+    """Return what torch.save wrote, if it is tensors and plain data. Raises UserError."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is not its own
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds of errors for a file that is not its own
         if objects := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
                 f"{path}: holds Python objects ({objects[1]}) besides weights, and loading those could run code; {SAVE}"
             ) from None
         raise UserError(f"{path}: not a state_dict saved by torch.save ({type(error).__name__}); {SAVE}") from None
-    weights, base = _state_dict(path, content, base)
-    if (path.parent / "config.toml").exists():
-        base = run_config(path.parent).model
+
+
+def infer_shape(path: Path, weights: dict[str, Tensor], base: GPTConfig) -> tuple[GPTConfig, dict[str, torch.Size]]:
+    """Return the config that `weights` fit, and the shape of each of its tensors by name. Raises UserError."""
+    unfit = (KeyError, ValueError, IndexError, AttributeError, TypeError, ZeroDivisionError, RuntimeError, UserError)
     try:
         vocab_size, n_embd = weights["wte.weight"].shape
         layers = {int(name.split(".")[1]) for name in weights if name.startswith("h.")}
-        tied = weights["lm_head.weight"].data_ptr() == weights["wte.weight"].data_ptr()
         config = dataclasses.replace(
             base,
             vocab_size=vocab_size,
@@ -161,23 +175,18 @@ def read_weights(path: Path, base: GPTConfig) -> tuple[GPTConfig, dict[str, Tens
             n_embd=n_embd,
             ffn_mult=weights["h.0.mlp.c_fc.weight"].shape[0] // n_embd,
             bias="h.0.attn.c_attn.bias" in weights,
-            tied_lm_head=tied,
+            tied_lm_head=weights["lm_head.weight"].data_ptr() == weights["wte.weight"].data_ptr(),
         )
         with torch.device("meta"):
-            expected = {name: p.shape for name, p in GPT(config).state_dict().items()}
-    except (
-        KeyError,
-        ValueError,
-        IndexError,
-        AttributeError,
-        TypeError,
-        ZeroDivisionError,
-        RuntimeError,
-        UserError,
-    ) as error:
+            return config, {name: p.shape for name, p in GPT(config).state_dict().items()}
+    except unfit as error:
         raise UserError(
             f"{path}: not the weights of a GPT of ours ({type(error).__name__}: {error}); give other weights"
         ) from None
+
+
+def check_tensors(path: Path, weights: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
+    """Raises UserError that names the first tensor that is missing, unknown, misshapen, sparse or not finite."""
     for name in sorted(set(expected) | set(weights)):
         if name not in weights:
             raise UserError(f"{path}: has no {name}, which a GPT of ours of this shape needs; give other weights")
@@ -193,4 +202,3 @@ def read_weights(path: Path, base: GPTConfig) -> tuple[GPTConfig, dict[str, Tens
             raise UserError(f"{path}: {name} is a sparse tensor; save a plain state_dict")
         if not torch.isfinite(weights[name]).all():
             raise UserError(f"{path}: {name} holds a number that is not finite; use other weights")
-    return config, weights

@@ -135,8 +135,8 @@ def _state_dict(path: Path, content: Any, base: GPTConfig) -> tuple[dict[str, Te
 def read_weights(path: Path, base: GPTConfig) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Return the shape and the state_dict in a .pt file.
 
-    Sizes come from the tensors. What these do not tell (heads, GELU, dropout) comes from the config.toml beside the file,
-    else from `base`. Loading runs no code.
+    Sizes come from the tensors. What these do not tell (heads, GELU, dropout) comes from the config.toml beside the
+    file, else from `base`. Loading runs no code.
 
     Raises UserError where the file is not a state_dict of a `GPT`.
     """

@@ -1,7 +1,7 @@
-"""Tokens a second of a training step on a GPU, and how much of the card's measured matrix rate that is.
+"""Compare the throughput of training steps on a GPU, and their share of the GPU's measured rate of matrix products.
 
-For each preset: ours, ours with --compile, and the chapter's plain loop, as it is (float32) and under bfloat16
-autocast; each in a process of its own, in turn, round after round. A side that the card's memory cannot hold says so.
+For each preset: ours, ours with --compile, and the chapter's plain loop, in float32 and under bfloat16 autocast; each
+in a process of its own, in turn, round after round. A side that does not fit in the GPU's memory is reported as such.
 
     python -m benchmarks.gpu [--presets chapter,gpt2-124m] [--batch_size 32] [--rounds 3] [--steps 20] [--json FILE]
 """
@@ -32,82 +32,101 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("PRESET", "SIDE"), help=argparse.SUPPRESS)  # in this process
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(*args.one, args.batch_size, args.steps, args.device)))
+        preset, side = args.one
+        print(json.dumps(measure(preset, side, args.batch_size, args.steps, args.device)))
         return
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for _ in range(args.rounds):
         for preset in args.presets.split(","):
             for side in args.sides.split(","):
-                words = ["--batch_size", str(args.batch_size), "--steps", str(args.steps), "--device", args.device]
-                run = subprocess.run(
-                    [sys.executable, "-m", "benchmarks.gpu", *words, "--one", preset, side],
-                    stdout=subprocess.PIPE, text=True, check=True,
-                )  # fmt: skip
-                found.setdefault((preset, side), []).append(json.loads(run.stdout))
-    rows = [row(preset, side, runs) for (preset, side), runs in found.items()]
-    print(f"{'preset':<22}{'side':<15}{'tokens/s':>12}{'spread':>22}{'of matrix rate':>16}{'peak GiB':>10}{'loss':>9}")
-    for r in rows:
-        if r["failed"]:
-            print(f"{r['preset']:<22}{r['side']:<15}  {r['failed']}")
-            continue
-        spread = f"{r['low']:,.0f}-{r['high']:,.0f}"
-        print(
-            f"{r['preset']:<22}{r['side']:<15}{r['tokens_per_second']:>12,.0f}{spread:>22}"
-            f"{r['matmul_utilisation']:>16.1%}{r['peak_gib']:>10.2f}{r['loss']:>9.4f}"
-        )
-    good = [r for r in rows if not r["failed"]]
-    if good:
-        print(f"{good[0]['device']}: {max(r['matrix_rate'] for r in good) / 1e12:.1f} TFLOP/s in a bfloat16 product")
+                found.setdefault((preset, side), []).append(measure_in_process(preset, side, args))
+    rows = [summarize(preset, side, runs) for (preset, side), runs in found.items()]
+    print_rows(rows)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(rows, file, indent=2)
 
 
-def row(preset: str, side: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the rounds of a side."""
+def measure_in_process(preset: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Return what `measure` does, from a process of its own."""
+    flags = ["--batch_size", str(args.batch_size), "--steps", str(args.steps), "--device", args.device]
+    finished = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *flags, "--one", preset, side],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(finished.stdout)  # type: ignore[no-any-return]
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """Print a table of the sides, and the GPU's rate of matrix products."""
+    print(f"{'preset':<22}{'side':<15}{'tokens/s':>12}{'spread':>22}{'of matrix rate':>16}{'peak GiB':>10}{'loss':>9}")
+    for row in rows:
+        if row["failed"]:
+            print(f"{row['preset']:<22}{row['side']:<15}  {row['failed']}")
+            continue
+        spread = f"{row['low']:,.0f}-{row['high']:,.0f}"
+        print(
+            f"{row['preset']:<22}{row['side']:<15}{row['tokens_per_second']:>12,.0f}{spread:>22}"
+            f"{row['matmul_utilisation']:>16.1%}{row['peak_gib']:>10.2f}{row['loss']:>9.4f}"
+        )
+    succeeded = [row for row in rows if not row["failed"]]
+    if succeeded:
+        rate = max(row["matrix_rate"] for row in succeeded)
+        print(f"{succeeded[0]['device']}: {rate / 1e12:.1f} TFLOP/s in a bfloat16 product")
+
+
+def summarize(preset: str, side: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the medians of one side over the rounds."""
     failed = next((run["failed"] for run in runs if run["failed"]), None)
     if failed:
         return {"preset": preset, "side": side, "failed": failed}
-    speeds = sorted(run["tokens_per_second"] for run in runs)
-    middle = statistics.median(speeds)
-    rate = max(run["matrix_rate"] for run in runs)
+    rates = sorted(run["tokens_per_second"] for run in runs)
+    median = statistics.median(rates)
+    matrix_rate = max(run["matrix_rate"] for run in runs)
     return {
         "preset": preset,
         "side": side,
         "failed": None,
         "device": runs[0]["device"],
-        "tokens_per_second": middle,
-        "low": speeds[0],
-        "high": speeds[-1],
-        "matrix_rate": rate,
-        "matmul_utilisation": middle * runs[0]["flops_per_token"] / rate,
+        "tokens_per_second": median,
+        "low": rates[0],
+        "high": rates[-1],
+        "matrix_rate": matrix_rate,
+        "matmul_utilisation": median * runs[0]["flops_per_token"] / matrix_rate,
         "peak_gib": max(run["peak_gib"] for run in runs),
         "loss": runs[0]["loss"],
     }
 
 
-def measure(preset: str, side: str, batch_size: int, steps: int, name: str) -> dict[str, Any]:
-    """One side in this process: tokens a second over all `steps` together, waiting for the device only at the end."""
+def measure(preset: str, side: str, batch_size: int, steps: int, device_name: str) -> dict[str, Any]:
+    """Measure one side in this process: the tokens per second of all `steps` together.
+
+    The host waits for the device only after the last step.
+    """
     import numpy as np
     import torch
 
     from llm.config import from_settings, to_settings
+    from llm.config.counts import flops_per_token
     from llm.machine.device import describe_device, matrix_rate
 
     changes = {"batch_size": batch_size, "gradient_accumulation_steps": 1, "compile": side == "ours-compiled"}
     config = from_settings(to_settings(settings_of(preset)) | changes)
-    device, cuda = torch.device(name), name.startswith("cuda")
+    device = torch.device(device_name)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 2_000_000).astype(np.uint16)
     torch.manual_seed(config.seed)
+    make_step = ours if side.startswith("ours") else plain
     try:
-        step, model = (ours if side.startswith("ours") else plain)(config, tokens, device, side)
+        step = make_step(config, tokens, device, side)
         for number in range(5):
             loss = step(number)
         loss.item()
         start = time.perf_counter()
         for number in range(steps):
             loss = step(5 + number)
-        last = loss.item()
+        last_loss = loss.item()
         seconds = time.perf_counter() - start
     except torch.OutOfMemoryError:
         return {"failed": f"out of memory at batch {batch_size}"}
@@ -116,13 +135,14 @@ def measure(preset: str, side: str, batch_size: int, steps: int, name: str) -> d
         "device": describe_device(device, torch.bfloat16),
         "tokens_per_second": steps * config.tokens_per_step / seconds,
         "matrix_rate": matrix_rate(device, torch.bfloat16),
-        "flops_per_token": model.flops_per_token(),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan"),
-        "loss": last,
+        "flops_per_token": flops_per_token(config.model),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan"),
+        "loss": last_loss,
     }
 
 
-def ours(config: Any, tokens: Any, device: Any, side: str) -> tuple[Callable[[int], Any], Any]:
+def ours(config: Any, tokens: Any, device: Any, side: str) -> Callable[[int], Any]:
+    """Return our step; it returns the loss as a tensor."""
     from pathlib import Path
 
     import torch
@@ -136,11 +156,11 @@ def ours(config: Any, tokens: Any, device: Any, side: str) -> tuple[Callable[[in
     parts.model.train()
     if config.compile:
         compile_forward(parts, lambda reason: print(reason, file=sys.stderr))
-    return lambda number: train_step(parts, number).loss, parts.model
+    return lambda number: train_step(parts, number).loss
 
 
-def plain(config: Any, tokens: Any, device: Any, side: str) -> tuple[Callable[[int], Any], Any]:
-    """The chapter's loop: all logits at once, the usual cross-entropy, default AdamW."""
+def plain(config: Any, tokens: Any, device: Any, side: str) -> Callable[[int], Any]:
+    """Return a step of the chapter's loop: all logits at once, PyTorch's cross-entropy, its default AdamW."""
     import torch
 
     from llm import GPT
@@ -160,7 +180,7 @@ def plain(config: Any, tokens: Any, device: Any, side: str) -> tuple[Callable[[i
         optimizer.step()
         return loss.detach()
 
-    return step, model
+    return step
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The same loss curve: ours, and the plain float32 loop from the same weights on the same batches.
+"""Compare the loss curves of our loop and of a plain float32 loop, from the same weights on the same batches.
 
-Both train the chapter's recipe on prepared token files; the plain loop makes all logits at once, takes PyTorch's
-cross-entropy and default AdamW, and is evaluated in float32 over the same windows.
+Both train the chapter's recipe on prepared token files. The plain loop computes all logits at once, uses PyTorch's
+cross-entropy and its default AdamW, and is evaluated in float32 over the same windows.
 
     python -m benchmarks.loss --data_dir data [--seeds 1,2,3] [--steps 250] [--preset chapter]
 """
@@ -35,27 +35,28 @@ def main() -> None:
     for seed in map(int, args.seeds.split(",")):
         config = from_settings(to_settings(settings_of(args.preset)) | {"seed": seed})
         data = open_data(args.data_dir, config.model.block_size, config.model.vocab_size)
-        fast, plain = ours(config, data, steps), plain_loop(config, data, steps)
-        for step, a, b in zip(steps, fast, plain, strict=True):
+        our_losses = ours(config, data, steps)
+        plain_losses = plain(config, data, steps)
+        for step, a, b in zip(steps, our_losses, plain_losses, strict=True):
             print(f"seed {seed} step {step}: ours {a:.4f}, plain {b:.4f}, difference {a - b:+.4f}", flush=True)
 
 
 def ours(config: Any, data: TokenData, steps: list[int]) -> list[float]:
-    """Validation losses after each of `steps`, in nats per token."""
+    """Train our loop; return the validation loss after each of `steps`, in nats per token."""
     device = choose_device("cpu")
-    trainer = build(config, data, None, device, choose_dtype(config.dtype, device))
-    trainer.model.train()
+    parts = build(config, data, None, device, choose_dtype(config.dtype, device))
+    parts.model.train()
     found = []
     for step in range(max(steps)):
-        train_step(trainer, step)
+        train_step(parts, step)
         if step + 1 in steps:
-            with precision(trainer.dtype, device):
-                found.append(evaluate(trainer.model, data.val, config.model.block_size, config.eval_tokens).loss)
+            with precision(parts.dtype, device):
+                found.append(evaluate(parts.model, data.val, config.model.block_size, config.eval_tokens).loss)
     return found
 
 
-def plain_loop(config: Any, data: TokenData, steps: list[int]) -> list[float]:
-    """The same of the chapter's loop."""
+def plain(config: Any, data: TokenData, steps: list[int]) -> list[float]:
+    """Train the chapter's loop; return the validation loss after each of `steps`, in nats per token."""
     torch.manual_seed(config.seed)
     model = GPT(config.model)
     optimizer = torch.optim.AdamW(

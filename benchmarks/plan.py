@@ -1,8 +1,8 @@
-"""What `losscurve plan` predicts against what a real run then takes: peak memory and wall time.
+"""Compare what `losscurve plan` predicts with what a real run takes: peak memory and wall time.
 
 Each run is a process of its own; its peak is the resident memory that the system reports when it ends. The plan is made
-just before, in another process. TUNED were looked at while the constants of llm/plan.py were set; HELD_OUT were not.
-Nothing else may run on the machine meanwhile.
+just before, in another process. TUNED runs were used to set the constants of llm/plan; HELD_OUT runs were not. Nothing
+else may run on the machine meanwhile.
 
     python -m benchmarks.plan [--which held_out|tuned] [--rounds 2] [--json FILE]
 """
@@ -38,44 +38,48 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
+    configurations = {"held_out": HELD_OUT, "tuned": TUNED}[args.which]
     rows = []
     print(f"{'run':<38}{'MiB: plan':>10}{'run':>7}{'error':>7}{'s: plan':>10}{'run':>7}{'error':>7}", flush=True)
-    for name, flags in {"held_out": HELD_OUT, "tuned": TUNED}[args.which].items():
+    for name, flags in configurations.items():
         for _ in range(args.rounds):
-            rows.append(row := compared(name, flags.split()))
-            space = f"{row['mib_predicted']:>10.0f}{row['mib']:>7.0f}{row['mib_error']:>+7.0%}"
-            print(f"{name:<38}{space}{row['s_predicted']:>10.1f}{row['s']:>7.1f}{row['s_error']:>+7.0%}", flush=True)
+            row = compare(name, flags.split())
+            rows.append(row)
+            memory = f"{row['mib_predicted']:>10.0f}{row['mib']:>7.0f}{row['mib_error']:>+7.0%}"
+            seconds = f"{row['s_predicted']:>10.1f}{row['s']:>7.1f}{row['s_error']:>+7.0%}"
+            print(f"{name:<38}{memory}{seconds}", flush=True)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(rows, file, indent=2)
 
 
-def compared(name: str, flags: list[str]) -> dict[str, Any]:
-    """Prediction, truth and (prediction - truth) / truth of one run, in MiB and seconds."""
+def compare(name: str, flags: list[str]) -> dict[str, Any]:
+    """Plan a run, run it, and return both in MiB and seconds, with errors (predicted - taken) / taken."""
     llm = [sys.executable, "-m", "llm"]
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     with tempfile.TemporaryDirectory() as folder:
-        shared: dict[str, Any] = {"cwd": folder, "env": os.environ | {"PYTHONPATH": root}}
-        shown = subprocess.run([*llm, "plan", *flags, "--json"], stdout=subprocess.PIPE, check=True, **shared)
-        facts = json.loads(shown.stdout)
+        options: dict[str, Any] = {"cwd": folder, "env": os.environ | {"PYTHONPATH": root}}
+        planned = subprocess.run([*llm, "plan", *flags, "--json"], stdout=subprocess.PIPE, check=True, **options)
+        plan = json.loads(planned.stdout)
         start = time.perf_counter()
-        child = subprocess.Popen([*llm, "train", *flags, "--out_dir", "run"], stdout=subprocess.DEVNULL, **shared)
-        _, status, used = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
+        run = subprocess.Popen([*llm, "train", *flags, "--out_dir", "run"], stdout=subprocess.DEVNULL, **options)
+        _, status, usage = os.wait4(run.pid, 0)  # unlike wait, it reports this one process's peak memory
+        run.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - start
-    if child.returncode:
-        raise SystemExit(f"{name}: train ended with {child.returncode}")
-    mib, planned = used.ru_maxrss / 1024, sum(facts["memory"].values()) / 2**20
-    planned_seconds = sum(facts["seconds"].values())
+    if run.returncode:
+        raise SystemExit(f"{name}: train ended with exit code {run.returncode}")
+    mib = usage.ru_maxrss / 1024
+    planned_mib = sum(plan["memory"].values()) / 2**20
+    planned_seconds = sum(plan["seconds"].values())
     return {
         "run": name,
-        "mib_predicted": planned,
+        "mib_predicted": planned_mib,
         "mib": mib,
-        "mib_error": planned / mib - 1,
+        "mib_error": planned_mib / mib - 1,
         "s_predicted": planned_seconds,
         "s": seconds,
         "s_error": planned_seconds / seconds - 1,
-        "plan": facts,
+        "plan": plan,
     }
 
 

@@ -1,16 +1,17 @@
-"""Training in several processes on this machine: speed, share of communication, overlap, and what one process pays.
+"""Measure training in several processes on this machine: speed, communication, overlap, and torchrun's own cost.
 
 Every job runs in processes of its own with one thread each, in turn with the others, and times the same steps:
 
     plain   one process, without torchrun
-    one     the same below torchrun, which is to cost nothing
+    one     the same below torchrun, which should cost nothing
     ddp, fsdp   N processes that share the windows of a step
 
-Beside each timed step of ddp goes one whose gradients stay where they are: the difference is what the exchange costs
-in the end. A trace of one step shows how much of the exchange lies within backward, and that accumulation exchanges
-with its last micro-batch only.
+Each timed step of ddp is followed by one that does not all-reduce its gradients: the difference is what the all-reduce
+costs. A trace of one step shows how much of it overlaps with the backward pass, and that gradient accumulation
+all-reduces with its last micro-batch only.
 
-Last comes what llm/scale.py predicts from the plain loop and the link between the processes, measured in the same run.
+At the end, llm/plan/clusters.py predicts the jobs from the plain loop and the link between the processes, measured in
+the same run.
 
     python -m benchmarks.scale [--nproc 2] [--rounds 3] [--steps 6] [--preset chapter] [--trace FILE] [--json FILE]
 """
@@ -25,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.link import fitted, measured, predicted
+from benchmarks.link import fit_link, measure_link, predict_throughput
 from benchmarks.step import settings_of
 
 
@@ -40,50 +41,80 @@ def main() -> None:
     parser.add_argument("--job", help=argparse.SUPPRESS)  # one process of a job
     args = parser.parse_args()
     if args.job:
-        work(args.job, args.preset, args.steps, args.trace)
+        run_job(args.job, args.preset, args.steps, args.trace)
         return
-    jobs = {"plain": 0, "one": 1, "ddp": args.nproc, "fsdp": args.nproc}
-    found: dict[str, list[dict[str, Any]]] = {job: [] for job in jobs}
+    processes_of = {"plain": 0, "one": 1, "ddp": args.nproc, "fsdp": args.nproc}  # 0: without torchrun
+    found: dict[str, list[dict[str, Any]]] = {job: [] for job in processes_of}
     for _ in range(args.rounds):
-        for job, nproc in jobs.items():
-            found[job].append(start(job, nproc, args))
-    median = {job: statistics.median(ms for run in runs for ms in run["ms"]) for job, runs in found.items()}
+        for job, nproc in processes_of.items():
+            found[job].append(start_job(job, nproc, args))
+    median_ms = {job: statistics.median(ms for run in runs for ms in run["ms"]) for job, runs in found.items()}
     tokens = settings_of(args.preset).tokens_per_step
-    print(f"{'job':<8}{'processes':>10}{'ms a step':>11}{'tokens/s':>10}{'speed-up':>10}{'efficiency':>12}")
-    for job, nproc in jobs.items():
-        ratio, processes = median["plain"] / median[job], max(1, nproc)
-        shown = f"{tokens / median[job] * 1000:>10,.0f}{ratio:>10.2f}{ratio / processes:>12.1%}"
-        print(f"{job:<8}{processes:>10}{median[job]:>11.1f}{shown}")
-    alone = statistics.median(ms for run in found["ddp"] for ms in run["ms_without_exchange"])
-    facts = {key: statistics.median(run[key] for run in found["ddp"]) for key in found["ddp"][0] if "ms" not in key}
-    print(f"one process below torchrun: {median['one'] / median['plain'] - 1:+.1%}")
-    print(f"ddp without the exchange: {alone:.1f} ms; the exchange adds {1 - alone / median['ddp']:.1%} of a step")
-    print(f"of {1000 * facts['exchange']:.0f} ms of exchange, {facts['within_backward']:.0%} lies within backward")
-    print(f"exchanges of a step: {facts['exchanges']:.0f}; accumulating 4 micro-batches {facts['accumulated']:.0f}")
-    bandwidth, latency = fitted(measured(args.nproc), args.nproc)
-    config, rate = settings_of(args.preset), 1000 * tokens / median["plain"]
-    print(f"link: {bandwidth / 1e9:.3g} GB/s, {1e6 * latency:.0f} us a hop")
-    for job in ("ddp", "fsdp"):
-        said = predicted(config, [args.nproc], rate, bandwidth, latency, job, size=2)[args.nproc]
-        taken = 1000 * tokens / median[job]
-        print(f"{job}: predicted {said:,.0f} tokens/s, took {taken:,.0f}: {said / taken - 1:+.0%}")
+    print_jobs(processes_of, median_ms, tokens)
+    ddp_facts = print_communication(found["ddp"], median_ms)
+    print_predictions(args.preset, args.nproc, median_ms, tokens)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"median_ms": median, "ddp": facts, "runs": found}, file, indent=2)
+            json.dump({"median_ms": median_ms, "ddp": ddp_facts, "runs": found}, file, indent=2)
 
 
-def start(job: str, nproc: int, args: argparse.Namespace) -> dict[str, Any]:
-    """What the first process of a job measured."""
-    words = ["-m", "benchmarks.scale", "--job", job, "--preset", args.preset, "--steps", str(args.steps)]
-    words += ["--trace", args.trace] if args.trace else []
+def print_jobs(processes_of: dict[str, int], median_ms: dict[str, float], tokens: int) -> None:
+    """Print a table of the jobs. `tokens`: tokens of a step."""
+    print(f"{'job':<8}{'processes':>10}{'ms a step':>11}{'tokens/s':>10}{'speed-up':>10}{'efficiency':>12}")
+    for job, nproc in processes_of.items():
+        processes = max(1, nproc)
+        speed_up = median_ms["plain"] / median_ms[job]
+        rate = tokens / median_ms[job] * 1000
+        timing = f"{median_ms[job]:>11.1f}{rate:>10,.0f}"
+        print(f"{job:<8}{processes:>10}{timing}{speed_up:>10.2f}{speed_up / processes:>12.1%}")
+
+
+def print_communication(ddp_runs: list[dict[str, Any]], median_ms: dict[str, float]) -> dict[str, float]:
+    """Print what torchrun and the all-reduce cost; return the medians of the facts about the all-reduce."""
+    without_exchange = statistics.median(ms for run in ddp_runs for ms in run["ms_without_exchange"])
+    names = [name for name in ddp_runs[0] if "ms" not in name]
+    facts = {name: statistics.median(run[name] for run in ddp_runs) for name in names}
+    print(f"one process below torchrun: {median_ms['one'] / median_ms['plain'] - 1:+.1%}")
+    print(
+        f"ddp without the all-reduce: {without_exchange:.1f} ms; the all-reduce adds "
+        f"{1 - without_exchange / median_ms['ddp']:.1%} of a step"
+    )
+    print(f"of {1000 * facts['exchange']:.0f} ms of all-reduce, {facts['within_backward']:.0%} is within backward")
+    print(f"all-reduces of a step: {facts['exchanges']:.0f}; accumulating 4 micro-batches {facts['accumulated']:.0f}")
+    return facts
+
+
+def print_predictions(preset: str, nproc: int, median_ms: dict[str, float], tokens: int) -> None:
+    """Measure the link, and print predicted and measured throughput of ddp and fsdp."""
+    bandwidth, latency = fit_link(measure_link(nproc), nproc)
+    print(f"link: {bandwidth / 1e9:.3g} GB/s, {1e6 * latency:.0f} us a hop")
+    config = settings_of(preset)
+    rate_of_one = 1000 * tokens / median_ms["plain"]
+    for job in ("ddp", "fsdp"):
+        predicted = predict_throughput(config, [nproc], rate_of_one, bandwidth, latency, job, itemsize=2)[nproc]
+        measured = 1000 * tokens / median_ms[job]
+        print(f"{job}: predicted {predicted:,.0f} tokens/s, took {measured:,.0f}: {predicted / measured - 1:+.0%}")
+
+
+def start_job(job: str, nproc: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Run a job in `nproc` processes below torchrun (0: in one, without it); return what its first process measured."""
+    flags = ["-m", "benchmarks.scale", "--job", job, "--preset", args.preset, "--steps", str(args.steps)]
+    if args.trace:
+        flags += ["--trace", args.trace]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    shown = subprocess.run([sys.executable, *torchrun, *words], env=env, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(shown.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    finished = subprocess.run(
+        [sys.executable, *torchrun, *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    last_line = finished.stdout.splitlines()[-1]
+    return json.loads(last_line)  # type: ignore[no-any-return]
 
 
-def work(job: str, preset: str, steps: int, trace: str | None) -> None:
-    """One process of a job; the first prints what it measured."""
+def run_job(job: str, preset: str, steps: int, trace: str | None) -> None:
+    """Be one process of a job; the first one prints what it measured."""
     from llm.machine.rendezvous import init_distributed
 
     with init_distributed() as world:
@@ -93,7 +124,7 @@ def work(job: str, preset: str, steps: int, trace: str | None) -> None:
 
 
 def measure(world: Any, job: str, preset: str, steps: int, trace: str | None) -> dict[str, Any]:
-    """Milliseconds of each of `steps` steps on random tokens; for ddp also the facts of its exchange."""
+    """Return the milliseconds of each of `steps` steps on random tokens; for ddp also facts about its all-reduce."""
     import dataclasses
 
     import numpy as np
@@ -101,7 +132,6 @@ def measure(world: Any, job: str, preset: str, steps: int, trace: str | None) ->
     from llm.data import TokenData
     from llm.machine.device import choose_device, choose_dtype
     from llm.start.build import build, connect
-    from llm.train import train_step
 
     config = dataclasses.replace(settings_of(preset), parallel="fsdp" if job == "fsdp" else "ddp")
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 300_000).astype(np.uint16)
@@ -110,28 +140,43 @@ def measure(world: Any, job: str, preset: str, steps: int, trace: str | None) ->
     parts = build(config, data, None, device, choose_dtype("auto", device), world)
     connect(parts, print)
     parts.model.train()
-    exchanged = parts.exchange
-    ms: dict[bool, list[float]] = {True: [], False: []}
-    order = [True, True] + [True, False][: 2 if job == "ddp" else 1] * steps
-    for number, exchange in enumerate(order):
-        parts.exchange = exchanged if exchange else (lambda last: exchanged(False))
-        world.gather(None)
+    if job != "ddp":
+        ms, _ = time_steps(parts, [True, True] + [True] * steps)
+        return {"ms": ms[2:]}
+    with_exchange, without_exchange = time_steps(parts, [True, True] + [True, False] * steps)
+    facts = trace_all_reduce(parts, trace)
+    batch_size = config.batch_size // 4
+    parts.config = dataclasses.replace(config, batch_size=batch_size, gradient_accumulation_steps=4)
+    facts["accumulated"] = trace_all_reduce(parts, None)["exchanges"]
+    return {"ms": with_exchange[2:], "ms_without_exchange": without_exchange, **facts}
+
+
+def time_steps(parts: Any, order: list[bool]) -> tuple[list[float], list[float]]:
+    """Run a step for each item of `order`, which says whether it exchanges its gradients.
+
+    Returns the milliseconds of the steps with and of those without the exchange.
+    """
+    from llm.train import train_step
+
+    exchange = parts.exchange
+    with_exchange: list[float] = []
+    without_exchange: list[float] = []
+    for number, is_exchanged in enumerate(order):
+        parts.exchange = exchange if is_exchanged else (lambda is_last: exchange(False))
+        parts.world.gather(None)  # all processes start together
         start = time.perf_counter()
         train_step(parts, number).loss.item()
-        ms[exchange].append(1000 * (time.perf_counter() - start))
-    found: dict[str, Any] = {"ms": ms[True][2:]}
-    if job == "ddp":
-        parts.exchange = exchanged
-        facts = traced(parts, trace)
-        few = {"batch_size": config.batch_size // 4, "gradient_accumulation_steps": 4}
-        parts.config = dataclasses.replace(config, **few)
-        facts["accumulated"] = traced(parts, None)["exchanges"]
-        found |= {"ms_without_exchange": ms[False], **facts}
-    return found
+        ms = 1000 * (time.perf_counter() - start)
+        (with_exchange if is_exchanged else without_exchange).append(ms)
+    parts.exchange = exchange
+    return with_exchange, without_exchange
 
 
-def traced(parts: Any, trace: str | None) -> dict[str, float]:
-    """Of one step: the gradients' exchanges, their seconds, and the share of these that lies within backward."""
+def trace_all_reduce(parts: Any, trace: str | None) -> dict[str, float]:
+    """Profile one step.
+
+    Returns the number of gradient all-reduces, their seconds, and the share of these seconds within the backward pass.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     from llm.train import train_step
@@ -143,7 +188,8 @@ def traced(parts: Any, trace: str | None) -> dict[str, float]:
     events = profiled.events() or []
     spans = [(e.time_range.start, e.time_range.end) for e in events if e.name == "gloo:all_reduce"]
     backward = [e.time_range for e in events if e.name.startswith("autograd::engine::evaluate_function")]
-    first, last = min(span.start for span in backward), max(span.end for span in backward)
+    first = min(span.start for span in backward)
+    last = max(span.end for span in backward)
     gradients = [(start, end) for start, end in spans if first <= start <= last]
     seconds = sum(end - start for start, end in gradients) / 1e6
     within = sum(min(end, last) - start for start, end in gradients) / 1e6

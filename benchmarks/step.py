@@ -1,8 +1,8 @@
-"""Seconds of a training step: ours, the chapter's plain loop, and a transformers GPT-2 in a plain loop.
+"""Compare the seconds of a training step: ours, the chapter's plain loop, and a transformers GPT-2 in a plain loop.
 
-Each round runs every side in a process of its own, one after the other, so that they share whatever
-else the machine is doing. Prints a table of medians and ratios, and the floor: the step's products at the
-rate of a large product measured here in the same run. --json FILE keeps it all.
+Each round runs every side in a process of its own, one after the other, so that other work on the machine affects all
+of them. Prints a table of medians and ratios, and the floor: the step's matrix products at the rate of a large product,
+measured in the same run. --json FILE writes all of it.
 
     python -m benchmarks.step [--rounds 3] [--steps 5] [--preset chapter] [--sides plain,ours] [--json FILE]
 """
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-SIDES = ("plain", "reused", "transformers", "ours")  # reused: plain, with freed memory kept
+SIDES = ("plain", "reused", "transformers", "ours")  # reused: plain, with freed memory kept by the process
 
 
 def main() -> None:
@@ -37,35 +37,56 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     rates: dict[str, float] = {}
     for _ in range(args.rounds):
-        keep_best(rates)
+        update_matrix_rates(rates)
         for side in sides:
-            words = ["--side", side, "--preset", args.preset, "--steps", str(args.steps)]
-            shown = subprocess.run(
-                [sys.executable, "-m", "benchmarks.step", *words], stdout=subprocess.PIPE, text=True, check=True
-            )
-            found[side].append(json.loads(shown.stdout))
-    keep_best(rates)
-    rows = [row(side, found[side]) for side in sides]
-    reference = rows[0]["median_ms"]
-    print(f"{'side':<14}{'ms a step':>10}{'spread':>14}{'ratio':>8}{'peak MiB':>10}{'loss':>9}")
-    for r in rows:
-        spread = f"{r['min_ms']:.0f}-{r['max_ms']:.0f}"
-        ratio = f"{reference / r['median_ms']:.2f}x"
-        print(f"{r['side']:<14}{r['median_ms']:>10.1f}{spread:>14}{ratio:>8}{r['peak_mib']:>10.0f}{r['loss']:>9.4f}")
+            found[side].append(measure_in_process(side, args.preset, args.steps))
+    update_matrix_rates(rates)
+    rows = [summarize(side, found[side]) for side in sides]
+    print_rows(rows)
     work = step_flops(args.preset)
     floors = {dtype: 1000 * work / rate for dtype, rate in rates.items()}
     for dtype, floor in floors.items():
         rate = f"{work / 1e9:.0f} GFLOP at {rates[dtype] / 1e9:.0f} GFLOP/s ({dtype})"
-        print(f"floor: {rate}: {floor:.0f} ms, {reference / floor:.2f}x")
+        print(f"floor: {rate}: {floor:.0f} ms, {rows[0]['median_ms'] / floor:.2f}x")
     if args.json:
-        facts: dict[str, Any] = {"floor_ms": floors, "matrix_flops_per_second": rates, "step_flops": work}
-        facts |= {"preset": args.preset, "machine": platform.processor() or platform.machine(), "rows": rows}
+        facts = {
+            "floor_ms": floors,
+            "matrix_flops_per_second": rates,
+            "step_flops": work,
+            "preset": args.preset,
+            "machine": platform.processor() or platform.machine(),
+            "rows": rows,
+        }
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(facts, file, indent=2)
 
 
-def keep_best(rates: dict[str, float]) -> None:
-    """Measure a large product in float32 and in the precision that ours runs in; keep the best rate of each."""
+def measure_in_process(side: str, preset: str, steps: int) -> dict[str, Any]:
+    """Return what `measure` does, from a process of its own."""
+    flags = ["--side", side, "--preset", preset, "--steps", str(steps)]
+    finished = subprocess.run(
+        [sys.executable, "-m", "benchmarks.step", *flags], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(finished.stdout)  # type: ignore[no-any-return]
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """Print a table of the sides; the first one is the reference of the ratios."""
+    reference = rows[0]["median_ms"]
+    print(f"{'side':<14}{'ms a step':>10}{'spread':>14}{'ratio':>8}{'peak MiB':>10}{'loss':>9}")
+    for row in rows:
+        spread = f"{row['min_ms']:.0f}-{row['max_ms']:.0f}"
+        ratio = f"{reference / row['median_ms']:.2f}x"
+        print(
+            f"{row['side']:<14}{row['median_ms']:>10.1f}{spread:>14}{ratio:>8}{row['peak_mib']:>10.0f}{row['loss']:>9.4f}"
+        )
+
+
+def update_matrix_rates(rates: dict[str, float]) -> None:
+    """Measure a large product in float32 and in the precision that ours runs in; keep the best rate of each.
+
+    `rates`: FLOP/s by dtype.
+    """
     import torch
 
     from llm.machine.device import choose_dtype, matrix_rate
@@ -78,20 +99,22 @@ def keep_best(rates: dict[str, float]) -> None:
 
 
 def step_flops(preset: str) -> float:
-    """Floating-point operations of the products of one step."""
-    from llm import GPT
+    """Return the floating-point operations of the matrix products of one step."""
+    from llm.config.counts import flops_per_token
 
     config = settings_of(preset)
-    return float(GPT(config.model).flops_per_token() * config.tokens_per_step)
+    return float(flops_per_token(config.model) * config.tokens_per_step)
 
 
 def settings_of(preset: str) -> Any:
+    """Return the config of a preset with the vocabulary of its text."""
     from llm.config import from_settings, read_toml
 
     return from_settings(read_toml(preset) | {"vocab_size": 65 if "char" in preset else 50257})
 
 
-def row(side: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(side: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the median and the spread of one side over the rounds."""
     times = sorted(ms for run in runs for ms in run["ms"])
     return {
         "side": side,
@@ -104,7 +127,7 @@ def row(side: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure(side: str, preset: str, steps: int) -> dict[str, Any]:
-    """Milliseconds of each of `steps` steps of a side on random tokens, its peak memory and last loss."""
+    """Return the milliseconds of each of `steps` steps on random tokens, the peak memory and the last loss."""
     import numpy as np
     import torch
 
@@ -112,8 +135,10 @@ def measure(side: str, preset: str, steps: int) -> dict[str, Any]:
     vocab_size = config.model.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocab_size, 300_000).astype(np.uint16)
     torch.manual_seed(config.seed)
-    step = {"plain": plain, "reused": reused, "transformers": transformers, "ours": ours}[side](config, tokens)
-    times, loss = [], float("nan")
+    make_step = {"plain": plain, "reused": reused, "transformers": transformers, "ours": ours}[side]
+    step = make_step(config, tokens)
+    times = []
+    loss = float("nan")
     for number in range(2 + steps):
         start = time.perf_counter()
         loss = step(number)
@@ -123,7 +148,7 @@ def measure(side: str, preset: str, steps: int) -> dict[str, Any]:
 
 
 def ours(config: Any, tokens: Any) -> Callable[[int], float]:
-    """The loop of this package: its own model, data, loss, optimizer and precision."""
+    """Return a step of this package: its own model, data, loss, optimizer and precision."""
     from pathlib import Path
 
     from llm.data import TokenData
@@ -139,6 +164,7 @@ def ours(config: Any, tokens: Any) -> Callable[[int], float]:
 
 
 def plain_batch(config: Any, tokens: Any) -> tuple[Any, Any]:
+    """Return a batch of random windows, x and y (B, T), as the chapter draws it."""
     import numpy as np
     import torch
 
@@ -150,7 +176,7 @@ def plain_batch(config: Any, tokens: Any) -> tuple[Any, Any]:
 
 
 def plain_loop(config: Any, tokens: Any, loss_of: Callable[[Any, Any], Any], parameters: Any) -> Callable[[int], float]:
-    """The chapter's loop around any model."""
+    """Return a step of the chapter's loop, for any model and loss."""
     import torch
 
     optimizer = torch.optim.AdamW(parameters, lr=config.max_lr, betas=(config.beta1, config.beta2))
@@ -168,7 +194,7 @@ def plain_loop(config: Any, tokens: Any, loss_of: Callable[[Any, Any], Any], par
 
 
 def plain(config: Any, tokens: Any) -> Callable[[int], float]:
-    """All logits at once, the usual cross-entropy, default AdamW: the loop as the chapter has it."""
+    """Return a step of the chapter's loop: all logits at once, PyTorch's cross-entropy, its default AdamW."""
     import torch
 
     from llm import GPT
@@ -183,7 +209,7 @@ def plain(config: Any, tokens: Any) -> Callable[[int], float]:
 
 
 def reused(config: Any, tokens: Any) -> Callable[[int], float]:
-    """The plain loop with freed memory kept by the process, and nothing else of ours."""
+    """Return a step of the plain loop with freed memory kept by the process, and nothing else of ours."""
     from llm.machine.device import keep_memory
 
     keep_memory()
@@ -191,7 +217,7 @@ def reused(config: Any, tokens: Any) -> Callable[[int], float]:
 
 
 def transformers(config: Any, tokens: Any) -> Callable[[int], float]:
-    """The public peer: a GPT-2 of the transformers package, of the same shape."""
+    """Return a step of the plain loop with a GPT-2 of the transformers package, of the same shape."""
     import transformers as peer
 
     shape = config.model

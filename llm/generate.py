@@ -44,8 +44,8 @@ def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: flo
     if top_k is not None and top_k < logits.size(1):  # the same before the temperature as after it
         logits, ids = largest(logits, top_k)
     # the largest at 0, so that a tiny temperature cannot overflow; in float32, 1e-300 would be 0 and 1e300 infinite
-    heat = min(max(temperature, torch.finfo(torch.float32).tiny), torch.finfo(torch.float32).max)
-    logits = (logits - logits.amax(1, keepdim=True)) / heat
+    temperature = min(max(temperature, torch.finfo(torch.float32).tiny), torch.finfo(torch.float32).max)
+    logits = (logits - logits.amax(1, keepdim=True)) / temperature
     probabilities = torch.softmax(logits, 1)
     if top_p == 1:
         return probabilities, ids
@@ -199,7 +199,7 @@ def continue_text(
     out of its range, and for a prompt that is empty or that the tokenizer does not know.
     """
     device = next(model.parameters()).device
-    luck = generators(seed, num_samples, device)
+    generator = generators(seed, num_samples, device)
     ids = torch.from_numpy(tokenizer.encode(prompt).astype(np.int64)).to(device).expand(num_samples, -1)
-    tokens = generate(model, ids, max_new_tokens, temperature, top_k, top_p, luck, tokenizer.vocab_size)
+    tokens = generate(model, ids, max_new_tokens, temperature, top_k, top_p, generator, tokenizer.vocab_size)
     return (token.tolist() for token in tokens)

@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm.config import GPTConfig
+from llm.config import GPTConfig, counts
 from llm.errors import UserError
 from llm.loss import linear_cross_entropy
 
@@ -148,11 +148,8 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if branch else 0.02)
 
     def flops_per_token(self) -> float:
-        """Floating-point operations of forward and backward for a token: 6 for each weight it is multiplied with, 12
-        for each layer, channel and position of its context (Chowdhery et al. 2022, appendix B)."""
-        config = self.config
-        weights = sum(p.numel() for p in self.h.parameters() if p.dim() == 2) + self.lm_head.weight.numel()
-        return 6.0 * weights + 12.0 * config.n_layer * config.n_embd * config.block_size
+        """Return the floating-point operations of the forward and backward pass for one token."""
+        return counts.flops_per_token(self.config)
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None, seeds: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, C) of tokens `idx` (B, T), after those in `cache`; the rest as in `stream`."""

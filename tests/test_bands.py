@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import append, flags
 
-from benchmarks.bands import collected, spelled
+from benchmarks.bands import make_band, to_json
 from llm import storage
 from llm.config import TrainConfig, from_settings, read_toml
 from llm.record import bands
@@ -106,7 +106,7 @@ def test_a_folder_without_its_settings_or_hashes_has_no_band(tmp_path):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_ships_fits_the_preset_and_each_of_its_runs_lies_inside(name):
     facts = json.loads(resources.files("llm.record").joinpath("reference", name).read_text())
-    band = band_from_reference(facts)
+    band = band_from(facts)
     preset = from_settings(read_toml(facts["preset"]) | {"vocab_size": facts["settings"].get("vocab_size")})
     assert shaping(preset) == facts["settings"]
     assert band.runs >= 3
@@ -120,11 +120,11 @@ def test_the_line_is_explained_and_drawn_and_comes_from_runs_that_were_made(here
     runs = [here / str(seed) for seed in (1, 2, 3, 4)]
     for run in runs:
         assert losscurve(f"train --text text.txt --out_dir {run} --seed {run.name} {flags()}")[0] == 0
-    facts = collected("small", runs[:3])
-    assert json.loads(spelled(facts)) == facts
+    facts = make_band("small", runs[:3])
+    assert json.loads(to_json(facts)) == facts
     assert facts["steps"] == [0, 4, 8, 12]
     (here / "reference").mkdir()
-    (here / "reference" / "small.json").write_text(spelled(facts))
+    (here / "reference" / "small.json").write_text(to_json(facts))
     monkeypatch.setattr(bands.resources, "files", lambda package: here)
     band = band_of_run(runs[3])
     for end in (facts["val"]["1"][-1], 99.0):
@@ -146,4 +146,4 @@ def test_runs_of_other_settings_are_not_put_into_one_band(here, losscurve):
     assert losscurve(f"train --text text.txt --out_dir a {flags()}")[0] == 0
     assert losscurve(f"train --text text.txt --out_dir b {flags(batch_size=2)}")[0] == 0
     with pytest.raises(ValueError, match="differ in settings"):
-        collected("small", [here / "a", here / "b"])
+        make_band("small", [here / "a", here / "b"])

@@ -57,7 +57,7 @@ def test_a_vocabulary_of_one_character_has_nothing_to_guess(here, losscurve):
     assert "ln V" not in err
     assert "-0.0" not in out + Path("checkpoints/samples.txt").read_text(encoding="utf-8")
     assert all(row["loss"] >= 0 for row in read_record(Path("checkpoints")))
-    assert losscurve("explain checkpoints")[1].startswith("nothing worth knowing")
+    assert losscurve("explain checkpoints")[1].startswith("nothing to report")
     assert losscurve("report checkpoints")[0] == 0
     assert "ln V" not in Path("checkpoints/report.html").read_text(encoding="utf-8")
 

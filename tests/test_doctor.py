@@ -1,4 +1,4 @@
-"""The doctor: every check finds what is broken, says how to mend it, and ends."""
+"""The doctor: every check finds what is broken, says how to fix it, and ends."""
 
 import http.server
 import io
@@ -20,7 +20,7 @@ from llm.checks import one_step as stepping
 from llm.checks.check import Check
 from llm.checks.doctor import bounded
 from llm.checks.one_step import Outcome, differences, one_step, parity
-from llm.checks.reachable import cached, silence
+from llm.checks.reachable import cached, connection_error
 from llm.commands.check.doctor import MARKS
 from llm.commands.main import main
 from llm.config import from_settings
@@ -37,11 +37,11 @@ LIMITS = (stepping.LOSS_TOLERANCE, stepping.GRADIENT_TOLERANCE, stepping.UPDATE_
 
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
-    """An empty folder, empty caches, no network, and nothing imported or asked for that takes long."""
+    """Run in an empty folder with empty caches and without a network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOSSCURVE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
-    monkeypatch.setattr(reachable, "silence", lambda url: "no network")
+    monkeypatch.setattr(reachable, "connection_error", lambda url: "no network")
     return tmp_path
 
 
@@ -52,10 +52,10 @@ def test_the_packages_are_those_of_the_project():
         assert [line.split(">=")[0] for line in project["optional-dependencies"][name]] == list(packages)
 
 
-def test_a_line_for_each_check_and_0_where_nothing_needed_is_broken(alone, losscurve):
+def test_each_check_is_a_line_and_the_exit_code_is_0_if_nothing_needed_is_broken(alone, losscurve):
     code, out, err = losscurve("doctor")
     lines = out.splitlines()
-    assert (code, err, lines[-1]) == (0, "", "all that is needed works")
+    assert (code, err, lines[-1]) == (0, "", "everything that training needs works")
     assert {line[0] for line in lines[:-1]} <= set(MARKS.values())
     names = [line[2:14].strip() for line in lines[:-1]]
     assert names[:3] == ["packages", "threads", "bfloat16"]
@@ -74,7 +74,7 @@ def test_a_package_that_is_missing_or_too_old_ends_the_list(alone, losscurve, mo
     assert len(out.splitlines()) == 2
     assert out.startswith("✗ packages")
     assert "is older than 99.1; nosuchpackage cannot be imported" in out
-    assert 'try: pip install --upgrade "numpy>=99.1" "nosuchpackage>=1"\n1 to mend' in out
+    assert 'try: pip install --upgrade "numpy>=99.1" "nosuchpackage>=1"\n1 to fix' in out
 
 
 def test_versions_are_compared_as_numbers():
@@ -83,7 +83,7 @@ def test_versions_are_compared_as_numbers():
 
 
 def reference_step(dropout: float) -> Outcome:
-    """The same update in float64, by logits, torch's cross-entropy and AdamW's formula."""
+    """Compute the same update in float64, from logits, torch's cross-entropy and AdamW's formula."""
     shape = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 64, "dropout": dropout}
     config = from_settings(shape)
     torch.manual_seed(config.seed)
@@ -96,7 +96,7 @@ def reference_step(dropout: float) -> Outcome:
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-    # the first step of AdamW: both moments are corrected to the gradient and its square
+    # in the first step of AdamW, the bias-corrected moments are the gradient and its square
     update = -config.max_lr * (gradient / (gradient.abs() + 1e-8) + config.weight_decay * weights)
     return Outcome(loss.item(), gradient, update)
 
@@ -168,7 +168,7 @@ BREAKS = (
 
 
 @pytest.mark.parametrize("broken", BREAKS)
-def test_a_step_that_is_deliberately_broken_is_found(broken, monkeypatch):
+def test_a_deliberately_broken_step_is_detected(broken, monkeypatch):
     right = {dropout: one_step(CPU, dropout) for dropout in (0.0, 0.1)}
     with monkeypatch.context() as patch:
         broken(patch)
@@ -177,12 +177,12 @@ def test_a_step_that_is_deliberately_broken_is_found(broken, monkeypatch):
     assert not all(value <= limit for value, limit in zip(found, LIMITS, strict=True)), found
     monkeypatch.setattr(
         "llm.machine.device.choose_device", lambda name: torch.device("cuda")
-    )  # told apart by its type only
+    )  # `parity` tells the devices apart by their type only
     monkeypatch.setattr(stepping, "one_step", lambda on, dropout: (right if on.type == "cpu" else wrong)[dropout])
     check = parity()
     assert check.good is False
     assert check.remedy == "losscurve train --device cpu"
-    assert "at most 0.0001, 0.001, 0.02 is rounding" in check.words
+    assert "at most 0.0001, 0.001, 0.02 is rounding" in check.message
 
 
 def test_a_check_that_hangs_or_raises_is_broken_and_the_list_goes_on():
@@ -199,7 +199,7 @@ def test_a_check_that_hangs_or_raises_is_broken_and_the_list_goes_on():
     )
 
 
-def test_a_host_that_accepts_and_never_answers_is_given_up(monkeypatch):
+def test_a_host_that_accepts_and_never_answers_times_out(monkeypatch):
     monkeypatch.setattr(download, "CONNECT_SECONDS", 0.3)
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -207,10 +207,10 @@ def test_a_host_that_accepts_and_never_answers_is_given_up(monkeypatch):
         mute.bind(("127.0.0.1", 0))
         mute.listen()
         url, start = f"http://127.0.0.1:{mute.getsockname()[1]}/file", time.monotonic()
-        reason = silence(url)
+        reason = connection_error(url)
         assert time.monotonic() - start < 2
     assert reason == "no answer in 0.3 s" or "timed out" in reason
-    assert "refused" in silence(url)
+    assert "refused" in connection_error(url)
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
@@ -222,7 +222,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_download_is_there_or_can_be_had_or_says_why_not(tmp_path, monkeypatch):
+def test_a_download_is_cached_or_available_or_the_check_says_why_not(tmp_path, monkeypatch):
     path = tmp_path / "cache" / "file"
     known = b"abc"
     sum_of_it = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -234,18 +234,18 @@ def test_a_download_is_there_or_can_be_had_or_says_why_not(tmp_path, monkeypatch
         place = f"http://127.0.0.1:{server.server_port}"
 
         def look(url: str = "/file") -> Check:
-            return cached("text", "the text", place + url, path, sum_of_it, "mend", "nothing")
+            return cached("text", "the text", place + url, path, sum_of_it, "fix it", "nothing")
 
         assert look().good is True
-        assert "is not in" in look().words
-        assert "answers, so it is fetched" in look().words
+        assert "is not in" in look().message
+        assert "answers, so a run downloads it" in look().message
         assert not path.parent.exists()
         path.parent.mkdir()
         path.write_bytes(b"abd")
-        assert "is damaged in" in look().words
+        assert "is damaged in" in look().message
         lost = look("/other")
         assert lost.good is None
-        assert "(Not Found): nothing" in lost.words
+        assert "(Not Found): nothing" in lost.message
         path.write_bytes(known)
         assert look("/other") == Check("text", True, f"the text is in {path.parent}")
         server.shutdown()
@@ -253,8 +253,8 @@ def test_a_download_is_there_or_can_be_had_or_says_why_not(tmp_path, monkeypatch
     path.unlink()
     path.parent.rmdir()
     path.parent.write_bytes(b"a file where the cache should be")
-    check = cached("text", "the text", "http://127.0.0.1:9/", path / "x" / "y", sum_of_it, "mend", "nothing")
-    assert (check.good, check.remedy) == (False, "mend")
+    check = cached("text", "the text", "http://127.0.0.1:9/", path / "x" / "y", sum_of_it, "fix it", "nothing")
+    assert (check.good, check.remedy) == (False, "fix it")
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -269,7 +269,7 @@ def test_the_caches_are_those_that_training_reads(own, alone, monkeypatch):
 
     monkeypatch.setattr(download, "fetch", fetch)
     looked = []
-    monkeypatch.setattr(reachable, "cached", lambda name, what, *known: looked.append(known[:3]))
+    monkeypatch.setattr(reachable, "cached", lambda name, what, *known, **more: looked.append(known[:3]))
     from llm.text import corpus
 
     with pytest.raises(Failure):
@@ -281,7 +281,7 @@ def test_the_caches_are_those_that_training_reads(own, alone, monkeypatch):
     assert looked == asked
 
 
-def test_more_threads_than_processors_is_said(monkeypatch, tmp_path):
+def test_more_threads_than_processors_are_reported(monkeypatch, tmp_path):
     (tmp_path / "cpu.max").write_text("150000 100000\n")
     monkeypatch.setattr(hardware, "CPU_LIMIT", tmp_path / "cpu.max")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
@@ -289,7 +289,7 @@ def test_more_threads_than_processors_is_said(monkeypatch, tmp_path):
     assert hardware.processors() == 1.5
     check = hardware.threads()
     assert (check.good, check.remedy) == (None, 'export OMP_NUM_THREADS="1"')
-    assert "8 on 1.5 processors" in check.words
+    assert "8 on 1.5 processors" in check.message
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert hardware.processors() == 64
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -307,11 +307,11 @@ def test_a_compiler_that_is_absent_or_cannot_compile_is_no_failure(monkeypatch, 
     monkeypatch.setenv("CXX", str(fake))
     check = hardware.compiler()
     assert check.good is None
-    assert "cannot compile (fatal error: Python.h" in check.words
+    assert "cannot compile (fatal error: Python.h" in check.message
     assert check.remedy
 
 
-def test_a_gpu_that_cannot_be_used_is_found(monkeypatch, tmp_path):
+def test_an_unusable_gpu_is_reported(monkeypatch, tmp_path):
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         pytest.skip("there is a GPU that can be used")
     tool = tmp_path / "nvidia-smi"
@@ -322,19 +322,19 @@ def test_a_gpu_that_cannot_be_used_is_found(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", None)
     check = hardware.device()
     assert (check.good, check.remedy) == (None, "pip install --force-reinstall torch")
-    assert "built without CUDA" in check.words
+    assert "built without CUDA" in check.message
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     assert hardware.device() == Check(
         "device",
         False,
-        "the CPU trains, though an NVIDIA GPU is here: PyTorch's CUDA 12.8 does not work with its driver; "
-        "look which CUDA that has",
+        "training runs on the CPU, though this machine has an NVIDIA GPU: PyTorch's CUDA 12.8 does not work with its "
+        "driver; compare the CUDA version of the driver",
         "nvidia-smi",
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert hardware.device().remedy == "unset CUDA_VISIBLE_DEVICES"
     tool.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
-    assert hardware.device().words.startswith("no GPU")
+    assert hardware.device().message.startswith("no GPU")
 
 
 def test_a_disk_that_is_full_is_broken(alone, monkeypatch):
@@ -342,24 +342,24 @@ def test_a_disk_that_is_full_is_broken(alone, monkeypatch):
     monkeypatch.setattr("llm.start.run_folder.disk_needed", lambda model, config: 2**80)
     check = doctor.disk()
     assert check.good is False
-    assert "MiB free" in check.words
+    assert "MiB free" in check.message
     assert check.remedy.startswith("losscurve train --out_dir")
 
 
-def test_an_extra_that_is_missing_says_what_it_would_bring(monkeypatch):
+def test_a_missing_extra_names_its_purpose(monkeypatch):
     monkeypatch.setattr(doctor, "EXTRAS", {"wandb": (("nosuchpackage", "numpy"), "a view of runs")})
     expected = Check("wandb", None, "no nosuchpackage; for a view of runs", 'pip install "losscurve[wandb]"')
     assert doctor.extra("wandb") == expected
 
 
-def test_an_output_without_such_characters_gets_words(alone, monkeypatch):
-    found = [Check("packages", True, "fine"), Check("disk", False, "in /tmp/ö\x1b[2J", "mend")]
+def test_an_output_without_the_marks_gets_ascii(alone, monkeypatch):
+    found = [Check("packages", True, "fine"), Check("disk", False, "in /tmp/ö\x1b[2J", "fix it")]
     monkeypatch.setattr(doctor, "examine", lambda: iter(found))
     output = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
     monkeypatch.setattr(sys, "stdout", output)
     assert main(["doctor"]) == 1
-    shown = output.buffer.getvalue().decode("ascii").splitlines()
-    assert shown == ["ok packages    fine", "NO disk        in /tmp/??[2J; try: mend", "1 to mend"]
+    lines = output.buffer.getvalue().decode("ascii").splitlines()
+    assert lines == ["ok packages    fine", "NO disk        in /tmp/??[2J; try: fix it", "1 to fix"]
 
 
 def test_examining_imports_no_torch_before_the_packages_are_looked_at():
@@ -368,5 +368,5 @@ def test_examining_imports_no_torch_before_the_packages_are_looked_at():
         "assert [check.good for check in doctor.examine()] == [False]\n"
         "print(sorted({'torch', 'numpy', 'tiktoken'} & set(sys.modules)))"
     )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "[]"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "[]"

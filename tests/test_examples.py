@@ -1,4 +1,4 @@
-"""The examples for clusters, as far as they can be checked without one: their syntax, their fields, what they start."""
+"""The examples for clusters, checked as far as possible without one: their syntax, their fields, what they start."""
 
 import os
 import re
@@ -24,12 +24,12 @@ GPUS, NODES = 8, 2
 
 
 class Parsed(Exception):
-    """Raised with the settings of a command, in place of running it."""
+    """Carries the settings of a command; raised instead of running it."""
 
 
 @pytest.fixture
 def parsed(monkeypatch):
-    """parsed(command's main, its words) -> the settings, by the command's own parser; UserError as a person gets it."""
+    """Return parsed(main, words) -> the settings, by the command's own parser. Raises UserError as the command does."""
     read = flags.Parser.read
 
     def stop(parser, argv):
@@ -46,7 +46,7 @@ def parsed(monkeypatch):
 
 
 def torchrun(words: list[str]):
-    """The flags of a torchrun, by torch's own parser, and the words after `-m llm train`."""
+    """Return torchrun's flags, by torch's own parser, and the words after `-m llm train`."""
     from torch.distributed.run import get_args_parser
 
     args = get_args_parser().parse_args(words)
@@ -56,8 +56,10 @@ def torchrun(words: list[str]):
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A folder to run in, with a PATH of stand-ins: torchrun notes its words and its node's variables, and with a file
-    `wait` there runs until TERM; srun starts one; scontrol and scancel do what the Slurm example asks of them.
+    """Return a folder with a PATH of fake programs.
+
+    torchrun writes its arguments to a file, and runs until SIGTERM if there is a file `wait`; srun starts one; scontrol
+    and scancel do what the Slurm example needs.
     """
     path = tmp_path / "path"
     path.mkdir()
@@ -83,7 +85,7 @@ def started(folder: Path, script: str, **variables: str) -> subprocess.Popen:
 
 
 def words_of(folder: Path, script: str, **variables: str) -> list[str]:
-    """What a script gives to torchrun."""
+    """Return the arguments that a script gives to torchrun."""
     process = started(folder, script, **variables)
     assert process.wait(20) == 0
     return (folder / "words").read_text(encoding="utf-8").splitlines()
@@ -105,7 +107,7 @@ SKY_NODE = {
 
 
 def script_of(name: str, folder: Path) -> tuple[str, dict[str, str], Path]:
-    """An example's commands, the variables that its cluster sets, and the folder of its run."""
+    """Return an example's commands, the variables that its cluster sets, and the folder of its run."""
     if name == "slurm":
         return SLURM, NODE, folder / "runs" / "gpt2"
     if name == "pytorchjob":
@@ -116,10 +118,10 @@ def script_of(name: str, folder: Path) -> tuple[str, dict[str, str], Path]:
 
 
 @pytest.mark.parametrize("name", ["slurm", "pytorchjob", "skypilot"])
-def test_an_example_starts_a_run_and_goes_on_with_one(cluster, parsed, name):
+def test_an_example_starts_a_run_and_resumes_one(cluster, parsed, name):
     script, variables, run = script_of(name, cluster)
     args, words = torchrun(words_of(cluster, script, **variables))
-    if name != "pytorchjob":  # there the operator tells torchrun by its PET_ variables
+    if name != "pytorchjob":  # there the operator configures torchrun by PET_ variables
         assert (args.nnodes, args.nproc_per_node, args.max_restarts) == (str(NODES), str(GPUS), 3)
         head = {"slurm": "first", "skypilot": "10.0.0.1"}[name]
         assert (args.rdzv_backend, args.rdzv_endpoint) == ("c10d", f"{head}:29500")
@@ -136,7 +138,7 @@ def test_an_example_starts_a_run_and_goes_on_with_one(cluster, parsed, name):
     assert parsed(train.main, words).out_dir == config.out_dir
 
 
-def test_slurm_saves_and_queues_again_before_the_time_is_up(cluster):
+def test_slurm_saves_and_requeues_before_the_time_limit(cluster):
     (cluster / "wait").touch()
     job = started(cluster, SLURM, **NODE)
     deadline = time.monotonic() + 10
@@ -149,19 +151,19 @@ def test_slurm_saves_and_queues_again_before_the_time_is_up(cluster):
     assert (cluster / "requeued").read_text(encoding="utf-8") == "requeue 7\n"
 
 
-def test_slurm_says_when_the_run_itself_fails(cluster):
+def test_slurm_does_not_requeue_a_failed_run(cluster):
     (cluster / "path" / "torchrun").write_text("#!/bin/bash\nexit 2\n", encoding="utf-8")
     assert started(cluster, SLURM, **NODE).wait(10) == 2
     assert not (cluster / "requeued").exists()
 
 
-SBATCH = {  # of the sbatch manual, those that are used, with what they take
+SBATCH = {  # the options of the sbatch manual that are used, and the pattern of their values
     **{"job-name": r"\w+", "nodes": r"\d+", "gpus-per-node": r"\d+", "cpus-per-task": r"\d+", "time": r"\d+:\d\d:\d\d"},
     **{"output": r"[\w.%-]+", "ntasks-per-node": "1", "requeue": "", "open-mode": "append", "signal": r"B:TERM@\d+"},
 }
 
 
-def test_slurm_knows_its_options():
+def test_slurm_has_valid_options():
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", SLURM, re.M))
     assert options.keys() == SBATCH.keys()
     assert all(re.fullmatch(SBATCH[name], value) for name, value in options.items())
@@ -171,7 +173,7 @@ def test_slurm_knows_its_options():
 
 
 def record(required, **properties):
-    """A JSON schema of an object with these fields and no others."""
+    """Return a JSON schema of an object with these fields and no others."""
     return {"type": "object", "properties": properties, "required": required.split(), "additionalProperties": False}
 
 
@@ -255,7 +257,7 @@ def test_the_fields_are_those_of_the_schema(found, schema):
         jsonschema.validate(found | {"num_node": 2}, schema)
 
 
-def test_numbers_that_stand_twice_agree():
+def test_numbers_that_occur_twice_agree():
     job = POD["spec"]
     worker, elastic = job["pytorchReplicaSpecs"]["Worker"], job["elasticPolicy"]
     pod = worker["template"]["spec"]
@@ -278,7 +280,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_every_command_of_the_page_is_one(parsed, line):
+def test_every_command_of_the_page_is_valid(parsed, line):
     words = [word for word in shlex.split(line, comments=True) if not re.fullmatch(r"[A-Z_]+=\S+", word)]
     if words[0] == "torchrun":
         parsed(train.main, torchrun(words[1:])[1])

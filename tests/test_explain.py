@@ -372,7 +372,7 @@ def test_the_commands_say_it(here, losscurve):
     assert "passed ln V" in out
     assert losscurve("explain") == (code, out, err)
     Path("checkpoints/metrics.jsonl").write_text('{"step": 0, "split": "train", "loss": 3.0}\n')
-    assert losscurve("explain checkpoints")[1] == "nothing worth knowing in the 1 rows of checkpoints\n"
+    assert losscurve("explain checkpoints")[1] == "nothing to report in the 1 rows of checkpoints\n"
     code, out, err = losscurve("explain nowhere")
     assert (code, out) == (2, "")
     assert "nowhere: no run here" in err

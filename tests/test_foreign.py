@@ -256,7 +256,7 @@ def test_what_holds_no_ids_is_named(here, content, words):
     (folder / "train.bin").write_bytes(content)
     for vocab_size in (None, 65536):
         assert words in refusal(folder, vocab_size=vocab_size)
-    assert words in next(finding.words for finding in verify(folder) if finding.good is False)
+    assert words in next(finding.message for finding in verify(folder) if finding.good is False)
 
 
 def test_a_text_that_is_called_train_bin_can_be_trained_on_as_the_message_says(here, losscurve):

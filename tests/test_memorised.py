@@ -1,4 +1,4 @@
-"""Memorised or learned: every count against a brute-force search, and a run that learned a text by heart."""
+"""Memorised or learned: every count is compared with a brute-force search, and a run memorises a text."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ ids = st.integers(0, 2)  # few, so that there is much to find
 
 @st.composite
 def searches(draw):
-    """(samples (S, T), tokens (N,), n): small, of few ids, some of them of a period."""
+    """Draw (samples (S, T), tokens (N,), n): small, of few ids, some of them periodic."""
     S, T, N = draw(st.integers(1, 4)), draw(st.integers(1, 12)), draw(st.integers(1, 60))
     samples = draw(st.lists(ids, min_size=S * T, max_size=S * T))
     period = draw(st.lists(ids, min_size=1, max_size=N))
@@ -26,7 +26,7 @@ def searches(draw):
 
 
 def place_of(window, tokens):
-    """Where `window` first stands in `tokens`, or -1: one comparison after the other."""
+    """Return where `window` first occurs in `tokens`, or -1, by brute force."""
     places = [p for p in range(len(tokens) - len(window) + 1) if tokens[p : p + len(window)].tolist() == list(window)]
     return places[0] if places else -1
 
@@ -38,7 +38,7 @@ def longest_length(samples, tokens):
 
 @pytest.fixture(params=["good hashes", "hashes that collide"])
 def small_pieces(request, monkeypatch):
-    """Token files of many pieces; and hashes of two values, with which only exact comparison tells windows apart."""
+    """Cut token files into many pieces; with colliding hashes (two values), only exact comparison separates windows."""
     monkeypatch.setattr(memorised, "PIECE", 7)
     if request.param != "good hashes":
         top = np.uint64(63)
@@ -70,7 +70,7 @@ class TestAgainstBruteForce:
 def test_a_planted_passage_is_found_with_its_length_and_place(place, tmp_path):
     draw = np.random.default_rng(place)
     tokens = draw.integers(0, 50000, 5 * 10**5).astype("<u2")
-    samples = draw.integers(50000, 60000, (3, 80))  # ids that stand nowhere in the tokens
+    samples = draw.integers(50000, 60000, (3, 80))  # ids that do not occur in the tokens
     samples[1, 30:67] = tokens[place : place + 37]
     tokens.tofile(tmp_path / "train.bin")
     mapped = np.memmap(tmp_path / "train.bin", dtype="<u2", mode="r")
@@ -97,7 +97,7 @@ def test_hashes_of_different_windows_differ(n):
     assert len(np.unique(hashes(windows, n) >> memorised.SHIFT)) > 0.97 * 4**n
 
 
-def test_the_validation_windows_stand_apart_and_cover_the_split():
+def test_the_validation_windows_do_not_overlap_and_cover_the_split():
     tokens = np.arange(100)
     assert spread_windows(tokens, 3, 20)[:, 0].tolist() == [0, 20, 60]
     assert spread_windows(tokens, 9, 20).shape == (5, 20)
@@ -109,7 +109,7 @@ SENTENCE = "the cat sat on a mat, and nobody knew why it had not gone out.\n"
 
 @pytest.fixture
 def run(here, losscurve):
-    """A run that saw one sentence, again and again, and learned it; its validation split is of other sentences."""
+    """Train a run on one repeated sentence until it memorises it; the validation split has other sentences."""
     Path("text.txt").write_text(SENTENCE * 90 + SENTENCE[::-1] * 10, encoding="utf-8")
     numbers = {"max_steps": 250, "eval_every": 250, "n_embd": 48}
     code, _, err = losscurve(f"train --text text.txt --data_dir data {flags(**numbers)}")
@@ -121,15 +121,15 @@ COMMAND = "memorised checkpoints --num_samples 4 --max_new_tokens 60 --temperatu
 
 
 def shares(out):
-    """The first column, of the temperatures and of the validation text."""
+    """Return the shares of the temperatures and of the validation text, in percent."""
     return [float(line.split("|")[1].split("%")[0]) for line in out.splitlines() if "8-grams seen" in line]
 
 
-def test_a_text_learned_by_heart_is_told_from_one_never_seen(run, losscurve):
+def test_a_memorised_text_has_a_larger_share_than_one_never_seen(run, losscurve):
     code, out, err = losscurve(COMMAND)
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert lines[0] == f"4 samples of 60 tokens, looked for in {90 * len(SENTENCE):,} training tokens"
+    assert lines[0] == f"4 samples of 60 tokens, searched for in {90 * len(SENTENCE):,} training tokens"
     cool, warm, usual = shares(out)
     assert cool > 80 > 10 > usual
     assert cool >= warm
@@ -147,7 +147,7 @@ def test_a_text_learned_by_heart_is_told_from_one_never_seen(run, losscurve):
     assert the_same == usual
 
 
-def test_what_is_too_short_is_said(run, losscurve):
+def test_samples_too_short_and_missing_data_are_reported(run, losscurve):
     code, out, _ = losscurve("memorised --num_samples 2 --max_new_tokens 7 --temperatures 0")
     assert code == 0
     assert out.count("too short for 8-grams | longest ") == 2
@@ -175,14 +175,14 @@ def test_what_is_too_short_is_said(run, losscurve):
         ("--weight best", "did you mean --weights?"),
     ],
 )
-def test_a_mistake_is_one_clear_line(here, losscurve, mistake, words):
+def test_a_wrong_flag_is_an_error_of_one_line(here, losscurve, mistake, words):
     code, out, err = losscurve(f"memorised {mistake}")
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert words in err
 
 
-def test_tokens_of_something_else_are_shown_as_ids(here, losscurve):
+def test_tokens_without_a_tokenizer_are_printed_as_ids(here, losscurve):
     Path("data").mkdir()
     np.resize(np.arange(300), 600).astype("<u2").tofile("data/train.bin")
     np.full(50, 299, dtype="<u2").tofile("data/val.bin")

@@ -1,4 +1,4 @@
-"""What a run will take: against the model itself, PyTorch's counter, and what a small run really writes."""
+"""The plan of a run, compared with the model, with PyTorch's counter, and with what a small run writes."""
 
 import json
 import math
@@ -12,9 +12,10 @@ import torch
 from conftest import SMALL, flags, words
 
 import llm.loss
-from llm import GPT, GPTConfig
+from llm import GPT
 from llm.commands.plan import main
 from llm.config import TrainConfig, from_settings, read_toml
+from llm.config.counts import count_parameters, flops_per_token
 from llm.errors import UserError
 from llm.loss import BLOCK_BYTES, chunk_rows
 from llm.machine.device import precision
@@ -24,25 +25,10 @@ from llm.plan.text_size import Text
 from llm.plan.timing import Pace
 
 PACE = Pace(step=0.01, evaluated_token=1e-6, sampled_token=1e-3)
-SHAPES = (
-    {},
-    {"bias": True, "tied_lm_head": True, "ffn_mult": 3},
-    {"n_layer": 3, "n_embd": 24, "n_head": 3, "vocab_size": 70, "block_size": 9},
-)
 
 
 def small(**changes):
     return from_settings(SMALL | {"vocab_size": 30} | changes)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_parameters_are_those_of_the_model(shape):
-    config = GPTConfig(**{"vocab_size": 50, "n_embd": 16} | shape)
-    model, counted = GPT(config), arithmetic.parameters(config)
-    assert sum(counted.values()) == sum(p.numel() for p in model.parameters())
-    assert counted["embedding"] == model.wte.weight.numel()
-    assert counted["positions"] == model.wpe.weight.numel()
-    assert arithmetic.flops_per_token(config) == model.flops_per_token()
 
 
 def test_flops_are_those_that_pytorch_counts():
@@ -55,7 +41,7 @@ def test_flops_are_those_that_pytorch_counts():
     assert arithmetic.run_flops(config) == pytest.approx(config.max_steps * counted.get_total_flops(), rel=0.01)
 
 
-def test_memory_grows_with_what_it_is_for():
+def test_memory_grows_with_the_setting_that_needs_it():
     def parts(**changes):
         return arithmetic.memory(small(**changes))
 
@@ -73,7 +59,7 @@ def test_memory_grows_with_what_it_is_for():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.1}, {"block_size": 32, "ffn_mult": 3}])
 def test_a_block_keeps_what_autograd_keeps_of_it(dtype, changes):
-    """Of a forward pass: every tensor saved for the backward one, each storage once, without the parameters."""
+    """Compare with the tensors that a forward pass saves for backward: each storage once, without the parameters."""
 
     def held(config):
         model, kept = GPT(config.model), {}
@@ -82,7 +68,7 @@ def test_a_block_keeps_what_autograd_keeps_of_it(dtype, changes):
         def pack(tensor):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage  # held, so that no address comes twice
+                kept[storage.data_ptr()] = storage  # kept alive, so that no address is reused
             return tensor
 
         x = torch.zeros(config.batch_size, config.model.block_size, dtype=torch.int64)
@@ -103,7 +89,7 @@ def test_a_block_keeps_what_autograd_keeps_of_it(dtype, changes):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_loss_holds_no_more_than_is_planned(monkeypatch, tied):
-    """The exponentials of a chunk of rows, in whose place the embedding's gradient comes later."""
+    """Compare with the exponentials of a chunk of rows, whose memory the embedding's gradient takes later."""
     plain, alive, held = llm.loss.exp_sum, weakref.WeakValueDictionary(), []
 
     def exp_sum(x, shift):
@@ -123,10 +109,10 @@ def test_the_loss_holds_no_more_than_is_planned(monkeypatch, tied):
     assert 0 <= max(held) - (arithmetic.memory(config)["loss"] - n * 4 * 8 + embedding) <= block
 
 
-def test_the_peak_of_a_process_is_what_it_held():
+def test_the_peak_memory_of_a_process_is_what_it_allocated():
     code = "from llm.plan.arithmetic import peak_memory as p; before = p(); x = bytearray(2**28); print(p() - before)"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(shown.stdout) == pytest.approx(2**28, rel=0.1)
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(finished.stdout) == pytest.approx(2**28, rel=0.1)
 
 
 def test_a_machine_that_is_too_small_is_not_probed(here, capsys, monkeypatch):
@@ -149,7 +135,7 @@ def test_disk_is_what_a_small_run_writes(here, losscurve):
     found = arithmetic.disk(config, text.tokens)
     states = list((here / "run").glob("step-*"))
     held = sum(file.stat().st_size for folder in states for file in folder.iterdir())
-    count = sum(arithmetic.parameters(config.model).values())
+    count = count_parameters(config.model)
     assert held == pytest.approx(12 * count * len(states), rel=0.1)
     assert len(states) * 12 * count <= found["states"] == 2 * 12 * count
     weights = sum((here / "run" / name).stat().st_size for name in ("model.pt", "best.pt"))
@@ -183,8 +169,8 @@ def test_a_text_is_estimated_before_it_is_prepared(here, losscurve, tokenizer):
 
 
 def test_evaluations_are_those_of_a_run():
-    assert arithmetic.evaluations(small(max_steps=12, eval_every=4)) == 4  # 0, 4, 8, 12
-    assert arithmetic.evaluations(small(max_steps=13, eval_every=4)) == 5
+    assert arithmetic.count_evaluations(small(max_steps=12, eval_every=4)) == 4  # 0, 4, 8, 12
+    assert arithmetic.count_evaluations(small(max_steps=13, eval_every=4)) == 5
 
 
 def test_time_is_the_sum_of_its_parts():
@@ -192,7 +178,10 @@ def test_time_is_the_sum_of_its_parts():
     assert found["steps"] == pytest.approx(12 * 0.01)
     assert found["evaluation"] == pytest.approx(4 * 1000 * 1e-6)  # a tenth of the text, at most eval_tokens
     assert found["samples"] == pytest.approx(4 * 5 * 1e-3)
-    assert timing.run_seconds(small(), Text(9000, 30, 20 * timing.READING), PACE)["starting"] == found["starting"] + 20
+    assert (
+        timing.run_seconds(small(), Text(9000, 30, 20 * timing.TOKENIZING_RATE), PACE)["starting"]
+        == found["starting"] + 20
+    )
 
 
 def test_a_probe_measures_and_a_short_schedule_does_not_end_it(monkeypatch):
@@ -203,8 +192,8 @@ def test_a_probe_measures_and_a_short_schedule_does_not_end_it(monkeypatch):
     assert found.sampled_token > 0
 
 
-def test_a_step_that_takes_long_is_counted_up_from_a_short_one(monkeypatch):
-    """A clock that only training moves: 5 ms for the optimizer, and 20 ms for a window."""
+def test_a_long_step_is_extrapolated_from_short_ones(monkeypatch):
+    """The clock advances with training only: 5 ms for the optimizer, and 20 ms for each window."""
     clock, done = [0.0], []
 
     class Loss:
@@ -217,7 +206,7 @@ def test_a_step_that_takes_long_is_counted_up_from_a_short_one(monkeypatch):
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(timing, "train_step", train_step)
-    for name in ("_evaluating", "_sampling"):
+    for name in ("_evaluated_token_seconds", "_sampled_token_seconds"):
         monkeypatch.setattr(timing, name, lambda parts: 1.0)
     for batch, micro_batches in ((12, 40), (1024, 1), (8, 1), (4, 2)):
         config = small(batch_size=batch, gradient_accumulation_steps=micro_batches)
@@ -227,8 +216,8 @@ def test_a_step_that_takes_long_is_counted_up_from_a_short_one(monkeypatch):
 
 
 @pytest.mark.parametrize("late", [{1}, {2}, {3}, {4, 6}, {5, 9}, {7}, {8}, {11}])
-def test_a_neighbour_now_and_then_does_not_change_a_counted_step(monkeypatch, late):
-    """As above, and some steps are held up for 3 s: what one of them takes decides nothing."""
+def test_occasional_other_work_does_not_change_an_extrapolated_step(monkeypatch, late):
+    """As above, but other work delays some steps by 3 s. No single measurement decides the result."""
     clock, done = [0.0], []
 
     class Loss:
@@ -241,7 +230,7 @@ def test_a_neighbour_now_and_then_does_not_change_a_counted_step(monkeypatch, la
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(timing, "train_step", train_step)
-    for name in ("_evaluating", "_sampling"):
+    for name in ("_evaluated_token_seconds", "_sampled_token_seconds"):
         monkeypatch.setattr(timing, name, lambda parts: 1.0)
     config = small(batch_size=1024)
     assert timing.probe(config).step == pytest.approx(0.005 + 0.02 * 1024)
@@ -249,7 +238,7 @@ def test_a_neighbour_now_and_then_does_not_change_a_counted_step(monkeypatch, la
 
 
 def test_one_window_is_never_taken_for_a_whole_step(monkeypatch):
-    """Two micro-batches that seem to take no longer than one: the other work ended in between."""
+    """Two micro-batches seem to take no longer than one, because other work ended in between."""
     clock = [0.0]
 
     class Loss:
@@ -261,18 +250,18 @@ def test_one_window_is_never_taken_for_a_whole_step(monkeypatch):
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(timing, "train_step", train_step)
-    for name in ("_evaluating", "_sampling"):
+    for name in ("_evaluated_token_seconds", "_sampled_token_seconds"):
         monkeypatch.setattr(timing, name, lambda parts: 1.0)
     assert timing.probe(small(batch_size=1024)).step > 100
 
 
-def test_a_text_read_again_and_a_model_it_does_not_suit_promise_less():
+def test_repeated_tokens_and_a_model_too_large_for_the_text_promise_less():
     fresh = proposal.expected_loss(1e6, 4e6, 4e6)
     again = proposal.expected_loss(1e6, 4e6, 1e6)
     once = proposal.expected_loss(1e6, 1e6, 1e6)
     assert fresh < again < once
     assert proposal.expected_loss(1e6, 4e9, 1e6) == pytest.approx(proposal.expected_loss(1e6, 1e9, 1e6), rel=1e-6)
-    # the law's own best: as much is left by the size as by the tokens, about 20 tokens a parameter
+    # the optimum of the law itself: about 20 tokens per parameter
     flops, sizes = 6e15, [10 ** (exponent / 100) for exponent in range(500, 800)]
     best = min(sizes, key=lambda size: proposal.expected_loss(size, flops / 6 / size, 1e12))
     assert flops / 6 / best**2 == pytest.approx(20, rel=0.1)
@@ -280,25 +269,25 @@ def test_a_text_read_again_and_a_model_it_does_not_suit_promise_less():
 
 
 def scaled(config):
-    """A machine of 200 GFLOP/s."""
-    return Pace(arithmetic.flops_per_token(config.model) * config.tokens_per_step / 2e11, 1e-6, 1e-3)
+    """Return the pace of a machine of 200 GFLOP/s."""
+    return Pace(flops_per_token(config.model) * config.tokens_per_step / 2e11, 1e-6, 1e-3)
 
 
 @pytest.mark.parametrize("seconds", [30, 600, 36_000])
 @pytest.mark.parametrize("tokens", [3000, 300_000, 10**9])
-def test_a_proposal_fits_its_time_and_does_not_learn_the_text_by_heart(seconds, tokens):
+def test_a_proposal_fits_its_time_and_does_not_overfit(seconds, tokens):
     text = Text(tokens, 30)
     config, pace = proposal.propose(small(block_size=64, batch_size=7, warmup_steps=None), text, seconds, scaled)
     took = sum(timing.run_seconds(config, text, pace).values())
     assert took <= proposal.SHARE * seconds + pace.step
     trained = config.max_steps * config.tokens_per_step
-    assert trained <= max(proposal.EPOCHS * tokens, proposal.LEAST * config.tokens_per_step)
+    assert trained <= max(proposal.EPOCHS * tokens, proposal.LEAST_STEPS * config.tokens_per_step)
     if trained < (proposal.EPOCHS - 1) * tokens:
         assert took > 0.8 * seconds
     assert pace == scaled(config)
     assert config.tokens_per_step == (64 if tokens == 3000 else 2048)
     assert config.max_lr == pytest.approx(min(3e-3, 0.384 / config.model.n_embd), rel=0.01)
-    assert arithmetic.evaluations(config) <= 11
+    assert arithmetic.count_evaluations(config) <= 11
 
 
 def test_a_larger_text_and_more_time_give_a_larger_model():
@@ -309,13 +298,13 @@ def test_a_larger_text_and_more_time_give_a_larger_model():
     assert shapes == sorted(set(shapes))
 
 
-def test_validation_on_a_large_text_does_not_eat_the_time():
+def test_validation_on_a_large_text_takes_at_most_a_tenth_of_the_time():
     slow = Pace(0.01, 1e-3, 0.0)
     config = proposal.with_steps(small(), Text(10**8, 30), 60, slow)
     assert timing.run_seconds(config, Text(10**8, 30), slow)["evaluation"] <= 6
 
 
-def test_a_proposal_says_when_there_is_no_time():
+def test_too_little_time_for_a_proposal_is_an_error():
     with pytest.raises(UserError, match="give more time"):
         proposal.propose(small(), Text(1000, 30), 1.0, scaled)
 
@@ -346,8 +335,8 @@ def test_a_plan_in_words_and_in_json(here, capsys, monkeypatch):
     monkeypatch.setattr(timing, "probe", lambda config: PACE)
     given = f"--text text.txt {flags()}".split()
     assert main(given) == 0
-    shown = capsys.readouterr().out
-    assert all(word in shown for word in ("parameters", "optimizer state", "disk", "GFLOP", "estimated", "Chinchilla"))
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("parameters", "optimizer state", "disk", "GFLOP", "estimated", "Chinchilla"))
     assert main([*given, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["seconds"]["steps"] == pytest.approx(0.12)
@@ -356,7 +345,7 @@ def test_a_plan_in_words_and_in_json(here, capsys, monkeypatch):
     assert "max_time ends it after 1 s" in capsys.readouterr().out
 
 
-def test_weights_to_start_from_bring_their_shape(here, capsys, losscurve, monkeypatch):
+def test_the_weights_of_init_from_decide_the_shape(here, capsys, losscurve, monkeypatch):
     monkeypatch.setattr(timing, "probe", lambda config: PACE)
     losscurve(f"train --text text.txt {flags(n_embd=32)}")
     capsys.readouterr()
@@ -381,7 +370,7 @@ def test_weights_to_start_from_bring_their_shape(here, capsys, losscurve, monkey
         ("--init_from nowhere", "nowhere"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(here, given, named):
+def test_a_wrong_flag_is_an_error_of_one_line(here, given, named):
     (here / "empty.txt").touch()
     with pytest.raises(UserError) as caught:
         main(given.split())
@@ -396,21 +385,21 @@ def test_an_outline_is_two_lines():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"), [(47.7, "47.7 s"), (990, "16.5 min"), (36_000, "10 h"), (864_000, "10.0 days")]
+    ("seconds", "text"), [(47.7, "47.7 s"), (990, "16.5 min"), (36_000, "10 h"), (864_000, "10.0 days")]
 )
-def test_times_are_said_in_a_unit_that_fits(seconds, shown):
-    assert forecast.spoken(seconds) == shown
+def test_a_duration_has_a_unit_that_fits(seconds, text):
+    assert forecast.spoken(seconds) == text
 
 
 def test_a_forecast_of_a_steady_run_is_right():
     config = small(max_steps=100, eval_every=50)
-    forecast, said = Forecast(config), []
+    forecast = Forecast(config)
+    lines = []
     for step in range(1, 101):
         bookkeeping = 3.0 * (1 + (step - 1) // 50)  # an evaluation of 3 s at the start, at 50 and at 100
-        said.append(forecast.at(step, 0.5 * step + bookkeeping, bookkeeping))
-    lines = [line for line in said if line]
-    assert lines == ["at 0.5 s a step, this run will take about 59 s"]
-    assert said.index(lines[0]) == Forecast.STEPS
+        lines.append(forecast.at(step, 0.5 * step + bookkeeping, bookkeeping))
+    assert [line for line in lines if line] == ["at 0.5 s a step, this run will take about 59 s"]
+    assert lines.index("at 0.5 s a step, this run will take about 59 s") == Forecast.STEPS
     assert forecast.predicted == pytest.approx(50 + 3 * 3)
     ended = forecast.ended(59.0 * 1.25)
     assert ended.startswith("predicted 59 s, took 73.8 s: 20% too low; ")
@@ -418,13 +407,13 @@ def test_a_forecast_of_a_steady_run_is_right():
     assert ": right; " in forecast.ended(59.0)
 
 
-def test_a_run_too_short_to_settle_makes_no_forecast():
+def test_a_run_too_short_for_a_known_pace_has_no_forecast():
     for cast, seconds in ((Forecast(small()), 10.0), (Forecast(small(max_steps=1000)), 0.004)):
         assert all(cast.at(step, step * seconds, 0.0) is None for step in range(1, cast.config.max_steps + 1))
         assert cast.ended(12.0) is None
 
 
-def test_a_forecast_knows_max_time_and_what_was_before_a_resume():
+def test_a_forecast_includes_max_time_and_the_time_before_a_resume():
     for max_time, expected in ((None, 1109.0), (1080.0, 1080.0)):
         forecast = Forecast(small(max_steps=100, eval_every=50, max_time=max_time))
         for step in range(41, 72):
@@ -433,10 +422,10 @@ def test_a_forecast_knows_max_time_and_what_was_before_a_resume():
         assert math.isclose(forecast.predicted, expected)
 
 
-def test_a_run_says_its_outline_and_how_far_off_it_was(here, losscurve, monkeypatch):
+def test_a_run_prints_its_outline_and_the_error_of_its_forecast(here, losscurve, monkeypatch):
     monkeypatch.setattr(Forecast, "STEPS", 2)
     monkeypatch.setattr(Forecast, "SECONDS", 0.0)
-    # neither the pace nor bfloat16 is tried before the first step
+    # nothing is measured before the first step: neither the pace nor bfloat16
     for module, name in ((timing, "probe"), (timing, "choose_dtype"), (arithmetic, "choose_dtype")):
         monkeypatch.setattr(module, name, lambda *args: torch.float32 if args[0] == "float32" else 1 / 0)
     code, out, err = losscurve(f"train --text text.txt {flags()}")
@@ -444,11 +433,10 @@ def test_a_run_says_its_outline_and_how_far_off_it_was(here, losscurve, monkeypa
     lines, config = out.splitlines(), from_settings(read_toml("checkpoints/config.toml"))
     first = next(number for number, line in enumerate(lines) if line.startswith("step     0"))
     text = text_size.text_of(config)
-    shown = forecast.outline(text_size.with_vocabulary(config, text.vocabulary), text.tokens)
-    assert lines[first - 2 : first] == shown.splitlines()
-    said = [line for line in err.splitlines() if "this run will take" in line]
-    assert len(said) == 1
-    assert said[0].startswith("note: at ")
+    outline = forecast.outline(text_size.with_vocabulary(config, text.vocabulary), text.tokens)
+    assert lines[first - 2 : first] == outline.splitlines()
+    (note,) = [line for line in err.splitlines() if "this run will take" in line]
+    assert note.startswith("note: at ")
     assert re.match(r"predicted .* s, took .* s: (\d+% too (low|high)|right); ", lines[-2])
     assert lines[-1] == "saved checkpoints/model.pt"
     code, out, err = losscurve(
@@ -461,7 +449,7 @@ def test_a_run_says_its_outline_and_how_far_off_it_was(here, losscurve, monkeypa
 
 @pytest.mark.parametrize("text", ["hello world", "", "x", "hello world " * 3])
 @pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe", "auto"])
-def test_a_text_that_train_refuses_is_refused_in_the_same_words(here, losscurve, text, tokenizer):
+def test_a_text_that_train_refuses_is_refused_with_the_same_message(here, losscurve, text, tokenizer):
     (here / "tiny.txt").write_text(text, encoding="utf-8")
     given = f"--text tiny.txt --tokenizer {tokenizer} --block_size 64"
     code, out, err = losscurve(f"plan {given}")

@@ -1,4 +1,4 @@
-"""A rehearsal keeps what can break, passes where a run holds together, and says which check does not."""
+"""A rehearsal keeps what can break, passes if a run works on a cluster, and names the check that fails otherwise."""
 
 import os
 import shlex
@@ -10,11 +10,13 @@ import pytest
 from conftest import SMALL, flags, with_small
 
 from llm import data
-from llm.checks import prove, rehearse
+from llm.checks import processes, prove
 from llm.checks import rehearsal as module
+from llm.checks.compare_runs import run_differences
 from llm.checks.rehearsal import Rehearsal
-from llm.checks.rehearse import STEPS, changes, differences, shrunk
+from llm.checks.shrink import STEPS, describe_changes, shrink_config
 from llm.config import PRESETS, from_settings, read_toml, to_settings
+from llm.config.counts import count_parameters
 from llm.errors import Failure
 from llm.machine import world
 from llm.machine.world import World
@@ -57,31 +59,31 @@ def rehearsal(here: Path, nproc: int = 2, world_size: int = 2, is_here: bool = T
 def test_what_can_break_is_kept_and_the_rest_is_small_for_every_preset(preset, parallel):
     more = {"parallel": parallel, "activation_checkpointing": True, "schedule": "linear", "dropout": 0.3}
     config = from_settings(read_toml(preset) | more)
-    small = shrunk(config, 2, 8)
+    small = shrink_config(config, 2, 8)
     before, after = to_settings(config), to_settings(small)
     assert {name: before.get(name) for name in KEPT} == {name: after.get(name) for name in KEPT}
     assert small.final_lr == config.final_lr
     assert 0 < small.warmup < STEPS
     assert arithmetic.run_flops(small) < 3e11  # a second or two of one core
-    assert sum(arithmetic.parameters(small.model).values()) < 7e6
+    assert count_parameters(small.model) < 7e6
     assert (small.device, small.compile, small.max_time, small.patience) == ("cpu", False, None, None)
 
 
 def test_no_warm_up_stays_none_and_a_long_one_stays_long():
-    assert shrunk(from_settings({"warmup_steps": 0}), 2, 2).warmup == 0
-    assert shrunk(from_settings({"warmup_steps": 2500}), 2, 2).warmup == STEPS / 2
-    assert shrunk(from_settings({"warmup_steps": 4999}), 2, 2).warmup == STEPS - 1
+    assert shrink_config(from_settings({"warmup_steps": 0}), 2, 2).warmup == 0
+    assert shrink_config(from_settings({"warmup_steps": 2500}), 2, 2).warmup == STEPS / 2
+    assert shrink_config(from_settings({"warmup_steps": 4999}), 2, 2).warmup == STEPS - 1
 
 
 @pytest.mark.parametrize(("heads", "width"), [(1, 64), (4, 128), (12, 768), (96, 12288), (3, 3)])
 def test_the_heads_stay_and_divide_the_smaller_width(heads, width):
-    model = shrunk(from_settings({"n_head": heads, "n_embd": width}), 2, 2).model
+    model = shrink_config(from_settings({"n_head": heads, "n_embd": width}), 2, 2).model
     assert model.n_head == heads
     assert model.n_embd <= min(width, max(64, heads))
 
 
-def dealt(config, processes):
-    """(several micro-batches, the last is smaller) for each process, as llm.train cuts them."""
+def micro_batches_of(config, processes):
+    """Return (has several micro-batches, the last one is smaller) of each process, as llm.train splits them."""
     share, rest = divmod(config.windows_per_step, processes)
     assert rest == 0
     sizes = [min(config.batch_size, share - first) for first in range(0, share, config.batch_size)]
@@ -95,19 +97,19 @@ def dealt(config, processes):
 )
 def test_a_process_accumulates_as_in_the_run_itself(nproc, batch, micro_batches, world_size, kind):
     config = from_settings({"batch_size": batch, "gradient_accumulation_steps": micro_batches})
-    small = shrunk(config, nproc, world_size)
-    assert dealt(config, world_size) == dealt(small, nproc) == kind
+    small = shrink_config(config, nproc, world_size)
+    assert micro_batches_of(config, world_size) == micro_batches_of(small, nproc) == kind
     assert small.windows_per_step <= 12 * nproc
 
 
-def test_what_was_shrunk_is_told():
+def test_every_changed_setting_is_listed():
     config = from_settings(read_toml("gpt2-124m") | {"patience": 3})
-    told = changes(config, shrunk(config, 2, 2))
-    assert {"n_layer 12 -> 2", "n_embd 768 -> 60", "block_size 1024 -> 32", "patience 3 -> none"} <= set(told)
-    assert not [line for line in told if line.startswith(("out_dir", "parallel", "dtype", "max_lr"))]
+    lines = describe_changes(config, shrink_config(config, 2, 2))
+    assert {"n_layer 12 -> 2", "n_embd 768 -> 60", "block_size 1024 -> 32", "patience 3 -> none"} <= set(lines)
+    assert not [line for line in lines if line.startswith(("out_dir", "parallel", "dtype", "max_lr"))]
 
 
-def test_a_run_that_holds_together_passes_and_leaves_nothing(here, losscurve):
+def test_a_run_that_works_passes_and_leaves_nothing(here, losscurve):
     settings = {"dropout": 0.2, "batch_size": 4, "gradient_accumulation_steps": 3, "grad_clip": 1.0}
     code, out, err = losscurve(f"rehearse --text text.txt {flags(**settings)}")
     assert code == 0, out + err
@@ -115,15 +117,15 @@ def test_a_run_that_holds_together_passes_and_leaves_nothing(here, losscurve):
     assert [line.split()[0] for line in lines[2:10]] == ["ok"] * 8, out
     assert "batch_size 4 -> 2" in lines[1]
     assert "2 processes (ddp) trained and saved step 4" in out
-    assert "one process went on from step" in out
+    assert "one process resumed at step" in out
     assert "in float32" in lines[9]
     assert lines[10].startswith("not checked: NCCL")
-    assert lines[11].startswith("the run of 2 processes with ddp will hold together (")
+    assert lines[11].startswith("the run of 2 processes with ddp will work (")
     assert sorted(path.name for path in here.iterdir()) == ["text.txt"]
     assert not left_over()
 
 
-def test_shards_pass_too_on_the_token_files_that_are_there(here, losscurve):
+def test_fsdp_passes_too_on_existing_token_files(here, losscurve):
     assert losscurve("prepare text.txt --tokenizer char")[0] == 0
     more = "--parallel fsdp --cpu_offload --activation_checkpointing --tied_lm_head --data_dir data"
     code, out, err = losscurve(f"rehearse {more} {flags(batch_size=8)} --world_size 4 --keep_folder")
@@ -131,15 +133,15 @@ def test_shards_pass_too_on_the_token_files_that_are_there(here, losscurve):
     assert "8 windows a step: 2 each of 4 processes, in 1 micro-batches" in out
     assert "rehearsing on data" in out
     assert "2 processes (fsdp) trained and saved" in out
-    assert "the run of 4 processes with fsdp will hold together" in out
+    assert "the run of 4 processes with fsdp will work" in out
     (folder,) = left_over()
-    assert f"left for you: {folder}" in out
+    assert f"folder kept: {folder}" in out
     assert 'parallel = "fsdp"' in (folder / "small.toml").read_text()
     assert not Path("checkpoints").exists()
 
 
 def test_a_resume_that_forgets_the_optimizer_fails_in_one_line(here, losscurve, monkeypatch):
-    """In the very processes of the rehearsal: Python runs a sitecustomize.py it finds before anything else."""
+    """The fault is in the processes of the rehearsal: Python runs a sitecustomize.py before anything else."""
     (here / "broken").mkdir()
     (here / "broken" / "sitecustomize.py").write_text(
         "import sys\n"
@@ -153,12 +155,12 @@ def test_a_resume_that_forgets_the_optimizer_fails_in_one_line(here, losscurve, 
     (failed,) = [line for line in out.splitlines() if line.startswith("FAILED")]
     assert "same run" in failed
     assert "NOT the same run: losses within" in failed
-    assert "will NOT hold together as it is: mend same run" in out
+    assert "will NOT work as it is: fix same run" in out
     assert not left_over()
 
 
 def ran(rehearsing: Rehearsal, folder: str) -> Path:
-    """The small run, in this process."""
+    """Train the small run in this process."""
     config = from_settings({"out_dir": rehearsal_folder(rehearsing, folder)}, rehearsing.small)
     with new_run(config) as run:
         assert sum(isinstance(event, Step) for event in train(run)) == STEPS
@@ -179,8 +181,8 @@ WRONG = {
     ),
     "no clipping": lambda patch: patch.setattr("torch.nn.utils.clip_grads_with_norm_", lambda *_: None),
     "another learning rate": lambda patch: [
-        patch.setattr(f"llm.{module}.lr_at", lambda step, config: 1.01 * config.max_lr)
-        for module in ("train", "training.recording", "training.evaluating")
+        patch.setattr(f"{name}.lr_at", lambda step, config: 1.01 * config.max_lr)
+        for name in ("llm.train", "llm.training.recording")
     ],
 }
 
@@ -194,9 +196,9 @@ def test_another_batch_rate_or_gradient_is_not_the_same_run(here, monkeypatch, d
     with monkeypatch.context() as patch:
         WRONG[wrong](patch)
         rehearsing.parts = ran(rehearsing, "parts")
-    monkeypatch.setattr(Rehearsal, "_alone", lambda self, words: None)
-    if wrong == "another learning rate":  # which the record shows
-        with pytest.raises(Failure, match="the lr of its rows"):
+    monkeypatch.setattr(Rehearsal, "_train_alone", lambda self, words: None)
+    if wrong == "another learning rate":  # the record shows it
+        with pytest.raises(Failure, match="the column lr of"):
             rehearsing.compare()
         return
     good, words = rehearsing.compare()
@@ -204,7 +206,7 @@ def test_another_batch_rate_or_gradient_is_not_the_same_run(here, monkeypatch, d
     assert words.startswith("NOT the same run: losses within")
     rehearsing.parts = rehearsing.whole
     assert rehearsing.compare()[0] is True
-    assert differences(rehearsing.whole, rehearsing.whole) == (0.0, 0.0)
+    assert run_differences(rehearsing.whole, rehearsing.whole) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -219,11 +221,11 @@ def test_another_batch_rate_or_gradient_is_not_the_same_run(here, monkeypatch, d
         ("bfloat16", 0.0, 0.2, False),
     ],
 )
-def test_losses_and_weights_each_have_to_be_near(here, monkeypatch, dtype, loss, weight, good):
+def test_losses_and_weights_must_each_be_within_their_tolerance(here, monkeypatch, dtype, loss, weight, good):
     rehearsing = rehearsal(here, dtype=dtype, max_lr=0.02)
     rehearsing.preset = here / "small.toml"
-    monkeypatch.setattr(Rehearsal, "_alone", lambda self, words: None)
-    monkeypatch.setattr(module, "differences", lambda whole, parts: (loss, weight * 0.02))
+    monkeypatch.setattr(Rehearsal, "_train_alone", lambda self, words: None)
+    monkeypatch.setattr(module, "run_differences", lambda whole, parts: (loss, weight * 0.02))
     assert rehearsing.compare()[0] is good
 
 
@@ -232,7 +234,7 @@ def test_windows_that_do_not_divide_are_found_before_anything_runs(here, losscur
     assert code == 1
     assert "FAILED  processes  batch_size x gradient_accumulation_steps = 4 windows do not divide among 64" in out
     assert "not reached: text, disk, memory, training, a kill, resuming, same run" in out
-    assert "the run of 64 processes with ddp will NOT hold together as it is: mend processes" in out
+    assert "the run of 64 processes with ddp will NOT work as it is: fix processes" in out
 
 
 @pytest.mark.parametrize(
@@ -242,14 +244,14 @@ def test_windows_that_do_not_divide_are_found_before_anything_runs(here, losscur
         ("--block_size 10000", "a window of block_size = 10000 needs one more"),
         ("--text missing.txt", "missing.txt: there is no such file"),
         ("--text empty.txt", "empty.txt: the text is empty"),
-        ("--text -", "text = '-': is read more than once here"),
+        ("--text -", "text = '-': a rehearsal reads the text more than once"),
         ("--data_dir nowhere", "data_dir = nowhere: no train.bin there"),
         ("--parallel fsdp --compile", "compile: does not work with --parallel fsdp"),
         ("--device cuda:1", "device = 'cuda:1': is one device"),
         ("--cpu_offload", "cpu_offload: works with --parallel fsdp only"),
     ],
 )
-def test_what_the_run_would_refuse_is_found_first(here, losscurve, settings, words):
+def test_settings_that_the_run_would_refuse_are_found_first(here, losscurve, settings, words):
     Path("empty.txt").touch()
     before = sorted(here.iterdir())
     text = "" if "--text" in settings or "--data_dir" in settings else "--text text.txt"
@@ -262,7 +264,7 @@ def test_what_the_run_would_refuse_is_found_first(here, losscurve, settings, wor
     assert not left_over()
 
 
-def test_token_files_are_held_to_the_real_settings(here, losscurve):
+def test_token_files_are_checked_against_the_real_settings(here, losscurve):
     losscurve("prepare text.txt --tokenizer char")
     code, out, _ = losscurve(f"rehearse --data_dir data {flags()} --vocab_size 5")
     assert code == 1
@@ -273,20 +275,20 @@ def test_disk_and_memory_are_those_of_the_real_model(here, monkeypatch):
     large = {"n_layer": 100, "n_head": 16, "n_embd": 2048}
     rehearsing = rehearsal(here, **large)
     rehearsing.text()
-    count = sum(arithmetic.parameters(rehearsing.config.model).values())
+    count = count_parameters(rehearsing.config.model)
     assert count > 5e9
     monkeypatch.setattr(arithmetic, "machine_memory", lambda: 17 * count)
-    needed = f"{(16 * count + arithmetic.PROCESS) / 2**30:.2f} GiB on the host of rank 0 to save"
+    needed = f"{(16 * count + arithmetic.PROCESS_BYTES) / 2**30:.2f} GiB on the host of rank 0 to save"
     assert rehearsing.memory() == (True, f"{needed}; {17 * count / 2**30:.2f} here")
     monkeypatch.setattr(arithmetic, "machine_memory", lambda: 15 * count)
     assert rehearsing.memory()[0] is False
-    for free, good in ((61 * count, True), (59 * count, False)):  # three kept, two on their way, the weights
+    for free, good in ((61 * count, True), (59 * count, False)):  # three kept, two being written, the weights
         monkeypatch.setattr(module.shutil, "disk_usage", lambda path, free=free: SimpleUsage(free))
         assert rehearsing.disk()[0] is good
-    rehearsing.here = False  # then it is the cluster that has to have it
+    rehearsing.is_here = False  # then the cluster needs the space
     good, words = rehearsing.disk()
     assert good is None
-    assert "so see that the machine of rank 0 has it" in words
+    assert "so check that the machine of rank 0 has it" in words
 
 
 class SimpleUsage:
@@ -295,8 +297,8 @@ class SimpleUsage:
 
 
 def fake_job(monkeypatch, rehearsing: Rehearsal, script: str, limit: float = 5.0) -> None:
-    """Let a shell script stand for the job of several processes, and have it hang after so many seconds."""
-    monkeypatch.setattr(rehearse, "LIMIT", limit)
+    """Replace the job of several processes with a shell script, and its time limit with `limit` seconds."""
+    monkeypatch.setattr(processes, "TIME_LIMIT", limit)
     monkeypatch.setattr(
         prove,
         "start",
@@ -306,11 +308,11 @@ def fake_job(monkeypatch, rehearsing: Rehearsal, script: str, limit: float = 5.0
     )
 
 
-NAP = f"sleep 70.{os.getpid()}"  # nobody else's
+NAP = f"sleep 70.{os.getpid()}"  # no other process has this name
 
 
-def none_naps() -> bool:
-    """Whether none of the sleeping processes is left, soon."""
+def naps_end() -> bool:
+    """Return whether all sleeping processes end soon."""
     for _ in range(100):
         listed = subprocess.run(["ps", "-A", "-o", "args="], capture_output=True, text=True, check=True)
         if not any(line.endswith(NAP) for line in listed.stdout.splitlines()):
@@ -319,74 +321,74 @@ def none_naps() -> bool:
     return False
 
 
-def test_a_job_that_fails_says_why(here, monkeypatch):
+def test_a_failed_job_has_its_error_message(here, monkeypatch):
     rehearsing = rehearsal(here)
     fake_job(monkeypatch, rehearsing, "echo 'error: it cannot work' >&2; echo torchrun: failed >&2; exit 1")
     finding = list(rehearsing.findings())[-1]
     assert (finding.name, finding.good) == ("training", False)
-    assert finding.words == "a training run did not end well: error: it cannot work"
+    assert finding.message == "a training run failed: error: it cannot work"
 
 
-def test_a_job_that_saves_nothing_or_hangs_is_ended(here, monkeypatch):
+def test_a_job_that_saves_nothing_or_hangs_is_killed(here, monkeypatch):
     rehearsing = rehearsal(here)
     fake_job(monkeypatch, rehearsing, "sleep 100 & sleep 100", limit=0.5)
     findings = list(rehearsing.findings())
     assert [f.good for f in findings[:4]] == [True] * 4
     assert findings[-1].name == "training"
-    assert "2 processes did not end in 0 s: something hangs" in findings[-1].words
+    assert "2 processes did not end in 0 s: something hangs" in findings[-1].message
     assert rehearsing.job.poll() is not None
 
 
-def test_processes_that_outlive_a_kill_are_found_and_ended(here, monkeypatch):
+def test_processes_that_outlive_a_kill_are_found_and_killed(here, monkeypatch):
     rehearsing = rehearsal(here)
     folder = shlex.quote(str(rehearsing.parts / "step-000004"))
     fake_job(monkeypatch, rehearsing, f"{NAP} & {NAP} & mkdir -p {folder}; wait", limit=2.0)
     findings = list(rehearsing.findings())
     assert findings[-1].name == "a kill"
-    assert "after one process was killed, the others did not end" in findings[-1].words
+    assert "after one process was killed, the others did not end" in findings[-1].message
     assert rehearsing.job.poll() is not None
-    assert none_naps()
+    assert naps_end()
 
 
-def test_a_process_that_outlives_its_launcher_is_found_and_ended(here, monkeypatch):
+def test_a_process_that_outlives_its_launcher_is_found_and_killed(here, monkeypatch):
     rehearsing = rehearsal(here)
     folder = shlex.quote(str(rehearsing.parts / "step-000004"))
     fake_job(monkeypatch, rehearsing, f"{NAP} & {NAP} & mkdir -p {folder}; wait $!; exit 1", limit=2.0)
-    assert "the others did not end" in list(rehearsing.findings())[-1].words
-    assert none_naps()
+    assert "the others did not end" in list(rehearsing.findings())[-1].message
+    assert naps_end()
 
 
-def test_a_state_that_is_not_whole_after_the_kill_is_said(here, monkeypatch):
+def test_an_incomplete_checkpoint_after_the_kill_is_reported(here, monkeypatch):
     rehearsing = rehearsal(here)
     folder = shlex.quote(str(rehearsing.parts / "step-000004"))
     ends = "wait $!; kill $first; exit 1"  # once the second of them is killed
     fake_job(monkeypatch, rehearsing, f"sleep 100 & first=$!; sleep 100 & mkdir -p {folder}; {ends}")
     finding = list(rehearsing.findings())[-1]
     assert (finding.name, finding.good) == ("a kill", False)
-    assert "no checkpoint to resume from" in finding.words
-    assert "manifest.json" in finding.words
+    assert "no saved state to resume from" in finding.message
+    assert "manifest.json" in finding.message
 
 
 @pytest.mark.parametrize(
     ("step", "code", "words"),
-    [(4, 0, "the run says that it ended well"), (STEPS, 1, "over before it could be killed")],
+    [(4, 0, "the run ended with exit code 0"), (STEPS, 1, "over before it could be killed")],
 )
-def test_a_kill_that_changed_nothing_is_not_believed(here, monkeypatch, step, code, words):
+def test_a_kill_without_effect_fails(here, monkeypatch, step, code, words):
     rehearsing = rehearsal(here)
     monkeypatch.setattr(module.checkpoint, "newest_state", lambda folder: ({}, {"step": step}, {}))
     folder = shlex.quote(str(rehearsing.parts / "step-000004"))
     ends = f"wait $!; kill $first; exit {code}"
     fake_job(monkeypatch, rehearsing, f"sleep 100 & first=$!; sleep 100 & mkdir -p {folder}; {ends}")
-    assert words in list(rehearsing.findings())[-1].words
+    assert words in list(rehearsing.findings())[-1].message
 
 
 @pytest.mark.parametrize("last", ["exit 0", "sleep 0.2"])
-def test_a_run_that_is_over_too_soon_is_said(here, monkeypatch, last):
+def test_a_run_that_ends_before_the_kill_is_reported(here, monkeypatch, last):
     rehearsing = rehearsal(here)
     fake_job(monkeypatch, rehearsing, f"mkdir -p {shlex.quote(str(rehearsing.parts / 'step-000004'))}; {last}")
     finding = list(rehearsing.findings())[-1]
     assert (finding.name, finding.good) == ("a kill", False)
-    assert "over before it could be killed" in finding.words
+    assert "over before it could be killed" in finding.message
 
 
 @pytest.mark.parametrize(
@@ -400,7 +402,7 @@ def test_a_run_that_is_over_too_soon_is_said(here, monkeypatch, last):
         ("--init_from nowhere", "nowhere: no run and no .pt file there"),
     ],
 )
-def test_a_mistake_is_one_line(here, losscurve, mistake, words):
+def test_a_wrong_flag_is_an_error_of_one_line(here, losscurve, mistake, words):
     code, out, err = losscurve(f"rehearse {mistake}")
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
@@ -408,14 +410,14 @@ def test_a_mistake_is_one_line(here, losscurve, mistake, words):
     assert not left_over()
 
 
-def test_under_torchrun_it_says_to_run_it_without(here, losscurve, monkeypatch):
+def test_below_torchrun_it_is_refused(here, losscurve, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     code, _, err = losscurve("rehearse")
     assert code == 2
     assert "RANK is set" in err
 
 
-def test_it_starts_from_weights_in_words_only(here, losscurve):
+def test_init_from_decides_the_settings_only(here, losscurve):
     assert losscurve(f"train --text text.txt --data_dir data {flags(max_steps=3, eval_every=3)} --out_dir old")[0] == 0
     config = from_settings({"init_from": "old", "text": str(here / "text.txt"), "batch_size": 4})
     (here / "rehearsal").mkdir()

@@ -1,4 +1,4 @@
-"""Predictions for many accelerators, against what can be reckoned by hand."""
+"""Predictions for many accelerators, compared with calculations by hand."""
 
 import argparse
 import dataclasses
@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, flags
 
-from benchmarks.link import errors, fitted, predicted, ring
+from benchmarks.link import errors, fit_link, predict_from_measurements, predict_throughput, ring_seconds
 from llm import GPT
 from llm.commands import plan_scale, plan_scale_prediction
 from llm.commands.flags import Parser
 from llm.commands.plan import main
 from llm.config import from_settings, read_toml
+from llm.config.counts import count_parameters_by_part, flops_per_token
 from llm.errors import UserError
 from llm.plan import accelerators, arithmetic, clusters, timing
 from llm.plan.accelerators import ACCELERATORS, Accelerator, Link
 from llm.plan.clusters import COUNTS
+from llm.plan.messages import BUCKET, all_gather_seconds, all_reduce_seconds, bucketed_all_reduce_seconds
 
 LINK, NETWORK = Link(100e9, 1e-6), Link(10e9, 10e-6)
 EIGHT = Accelerator("eight a node", 80e9, 1e15, math.inf, LINK, NETWORK, "made up")
@@ -40,28 +42,28 @@ def small(**changes):
 
 
 def test_messages_in_closed_form():
-    assert clusters.all_reduce(1e9, 1, EIGHT) == clusters.gather(1e9, 1, EIGHT) == 0
+    assert all_reduce_seconds(1e9, 1, EIGHT) == all_gather_seconds(1e9, 1, EIGHT) == 0
     # 14 hops of 1/8 of 1 GB at 100 GB/s
-    assert clusters.all_reduce(1e9, 8, EIGHT) == pytest.approx(14 * (1e-6 + 0.125e9 / 100e9))
-    assert clusters.gather(1e9, 8, EIGHT) == pytest.approx(7 * (1e-6 + 0.125e9 / 100e9))
+    assert all_reduce_seconds(1e9, 8, EIGHT) == pytest.approx(14 * (1e-6 + 0.125e9 / 100e9))
+    assert all_gather_seconds(1e9, 8, EIGHT) == pytest.approx(7 * (1e-6 + 0.125e9 / 100e9))
     # two nodes: 28 ms inside, and each rank's 200 MB with its peer of the other node, in two hops of 100 MB
-    assert clusters.all_reduce(1.6e9, 16, EIGHT) == pytest.approx(0.028 + 14e-6 + 0.020 + 20e-6)
-    assert clusters.gather(1.6e9, 16, EIGHT) == pytest.approx(0.014 + 7e-6 + 0.010 + 10e-6)
-    # 128 nodes and next to nothing to say: trees, 7 levels up and down, where a ring has 254 hops
-    assert clusters.all_reduce(8, 1024, EIGHT) == pytest.approx(14e-6 + 14 * 10e-6, rel=1e-3)
-    assert clusters.gather(8, 1024, EIGHT) == pytest.approx(7e-6 + 127 * 10e-6, rel=1e-3)
+    assert all_reduce_seconds(1.6e9, 16, EIGHT) == pytest.approx(0.028 + 14e-6 + 0.020 + 20e-6)
+    assert all_gather_seconds(1.6e9, 16, EIGHT) == pytest.approx(0.014 + 7e-6 + 0.010 + 10e-6)
+    # 128 nodes and a tiny message: trees, 7 levels up and down, where a ring has 254 hops
+    assert all_reduce_seconds(8, 1024, EIGHT) == pytest.approx(14e-6 + 14 * 10e-6, rel=1e-3)
+    assert all_gather_seconds(8, 1024, EIGHT) == pytest.approx(7e-6 + 127 * 10e-6, rel=1e-3)
 
 
-def test_gradients_are_sent_a_bucket_at_a_time():
-    one = clusters.all_reduce(clusters.BUCKET, 8, EIGHT)
-    assert clusters._buckets(3 * clusters.BUCKET, 8, EIGHT) == pytest.approx(3 * one)
-    assert one < clusters._buckets(clusters.BUCKET + 4, 8, EIGHT) < 1.1 * one
+def test_gradients_are_all_reduced_one_bucket_at_a_time():
+    one = all_reduce_seconds(BUCKET, 8, EIGHT)
+    assert bucketed_all_reduce_seconds(3 * BUCKET, 8, EIGHT) == pytest.approx(3 * one)
+    assert one < bucketed_all_reduce_seconds(BUCKET + 4, 8, EIGHT) < 1.1 * one
 
 
-def test_what_is_gathered_together_is_what_the_model_has():
+def test_groups_have_the_parameters_of_the_model():
     for changes in ({}, {"bias": True, "tied_lm_head": True, "ffn_mult": 3}):
         config = small(**changes)
-        model, found = GPT(config.model), clusters.groups(config)
+        model, found = GPT(config.model), arithmetic.count_group_parameters(config.model)
         block = {"attention": model.h[0].attn, "feed-forward": model.h[0].mlp}
         for name, module in block.items():
             assert found[name] == sum(p.numel() for p in module.parameters())
@@ -70,7 +72,7 @@ def test_what_is_gathered_together_is_what_the_model_has():
 
 
 def test_memory_of_gpt2_from_its_parameters():
-    """124,439,808 of them; attention 2,362,368 and feed-forward 4,722,432 a block, so 39,422,208 for the root."""
+    """124,439,808 parameters; attention 2,362,368 and feed-forward 4,722,432 a block, so 39,422,208 for the root."""
     config = gpt2()
     ddp = clusters.rank_memory(config, 8, "ddp")
     assert (ddp["weights"], ddp["gradients"], ddp["optimizer state"]) == (497_759_232, 497_759_232, 995_518_464)
@@ -83,7 +85,7 @@ def test_memory_of_gpt2_from_its_parameters():
     assert fsdp["activations"] == ddp["activations"]
     assert 8 * clusters.rank_memory(config, 1024, "ddp")["activations"] == ddp["activations"]  # one window, not eight
     stream = 8 * 1024 * 768 * 4  # of a micro-batch, float32
-    one = arithmetic.memory_on(False, 2, gpt2(n_layer=1, gradient_accumulation_steps=1))["activations"]
+    one = arithmetic.memory_for(gpt2(n_layer=1, gradient_accumulation_steps=1), False, 2)["activations"]
     kept = clusters.rank_memory(config, 8, "fsdp", activation_checkpointing=True)
     assert kept["activations"] == one + 12 * stream < fsdp["activations"]
     away = clusters.rank_memory(config, 8, "fsdp", cpu_offload=True)
@@ -102,44 +104,46 @@ def test_more_accelerators_never_raise_the_memory_of_a_rank():
     assert sum(clusters.rank_memory(gpt2(), 2, "fsdp").values()) < sum(clusters.rank_memory(gpt2(), 1, "fsdp").values())
 
 
-def test_one_process_waits_for_nobody():
+def test_one_process_sends_nothing_and_waits_for_nothing():
     for way in WAYS:
         found = clusters.predicted(gpt2(), 1, way, ACCELERATORS["h100"], ALONE)
         assert (found.messages, found.waiting, found.efficiency) == (0, 0, 1)
         assert found.step == pytest.approx(1024 * 1024 * 1e-6 + 1e-3)
-        assert clusters.predict(gpt2(), 1, 5000.0, 1e9, 1e-3, way).tokens_per_second == pytest.approx(5000)
+        assert predict_from_measurements(gpt2(), 1, 5000.0, 1e9, 1e-3, way).tokens_per_second == pytest.approx(5000)
 
 
 def test_two_processes_of_ddp_by_hand():
-    """A rank's half of the windows, then two messages, each two hops of half of it, with nothing beside them."""
+    """A rank computes half of the windows, then sends two messages, each in two hops of its half, without overlap."""
     config = small()
-    counted = arithmetic.parameters(config.model)
+    counted = count_parameters_by_part(config.model)
     late = 4 * (counted["embedding"] + counted["positions"])
     early = 4 * sum(counted.values()) - late
-    found = clusters.predict(config, 2, 1000.0, 1e6, 1e-3)
+    found = predict_from_measurements(config, 2, 1000.0, 1e6, 1e-3)
     messages = 2 * (1e-3 + early / 2 / 1e6) + 2 * (1e-3 + late / 2 / 1e6)
     assert found.messages == found.waiting == pytest.approx(messages)
     assert found.step == pytest.approx(4 * 16 / 2 / 1000 + messages)
     assert found.tokens == 4 * 16
-    apart = clusters.predict(config, 2, 1000.0, 1e6, 1e-3, update=0.004)  # of the 64 ms of one: 60 are shared
+    apart = predict_from_measurements(config, 2, 1000.0, 1e6, 1e-3, update=0.004)  # of the 64 ms of one: 60 are shared
     assert apart.step == pytest.approx(0.030 + 0.004 + messages)
-    # beside the backward pass, two thirds of 32 ms, all but the embeddings' can travel
-    hidden = clusters.predict(config, 2, 1000.0, 2e6, 1e-3, overlap=1.0)
+    # all gradients but those of the embeddings overlap with the backward pass, two thirds of 32 ms
+    hidden = predict_from_measurements(config, 2, 1000.0, 2e6, 1e-3, overlap=1.0)
     assert hidden.waiting == pytest.approx(2 * (1e-3 + late / 2 / 2e6))
-    slow = clusters.predict(config, 2, 1000.0, 1e5, 1e-3, overlap=1.0)
+    slow = predict_from_measurements(config, 2, 1000.0, 1e5, 1e-3, overlap=1.0)
     assert slow.waiting == pytest.approx(slow.messages - 2 / 3 * 0.032)
 
 
 def test_two_processes_of_fsdp_by_hand():
-    """A micro-batch gathers the blocks twice and the root once, the last scatters all; one hop of half of it each."""
+    """A micro-batch gathers the blocks twice and the root once, the last one scatters all; each in one hop of half."""
     config = small(batch_size=1, gradient_accumulation_steps=4)  # two micro-batches a rank
-    sizes = clusters.groups(config)
+    sizes = arithmetic.count_group_parameters(config.model)
     blocks = 2 * (sizes["attention"] + sizes["feed-forward"])
-    found = clusters.predict(config, 2, 1000.0, 1e6, 0.0, "fsdp", size=2)
+    found = predict_from_measurements(config, 2, 1000.0, 1e6, 0.0, "fsdp", itemsize=2)
     by_hand = 2 * (2 * 2 * blocks + 4 * sizes["root"]) + 4 * (blocks + sizes["root"])
     assert found.messages == pytest.approx(by_hand / 2 / 1e6)
     assert found.waiting == pytest.approx(found.messages)
-    hidden = clusters.predict(config, 2, 1e-3, 1e6, 0.0, "fsdp", overlap=1.0, size=2)  # so slow that all is hidden
+    hidden = predict_from_measurements(
+        config, 2, 1e-3, 1e6, 0.0, "fsdp", overlap=1.0, itemsize=2
+    )  # so slow that all is hidden
     assert hidden.waiting == pytest.approx((2 * 4 + 4) * sizes["root"] / 2 / 1e6)
 
 
@@ -191,17 +195,19 @@ def test_time_and_cost_of_a_run():
     assert clusters.cost(7200, 8, 2.5) == 40
     grown = clusters.weak(config, 8)
     assert grown.windows_per_step == 32
-    found = clusters.predicted(grown, 8, "ddp", EIGHT, ALONE)  # eight times the tokens a step, so as many steps fewer
+    found = clusters.predicted(
+        grown, 8, "ddp", EIGHT, ALONE
+    )  # eight times the tokens per step, so an eighth of the steps
     assert clusters.run_time(config, found, ALONE, 0)["steps"] == pytest.approx(100 / 8 * found.step)
 
 
 def test_the_fit_of_a_link_and_the_errors_of_a_prediction():
-    timed = [(size, ring(size, 4, 2e9, 3e-5)) for size in (1000, 10**6, clusters.BUCKET)] + [(10**9, 1e9)]
-    assert fitted(timed, 4) == pytest.approx((2e9, 3e-5))  # of the sizes up to a bucket
-    said = predicted(small(), (1, 2), 1000.0, 2e9, 3e-5)
-    assert said[1] == pytest.approx(1000)
-    assert 1000 < said[2] < 2000
-    assert errors(said, {2: said[2] / 1.1}) == {2: pytest.approx(0.1)}
+    timed = [(size, ring_seconds(size, 4, 2e9, 3e-5)) for size in (1000, 10**6, BUCKET)] + [(10**9, 1e9)]
+    assert fit_link(timed, 4) == pytest.approx((2e9, 3e-5))  # of the sizes up to a bucket
+    rates = predict_throughput(small(), (1, 2), 1000.0, 2e9, 3e-5)
+    assert rates[1] == pytest.approx(1000)
+    assert 1000 < rates[2] < 2000
+    assert errors(rates, {2: rates[2] / 1.1}) == {2: pytest.approx(0.1)}
 
 
 # ---- the command
@@ -222,7 +228,7 @@ def test_flags_that_are_settings_of_a_run_are_not_added_twice(monkeypatch):
     assert (args.nproc, args.parallel) == (2, None)
 
 
-def shown(capsys, *words):
+def output_of(capsys, *words):
     assert main(list(words)) == 0
     return capsys.readouterr().out
 
@@ -231,7 +237,7 @@ H100 = ("--preset", "gpt2-124m", "--text", "text.txt", "--tokenizer", "gpt2", "-
 
 
 def test_a_plan_for_eight_in_words(here, capsys):
-    out = shown(capsys, *H100, "--nproc", "8", "--price", "2", "--flops_budget", "120e18")
+    out = output_of(capsys, *H100, "--nproc", "8", "--price", "2", "--flops_budget", "120e18")
     lines = out.splitlines()
     assert any(line.startswith("memory      ddp:") and "fits" in line for line in lines)
     assert any(line.startswith("memory      fsdp:") and "gathered root" in line for line in lines)
@@ -243,17 +249,17 @@ def test_a_plan_for_eight_in_words(here, capsys):
 
 
 def test_a_plan_for_many_in_json(here, capsys):
-    facts = json.loads(shown(capsys, *H100, "--nproc", "16", "--parallel", "fsdp", "--scale", "--json"))
+    facts = json.loads(output_of(capsys, *H100, "--nproc", "16", "--parallel", "fsdp", "--scale", "--json"))
     assert facts["step"]["ranks"] == 16
-    assert facts["rate_of_one"] == pytest.approx(0.4 * 989e12 / arithmetic.flops_per_token(preset().model))
+    assert facts["rate_of_one"] == pytest.approx(0.4 * 989e12 / flops_per_token(preset().model))
     assert [row["ranks"] for row in facts["tables"]["strong"]] == [1, 2, 4, 8, 16, 32]
     assert [row["ranks"] for row in facts["tables"]["weak"]] == list(COUNTS)
     assert facts["step"] == next(row for row in facts["tables"]["strong"] if row["ranks"] == 16)
 
 
-def test_a_person_gives_what_was_measured(here, capsys):
+def test_measured_figures_replace_those_of_the_table(here, capsys):
     given = ("--tokens_per_second_per_device", "120000", "--bandwidth", "200", "--network_bandwidth", "12.5")
-    facts = json.loads(shown(capsys, *H100, *given, "--nproc", "4", "--nproc_per_node", "2", "--json"))
+    facts = json.loads(output_of(capsys, *H100, *given, "--nproc", "4", "--nproc_per_node", "2", "--json"))
     assert facts["rate_of_one"] == 120_000
     kept = facts["accelerator"]
     assert (kept["link"]["bandwidth"], kept["network"]["bandwidth"], kept["per_node"]) == (200e9, 12.5e9, 2)
@@ -263,23 +269,23 @@ def test_a_person_gives_what_was_measured(here, capsys):
 
 def test_a_model_too_large_for_ddp_is_planned_with_fsdp(here, capsys):
     large = ("--n_layer", "48", "--n_embd", "3072", "--n_head", "24", "--batch_size", "4")
-    out = shown(capsys, *H100, *large, "--nproc", "32")
+    out = output_of(capsys, *H100, *large, "--nproc", "32")
     assert "more than fits 80 GB" in out
     assert "speed       fsdp:" in out
 
 
-def test_a_preset_says_how_the_model_is_shared(here, capsys):
+def test_a_preset_decides_how_the_model_is_shared(here, capsys):
     (here / "cluster.toml").write_text('parallel = "fsdp"\nvocab_size = 50257\n')
     words = ("--preset", "cluster.toml", "--text", "text.txt", "--tokenizer", "gpt2", "--accelerator", "h100")
-    assert "speed       fsdp:" in shown(capsys, *words, "--nproc", "2")
-    assert "speed       ddp:" in shown(capsys, *words, "--nproc", "2", "--parallel", "ddp")
+    assert "speed       fsdp:" in output_of(capsys, *words, "--nproc", "2")
+    assert "speed       ddp:" in output_of(capsys, *words, "--nproc", "2", "--parallel", "ddp")
 
 
 def test_a_table_over_a_thousand_and_its_picture(here, capsys):
-    out = shown(capsys, *H100, "--scale", "--price", "2", "--out", "scale.png")
+    out = output_of(capsys, *H100, "--scale", "--price", "2", "--out", "scale.png")
     strong, weak = out.split("\n\n")[1:]
     assert strong.startswith("strong scaling, ddp: the run's 480 windows")
-    assert "not 64, 128, 256, 512, 1,024: nproc = 64: the 480 windows of a step do not divide" in strong
+    assert "not 64, 128, 256, 512, 1,024: nproc = 64: the 480 windows of a step are not divisible" in strong
     assert [line.split()[0] for line in weak.splitlines()[2:13]] == [f"{count:,}" for count in COUNTS]
     assert (here / "scale.png").read_bytes().startswith(b"\x89PNG")
 
@@ -289,21 +295,22 @@ def test_the_page_shows_what_the_command_prints(here, capsys):
     blocks = re.findall(r"```\n\$ losscurve plan (.*--accelerator .*)\n([^`]*)```", page)
     assert len(blocks) == 2
     for words, printed in blocks:
-        wrapped = [re.sub(r"\s+", " ", text).strip() for text in (shown(capsys, *words.split()), printed)]
+        wrapped = [re.sub(r"\s+", " ", text).strip() for text in (output_of(capsys, *words.split()), printed)]
         assert wrapped[0].endswith(wrapped[1].removeprefix("… "))
 
 
 def test_machines_like_this_one_are_measured(here, capsys, monkeypatch):
     monkeypatch.setattr(timing, "probe", lambda config: timing.Pace(0.01, 1e-6, 1e-3))
     monkeypatch.setattr(plan_scale_prediction, "measure_memory_rate", lambda: 1e10)
-    out = shown(capsys, *f"--text text.txt --nproc 2 {flags()}".split())
+    out = output_of(capsys, *f"--text text.txt --nproc 2 {flags()}".split())
     assert "2 x a CPU like this one" in out
     assert "6,400 tokens/s of one: measured just now" in out  # 4 windows of 16 in 10 ms
     assert "assumed: 10 Gbit/s each" in out
 
 
 def test_a_machine_that_is_too_small_is_not_probed(here, monkeypatch):
-    monkeypatch.setattr(timing, "machine_memory", lambda: 2**20)
+    for module in (arithmetic, timing):
+        monkeypatch.setattr(module, "machine_memory", lambda: 2**20)
     monkeypatch.setattr(plan_scale_prediction, "measure_memory_rate", lambda: 1e10)
     with pytest.raises(UserError, match="does not fit in the memory here"):
         main(f"--text text.txt --nproc 2 {flags()}".split())
@@ -330,7 +337,7 @@ def test_a_machine_that_is_too_small_is_not_probed(here, monkeypatch):
         ("--acelerator h100", "did you mean --accelerator"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(here, given, named):
+def test_a_wrong_flag_is_an_error_of_one_line(here, given, named):
     with pytest.raises(UserError) as caught:
         main(["--text", "text.txt", "--tokenizer", "byte", *given.split()])
     assert named in str(caught.value)

@@ -1,4 +1,4 @@
-"""`watch`, and `train --watch`: the page in a process of its own, which no training run waits for or depends on."""
+"""`watch`, and `train --watch`: the page runs in its own process, and no training run waits for it or depends on it."""
 
 import re
 import signal
@@ -23,18 +23,18 @@ DEADLINE = 20  # seconds, of what takes one
 
 
 def opened(address):
-    """The answer of an address, asked for without a proxy."""
+    """Open an address without a proxy."""
     return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=DEADLINE)
 
 
-def test_what_is_missing_is_named_with_its_extra(monkeypatch, tmp_path):
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "llm.page.server", raising=False)
     with pytest.raises(UserError, match=r"uvicorn.*losscurve\[dashboard\]"):
         watch.main([str(tmp_path)])
 
 
-def test_watch_refuses_what_is_no_folder_or_port(tmp_path):
+def test_watch_refuses_a_file_and_a_port_out_of_range(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="not a folder"):
         watch.main([str(tmp_path / "file")])
@@ -42,7 +42,7 @@ def test_watch_refuses_what_is_no_folder_or_port(tmp_path):
         watch.main(["--port", "70000"])
 
 
-def test_watch_announces_that_it_waits_for_a_folder_without_a_run(tmp_path):
+def test_a_folder_without_a_run_is_a_warning(tmp_path):
     command = [sys.executable, "-m", "llm", "watch", str(tmp_path / "rum")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     with process:
@@ -54,7 +54,7 @@ def test_watch_announces_that_it_waits_for_a_folder_without_a_run(tmp_path):
 
 @pytest.fixture
 def server(tmp_path):
-    """The command on a folder without a run: its process and its address."""
+    """Start the command on a folder without a run; yield its process and its address."""
     process = subprocess.Popen(
         [sys.executable, "-m", "llm", "watch", "--until_eof", "--", str(tmp_path / "run")],
         stdin=subprocess.PIPE,
@@ -74,7 +74,7 @@ def events_of(address, seen):
         seen.extend(line.decode().strip() for line in stream if line.startswith(b"event"))
 
 
-def test_it_listens_on_loopback_only_and_tells_open_pages_that_it_ends(server):
+def test_it_listens_on_loopback_only_and_notifies_open_pages_at_its_end(server):
     process, address = server
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{32}/", address)
     port = int(address.split(":")[2].split("/")[0])
@@ -97,7 +97,7 @@ def test_it_listens_on_loopback_only_and_tells_open_pages_that_it_ends(server):
     assert seen[-1] == "event: ended"
 
 
-def test_it_gives_way_to_a_training_run(server):
+def test_it_has_a_lower_priority_than_a_training_run(server):
     status = Path(f"/proc/{server[0].pid}")
     if not status.exists():
         pytest.skip("no /proc here")
@@ -105,12 +105,12 @@ def test_it_gives_way_to_a_training_run(server):
     assert (status / "oom_score_adj").read_text().strip() == "1000"
 
 
-def test_ctrl_c_is_its_usual_end(server):
+def test_ctrl_c_ends_it(server):
     server[0].send_signal(signal.SIGINT)
     assert server[0].wait(DEADLINE) == 0
 
 
-def test_train_watch_tells_the_address_and_ends_the_page_with_the_run(here, losscurve):
+def test_train_watch_prints_the_address_and_ends_the_page_with_the_run(here, losscurve):
     code, out, err = losscurve(f"train --text text.txt {flags()} --watch")
     assert code == 0, err
     address = re.search(r"watching checkpoints at (http://127\.0\.0\.1:\d+/\S+/)", out)[1]
@@ -136,7 +136,7 @@ def test_a_page_that_cannot_start_is_one_warning_and_the_run_is_the_same(here, l
     assert read_record(here / "checkpoints")[-1]["step"] == 12
 
 
-def test_a_machine_without_room_for_a_process_trains_too(here, capsys, monkeypatch):
+def test_a_run_trains_without_a_page_if_no_process_can_be_started(here, capsys, monkeypatch):
     def full(*words, **more):
         raise OSError(11, "Resource temporarily unavailable")
 
@@ -146,7 +146,7 @@ def test_a_machine_without_room_for_a_process_trains_too(here, capsys, monkeypat
     assert "no page: Resource temporarily unavailable; training goes on" in capsys.readouterr().err
 
 
-def test_a_page_that_says_nothing_is_not_waited_for_long(here, capsys, monkeypatch):
+def test_a_page_that_prints_nothing_is_a_warning_after_a_time_limit(here, capsys, monkeypatch):
     real = subprocess.Popen
 
     def silent(words, **more):
@@ -156,10 +156,10 @@ def test_a_page_that_says_nothing_is_not_waited_for_long(here, capsys, monkeypat
     monkeypatch.setattr(watch, "PATIENCE", 0.2)
     with watch.beside(here) as tell_address:
         tell_address()
-    assert "said nothing" in capsys.readouterr().err
+    assert "printed nothing" in capsys.readouterr().err
 
 
-def test_the_page_ends_where_the_training_is_killed(here):
+def test_the_page_ends_if_the_training_is_killed(here):
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom llm.commands.look.watch import beside\n"
         "with beside(Path('run')) as tell_address:\n    tell_address()\n    time.sleep(60)\n"

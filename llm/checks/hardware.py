@@ -7,31 +7,31 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-from llm.checks.check import Check, setting
+from llm.checks.check import Check, set_variable
 
-CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # a container's: microseconds of processor in a period, and the period
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time per period, and the period
 
 
 def threads() -> Check:
+    """Check that PyTorch has as many threads as this process has processors."""
     import torch
 
-    count, cores = torch.get_num_threads(), processors()
-    words = f"{count} on {cores:g} processors, {torch.backends.cpu.get_cpu_capability()}"
-    if count > max(1, cores):
-        best = setting("OMP_NUM_THREADS", str(max(1, int(cores))))
-        return Check("threads", None, f"{words}: more than there are processors slow a step down", best)
-    if count < cores and "OMP_NUM_THREADS" in os.environ:
-        return Check("threads", None, f"{words}: OMP_NUM_THREADS keeps it from more", "unset OMP_NUM_THREADS")
-    return Check("threads", True, words)
+    count = torch.get_num_threads()
+    available = processors()
+    message = f"{count} on {available:g} processors, {torch.backends.cpu.get_cpu_capability()}"
+    if count > max(1, available):
+        remedy = set_variable("OMP_NUM_THREADS", str(max(1, int(available))))
+        return Check("threads", None, f"{message}: more threads than processors make a step slower", remedy)
+    if count < available and "OMP_NUM_THREADS" in os.environ:
+        return Check("threads", None, f"{message}: OMP_NUM_THREADS limits the threads", "unset OMP_NUM_THREADS")
+    return Check("threads", True, message)
 
 
 def processors() -> float:
-    """Processors that this process may use: those it is bound to, less where a container has a share of them."""
-    count = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Return the processors that this process may use: its affinity, or less if its container has a CPU quota."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = float(found or 1)
     try:
         quota, period = CPU_LIMIT.read_text(encoding="ascii").split()
         return min(count, int(quota) / int(period))
@@ -40,48 +40,61 @@ def processors() -> float:
 
 
 def fast_precision() -> Check:
-    """Whether `--dtype auto` means bfloat16 on the CPU, and what matrix products reach."""
+    """Check whether `--dtype auto` means bfloat16 on the CPU, and measure its matrix products."""
     import torch
 
     from llm.machine.device import choose_dtype, matrix_rate
 
     cpu = torch.device("cpu")
-    plain = f"{matrix_rate(cpu, torch.float32) / 1e9:,.0f} GFLOP/s in float32"
+    float32_rate = f"{matrix_rate(cpu, torch.float32) / 1e9:,.0f} GFLOP/s in float32"
     if choose_dtype("auto", cpu) is torch.float32:
-        return Check("bfloat16", None, f"not fast on this CPU, so float32 is used; products reach {plain}")
+        return Check("bfloat16", None, f"slow on this CPU, so float32 is used; matrix products reach {float32_rate}")
     rate = matrix_rate(cpu, torch.bfloat16)
-    return Check("bfloat16", True, f"fast on this CPU: products reach {rate / 1e9:,.0f} GFLOP/s, and {plain}")
+    message = f"fast on this CPU: matrix products reach {rate / 1e9:,.0f} GFLOP/s, and {float32_rate}"
+    return Check("bfloat16", True, message)
 
 
 def compiler() -> Check:
-    """What --compile needs: a C++ compiler with OpenMP and Python's headers, and on CUDA triton."""
+    """Check what --compile needs: a C++ compiler with OpenMP and Python's headers, and triton with CUDA."""
     import torch
 
-    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    name = os.environ.get("CXX", usual)
-    words = name.split()
-    if not words or shutil.which(words[0]) is None:
-        get = {"darwin": "xcode-select --install", "linux": "sudo apt install g++ python3-dev"}.get(sys.platform, "")
-        return Check("compiler", None, f"no {name}: --compile trains without compiling", get)
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    name = os.environ.get("CXX", default)
+    command = name.split()
+    if not command or shutil.which(command[0]) is None:
+        remedies = {"darwin": "xcode-select --install", "linux": "sudo apt install g++ python3-dev"}
+        message = f"no {name}: --compile trains without compiling"
+        return Check("compiler", None, message, remedies.get(sys.platform, ""))
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
         return Check("compiler", None, "no triton: --compile trains without compiling", "pip install triton")
     if sys.platform == "win32":
-        return Check("compiler", True, f"{shutil.which(words[0])}")
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    flags = ["-x", "c++", "-std=c++17", *openmp, "-I", sysconfig.get_path("include"), "-fsyntax-only", "-"]
-    source = "#include <Python.h>\n#include <cmath>\n" + ("#include <omp.h>\n" if openmp else "")
-    tried = subprocess.run(
-        [*words, *flags], input=source, capture_output=True, text=True, errors="replace", timeout=30, check=False
+        return Check("compiler", True, f"{shutil.which(command[0])}")
+    error = _compile_error(command)
+    if error:
+        remedy = "sudo apt install g++ python3-dev" if sys.platform == "linux" else "xcode-select --install"
+        return Check("compiler", None, f"{name} cannot compile ({error}): --compile will not work", remedy)
+    return Check("compiler", True, f"{shutil.which(command[0])}, for --compile")
+
+
+def _compile_error(command: list[str]) -> str:
+    """Compile a file that includes what torch.compile needs; return the compiler's error, "" if there is none."""
+    flags = ["-x", "c++", "-std=c++17"]
+    source = "#include <Python.h>\n#include <cmath>\n"
+    if sys.platform != "darwin":
+        flags += ["-fopenmp"]
+        source += "#include <omp.h>\n"
+    flags += ["-I", sysconfig.get_path("include"), "-fsyntax-only", "-"]
+    finished = subprocess.run(
+        [*command, *flags], input=source, capture_output=True, text=True, errors="replace", timeout=30, check=False
     )
-    if tried.returncode:
-        error = next((line for line in tried.stderr.splitlines() if "error" in line), "it fails")
-        get = "sudo apt install g++ python3-dev" if sys.platform == "linux" else "xcode-select --install"
-        return Check("compiler", None, f"{name} cannot compile ({error.strip()[:120]}): --compile will not work", get)
-    return Check("compiler", True, f"{shutil.which(words[0])}, for --compile")
+    if finished.returncode == 0:
+        return ""
+    error = next((line for line in finished.stderr.splitlines() if "error" in line), "it fails")
+    return error.strip()[:120]
 
 
 def device() -> Check:
-    """The device that `--device auto` means."""
+    """Check the device that `--device auto` means."""
     import torch
 
     from llm.machine.device import choose_device
@@ -90,23 +103,27 @@ def device() -> Check:
     if chosen.type == "cuda":
         free, total = torch.cuda.mem_get_info(chosen)
         major, minor = torch.cuda.get_device_capability(chosen)
-        words = f"{torch.cuda.get_device_name(chosen)}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
-        return Check("device", True, f"{words}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+        name = f"{torch.cuda.get_device_name(chosen)}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
+        return Check("device", True, f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
     if chosen.type == "mps":
         return Check("device", True, "the GPU of this Mac (mps)")
-    if not nvidia_here():
-        return Check("device", None, "no GPU, so the CPU trains; a GPU is many times as fast")
-    here = "the CPU trains, though an NVIDIA GPU is here"
+    if not has_nvidia_gpu():
+        return Check("device", None, "no GPU, so training runs on the CPU; a GPU is many times as fast")
+    unused = "training runs on the CPU, though this machine has an NVIDIA GPU"
     if torch.version.cuda is None:
-        return Check("device", None, f"{here}: PyTorch {torch.__version__} is built without CUDA", cuda_build())
+        message = f"{unused}: PyTorch {torch.__version__} is built without CUDA"
+        return Check("device", None, message, install_cuda_build())
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return Check("device", None, f"{here}: CUDA_VISIBLE_DEVICES hides it", "unset CUDA_VISIBLE_DEVICES")
-    words = f"{here}: PyTorch's CUDA {torch.version.cuda} does not work with its driver; look which CUDA that has"
-    return Check("device", False, words, "nvidia-smi")
+        return Check("device", None, f"{unused}: CUDA_VISIBLE_DEVICES hides it", "unset CUDA_VISIBLE_DEVICES")
+    message = (
+        f"{unused}: PyTorch's CUDA {torch.version.cuda} does not work with its driver; compare the CUDA version of "
+        "the driver"
+    )
+    return Check("device", False, message, "nvidia-smi")
 
 
-def nvidia_here() -> bool:
-    """Whether the driver's own tool lists a GPU."""
+def has_nvidia_gpu() -> bool:
+    """Return whether the driver's own tool lists a GPU."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return False
@@ -114,8 +131,8 @@ def nvidia_here() -> bool:
     return listed.returncode == 0 and b"GPU" in listed.stdout
 
 
-def cuda_build() -> str:
-    """How to get PyTorch with CUDA: on Linux the index has it, elsewhere PyTorch's page knows."""
+def install_cuda_build() -> str:
+    """Return the command that installs PyTorch with CUDA; outside Linux, one that opens PyTorch's instructions."""
     if sys.platform == "linux":
         return "pip install --force-reinstall torch"
     return "python -m webbrowser https://pytorch.org/get-started/locally"

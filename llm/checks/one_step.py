@@ -1,36 +1,36 @@
-"""One update of a tiny model, on the CPU and on the device: equal but for rounding."""
+"""Compare one update of a tiny model on the CPU and on the device: they may differ by rounding only."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm.checks.check import Check
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-from llm.checks.check import Check
 
 LOSS_TOLERANCE = 1e-4  # nats per token
 
+GRADIENT_TOLERANCE = 1e-3  # of the gradient's norm; another order of summation gives 1e-6
 
-GRADIENT_TOLERANCE = 1e-3  # of the gradient's length; another order of adding up gives 1e-6
-
-
-UPDATE_TOLERANCE = 2e-2  # of the update's length: AdamW's first goes by the sign of numbers that may be near 0
+# of the update's norm; AdamW's first update follows the sign of each gradient, which may be near 0
+UPDATE_TOLERANCE = 2e-2
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one update did, in float64 on the CPU; gradient and update are those of all parameters, flat."""
+    """The result of one update, in float64 on the CPU. Gradient and update are flat, over all parameters."""
 
     loss: float  # nats per token
     gradient: "Tensor"
     update: "Tensor"
 
 
-def one_step(on: "torch.device", dropout: float = 0.0) -> Outcome:
-    """The first update of a tiny model on random tokens, in float32; the same everywhere but for rounding.
+def one_step(device: "torch.device", dropout: float = 0.0) -> Outcome:
+    """Run the first update of a tiny model on random tokens, in float32; equal on all devices except for rounding.
 
-    float32 in full: TF32, which training uses on CUDA, is not asked for here.
+    TF32, which training uses on CUDA, is off here.
     """
     import numpy as np
     import torch
@@ -43,47 +43,55 @@ def one_step(on: "torch.device", dropout: float = 0.0) -> Outcome:
     from llm.training.parts import Parts
 
     shape = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 64, "dropout": dropout}
-    config = from_settings(shape | {"batch_size": 8, "max_steps": 10, "warmup_steps": 0, "dtype": "float32"})
+    recipe = {"batch_size": 8, "max_steps": 10, "warmup_steps": 0, "dtype": "float32"}
+    config = from_settings(shape | recipe)
     tokens = np.random.default_rng(0).integers(0, 257, 4096).astype(np.uint16)
     data = TokenData(Path(), tokens, tokens, 257, True, "random", {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = GPT(config.model)  # its weights are drawn on the CPU
+        model = GPT(config.model)  # weights are drawn on the CPU, so every device starts from the same
     before = [p.detach().double() for p in model.parameters()]
-    model.to(on).train()
-    scaler = torch.amp.GradScaler(on.type, enabled=False)
+    model.to(device).train()
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
     optimizer = make_optimizer(model, config)
-    parts = Parts(config, model, model, optimizer, scaler, data, None, on, torch.float32)
+    parts = Parts(config, model, model, optimizer, scaler, data, None, device, torch.float32)
     loss = train_step(parts, 0).loss.item()
     after = [p.detach().cpu().double() for p in model.parameters()]
-    gradient = torch.cat([p.grad.detach().cpu().double().flatten() for p in model.parameters() if p.grad is not None])
-    return Outcome(loss, gradient, torch.cat([(b - a).flatten() for a, b in zip(before, after, strict=True)]))
+    gradients = [p.grad.detach().cpu().double().flatten() for p in model.parameters() if p.grad is not None]
+    updates = [(new - old).flatten() for old, new in zip(before, after, strict=True)]
+    return Outcome(loss, torch.cat(gradients), torch.cat(updates))
 
 
 def differences(expected: Outcome, found: Outcome) -> tuple[float, float, float]:
-    """Of the losses (nats per token), and of gradients and updates as shares of the length expected."""
+    """Return the differences of loss, gradient and update.
 
-    def apart(a: "Tensor", b: "Tensor") -> float:
-        return float((a - b).norm() / a.norm()) if a.shape == b.shape else float("inf")
+    The loss differs in nats per token; gradient and update as shares of the expected norm.
+    """
+
+    def relative(a: "Tensor", b: "Tensor") -> float:
+        if a.shape != b.shape:
+            return float("inf")
+        return float((a - b).norm() / a.norm())
 
     loss = abs(expected.loss - found.loss)
-    return loss, apart(expected.gradient, found.gradient), apart(expected.update, found.update)
+    return loss, relative(expected.gradient, found.gradient), relative(expected.update, found.update)
 
 
 def parity() -> Check:
-    """One update on the CPU and the same on the device, without and with dropout; on the CPU alone, done twice."""
+    """Compare one update on the CPU and on the device, without and with dropout; without a GPU, two on the CPU."""
     import torch
 
     from llm.machine.device import choose_device
 
-    cpu, other = torch.device("cpu"), choose_device("auto")
-    found = [differences(one_step(cpu, share), one_step(other, share)) for share in (0.0, 0.1)]
-    worst = torch.tensor(found).amax(0).tolist()  # NaN where any is
-    where = f"done twice on the {other}" if other == cpu else f"on {other} and on the cpu"
-    words = f"{where}: loss differs by {worst[0]:.1e} nats, gradient by {worst[1]:.1e}, update by {worst[2]:.1e} of it"
-    limits = (LOSS_TOLERANCE, GRADIENT_TOLERANCE, UPDATE_TOLERANCE)
-    if all(value <= limit for value, limit in zip(worst, limits, strict=True)):  # false for NaN
-        return Check("one step", True, words)
-    allowed = ", ".join(f"{limit:g}" for limit in limits)
-    remedy = "pip install --force-reinstall torch" if other == cpu else "losscurve train --device cpu"
-    return Check("one step", False, f"{words}; at most {allowed} is rounding", remedy)
+    cpu = torch.device("cpu")
+    device = choose_device("auto")
+    found = [differences(one_step(cpu, dropout), one_step(device, dropout)) for dropout in (0.0, 0.1)]
+    loss, gradient, update = torch.tensor(found).amax(0).tolist()  # amax propagates NaN
+    where = "twice on the cpu" if device == cpu else f"on {device} and on the cpu"
+    message = f"{where}: loss differs by {loss:.1e} nats, gradient by {gradient:.1e}, update by {update:.1e} of it"
+    # false for NaN
+    if loss <= LOSS_TOLERANCE and gradient <= GRADIENT_TOLERANCE and update <= UPDATE_TOLERANCE:
+        return Check("one step", True, message)
+    allowed = f"{LOSS_TOLERANCE:g}, {GRADIENT_TOLERANCE:g}, {UPDATE_TOLERANCE:g}"
+    remedy = "pip install --force-reinstall torch" if device == cpu else "losscurve train --device cpu"
+    return Check("one step", False, f"{message}; at most {allowed} is rounding", remedy)

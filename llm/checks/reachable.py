@@ -1,4 +1,4 @@
-"""Checks of what runs download: in the cache, or could be had."""
+"""Checks of downloads: whether they are in the cache, or can be downloaded."""
 
 import hashlib
 import os
@@ -8,36 +8,50 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from llm.checks.check import CACHE, Check, setting
+from llm.checks.check import CACHE, Check, set_variable
 from llm.errors import UserError
 
 
 def text() -> Check:
+    """Check the default text, tiny Shakespeare."""
     from llm import storage
     from llm.text import corpus
 
-    path = storage.cache_folder() / "tinyshakespeare" / "input.txt"
-    without = "runs without a --text take the text that Python carries"
-    known = corpus.SHAKESPEARE_URL, path, corpus.SHAKESPEARE_SHA256
-    return cached("text", "tiny Shakespeare", *known, setting("LOSSCURVE_CACHE", CACHE), without)
+    return cached(
+        "text",
+        "tiny Shakespeare",
+        corpus.SHAKESPEARE_URL,
+        storage.cache_folder() / "tinyshakespeare" / "input.txt",
+        corpus.SHAKESPEARE_SHA256,
+        remedy=set_variable("LOSSCURVE_CACHE", CACHE),
+        fallback="runs without a --text use the help topics that Python carries",
+    )
 
 
 def vocabulary() -> Check:
+    """Check GPT-2's vocabulary."""
     from llm import storage
     from llm.tokens import bpe
 
-    own = os.environ.get("TIKTOKEN_CACHE_DIR")
-    folder = Path(own) if own else storage.cache_folder() / "tiktoken"
-    path = folder / hashlib.sha1(bpe.VOCAB_URL.encode()).hexdigest()
-    remedy = "unset TIKTOKEN_CACHE_DIR" if own else setting("LOSSCURVE_CACHE", CACHE)
-    without = "tokens are made from the text itself (bpe)"
-    known = bpe.VOCAB_URL, path, bpe.VOCAB_SHA256
-    return cached("vocabulary", "GPT-2's vocabulary", *known, remedy, without)
+    own_folder = os.environ.get("TIKTOKEN_CACHE_DIR")
+    folder = Path(own_folder) if own_folder else storage.cache_folder() / "tiktoken"
+    return cached(
+        "vocabulary",
+        "GPT-2's vocabulary",
+        bpe.VOCAB_URL,
+        folder / hashlib.sha1(bpe.VOCAB_URL.encode()).hexdigest(),
+        bpe.VOCAB_SHA256,
+        remedy="unset TIKTOKEN_CACHE_DIR" if own_folder else set_variable("LOSSCURVE_CACHE", CACHE),
+        fallback="runs train a bpe tokenizer on the text itself",
+    )
 
 
-def cached(name: str, what: str, url: str, path: Path, sha256: str, remedy: str, without: str) -> Check:
-    """Whether a download is in its cache or could be had: `remedy` is for a cache that cannot be written, `without`
-    says what runs do without the download.
+def cached(name: str, what: str, url: str, path: Path, sha256: str, remedy: str, fallback: str) -> Check:
+    """Check whether a download is in its cache at `path`, or can be downloaded.
+
+    Args:
+        remedy: the command for a cache that cannot be written
+        fallback: what runs do without the download, in words
     """
     from llm import storage
 
@@ -48,15 +62,16 @@ def cached(name: str, what: str, url: str, path: Path, sha256: str, remedy: str,
         storage.check_writable(path.parent)
     except UserError as error:
         return Check(name, False, str(error), remedy)
-    reason = silence(url)
+    host = urlsplit(url).netloc
+    reason = connection_error(url)
     if reason is None:
-        return Check(name, True, f"{state}; {urlsplit(url).netloc} answers, so it is fetched when it is needed")
-    words = f"{state}, and {urlsplit(url).netloc} cannot be reached ({reason}): {without}"
-    return Check(name, None, words, f'curl --create-dirs -o "{path}" {url}')
+        return Check(name, True, f"{state}; {host} answers, so a run downloads it when it needs it")
+    message = f"{state}, and {host} cannot be reached ({reason}): {fallback}"
+    return Check(name, None, message, f'curl --create-dirs -o "{path}" {url}')
 
 
-def silence(url: str) -> str | None:
-    """Why nothing answers at `url`, within seconds; None if something does."""
+def connection_error(url: str) -> str | None:
+    """Return why `url` does not answer within seconds; None if it does."""
     from llm.storage.download import CONNECT_SECONDS
 
     answer: list[str | None] = []
@@ -66,12 +81,13 @@ def silence(url: str) -> str | None:
             request = urllib.request.Request(url, method="HEAD")
             with urllib.request.urlopen(request, timeout=CONNECT_SECONDS):
                 answer.append(None)
-        except Exception as error:  # whatever a network can do
+        except Exception as error:  # urllib, ssl and http raise many kinds
             if isinstance(error, urllib.error.HTTPError):
                 error.close()  # it holds the connection
-            answer.append(str(getattr(error, "reason", None) or error) or type(error).__name__)
+            reason = getattr(error, "reason", None) or error
+            answer.append(str(reason) or type(error).__name__)
 
-    thread = threading.Thread(target=ask, daemon=True)  # no timeout covers the look-up of the name
+    thread = threading.Thread(target=ask, daemon=True)  # urllib's timeout does not cover the DNS look-up
     thread.start()
     thread.join(CONNECT_SECONDS)
     return answer[0] if answer else f"no answer in {CONNECT_SECONDS:g} s"

@@ -1,4 +1,8 @@
-"""A rehearsal under way: several processes, one killed for good, resumed in one, compared."""
+"""Rehearse a cluster run on one machine: train in several processes, kill one, resume in one process, compare.
+
+The settings are those of the run, with a small model. The processes, the checkpoints and the SIGKILL are real. The
+settings of the real model are checked too, as far as that needs no cluster.
+"""
 
 import contextlib
 import dataclasses
@@ -13,8 +17,11 @@ from pathlib import Path
 import torch
 
 from llm.checks import prove
-from llm.checks.rehearse import PIECE, STEPS, TOLERANCES, _children, _in_time, _piece, _processes, differences, shrunk
+from llm.checks.compare_runs import TOLERANCES, run_differences
+from llm.checks.processes import check_time, children_of, running_processes
+from llm.checks.shrink import PIECE, STEPS, prepare_first_piece, shrink_config
 from llm.config import TrainConfig, from_settings, write_toml
+from llm.config.counts import count_parameters
 from llm.data import TokenData, open_data
 from llm.errors import Failure, UserError
 from llm.machine.device import DTYPES, choose_device, choose_dtype
@@ -32,37 +39,58 @@ from llm.tokens.reuse import default_folder
 from llm.tokens.saved_tokenizer import load_tokenizer
 from llm.tokens.tokenizer import Tokenizer
 
+NOT_CHECKED = (
+    "NCCL and GPUs, the network between machines, whether each machine sees the same files, "
+    "the accelerator's memory and speed"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What came of one check: `good` is None for what the machines of the run have to be compared with."""
+    """The result of one check. `good` is None if the user has to compare it with the machines of the run."""
 
     name: str
     good: bool | None
-    words: str
+    message: str
 
 
 class Rehearsal:
-    """The checks of `config` for `world_size` processes, rehearsed by `nproc` in `folder`, which is the caller's.
+    """The checks of `config` for `world_size` processes, rehearsed by `nproc` processes in `folder`.
 
-    `here`: the run is meant for this machine, whose disk and memory then have to do for it. Raises UserError for an
-    `init_from` without weights that can be used.
+    `is_here`: the run itself is meant for this machine, so its disk and memory must suffice. The caller removes
+    `folder`.
+
+    Raises UserError if `init_from` names no usable weights.
     """
 
     def __init__(
-        self, config: TrainConfig, nproc: int, world_size: int, here: bool, folder: Path, say: Say = lambda line: None
+        self,
+        config: TrainConfig,
+        nproc: int,
+        world_size: int,
+        is_here: bool,
+        folder: Path,
+        say: Say = lambda line: None,
     ) -> None:
-        self.config, self.nproc, self.world_size, self.here = config, nproc, world_size, here
-        self.folder, self.whole, self.parts = folder, folder / "whole", folder / "parts"
+        self.config = config
+        self.nproc = nproc
+        self.world_size = world_size
+        self.is_here = is_here
+        self.folder = folder
+        self.whole = folder / "whole"  # the uninterrupted run
+        self.parts = folder / "parts"  # the run that is killed and resumed
+        self.preset = folder / "small.toml"  # settings of both
         self.say = say
-        self.given: Tokenizer | None = None  # that of weights to start from
+        self.given: Tokenizer | None = None  # the tokenizer of the weights to start from
         if config.init_from:
             self.config, _, self.given = starting_point(config, say)
-        self.small = shrunk(self.config, nproc, world_size)
-        threads = max(1, (os.cpu_count() or 1) // nproc)  # also for one process, which then adds up alike
-        self.environment = {"OMP_NUM_THREADS": str(threads), "TMPDIR": str(folder)}  # torchrun leaves folders there
+        self.small = shrink_config(self.config, nproc, world_size)
+        self.is_prepared = False  # whether the run's own token files exist
+        self.resumed_at = 0  # step
+        threads = max(1, (os.cpu_count() or 1) // nproc)  # also of one process, so that it sums in the same order
+        self.environment = {"OMP_NUM_THREADS": str(threads), "TMPDIR": str(folder)}  # torchrun leaves folders in TMPDIR
         self.job: subprocess.Popen[str] | None = None
-        self.workers: list[int] = []  # its processes
+        self.workers: list[int] = []  # process ids of the job
         self.stages: dict[str, Callable[[], tuple[bool | None, str]]] = {
             "processes": self.split,
             "text": self.text,
@@ -75,7 +103,7 @@ class Rehearsal:
         }
 
     def findings(self) -> Iterator[Finding]:
-        """Each check as it is made; after one that raised an error the others, which need it, are not."""
+        """Yield the result of each check. A check that raises ends the list, because the later ones need it."""
         try:
             for name, stage in self.stages.items():
                 try:
@@ -84,157 +112,187 @@ class Rehearsal:
                     yield Finding(name, False, str(error))
                     return
         finally:
-            self._end()
+            self._end_job()
 
     def split(self) -> tuple[bool, str]:
-        """Whether the real settings can be spread over the real number of processes."""
+        """Check that the real settings can be split over the real number of processes."""
         config = self.config
         if self.world_size > 1 and config.device.startswith(("cuda:", "mps")):
-            choose_device(config.device, 0)  # says that this is one device
+            choose_device(config.device, 0)  # raises: that is one device
         check_parallel(config, World(size=self.world_size), DTYPES.get(config.dtype, torch.float32))
         share, micro_batches = config.share(self.world_size)
         sizes = f"{share} each of {self.world_size} processes, in {micro_batches} micro-batches"
         return True, f"{config.windows_per_step} windows a step: {sizes}"
 
     def text(self) -> tuple[bool, str]:
-        """Whether the tokens fit the vocabulary and the window; leaves what is trained on here."""
-        config, given = self.config, self.given
+        """Check that the tokens fit the vocabulary and the window, and prepare the text of the small run."""
+        config = self.config
         if "-" in config.text:
-            raise UserError("text = '-': is read more than once here; make token files first, with losscurve prepare -")
-        tokens = Path(config.data_dir or default_folder(config))
-        self.prepared, where = bool(files_there(tokens)), ""
-        if self.prepared:
-            data, tokenizer = open_text(config, self.say, None, given, ALONE)
-        else:
-            tokens, all_of_it = _piece(config, self.folder, given, self.small.model.block_size, self.say)
-            data, tokenizer = open_data(tokens, self.small.model.block_size), load_tokenizer(tokens / "tokenizer.json")
-            where = "" if all_of_it else f"'s first {PIECE:,} characters"
-            if all_of_it and len(data.train) <= config.model.block_size:
-                needed = f"and a window of block_size = {config.model.block_size} needs one more than that"
-                raise UserError(f"{len(data.train)} tokens in the text, {needed}; give more text or a smaller one")
+            raise UserError(
+                "text = '-': a rehearsal reads the text more than once, standard input can be read once only; prepare "
+                "token files first, with losscurve prepare -"
+            )
+        data, tokenizer, source = self._open_text()
         if config.init_from:
-            check_tokens(config, data, given, tokenizer)
-        if self.prepared and config.sample_prompt and tokenizer is not None:
-            tokenizer.encode(config.sample_prompt)
+            check_tokens(config, data, self.given, tokenizer)
+        if self.is_prepared and config.sample_prompt and tokenizer is not None:
+            tokenizer.encode(config.sample_prompt)  # raises if the tokenizer cannot encode it
         vocabulary = config.model.vocab_size if config.init_from else config.vocab_size or data.vocab_size
-        self.config, self.small = (text_size.with_vocabulary(c, vocabulary) for c in (config, self.small))
-        self._settle(data)
-        what = f"{tokens}" if self.prepared else f"the text{where}, tokenized here"
-        return True, f"ids stay below {data.vocab_size:,}, the model has {vocabulary:,}; rehearsing on {what}"
+        self.config = text_size.with_vocabulary(config, vocabulary)
+        self.small = text_size.with_vocabulary(self.small, vocabulary)
+        self._write_preset(data)
+        return True, (
+            f"token ids are below {data.vocab_size:,}, the model's vocabulary is {vocabulary:,}; rehearsing on {source}"
+        )
 
-    def _settle(self, data: TokenData) -> None:
-        """Write what is decided to small.toml, so that every job finds the same."""
+    def _open_text(self) -> tuple[TokenData, Tokenizer | None, str]:
+        """Return the data and the tokenizer of the small run, and where they are from, in words."""
+        config = self.config
+        tokens = Path(config.data_dir or default_folder(config))
+        self.is_prepared = bool(files_there(tokens))
+        if self.is_prepared:
+            data, tokenizer = open_text(config, self.say, None, self.given, ALONE)
+            return data, tokenizer, str(tokens)
+        small_block_size = self.small.model.block_size
+        tokens, is_whole = prepare_first_piece(config, self.folder, self.given, small_block_size, self.say)
+        data = open_data(tokens, small_block_size)
+        tokenizer = load_tokenizer(tokens / "tokenizer.json")
+        block_size = config.model.block_size
+        if is_whole and len(data.train) <= block_size:
+            raise UserError(
+                f"{len(data.train)} tokens in the text, and a window of block_size = {block_size} needs one more than "
+                "that; give more text or a smaller block_size"
+            )
+        part = "" if is_whole else f"'s first {PIECE:,} characters"
+        return data, tokenizer, f"the text{part}, tokenized here"
+
+    def _write_preset(self, data: TokenData) -> None:
+        """Write the settings of the small run to `preset`, with "auto" resolved, so that every job has the same."""
         dtype = choose_dtype(self.small.dtype, torch.device("cpu"))
-        settled = {"text": (), "tokenizer": "auto", "data_dir": data.folder.resolve(), "dtype": name_of(dtype)}
-        settled |= {"vocab_size": self.small.model.vocab_size, "out_dir": self.parts}
-        self.small = from_settings(settled, self.small)
-        self.preset = self.folder / "small.toml"
+        resolved = {
+            "text": (),
+            "tokenizer": "auto",
+            "data_dir": data.folder.resolve(),
+            "dtype": name_of(dtype),
+            "vocab_size": self.small.model.vocab_size,
+            "out_dir": self.parts,
+        }
+        self.small = from_settings(resolved, self.small)
         self.preset.write_text(write_toml(self.small), encoding="utf-8")
 
     def disk(self) -> tuple[bool | None, str]:
-        """Room for the states of the real model, and for its token files where they are still to be made."""
+        """Check the disk space for the checkpoints of the real model, and for its token files if they do not exist."""
+        config = self.config
         with torch.device("meta"):
-            needed = disk_needed(GPT(self.config.model), self.config)
-        if not self.prepared:
-            bytewise = {"char": "byte"}.get(self.config.tokenizer, self.config.tokenizer)  # else it reads all the text
-            text = text_size.text_of(from_settings({"tokenizer": bytewise}, self.config))
-            needed += arithmetic.disk(self.config, text.tokens)["token files"]
-        out_dir = Path(self.config.out_dir).resolve()
-        free = shutil.disk_usage(next(path for path in (out_dir, *out_dir.parents) if path.exists())).free
-        words = f"{needed / 2**30:.2f} GiB for the states of {self.config.out_dir}"
-        return self._enough(words + ("" if self.prepared else " and the token files"), needed, free)
+            needed = disk_needed(GPT(config.model), config)
+        purpose = f"the checkpoints of {config.out_dir}"
+        if not self.is_prepared:
+            # a character tokenizer would read the whole text
+            tokenizer = "byte" if config.tokenizer == "char" else config.tokenizer
+            text = text_size.text_of(from_settings({"tokenizer": tokenizer}, config))
+            needed += arithmetic.disk(config, text.tokens)["token files"]
+            purpose += " and the token files"
+        out_dir = Path(config.out_dir).resolve()
+        existing = next(path for path in (out_dir, *out_dir.parents) if path.exists())
+        message = f"{needed / 2**30:.2f} GiB for {purpose}"
+        return self._judge_space(message, needed, shutil.disk_usage(existing).free)
 
     def memory(self) -> tuple[bool | None, str]:
-        """What rank 0 holds in the memory of its host while a state of the real model is saved."""
-        needed = arithmetic.PROCESS + arithmetic.COPIES * sum(arithmetic.parameters(self.config.model).values())
-        return self._enough(
-            f"{needed / 2**30:.2f} GiB on the host of rank 0 to save", needed, arithmetic.machine_memory()
-        )
+        """Check the host memory that rank 0 needs while it saves a checkpoint of the real model."""
+        copies = arithmetic.BYTES_COPIED_TO_SAVE * count_parameters(self.config.model)
+        needed = arithmetic.PROCESS_BYTES + copies
+        message = f"{needed / 2**30:.2f} GiB on the host of rank 0 to save"
+        return self._judge_space(message, needed, arithmetic.machine_memory())
 
-    def _enough(self, words: str, needed: int, there: int | None) -> tuple[bool | None, str]:
-        if there is None:
-            return None, f"{words}; this system does not say what it has"
-        found = f"{words}; {there / 2**30:.2f} here"
-        if needed <= there:
-            return True, found
-        if self.here:
-            return False, f"{found}; make room or train a smaller model (for other machines: give --world_size)"
-        return None, f"{found}, so see that the machine of rank 0 has it"
+    def _judge_space(self, message: str, needed: int, available: int | None) -> tuple[bool | None, str]:
+        if available is None:
+            return None, f"{message}; this system does not report what it has"
+        message = f"{message}; {available / 2**30:.2f} here"
+        if needed <= available:
+            return True, message
+        if self.is_here:
+            return False, f"{message}; make room or train a smaller model (for other machines: give --world_size)"
+        return None, f"{message}, so check that the machine of rank 0 has it"
 
     def train(self) -> tuple[bool, str]:
-        """Several processes, until a state is on the disk."""
+        """Train in several processes until a checkpoint is on the disk."""
         began = time.monotonic()
         self.job = prove.start(["--nproc", str(self.nproc), "--preset", str(self.preset)], self.environment)
-        while not self._saved():
-            if self.job.poll() is not None and not self._saved():
+        while not self._saved_step():
+            if self.job.poll() is not None and not self._saved_step():
                 prove.finish(self.job)
-                raise Failure("the run ended without having saved")
-            _in_time(began, f"{self.nproc} processes")
+                raise Failure("the run ended without saving a checkpoint")
+            check_time(began, f"{self.nproc} processes")
             time.sleep(0.002)
-        return True, f"{self.nproc} processes ({self.config.parallel}) trained and saved step {self._saved()}"
+        return True, f"{self.nproc} processes ({self.config.parallel}) trained and saved step {self._saved_step()}"
 
-    def _saved(self) -> int:
-        """The newest step saved by the run in parts, 0 if there is none after the start."""
+    def _saved_step(self) -> int:
+        """Return the newest step that the run in `parts` saved; 0 if there is none after the start."""
         return max(checkpoint.saved_steps(self.parts), default=0)
 
     def kill(self) -> tuple[bool, str]:
-        """SIGKILL to the last process; the others have to end, and what is on the disk to be whole."""
+        """Send SIGKILL to the last process; check that the others end and that the checkpoint is complete."""
         assert self.job is not None
-        self.workers = _children(self.job.pid)
+        self.workers = children_of(self.job.pid)
         if len(self.workers) != self.nproc:
             raise Failure("the run was over before it could be killed; rehearse again")
-        with contextlib.suppress(ProcessLookupError):  # it ended just now; what is saved will tell
+        with contextlib.suppress(ProcessLookupError):  # it ended just now; the checkpoint shows whether too early
             os.kill(self.workers[-1], signal.SIGKILL)
         began = time.monotonic()
-        while self.job.poll() is None or _processes().keys() & set(self.workers):
-            _in_time(began, "after one process was killed, the others")
+        while self.job.poll() is None or running_processes().keys() & set(self.workers):
+            check_time(began, "after one process was killed, the others")
             time.sleep(0.1)
         self.job.communicate()
         took = time.monotonic() - began
-        _, facts, passed_over = checkpoint.newest_state(self.parts)
-        if passed_over:
-            raise Failure(f"saved and damaged: {next(iter(passed_over.values()))}")
+        _, facts, damaged = checkpoint.newest_state(self.parts)
+        if damaged:
+            raise Failure(f"a checkpoint is damaged: {next(iter(damaged.values()))}")
         if facts["step"] == STEPS:
             raise Failure("the run was over before it could be killed; rehearse again")
         if self.job.returncode == 0:
-            raise Failure("one of its processes was killed, and the run says that it ended well")
-        self.job, self.workers, self.resumed_at = None, [], facts["step"]
-        return True, f"one process killed for good: the others ended in {took:.0f} s; step {facts['step']} is whole"
+            raise Failure("one of its processes was killed, but the run ended with exit code 0")
+        self.job = None
+        self.workers = []
+        self.resumed_at = facts["step"]
+        return True, f"one process killed by SIGKILL: the others ended in {took:.0f} s; step {self.resumed_at} is whole"
 
     def resume(self) -> tuple[bool, str]:
-        """One process goes on to the end."""
-        self._alone(["--out_dir", str(self.parts), "--resume"])
-        return True, f"one process went on from step {self.resumed_at} to {self._saved()}"
+        """Resume in one process and train to the end."""
+        self._train_alone(["--out_dir", str(self.parts), "--resume"])
+        return True, f"one process resumed at step {self.resumed_at} and trained to step {self._saved_step()}"
 
     def compare(self) -> tuple[bool, str]:
-        """An undisturbed run in one process, and whether it came to the same."""
-        self._alone(["--preset", str(self.preset), "--out_dir", str(self.whole)])
-        loss, weight = differences(self.whole, self.parts)
+        """Train an uninterrupted run in one process, and compare the resumed run with it."""
+        self._train_alone(["--preset", str(self.preset), "--out_dir", str(self.whole)])
+        loss, weight = run_differences(self.whole, self.parts)
         weight /= self.small.max_lr
-        allowed = TOLERANCES[self.small.dtype]
-        words = (
-            f"losses within {loss:.1e} nats of an undisturbed run in one process (allowed {allowed[0]:g}), weights "
-            f"{weight:.1e} of an update apart ({allowed[1]:g}), in {self.small.dtype}"
+        allowed_loss, allowed_weight = TOLERANCES[self.small.dtype]
+        message = (
+            f"losses within {loss:.1e} nats of an uninterrupted run in one process (allowed {allowed_loss:g}), weights "
+            f"{weight:.1e} of an update apart ({allowed_weight:g}), in {self.small.dtype}"
         )
-        if loss <= allowed[0] and weight <= allowed[1]:  # false for NaN
-            return True, words
-        return False, f"NOT the same run: {words}; report this, and train in one process until it is mended"
+        if loss <= allowed_loss and weight <= allowed_weight:  # false for NaN
+            return True, message
+        return False, f"NOT the same run: {message}; report this, and train in one process until it is fixed"
 
-    def _alone(self, words: list[str]) -> None:
+    def _train_alone(self, flags: list[str]) -> None:
+        """Train in one process. Raises Failure if it fails or hangs."""
         began = time.monotonic()
-        self.job = prove.start(words, self.environment)
+        self.job = prove.start(flags, self.environment)
         while self.job.poll() is None:
-            _in_time(began, "one process")
+            check_time(began, "one process")
             time.sleep(0.02)
         prove.finish(self.job)
         self.job = None
 
-    def _end(self) -> None:
-        """End the job and its processes, which would otherwise go on without us."""
+    def _end_job(self) -> None:
+        """Kill the job and its processes, which would otherwise outlive this process."""
         if self.job is None:
             return
-        running = {self.job.pid, *_children(self.job.pid)} if self.job.poll() is None else set()
-        for pid in running | (_processes().keys() & set(self.workers)):
+        running = running_processes().keys() & set(self.workers)
+        if self.job.poll() is None:
+            running |= {self.job.pid, *children_of(self.job.pid)}
+        for pid in running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.job.wait()

@@ -1,4 +1,4 @@
-"""Whether every file of a run or of a data folder is still what was written: `losscurve verify`."""
+"""Check every file of a run or of a data folder against what was written: `losscurve verify`."""
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -21,15 +21,18 @@ from llm.weights import read_weights, run_config
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one file or folder: `good` is None where there was nothing to check it against."""
+    """The result for one file or folder. `good` is None if there is nothing to check it against."""
 
     path: Path
     good: bool | None
-    words: str
+    message: str
 
 
 def verify(folder: Path) -> Iterator[Finding]:
-    """Everything in a run folder, or in a folder of token files. Raises UserError where it is neither."""
+    """Yield a finding for each file of a run folder, or of a folder of token files.
+
+    Raises UserError if `folder` is neither.
+    """
     if (folder / "config.toml").exists() or checkpoint.saved_steps(folder):
         yield from verify_run(folder)
     elif has_tokens(folder):
@@ -39,32 +42,47 @@ def verify(folder: Path) -> Iterator[Finding]:
 
 
 def verify_run(run_dir: Path) -> Iterator[Finding]:
-    """States by their SHA-256 sums, weights by their CRC-32, tokenizer by its own sum, the record by its rows,
-    and the token files the run was trained on, if they can be found.
+    """Yield a finding for each file of a run, and for the token files that it was trained on, if they are found.
+
+    Checkpoints are checked by their SHA-256 sums, weights by their CRC-32, the tokenizer by its own sum, the record by
+    its rows.
     """
     config = yield from _try(run_dir / "config.toml", "settings", partial(run_config, run_dir))
-    newest: dict[str, Any] = {}
+    newest_facts = yield from _verify_checkpoints(run_dir)
+    for name in ("latest", "best"):
+        path = run_dir / name
+        if path.exists():
+            yield from _try(path, "names a checkpoint", partial(_check_pointer, path))
+    for name in ("model.pt", "best.pt"):
+        path = run_dir / name
+        if path.exists() and config:
+            yield from _try(path, "weights", partial(read_weights, path, config.model))
+    tokenizer = run_dir / "tokenizer.json"
+    if tokenizer.exists():
+        yield from _try(tokenizer, "tokenizer", partial(load_tokenizer, tokenizer))
+    yield from _try(run_dir / metrics.NAME, "record", partial(_check_record, run_dir, newest_facts))
+    if config:
+        yield from verify_run_data(run_dir, config, newest_facts.get("data", {}))
+
+
+def _verify_checkpoints(run_dir: Path) -> Generator[Finding, None, dict[str, Any]]:
+    """Yield a finding for each checkpoint; return the facts of the newest that is good, {} if there is none."""
+    newest_facts: dict[str, Any] = {}
     for step in checkpoint.saved_steps(run_dir):
         path = run_dir / checkpoint.folder_name(step)
-        loaded = yield from _try(path, "a state to resume from", partial(checkpoint.load_state, path))
-        newest = loaded[1] if loaded else newest
+        loaded = yield from _try(path, "a checkpoint to resume from", partial(checkpoint.load_state, path))
+        if loaded:
+            newest_facts = loaded[1]
     for path in sorted(run_dir.glob("damaged-step-*")):
-        yield Finding(path, None, "set aside by a resume, and not used")
-    for name in ("latest", "best"):
-        if (run_dir / name).exists():
-            yield from _try(run_dir / name, "names a saved state", partial(_pointed_at, run_dir / name))
-    for name in ("model.pt", "best.pt"):
-        if (run_dir / name).exists() and config:
-            yield from _try(run_dir / name, "weights", partial(read_weights, run_dir / name, config.model))
-    if (run_dir / "tokenizer.json").exists():
-        yield from _try(run_dir / "tokenizer.json", "tokenizer", partial(load_tokenizer, run_dir / "tokenizer.json"))
-    yield from _try(run_dir / metrics.NAME, "record", partial(_reaches, run_dir, newest))
-    if config:
-        yield from verify_run_data(run_dir, config, newest.get("data", {}))
+        yield Finding(path, None, "renamed by a resume because it was damaged; not used")
+    return newest_facts
 
 
 def verify_run_data(run_dir: Path, config: TrainConfig, expected: dict[str, str]) -> Iterator[Finding]:
-    """The token files of a run, if they can be found; those of the first place where some are, if none is right."""
+    """Yield a finding for each token file that the run was trained on, if they are found.
+
+    If no place has the right files, those of the first place with any are checked. `expected`: SHA-256 by file name.
+    """
     places = places_of(config.data_dir or "data", run_dir, config)
     try:
         folder = open_run_data(run_dir, config, expected).folder
@@ -73,11 +91,14 @@ def verify_run_data(run_dir: Path, config: TrainConfig, expected: dict[str, str]
     if has_tokens(folder):
         yield from verify_data(folder, expected)
     else:
-        yield Finding(folder, None, "the token files are not there (seen from here)")
+        yield Finding(folder, None, "no token files here (seen from the current folder)")
 
 
 def verify_data(folder: Path, expected: dict[str, str]) -> Iterator[Finding]:
-    """Token files by their SHA-256, against `meta.json` and the hashes a run `expected` them to have, by name."""
+    """Yield a finding for each token file: by SHA-256, against `meta.json` and the sums that a run expects.
+
+    `expected`: SHA-256 by file name.
+    """
     meta = None
     if (folder / "meta.json").exists():
         meta = yield from _try(folder / "meta.json", "description of the token files", partial(read_meta, folder))
@@ -86,54 +107,66 @@ def verify_data(folder: Path, expected: dict[str, str]) -> Iterator[Finding]:
     try:
         files = [file for split in SPLITS for file in files_of(folder, split, meta)]
     except UserError as error:
-        yield Finding(folder, False, str(error).removeprefix(f"{folder}: "))
+        yield _failure(folder, error)
         return
-    if lost := sorted(expected.keys() - {path.name for path, _ in files}):
-        yield Finding(folder, False, f"has no {lost[0]}, which the run was trained on; its data are elsewhere")
+    missing = sorted(expected.keys() - {path.name for path, _ in files})
+    if missing:
+        yield Finding(folder, False, f"has no {missing[0]}, which the run was trained on; its data are elsewhere")
     for path, facts in files:
-        known = [expected.get(path.name), facts["sha256"] if facts else None]
-        sums = {value for value in known if value is not None}
-        if not sums:
-            yield _undescribed(path)
-            continue
-        yield from _try(path, "token ids", partial(_has_sum, path, sums))
+        sums = set()
+        if path.name in expected:
+            sums.add(expected[path.name])
+        if facts:
+            sums.add(facts["sha256"])
+        if sums:
+            yield from _try(path, "token ids", partial(_check_sum, path, sums))
+        else:
+            yield _verify_undescribed(path)
     if meta and (folder / "tokenizer.json").exists():
         yield from _try(folder / "tokenizer.json", "tokenizer", partial(load_tokenizer, folder / "tokenizer.json"))
 
 
-def _undescribed(path: Path) -> Finding:
+def _verify_undescribed(path: Path) -> Finding:
+    """Return the finding for a token file without a checksum: only its format can be checked."""
     try:
         check_format(path)
     except UserError as error:
-        return Finding(path, False, str(error).removeprefix(f"{path}: "))
-    return Finding(path, None, "no meta.json says what it should be")
+        return _failure(path, error)
+    return Finding(path, None, "cannot be checked: no meta.json with its checksum")
 
 
 def _try(path: Path, what: str, check: Callable[[], Any]) -> Generator[Finding, None, Any]:
-    """The finding about one check; the generator's value is what the check returned, None if it failed."""
+    """Yield the finding of one check; return what the check returned, None if it failed."""
     try:
         value = check()
     except (UserError, OSError) as error:
-        yield Finding(path, False, str(error).removeprefix(f"{path}: "))
+        yield _failure(path, error)
         return None
     yield Finding(path, True, what)
     return value
 
 
-def _pointed_at(path: Path) -> None:
+def _failure(path: Path, error: Exception) -> Finding:
+    return Finding(path, False, str(error).removeprefix(f"{path}: "))
+
+
+def _check_pointer(path: Path) -> None:
+    """Raises UserError if the file names no checkpoint of its run."""
     name = path.read_text(encoding="utf-8", errors="replace").strip()
     if name not in {checkpoint.folder_name(step) for step in checkpoint.saved_steps(path.parent)}:
-        raise UserError(f"{path}: names {name[:80]!r}, and no such state is there")
+        raise UserError(f"{path}: names {name[:80]!r}, and there is no such checkpoint")
 
 
-def _reaches(run_dir: Path, facts: dict[str, Any]) -> None:
-    """Raises UserError where the record is damaged or ends before the newest state."""
+def _check_record(run_dir: Path, facts: dict[str, Any]) -> None:
+    """Raises UserError if the record is damaged or ends before the newest checkpoint."""
     last = max((row["step"] for row in metrics.read_record(run_dir)), default=0)
     progress = facts.get("progress", {"step": 0, "losses": []})
-    if last < (recorded := progress["step"] - len(progress["losses"])):
-        raise UserError(f"{run_dir / metrics.NAME}: ends at step {last}, and step {recorded} was recorded")
+    recorded = progress["step"] - len(progress["losses"])  # losses that are not in the record yet
+    if last < recorded:
+        raise UserError(f"{run_dir / metrics.NAME}: ends at step {last}, but step {recorded} was recorded")
 
 
-def _has_sum(path: Path, sums: set[str]) -> None:
+def _check_sum(path: Path, sums: set[str]) -> None:
+    """Raises UserError if the file's SHA-256 differs from any of `sums`."""
     if {storage.sha256(path)} != sums:
         raise UserError(f"{path}: changed since it was written (SHA-256 differs); {again(path.parent)}")

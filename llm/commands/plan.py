@@ -115,11 +115,12 @@ def warn_if_busy() -> None:
 
 def predict(config: TrainConfig, text: "Text", pace: "Pace | None") -> dict[str, Any]:
     """Return the plan in numbers: parameters, bytes, FLOPs and seconds, by part. What is not known is None."""
+    from llm.config.counts import count_parameters_by_part, flops_per_token
     from llm.plan import arithmetic, timing
 
-    step_flops = arithmetic.flops_per_token(config.model) * config.tokens_per_step
+    step_flops = flops_per_token(config.model) * config.tokens_per_step
     return {
-        "parameters": arithmetic.parameters(config.model),
+        "parameters": count_parameters_by_part(config.model),
         "memory": arithmetic.memory(config),
         "machine_memory": arithmetic.machine_memory(),
         "disk": arithmetic.disk(config, text.tokens),

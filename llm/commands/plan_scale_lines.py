@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from llm.commands.plan_scale_prediction import ScalePlan, Tables
 from llm.commands.tables import format_table
+from llm.config.counts import count_parameters, count_parameters_by_part
 from llm.plan import accelerators, clusters
-from llm.plan.arithmetic import TOKENS_PER_PARAMETER, optimal_parameters, parameters, run_flops
+from llm.plan.arithmetic import TOKENS_PER_PARAMETER, optimal_parameters, run_flops
 from llm.plan.forecast import short, spoken
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def as_json(plan: ScalePlan, tables: Tables) -> dict[str, Any]:
     if plan.price:
         cost = clusters.cost(sum(seconds.values()), plan.prediction.ranks, plan.price)
     return {
-        "parameters": parameters(plan.config.model),
+        "parameters": count_parameters_by_part(plan.config.model),
         "accelerator": accelerator,
         "rate_of_one": plan.rate,
         "memory": plan.memory,
@@ -122,7 +123,7 @@ def _budget_line(plan: ScalePlan, flops_budget: float) -> str:
 
 
 def _parameter_count(plan: ScalePlan) -> int:
-    return sum(parameters(plan.config.model).values())
+    return count_parameters(plan.config.model)
 
 
 def _memory_in_gb(plan: ScalePlan) -> str:

@@ -1,54 +1,67 @@
-"""Data sheets of accelerators and links, as their vendors state them."""
+"""Data sheets of accelerators and links, as their vendors publish them."""
 
 from dataclasses import dataclass
 
 GB = 1e9
 
+# seconds per hop: the constants of NCCL's own tuning for rings ("Simple"), 2.30.7
+NVLINK_HOP = 3.4e-6
+PCIE_HOP = 5.7e-6
+NETWORK_HOP = 14e-6
 
-NVLINK_HOP, PCIE_HOP, NETWORK_HOP = 3.4e-6, 5.7e-6, 14e-6  # seconds: NCCL's own constants for rings ("Simple"), 2.30.7
+ETHERNET = 10e9 / 8  # bytes per second of 10 Gbit/s, assumed between machines of unknown network
 
-
-ETHERNET = 10e9 / 8  # bytes a second of 10 Gbit/s, assumed between machines of which nothing is known
-
-
-GLOO_HOP = 130e-6  # seconds: gloo between two processes of one machine, the middle of 104 and 155 us (docs/plan.md)
+GLOO_HOP = 130e-6  # seconds: gloo between two processes of one machine; the middle of 104 and 155 us (docs/plan.md)
 
 
 @dataclass(frozen=True)
 class Link:
     """What one rank can send, in one direction."""
 
-    bandwidth: float  # bytes a second
-    latency: float  # seconds of a hop
+    bandwidth: float  # bytes per second
+    latency: float  # seconds per hop
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """What its vendor's data sheets say of it and of the vendor's own node of them, all of it peaks."""
+    """An accelerator and the vendor's own node of them, by the vendor's data sheets. All rates are peaks."""
 
     name: str
-    memory: float  # bytes; 0: not known
-    peak: float  # FLOP/s of dense bfloat16 products; 0: not known
-    memory_bandwidth: float  # bytes a second; infinite: the update is taken to cost nothing
-    link: Link  # between two of one node
-    network: Link  # between nodes, a rank's share
-    node: str  # where the network's figure is from
+    memory: float  # bytes; 0: unknown
+    peak: float  # FLOP/s of dense bfloat16 matrix products; 0: unknown
+    memory_bandwidth: float  # bytes per second; infinite: the optimizer's update is assumed to take no time
+    link: Link  # between two accelerators of one node
+    network: Link  # between nodes: the share of one rank
+    node: str  # the source of the network's figure
     per_node: int = 8
-    overlap: float = 1.0  # share of the backward pass beside which messages travel; 0 where the same cores do both
+    overlap: float = 1.0  # share of the backward pass that messages overlap with; 0 if the same cores do both
     is_cpu: bool = False
 
 
 def _nvidia(
-    name: str, memory: float, peak: float, reads: float, link: float, network: float, node: str, nvlink: bool = True
+    name: str,
+    memory: float,
+    peak: float,
+    memory_bandwidth: float,
+    link: float,
+    network: float,
+    node: str,
+    nvlink: bool = True,
 ) -> Accelerator:
-    """From the units of the data sheets: GB, dense bfloat16 TFLOP/s, GB/s; both links in one direction."""
-    hop = NVLINK_HOP if nvlink else PCIE_HOP
-    wires = Link(link * GB, hop), Link(network * GB, NETWORK_HOP)
-    return Accelerator(name, memory * GB, peak * 1e12, reads * GB, *wires, node)
+    """Convert from the units of the data sheets: GB, dense bfloat16 TFLOP/s, GB/s; both links in one direction."""
+    return Accelerator(
+        name=name,
+        memory=memory * GB,
+        peak=peak * 1e12,
+        memory_bandwidth=memory_bandwidth * GB,
+        link=Link(link * GB, NVLINK_HOP if nvlink else PCIE_HOP),
+        network=Link(network * GB, NETWORK_HOP),
+        node=node,
+    )
 
 
-# The vendor's figures (NVIDIA's data sheets of the accelerators and of its DGX systems; where a sheet has a rate "with
-# sparsity" or a link in both directions, half of it). The PCIe cards have no DGX: their network is assumed.
+# NVIDIA's data sheets of the accelerators and of its DGX systems. Where a sheet gives a rate "with sparsity" or a link
+# in both directions, this table has half of it. There is no DGX of the PCIe cards, so their network is assumed.
 ACCELERATORS = {
     "a100-40": _nvidia("NVIDIA A100 SXM 40 GB", 40, 312, 1555, 300, 25, "DGX A100: 200 Gbit/s each"),
     "a100": _nvidia("NVIDIA A100 SXM 80 GB", 80, 312, 2039, 300, 25, "DGX A100: 200 Gbit/s each"),
@@ -61,9 +74,20 @@ ACCELERATORS = {
 
 
 def this_machine(memory: float, memory_bandwidth: float) -> Accelerator:
-    """Machines like this one, a process each, on a network of which nothing is known. Bytes, bytes a second."""
-    wire = Link(ETHERNET, GLOO_HOP)
-    note = "assumed: 10 Gbit/s each"
+    """Return an `Accelerator` for machines like this one, one process each, on a network that is not known.
+
+    memory: bytes. memory_bandwidth: bytes per second.
+    """
+    network = Link(ETHERNET, GLOO_HOP)
     return Accelerator(
-        "a CPU like this one", memory, 0.0, memory_bandwidth, wire, wire, note, per_node=1, overlap=0.0, is_cpu=True
+        name="a CPU like this one",
+        memory=memory,
+        peak=0.0,
+        memory_bandwidth=memory_bandwidth,
+        link=network,
+        network=network,
+        node="assumed: 10 Gbit/s each",
+        per_node=1,
+        overlap=0.0,
+        is_cpu=True,
     )

@@ -1,4 +1,4 @@
-"""Parameters, memory, disk and FLOPs of a run, computed from its settings. docs/plan.md has the sources.
+"""Memory, disk and FLOPs of a run, computed from its settings. docs/plan.md has the sources.
 
 n: tokens of a micro-batch.
 """
@@ -10,90 +10,117 @@ import sys
 from pathlib import Path
 
 from llm.config import GPTConfig, TrainConfig
+from llm.config.counts import (
+    count_attention_parameters,
+    count_feed_forward_parameters,
+    count_parameters,
+    count_parameters_by_part,
+    flops_per_token,
+)
 from llm.loss import chunk_rows
 from llm.machine.device import choose_device, choose_dtype
 from llm.model import SHORT
 
 MIB = 2**20
 
-
-COPIES = 16  # bytes a parameter while a state is saved: weights and moments, and the weights once more as model.pt
-
+# bytes per parameter while a checkpoint is saved: weights and two moments, and the weights again for model.pt
+BYTES_COPIED_TO_SAVE = 16
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal for text that is read once
 
-
-# measured, on the configurations that benchmarks/plan.py calls tuned
-PROCESS = 350 * MIB  # Python, PyTorch, Matplotlib, the tokenizer and their scratch space
-
-
-def parameters(config: GPTConfig) -> dict[str, int]:
-    """Parameters by part. A tied head has none of its own."""
-    width, wide = config.n_embd, config.ffn_mult * config.n_embd
-    attention = 4 * width * width + (4 * width if config.bias else 0)
-    feed_forward = 2 * width * wide + wide + width
-    return {
-        "embedding": config.vocab_size * width,
-        "positions": config.block_size * width,
-        "blocks": config.n_layer * (attention + feed_forward + 4 * width) + 2 * width,  # the last norm too
-        "head": 0 if config.tied_lm_head else config.vocab_size * width,
-    }
+# Python, PyTorch, Matplotlib, the tokenizer and their scratch space; measured on the runs that benchmarks/plan.py calls
+# tuned
+PROCESS_BYTES = 350 * MIB
 
 
-def flops_per_token(config: GPTConfig) -> float:
-    """Of forward and backward: as `GPT.flops_per_token`, without building the model."""
-    block = (4 + 2 * config.ffn_mult) * config.n_embd**2
-    weights = config.n_layer * block + config.vocab_size * config.n_embd
-    return 6.0 * weights + 12.0 * config.n_layer * config.n_embd * config.block_size
+def count_group_parameters(model: GPTConfig) -> dict[str, int]:
+    """Return the parameters of each group that fully_shard gathers at once.
+
+    A group is the attention of a block, its feed-forward layer, or the root: all the rest (embeddings, norms, head).
+    """
+    attention = count_attention_parameters(model)
+    feed_forward = count_feed_forward_parameters(model)
+    root = count_parameters(model) - model.n_layer * (attention + feed_forward)
+    return {"attention": attention, "feed-forward": feed_forward, "root": root}
 
 
 def run_flops(config: TrainConfig) -> float:
-    """Of all the steps of a run; its evaluations are not counted."""
+    """Return the FLOPs of all steps of a run. Its evaluations are not counted."""
     return flops_per_token(config.model) * config.tokens_per_step * config.max_steps
 
 
 def memory(config: TrainConfig) -> dict[str, int]:
-    """Bytes at peak by part: of the process on a CPU, else what lies on the card.
+    """Return the bytes at peak by part: of the process on a CPU, otherwise of the GPU's memory.
 
-    Raises UserError for a device that is not there.
+    Raises UserError if this machine does not have the device.
     """
     device = choose_device(config.device)
-    return memory_on(device.type == "cpu", choose_dtype(config.dtype, device).itemsize, config)
+    itemsize = choose_dtype(config.dtype, device).itemsize
+    return memory_for(config, device.type == "cpu", itemsize)
 
 
-def memory_on(on_cpu: bool, size: int, config: TrainConfig) -> dict[str, int]:
-    """As `memory`, of any machine; `size` is the bytes of a number in the precision of the products."""
-    model, low = config.model, size != 4
-    count, table = sum(parameters(model).values()), model.vocab_size * model.n_embd
-    n = config.batch_size * model.block_size
-    rows = min(n, chunk_rows(n, model.vocab_size, size, on_cpu))
-    # the embedding's gradient takes the place of the exponentials; tied, the head's joins it, else it is counted below
-    loss = max(rows * model.vocab_size * size, 4 * table) - (0 if model.tied_lm_head else 4 * table)
-    loss += n * model.n_embd * 8  # and the hidden states' gradient, and sums
-    # kept for the backward pass of a block: the stream before each of its halves, in float32; in the precision of the
-    # products both normed copies, queries, keys, values, what attention gives, and the feed-forward layer before and
-    # after its GELU
-    layer = n * model.n_embd * (8 + size * (2 * model.ffn_mult + 6))
-    if model.dropout > 0 or (on_cpu and low and 1 < model.block_size <= SHORT):  # attention by plain operations
-        layer += (3 if model.dropout > 0 else 1) * n * model.block_size * model.n_head * size
-    if model.dropout > 0:
-        layer += 2 * n * model.n_embd * size
-    passing = n * model.n_embd * 4 * (2 * model.ffn_mult + 8)  # a block's gradients on their way back, about
+def memory_for(config: TrainConfig, on_cpu: bool, itemsize: int) -> dict[str, int]:
+    """Return what `memory` does, for any machine. `itemsize`: bytes of a number in the matrix products."""
+    model = config.model
+    count = count_parameters(model)
     found = {
         "weights": 4 * count,
         "gradients": 4 * count,
         "optimizer state": 8 * count,
-        "low-precision copies": size * (parameters(model)["blocks"] + (0 if on_cpu else table)) if low else 0,
-        "loss": loss,
-        "activations": model.n_layer * layer + passing,
+        "low-precision copies": _low_precision_bytes(model, on_cpu, itemsize),
+        "loss": _loss_bytes(config, on_cpu, itemsize),
+        "activations": _activation_bytes(config, on_cpu, itemsize),
     }
     if on_cpu:
-        found |= {"copies being saved": COPIES * count, "process": PROCESS}
+        found["copies being saved"] = BYTES_COPIED_TO_SAVE * count
+        found["process"] = PROCESS_BYTES
     return found
 
 
+def _low_precision_bytes(model: GPTConfig, on_cpu: bool, itemsize: int) -> int:
+    """Casts of the weights for the matrix products. On a CPU, the loss casts the head in chunks."""
+    if itemsize == 4:
+        return 0
+    head = 0 if on_cpu else model.vocab_size * model.n_embd
+    return itemsize * (count_parameters_by_part(model)["blocks"] + head)
+
+
+def _loss_bytes(config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
+    model = config.model
+    n = config.batch_size * model.block_size
+    rows = min(n, chunk_rows(n, model.vocab_size, itemsize, on_cpu))
+    exponentials = rows * model.vocab_size * itemsize
+    embedding_gradient = 4 * model.vocab_size * model.n_embd
+    # The exponentials are freed before the embedding's gradient is allocated, so the larger of the two counts. Untied,
+    # "gradients" already has that gradient; tied, it is a temporary that is added to the head's.
+    peak = max(exponentials, embedding_gradient)
+    if not model.tied_lm_head:
+        peak -= embedding_gradient
+    hidden_gradient_and_sums = 8 * n * model.n_embd
+    return peak + hidden_gradient_and_sums
+
+
+def _activation_bytes(config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
+    """What autograd keeps of all blocks for the backward pass, and the gradients of about one block."""
+    model = config.model
+    n = config.batch_size * model.block_size
+    # float32: the residual stream before attention and before the feed-forward layer. In the precision of the products:
+    # two normed copies, queries, keys, values, the output of attention, and the feed-forward layer before and after
+    # its GELU.
+    block = n * model.n_embd * (8 + itemsize * (2 * model.ffn_mult + 6))
+    has_dropout = model.dropout > 0
+    is_slow_fused = on_cpu and itemsize != 4 and 1 < model.block_size <= SHORT
+    if has_dropout or is_slow_fused:  # attention by plain operations, which keep its weights (T, T)
+        matrices = 3 if has_dropout else 1
+        block += matrices * n * model.block_size * model.n_head * itemsize
+    if has_dropout:
+        block += 2 * n * model.n_embd * itemsize
+    gradients = n * model.n_embd * 4 * (2 * model.ffn_mult + 8)  # approximate
+    return model.n_layer * block + gradients
+
+
 def machine_memory() -> int | None:
-    """Bytes of memory of this machine, or of the container it is; None where the system does not say."""
+    """Return the bytes of memory of this machine, or of its container; None if the system does not report it."""
     try:
         found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
@@ -105,9 +132,9 @@ def machine_memory() -> int | None:
 
 
 def peak_memory() -> int | None:
-    """Bytes that this process held at most; None where the system does not say."""
+    """Return the peak resident bytes of this process; None if the system does not report it."""
     try:
-        if sys.platform == "linux":  # whose getrusage counts what a parent held before it became this process
+        if sys.platform == "linux":  # its getrusage includes the peak of the parent before exec
             status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
             return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
         import resource
@@ -118,22 +145,22 @@ def peak_memory() -> int | None:
 
 
 def disk(config: TrainConfig, tokens: int) -> dict[str, int]:
-    """Bytes of a run when it is done, by part; `tokens` are those of the training split."""
-    count = sum(parameters(config.model).values())
-    kept = min(config.keep + 1, 1 + evaluations(config))  # the newest and the best
-    each = 4 if config.model.vocab_size > 2**16 else 2
+    """Return the bytes of a finished run by part. `tokens`: tokens of the training split."""
+    count = count_parameters(config.model)
+    kept = min(config.keep + 1, 1 + count_evaluations(config))  # the newest checkpoints and the best
+    bytes_per_token = 4 if config.model.vocab_size > 2**16 else 2
     return {
         "states": kept * 12 * count,  # weights and two moments, float32
         "model.pt and best.pt": 2 * 4 * count,
-        "token files": round(each * tokens / (1 - config.val_fraction)),
+        "token files": round(bytes_per_token * tokens / (1 - config.val_fraction)),
     }
 
 
-def evaluations(config: TrainConfig) -> int:
-    """How often a run evaluates, at its start and its end included."""
+def count_evaluations(config: TrainConfig) -> int:
+    """Return the number of evaluations of a run, the first and the last included."""
     return 1 + math.ceil(config.max_steps / config.eval_every)
 
 
 def optimal_parameters(flops: float) -> float:
-    """The size that is best for so much work, by Hoffmann et al. 2022: flops = 6 N D with D = 20 N tokens."""
+    """Return the compute-optimal parameters for `flops` (Hoffmann et al. 2022): flops = 6 N D with D = 20 N tokens."""
     return math.sqrt(flops / (6 * TOKENS_PER_PARAMETER))

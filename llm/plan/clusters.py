@@ -1,7 +1,7 @@
 """From one accelerator to a thousand: the memory, speed, time and cost of a run on N of them, predicted.
 
-Pure functions of the settings, the accelerator and N; no machine is touched. Every assumption is a sentence of
-`assumptions`, and docs/plan.md has the formulas. S: bytes of a message; N: ranks, one process and one accelerator each.
+Pure functions of the settings, the accelerator and N; no machine is measured. `assumptions` lists every assumption in
+words, and docs/plan.md has the formulas. N: ranks, one process and one accelerator each.
 """
 
 import dataclasses
@@ -10,60 +10,49 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llm.config import TrainConfig, from_settings
+from llm.config.counts import count_parameters, flops_per_token
 from llm.errors import UserError
 from llm.plan.accelerators import GB, Accelerator, Link
-from llm.plan.arithmetic import evaluations, flops_per_token, memory_on, parameters
+from llm.plan.arithmetic import count_evaluations, count_group_parameters, memory_for
+from llm.plan.messages import ddp_messages, fsdp_messages
 
 Parallel = Literal["ddp", "fsdp"]
 
+# bytes per parameter: AdamW reads weight, gradient and two moments, and writes all but the gradient
+UPDATE_BYTES = 28
 
-BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends together
+# usable share of an accelerator's memory; the rest is assumed to go to the driver, NCCL's buffers and fragmentation
+ROOM = 0.9
 
-
-UPDATE_BYTES = 28  # of a parameter: AdamW reads weight, gradient and two moments and writes all but the gradient
-
-
-ROOM = 0.9  # of an accelerator's memory: the rest is assumed to go to its driver, NCCL's buffers and holes
-
-
-MFU = 0.4  # share of the peak that is assumed where no rate is given: Llama 3 reached 0.38 to 0.43 on H100s
-
+# assumed share of the vendor's peak if no rate is given: Llama 3 reached 0.38 to 0.43 on H100s
+MFU = 0.4
 
 COUNTS = tuple(2**power for power in range(11))  # 1 to 1,024 accelerators
 
 
 def refusal(config: TrainConfig, ranks: int, accelerator: Accelerator) -> str | None:
-    """Why the run cannot be split so, with the remedy; None if it can."""
-    windows, node = config.windows_per_step, accelerator.per_node
-    if ranks > node and ranks % node:
-        return f"nproc = {ranks}: nodes hold {node}; give a multiple of {node}, or another --nproc_per_node"
+    """Return why a step cannot be split over `ranks`, with the remedy; None if it can."""
+    windows = config.windows_per_step
+    per_node = accelerator.per_node
+    if ranks > per_node and ranks % per_node:
+        return f"nproc = {ranks}: a node has {per_node}; give a multiple of {per_node}, or another --nproc_per_node"
     if windows % ranks == 0:
         return None
-    more = math.ceil(windows / ranks) * ranks
+    next_multiple = math.ceil(windows / ranks) * ranks
     return (
-        f"nproc = {ranks}: the {windows} windows of a step do not divide by it; make batch_size x "
-        f"gradient_accumulation_steps {more}, or give {math.gcd(windows, ranks)}"
+        f"nproc = {ranks}: the {windows} windows of a step are not divisible by it; make batch_size x "
+        f"gradient_accumulation_steps {next_multiple}, or give {math.gcd(windows, ranks)}"
     )
 
 
 def check(config: TrainConfig, ranks: int, accelerator: Accelerator) -> None:
-    """Raises UserError where `refusal` has a reason."""
-    if reason := refusal(config, ranks, accelerator):
+    """Raises UserError if `refusal` has a reason."""
+    reason = refusal(config, ranks, accelerator)
+    if reason:
         raise UserError(reason)
 
 
 # ---- memory
-
-
-def groups(config: TrainConfig) -> dict[str, int]:
-    """Parameters of what fully_shard gathers at once: attention and feed-forward of a block, and the root with all else
-    (embeddings, norms, head)."""
-    model, width = config.model, config.model.n_embd
-    attention = 4 * width * width + (4 * width if model.bias else 0)
-    feed_forward = 2 * model.ffn_mult * width * width + model.ffn_mult * width + width
-    whole = sum(parameters(model).values())
-    root = whole - model.n_layer * (attention + feed_forward)
-    return {"attention": attention, "feed-forward": feed_forward, "root": root}
 
 
 def rank_memory(
@@ -71,74 +60,51 @@ def rank_memory(
     ranks: int,
     parallel: Parallel,
     on_cpu: bool = False,
-    size: int = 2,
+    itemsize: int = 2,
     activation_checkpointing: bool = False,
     cpu_offload: bool = False,
 ) -> dict[str, int]:
-    """Bytes at peak of one of `ranks` by part, as `plan.memory` counts them; `size` is that of the products' numbers.
+    """Return the bytes at peak of one of `ranks` by part, as `plan.arithmetic.memory` counts them.
 
-    ddp: every rank has all of it (gradients are views of the buckets that are sent), and only the activations of its
-    own micro-batch. fsdp: weights, gradients and moments, 16 bytes a parameter, are split; held beside them are the
-    root in float32 with its gradient, and two groups on their way, with gradients in both precisions (Zhao et al. 2023,
-    "PyTorch FSDP"). activation_checkpointing keeps only the float32 stream into each block, and one block's
-    activations (Chen et al. 2016); cpu_offload moves what is split into the host's memory. One rank splits nothing.
+    `itemsize`: bytes of a number in the matrix products.
+
+    - ddp: each rank has the whole model and its optimizer state (gradients are views of the buckets that are
+      all-reduced), and the activations of its own micro-batch.
+    - fsdp: weights, gradients and moments, 16 bytes per parameter, are sharded. Beside them a rank holds the root in
+      float32 with its gradient, and two groups in flight, with gradients in both precisions (Zhao et al. 2023,
+      "PyTorch FSDP").
+    - activation_checkpointing keeps only the float32 residual stream into each block, and the activations of one block
+      (Chen et al. 2016).
+    - cpu_offload moves the shards to the host's memory.
+
+    One rank shards nothing.
     """
-    (share, _), model = config.share(ranks), config.model
-    micro = from_settings({"batch_size": min(share, config.batch_size), "gradient_accumulation_steps": 1}, config)
-    held = memory_on(on_cpu, size, micro)
+    model = config.model
+    windows, _ = config.share(ranks)
+    micro_batch = {"batch_size": min(windows, config.batch_size), "gradient_accumulation_steps": 1}
+    of_rank = from_settings(micro_batch, config)
+    held = memory_for(of_rank, on_cpu, itemsize)
     if activation_checkpointing:
-        one = memory_on(on_cpu, size, from_settings({"n_layer": 1}, micro))["activations"]
-        stream = 4 * micro.tokens_per_step * model.n_embd
-        held["activations"] = min(held["activations"], one + model.n_layer * stream)
+        one_block = memory_for(from_settings({"n_layer": 1}, of_rank), on_cpu, itemsize)["activations"]
+        stream = 4 * of_rank.tokens_per_step * model.n_embd
+        held["activations"] = min(held["activations"], one_block + model.n_layer * stream)
     if parallel == "ddp" or ranks == 1:
         return held
-    largest = max(groups(config)["attention"], groups(config)["feed-forward"])
+    groups = count_group_parameters(model)
     for part in ("weights", "gradients", "optimizer state"):
         held[part] = 0 if cpu_offload else math.ceil(held[part] / ranks)
-    held["low-precision copies"] = 0 if size == 4 or on_cpu else size * model.vocab_size * model.n_embd  # of the head
-    return held | {"gathered root": 8 * groups(config)["root"], "gathered groups": 2 * largest * (2 * size + 4)}
+    casts_head = itemsize != 4 and not on_cpu
+    held["low-precision copies"] = itemsize * model.vocab_size * model.n_embd if casts_head else 0
+    held["gathered root"] = 8 * groups["root"]
+    held["gathered groups"] = 2 * max(groups["attention"], groups["feed-forward"]) * (2 * itemsize + 4)
+    return held
 
 
 def fits(held: dict[str, int], accelerator: Accelerator) -> bool | None:
-    """Whether it does, ROOM left; None where the memory is not known."""
-    return sum(held.values()) <= ROOM * accelerator.memory if accelerator.memory else None
-
-
-# ---- messages
-
-
-def gather(message: float, ranks: int, accelerator: Accelerator) -> float:
-    """Seconds of an all-gather, or a reduce-scatter, of `message` bytes in all: along a ring N - 1 hops of S / N bytes,
-    (N - 1) (latency + S / N / bandwidth) (Thakur et al. 2005; Patarasuk & Yuan 2009). With several nodes each rank
-    first does it with its peers of the other nodes, for its own part, and then the node by itself.
-    """
-    inside = min(ranks, accelerator.per_node)
-    nodes = ranks // inside
-    link, network = accelerator.link, accelerator.network
-    within = (inside - 1) * (link.latency + message / inside / link.bandwidth)
-    return within + (nodes - 1) * (network.latency + message / ranks / network.bandwidth)
-
-
-def all_reduce(message: float, ranks: int, accelerator: Accelerator) -> float:
-    """Seconds of an all-reduce of `message` bytes: a reduce-scatter and an all-gather, 2 (N - 1) hops of S / N bytes.
-
-    Between nodes it is that ring or two binary trees, 2 log2(nodes) hops and 2 S bytes (Sanders et al. 2009), whichever
-    takes less, as NCCL chooses (Jeaugey 2019, "Massively scale your deep learning training with NCCL 2.4").
-    """
-    inside = min(ranks, accelerator.per_node)
-    nodes, network = ranks // inside, accelerator.network
-    within = 2 * gather(message, inside, accelerator)
-    part = message / inside
-    ring = 2 * (nodes - 1) * (network.latency + part / nodes / network.bandwidth)
-    trees = 2 * math.ceil(math.log2(nodes)) * network.latency + 2 * part / network.bandwidth
-    return within + min(ring, trees)
-
-
-def _buckets(message: float, ranks: int, accelerator: Accelerator) -> float:
-    """Seconds of all-reducing so many bytes of gradients, a BUCKET at a time."""
-    full, rest = divmod(message, BUCKET)
-    last = all_reduce(rest, ranks, accelerator) if rest else 0.0
-    return full * all_reduce(BUCKET, ranks, accelerator) + last
+    """Return whether the bytes fit in ROOM of the accelerator's memory; None if that memory is not known."""
+    if not accelerator.memory:
+        return None
+    return sum(held.values()) <= ROOM * accelerator.memory
 
 
 # ---- speed
@@ -146,38 +112,40 @@ def _buckets(message: float, ranks: int, accelerator: Accelerator) -> float:
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one accelerator by itself, in seconds."""
+    """Seconds that one accelerator takes by itself."""
 
-    token: float  # forward and backward pass
+    token: float  # forward and backward pass of one token
     update: float  # AdamW, all parameters
 
 
 def speed_of(config: TrainConfig, rate: float, accelerator: Accelerator) -> Speed:
-    """What `rate` tokens a second, over whole steps of `config`, is made of. The update is counted from the memory
-    bandwidth, a peak; at most half of a step is it, since very small models wait for other things.
+    """Return the parts of a step that runs at `rate` tokens per second, over whole steps of `config`.
+
+    The update is computed from the memory bandwidth, a peak. It is at most half of a step, because very small models
+    wait for other things.
     """
     step = config.tokens_per_step / rate
-    update = UPDATE_BYTES * sum(parameters(config.model).values()) / accelerator.memory_bandwidth
+    update = UPDATE_BYTES * count_parameters(config.model) / accelerator.memory_bandwidth
     update = min(update, step / 2)
     return Speed((step - update) / config.tokens_per_step, update)
 
 
 def assumed_rate(config: TrainConfig, accelerator: Accelerator, share: float = MFU) -> float:
-    """Tokens a second of one accelerator at a share of its peak."""
+    """Return the tokens per second of one accelerator at a share of its peak."""
     return share * accelerator.peak / flops_per_token(config.model)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step of a run on so many ranks; seconds, unless said otherwise."""
+    """A step of a run on `ranks` accelerators. Times are in seconds."""
 
     ranks: int
-    tokens: int  # in a step, of all ranks
+    tokens: int  # of all ranks in a step
     step: float
-    computing: float  # forward and backward, of a rank
-    update: float  # AdamW, of a rank
-    messages: float  # all of them
-    waiting: float  # for the messages that nothing hides
+    computing: float  # forward and backward pass of a rank
+    update: float  # AdamW of a rank
+    messages: float  # all collectives
+    waiting: float  # collectives that do not overlap with computing
     efficiency: float  # against N accelerators that share the work of a step evenly and send nothing
 
     @property
@@ -186,124 +154,106 @@ class Prediction:
 
 
 def predicted(
-    config: TrainConfig, ranks: int, parallel: Parallel, accelerator: Accelerator, speed: Speed, size: int = 2
+    config: TrainConfig, ranks: int, parallel: Parallel, accelerator: Accelerator, speed: Speed, itemsize: int = 2
 ) -> Prediction:
-    """A step of `config` on `ranks` accelerators of that speed; `size` is the bytes of a number in the products.
+    """Return the prediction of a step of `config` on `ranks` accelerators of that speed.
 
-    ddp: gradients, 4 bytes a parameter, are all-reduced once a step; beside the backward pass of the last micro-batch,
-    except those of the embeddings, which are complete only when it ends. Every rank updates everything. fsdp: each
-    micro-batch gathers every group twice, in the precision of the products, and the last scatters the gradients in
-    float32; they travel beside the pass that needs them, except the root's. A rank updates what it holds.
-    Raises UserError where the step cannot be split so.
+    `itemsize`: bytes of a number in the matrix products. With ddp, each rank updates all parameters; with fsdp, those
+    of its shard. Raises UserError if the step cannot be split over `ranks`.
     """
     check(config, ranks, accelerator)
-    share, micro = config.share(ranks)
-    computing = share * config.model.block_size * speed.token
-    forward, backward = (accelerator.overlap * computing / micro * part / 3 for part in (1, 2))
-    update = speed.update / (ranks if parallel == "fsdp" else 1)
+    windows, micro_batches = config.share(ranks)
+    computing = windows * config.model.block_size * speed.token
+    overlapped = accelerator.overlap * computing / micro_batches
+    forward = overlapped / 3
+    backward = overlapped * 2 / 3
     if ranks == 1:
         messages = waiting = 0.0
     elif parallel == "ddp":
-        counted = parameters(config.model)
-        late = counted["embedding"] + counted["positions"]  # looked up first, so last on the way back
-        early = _buckets(4 * (sum(counted.values()) - late), ranks, accelerator)
-        end = _buckets(4 * late, ranks, accelerator)
-        messages, waiting = early + end, max(0.0, early - backward) + end
+        messages, waiting = ddp_messages(config, ranks, accelerator, backward)
     else:
-        sizes, layers = groups(config), config.model.n_layer
-        blocks = [sizes["attention"], sizes["feed-forward"]]
-        gathering = layers * sum(gather(size * count, ranks, accelerator) for count in blocks)
-        scattering = layers * sum(gather(4 * count, ranks, accelerator) for count in blocks)
-        root = gather(4 * sizes["root"], ranks, accelerator)
-        messages = micro * (2 * gathering + root) + scattering + root
-        late_forward, late_backward = max(0.0, gathering - forward), max(0.0, gathering - backward)
-        late_last = max(0.0, gathering + scattering - backward)
-        waiting = micro * (late_forward + late_backward + root) - late_backward + late_last + root
+        messages, waiting = fsdp_messages(config, ranks, accelerator, itemsize, forward, backward)
+    update = speed.update / ranks if parallel == "fsdp" else speed.update
     step = computing + update + waiting
-    alone = (ranks * computing + speed.update) / ranks
-    tokens = config.tokens_per_step
-    return Prediction(ranks, tokens, step, computing, update, messages, waiting, min(1.0, alone / step))
-
-
-def predict(
-    config: TrainConfig,
-    nproc: int,
-    rate_of_one: float,
-    bandwidth: float,
-    latency: float,
-    parallel: Parallel = "ddp",
-    overlap: float = 0.0,
-    size: int = 4,
-    update: float = 0.0,
-) -> Prediction:
-    """`predicted` from measurements: tokens a second of one process as it is when the others run too (on a CPU: with
-    its share of the threads), bytes a second and seconds a hop of what connects them, all in one node, and of that
-    process the seconds of the optimizer's update; left at 0 it counts as something that is shared, as the rest is.
-    """
-    link = Link(bandwidth, latency)
-    here = Accelerator("measured", 0.0, 0.0, math.inf, link, link, "measured", per_node=nproc, overlap=overlap)
-    speed = Speed(1 / rate_of_one - update / config.tokens_per_step, update)
-    return predicted(config, nproc, parallel, here, speed, size)
+    ideal = (ranks * computing + speed.update) / ranks
+    return Prediction(
+        ranks=ranks,
+        tokens=config.tokens_per_step,
+        step=step,
+        computing=computing,
+        update=update,
+        messages=messages,
+        waiting=waiting,
+        efficiency=min(1.0, ideal / step),
+    )
 
 
 # ---- a run, and many sizes of it
 
 
 def run_time(config: TrainConfig, found: Prediction, speed: Speed, validated: float) -> dict[str, float]:
-    """Seconds by part of the tokens of `config`, at the pace of a step of it or of `weak`. Evaluations, forward passes
-    over `validated` tokens each, are split over the ranks; samples, saving and starting are not counted.
+    """Return the seconds by part of training on all tokens of `config`, at the pace of the step `found`.
+
+    `found` is a step of `config` or of `weak`. Evaluations, forward passes over `validated` tokens each, are split over
+    the ranks. Samples, saving and starting are not counted.
     """
-    every = evaluations(config) * validated * speed.token / 3 / found.ranks
-    return {"steps": config.max_steps * config.tokens_per_step / found.tokens_per_second, "evaluation": every}
+    return {
+        "steps": config.max_steps * config.tokens_per_step / found.tokens_per_second,
+        "evaluation": count_evaluations(config) * validated * speed.token / 3 / found.ranks,
+    }
 
 
 def cost(seconds: float, ranks: int, price: float) -> float:
-    """Of so many accelerators for so long, at a price of one for an hour."""
+    """Return the cost of `ranks` accelerators for `seconds`, at a price per accelerator and hour."""
     return seconds / 3600 * ranks * price
 
 
 def weak(config: TrainConfig, ranks: int) -> TrainConfig:
-    """With a micro-batch for each rank in a step."""
+    """Return `config` with one micro-batch per rank in a step, as weak scaling has it."""
     return from_settings({"gradient_accumulation_steps": ranks}, config)
 
 
 def simulated(
-    config: TrainConfig, parallel: Parallel, accelerator: Accelerator, speed: Speed, growing: bool, size: int = 2
+    config: TrainConfig, parallel: Parallel, accelerator: Accelerator, speed: Speed, growing: bool, itemsize: int = 2
 ) -> list[Prediction]:
-    """The COUNTS that the run can be split over: strong scaling, the step as it is, or (growing) weak scaling, a
-    micro-batch for each accelerator."""
-    runs = [(count, weak(config, count) if growing else config) for count in COUNTS]
-    return [
-        predicted(run, count, parallel, accelerator, speed, size)
-        for count, run in runs
-        if refusal(run, count, accelerator) is None
-    ]
+    """Return a prediction for each of COUNTS that the run can be split over.
+
+    Strong scaling keeps the step as it is. Weak scaling (`growing`) has one micro-batch per accelerator.
+    """
+    found = []
+    for count in COUNTS:
+        run = weak(config, count) if growing else config
+        if refusal(run, count, accelerator) is None:
+            found.append(predicted(run, count, parallel, accelerator, speed, itemsize))
+    return found
 
 
 def assumptions(accelerator: Accelerator, parallel: Parallel) -> list[str]:
-    """What the predictions rest on, in sentences."""
-    node, link, network = accelerator.per_node, accelerator.link, accelerator.network
-    inside = f"{node} a node, {wire(link)} inside" if node > 1 else "one a node"
-    rings = {
+    """Return the assumptions of the predictions, one sentence each."""
+    per_node = accelerator.per_node
+    node = f"{per_node} a node, {describe_link(accelerator.link)} inside" if per_node > 1 else "one a node"
+    network = f"{describe_link(accelerator.network)} between nodes ({accelerator.node})"
+    collectives = {
         "ddp": "ring all-reduce, between nodes by trees where faster",
         "fsdp": "ring all-gather and reduce-scatter",
     }
-    hidden = {
-        "ddp": "beside the last backward pass, except the gradients of the embeddings",
-        "fsdp": "beside the pass that needs it, except the root (embeddings, norms, head)",
+    overlap = {
+        "ddp": "overlaps with the last backward pass, except the gradients of the embeddings",
+        "fsdp": "overlaps with the pass that needs it, except the root (embeddings, norms, head)",
     }
-    when = hidden[parallel] if accelerator.overlap else "never beside the computing, since the same cores do both"
+    when = overlap[parallel] if accelerator.overlap else "never overlaps with computing, since the same cores do both"
     return [
-        f"{inside}; {wire(network)} between nodes ({accelerator.node}); links of a data sheet are peaks",
-        f"{rings[parallel]}; {when}",
-        "a rank is as fast a token at its share of the step as one accelerator at all of it; small shares are slower",
-        "no rank waits for a slower one, no link is shared with other jobs, reading tokens costs nothing",
-        f"{1 - ROOM:.0%} of the memory is left to drivers, NCCL's buffers and holes",
+        f"{node}; {network}; links of a data sheet are peaks",
+        f"{collectives[parallel]}; {when}",
+        "a rank computes a token as fast in its share of the step as one accelerator in all of it; small shares are "
+        "slower",
+        "no rank waits for a slower one, no link is shared with other jobs, reading tokens takes no time",
+        f"{1 - ROOM:.0%} of the memory is left to drivers, NCCL's buffers and fragmentation",
     ]
 
 
-def wire(link: Link) -> str:
-    """'450 GB/s and 3.4 us a hop'."""
+def describe_link(link: Link) -> str:
+    """Return '450 GB/s and 3.4 us a hop'."""
     return f"{link.bandwidth / GB:g} GB/s and {link.latency * 1e6:g} us a hop"
 
 
@@ -313,10 +263,16 @@ def with_links(
     network_bandwidth: float | None = None,
     per_node: int | None = None,
 ) -> Accelerator:
-    """The accelerator with a person's own figures where given: GB/s of a rank, one way, and ranks of a node."""
+    """Return the accelerator with the user's own figures where given.
+
+    Bandwidths are GB/s of a rank in one direction. per_node: ranks of a node.
+    """
     if bandwidth is not None:
-        accelerator = dataclasses.replace(accelerator, link=Link(bandwidth * GB, accelerator.link.latency))
+        link = Link(bandwidth * GB, accelerator.link.latency)
+        accelerator = dataclasses.replace(accelerator, link=link)
     if network_bandwidth is not None:
-        wire = Link(network_bandwidth * GB, accelerator.network.latency)
-        accelerator = dataclasses.replace(accelerator, network=wire, node="given")
-    return accelerator if per_node is None else dataclasses.replace(accelerator, per_node=per_node)
+        network = Link(network_bandwidth * GB, accelerator.network.latency)
+        accelerator = dataclasses.replace(accelerator, network=network, node="given")
+    if per_node is not None:
+        accelerator = dataclasses.replace(accelerator, per_node=per_node)
+    return accelerator

@@ -1,18 +1,19 @@
-"""A run's own prediction: how long it will take, and at the end how far off that was."""
+"""The forecast of a running run: how long it will take, and at its end how far off the forecast was."""
 
 import math
 
 from llm.config import TrainConfig
-from llm.plan.arithmetic import MIB, TOKENS_PER_PARAMETER, disk, evaluations, memory, parameters, peak_memory, run_flops
+from llm.config.counts import count_parameters
+from llm.plan.arithmetic import MIB, TOKENS_PER_PARAMETER, count_evaluations, disk, memory, peak_memory, run_flops
 
 
 def short(number: float) -> str:
-    """Three digits: '0.0502', '13.2', '294,000', and from a million on '1.23e+06'."""
+    """Return three digits of a number: '0.0502', '13.2', '294,000', and from a million on '1.23e+06'."""
     return f"{float(f'{number:.3g}'):,g}"
 
 
 def spoken(seconds: float) -> str:
-    """'48 s', '16.5 min', '3.4 h' or '12.1 days'."""
+    """Return a duration as '48 s', '16.5 min', '3.4 h' or '12.1 days'."""
     for unit, size, limit in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
         if seconds < limit * size:
             return f"{seconds / size:.3g} {unit}"
@@ -20,56 +21,79 @@ def spoken(seconds: float) -> str:
 
 
 def outline(config: TrainConfig, tokens: int) -> str:
-    """Two lines for the start of a run, without a probe: its memory, disk, work and tokens per parameter."""
-    space, files = sum(memory(config).values()), sum(disk(config, tokens).values())
-    ratio = config.max_steps * config.tokens_per_step / sum(parameters(config.model).values())
+    """Return two lines for the start of a run: its memory, disk, FLOPs and tokens per parameter. Nothing is measured.
+
+    `tokens`: tokens of the training split.
+    """
+    memory_mib = sum(memory(config).values()) / MIB
+    disk_mib = sum(disk(config, tokens).values()) / MIB
+    tokens_per_parameter = config.max_steps * config.tokens_per_step / count_parameters(config.model)
     return (
-        f"about {space / MIB:,.0f} MiB of memory and {files / MIB:,.0f} MiB of disk; {run_flops(config):.2g} FLOPs\n"
-        f"{short(ratio)} tokens per parameter (Chinchilla: {TOKENS_PER_PARAMETER}); "
+        f"about {memory_mib:,.0f} MiB of memory and {disk_mib:,.0f} MiB of disk; {run_flops(config):.2g} FLOPs\n"
+        f"{short(tokens_per_parameter)} tokens per parameter (Chinchilla: {TOKENS_PER_PARAMETER}); "
         f"read once, the text suits {short(tokens / TOKENS_PER_PARAMETER / 1e6)} M parameters"
     )
 
 
 class Forecast:
-    """A run's own prediction: once its pace is known it says how long the whole will take, and at the end how far off
-    that and the memory of its plan were.
+    """A run's forecast of its own time, made once the pace is known, and compared at the end.
+
+    The peak memory of the plan is compared at the end too.
     """
 
-    STEPS, SECONDS = 20, 5.0  # after which the pace counts as known
+    # the pace counts as known after this many steps and seconds
+    STEPS = 20
+    SECONDS = 5.0
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.first: tuple[int, float] | None = None  # step, and seconds of steps until then
-        self.predicted: float | None = None  # seconds
+        self.first: tuple[int, float] | None = None  # the first step seen, and the seconds of steps until its end
+        self.predicted: float | None = None  # seconds of the whole run
 
     def at(self, step: int, seconds: float, bookkeeping: float) -> str | None:
-        """A line once the pace is known, else None; to be asked after each step, with the seconds since the run began
-        and those of them that were spent on anything but steps.
+        """Return a line about the whole run as soon as the pace is known, and None before and after.
+
+        Call it after each step.
+
+        Args:
+            step: completed steps
+            seconds: since the run began
+            bookkeeping: those of `seconds` that were spent on anything but steps
         """
-        stepping, config = seconds - bookkeeping, self.config
-        if self.first is None:
-            self.first = step, stepping  # the first step sets up
-        done, took = step - self.first[0], stepping - self.first[1]
-        if self.predicted is not None or done < self.STEPS or took < self.SECONDS:
+        config = self.config
+        step_seconds = seconds - bookkeeping
+        if self.first is None:  # the first step includes set-up, so the pace is measured from its end
+            self.first = step, step_seconds
+        first_step, first_seconds = self.first
+        steps = step - first_step
+        took = step_seconds - first_seconds
+        if self.predicted is not None or steps < self.STEPS or took < self.SECONDS:
             return None
-        told = 1 + (step - 1) // config.eval_every
-        aside = (evaluations(config) - told) * bookkeeping / told
-        whole = seconds + (config.max_steps - step) * took / done + aside
+        evaluated = 1 + (step - 1) // config.eval_every
+        remaining_bookkeeping = (count_evaluations(config) - evaluated) * bookkeeping / evaluated
+        whole = seconds + (config.max_steps - step) * took / steps + remaining_bookkeeping
         self.predicted = min(whole, config.max_time or math.inf)
-        return f"at {took / done:.2g} s a step, this run will take about {spoken(self.predicted)}"
+        return f"at {took / steps:.2g} s a step, this run will take about {spoken(self.predicted)}"
 
     def ended(self, seconds: float) -> str | None:
-        """What became of the prediction, for a run that came to its end; None if it was too short for one."""
+        """Return how far off the forecast of a finished run was; None if the run was too short for a forecast.
+
+        `seconds`: since the run began.
+        """
         if self.predicted is None:
             return None
-        found = f"predicted {spoken(self.predicted)}, took {spoken(seconds)}: {_off(self.predicted, seconds)}"
-        held = memory(self.config)
-        if "process" in held and (peak := peak_memory()):
-            space = sum(held.values())
-            found += f"; {space / MIB:,.0f} MiB, took {peak / MIB:,.0f} MiB: {_off(space, peak)}"
-        return found
+        line = f"predicted {spoken(self.predicted)}, took {spoken(seconds)}: {_error(self.predicted, seconds)}"
+        planned = memory(self.config)
+        peak = peak_memory() if "process" in planned else None  # on a GPU, the plan is of the GPU's memory
+        if peak:
+            total = sum(planned.values())
+            line += f"; {total / MIB:,.0f} MiB, took {peak / MIB:,.0f} MiB: {_error(total, peak)}"
+        return line
 
 
-def _off(predicted: float, truth: float) -> str:
+def _error(predicted: float, truth: float) -> str:
     error = predicted / truth - 1
-    return f"{abs(error):.0%} too {'high' if error > 0 else 'low'}" if abs(error) >= 0.005 else "right"
+    if abs(error) < 0.005:
+        return "right"
+    direction = "high" if error > 0 else "low"
+    return f"{abs(error):.0%} too {direction}"

@@ -1,4 +1,4 @@
-"""How long a run takes on this machine: real steps, evaluations and samples, timed for a few seconds."""
+"""The time that a run takes on this machine, from a probe: real steps, evaluations and samples, for a few seconds."""
 
 import dataclasses
 import math
@@ -12,43 +12,40 @@ import numpy as np
 import torch
 
 from llm.config import TrainConfig, from_settings
+from llm.config.counts import count_parameters
 from llm.data import TokenData
 from llm.evaluate import WINDOW_TOKENS, evaluate
 from llm.generate import generate
 from llm.machine.device import choose_device, choose_dtype, precision
-from llm.plan.arithmetic import MIB, evaluations, machine_memory, memory, parameters
+from llm.plan.arithmetic import BYTES_COPIED_TO_SAVE, MIB, count_evaluations, machine_memory, memory
 from llm.plan.text_size import Text
 from llm.start.build import build
 from llm.train import train_step
 from llm.training.parts import Parts
 
-STARTING = 2.3  # seconds of imports, opening the text and the first step's setting up
+STARTING_SECONDS = 2.3  # importing, opening the text, and the set-up in the first step
 
+PICTURE_SECONDS = 0.2  # drawing the curve, at each evaluation
 
-PICTURE = 0.2  # seconds of drawing the curve, at each evaluation
+SAVING_RATE = 500 * MIB  # bytes per second: copying, hashing and writing a checkpoint
 
+TOKENIZING_RATE = 10 * MIB  # bytes per second: from text to token files
 
-WRITING = 500 * MIB  # bytes a second of copying, hashing and writing a state
-
-
-READING = 10 * MIB  # bytes a second of text to token files
-
-
-# what a proposal is made of; shapes are (layers, width, heads)
-PROBE_SECONDS = 3.0
+PROBE_SECONDS = 3.0  # of steps
 
 
 def fits(config: TrainConfig) -> bool:
-    """Whether a probe of one window finds room in this machine's memory; that of a GPU is not asked."""
+    """Return whether a probe of one window fits in this machine's memory. A GPU's memory is not checked."""
     if choose_device(config.device).type != "cpu":
         return True
-    held = memory(from_settings({"batch_size": 1}, config))
-    return sum(held.values()) - held["copies being saved"] < (machine_memory() or math.inf)
+    planned = memory(from_settings({"batch_size": 1}, config))
+    needed = sum(planned.values()) - planned["copies being saved"]
+    return needed < (machine_memory() or math.inf)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What was measured here, in seconds."""
+    """The seconds that were measured on this machine."""
 
     step: float
     evaluated_token: float
@@ -58,18 +55,20 @@ class Pace:
 def probe(config: TrainConfig) -> Pace:
     """Time real steps, windows of an evaluation and sampled tokens of `config` on random tokens, for a few seconds.
 
-    Without torch.compile, which takes longer than the probe.
+    torch.compile is not used, because it takes longer than the probe.
     """
     device = choose_device(config.device)
-    block, vocabulary = config.model.block_size, config.model.vocab_size
-    tokens = np.random.default_rng(0).integers(0, vocabulary, max(100_000, 2 * block)).astype(np.uint32)
-    data = TokenData(Path(), tokens, tokens[: max(WINDOW_TOKENS, block) + 1], vocabulary, True, "random", {})
+    block_size = config.model.block_size
+    vocab_size = config.model.vocab_size
+    tokens = np.random.default_rng(0).integers(0, vocab_size, max(100_000, 2 * block_size)).astype(np.uint32)
+    val = tokens[: max(WINDOW_TOKENS, block_size) + 1]
+    data = TokenData(Path(), tokens, val, vocab_size, True, "random", {})
     parts = build(config, data, None, device, choose_dtype(config.dtype, device))
-    return Pace(_stepping(parts), _evaluating(parts), _sampling(parts))
+    return Pace(_step_seconds(parts), _evaluated_token_seconds(parts), _sampled_token_seconds(parts))
 
 
-def _median(work: Callable[[int], object], seconds: float) -> float:
-    """Seconds of `work`, which is given 1, 2, …, repeated for about so long and at least once."""
+def _median_seconds(work: Callable[[int], object], seconds: float) -> float:
+    """Call `work` with 1, 2, … for about `seconds` and at least once; return the median of its times."""
     times: list[float] = []
     while not times or (sum(times) < seconds and len(times) < 500):
         start = time.perf_counter()
@@ -78,66 +77,84 @@ def _median(work: Callable[[int], object], seconds: float) -> float:
     return statistics.median(times)
 
 
-def _stepping(parts: Parts) -> float:
-    """Seconds of a step. A long one is counted up from fewer windows and micro-batches: the time of a step is that of
-    its optimizer, and as many times that of a window as there are windows. What is counted up is the best of several
-    measured in turn, since one that other work held up would count as many times.
-    """
+def _step_seconds(parts: Parts) -> float:
+    """Return the seconds of a step. A long step is extrapolated from shorter ones."""
     config = parts.config
-
-    def smaller(windows: int, micro_batches: int) -> Parts:
-        few = from_settings({"batch_size": windows, "gradient_accumulation_steps": micro_batches}, config)
-        return dataclasses.replace(parts, config=few)
-
-    def timed(smaller_parts: Parts, number: int) -> float:
-        start = time.perf_counter()
-        train_step(smaller_parts, number).loss.item()
-        return time.perf_counter() - start
-
     parts.model.train()
-    windows, one = 0, 0.0
-    while windows < config.batch_size and one < PROBE_SECONDS / 10:
+    windows = 0
+    seconds = 0.0
+    while windows < config.batch_size and seconds < PROBE_SECONDS / 10:
         windows = min(max(1, 4 * windows), config.batch_size)
-        single = smaller(windows, 1)
-        one = min(timed(single, number) for number in range(3))  # the first sets up
-    if windows == config.batch_size and one * config.gradient_accumulation_steps < PROBE_SECONDS / 2:
-        train_step(parts, 0).loss.item()  # sets up
-        return _median(lambda number: train_step(parts, number).loss.item(), PROBE_SECONDS)
-    double, two = smaller(windows, 2), math.inf
-    began, rounds = time.perf_counter(), 0
+        short_step = _with_batch(parts, windows, micro_batches=1)
+        seconds = min(_timed_step(short_step, number) for number in range(3))  # the first one includes set-up
+    if windows == config.batch_size and seconds * config.gradient_accumulation_steps < PROBE_SECONDS / 2:
+        train_step(parts, 0).loss.item()  # set-up
+        return _median_seconds(lambda number: train_step(parts, number).loss.item(), PROBE_SECONDS)
+    return _extrapolated_step_seconds(parts, windows, seconds)
+
+
+def _extrapolated_step_seconds(parts: Parts, windows: int, one: float) -> float:
+    """Extrapolate the seconds of a step from steps of one and of two micro-batches of `windows` windows.
+
+    A step takes the time of the optimizer, and the time of a window for each window. Both come from the fastest of
+    several measurements in turn: the extrapolation would multiply the delay of a step that other work held up. `one`:
+    seconds of a step of one micro-batch, as measured before.
+    """
+    one_micro_batch = _with_batch(parts, windows, micro_batches=1)
+    two_micro_batches = _with_batch(parts, windows, micro_batches=2)
+    two = math.inf
+    began = time.perf_counter()
+    rounds = 0
     while rounds < 2 or time.perf_counter() - began < PROBE_SECONDS:
-        one = min(one, timed(single, rounds))
-        two = min(two, timed(double, rounds))
+        one = min(one, _timed_step(one_micro_batch, rounds))
+        two = min(two, _timed_step(two_micro_batches, rounds))
         rounds += 1
-    if two <= one:  # other work ended in between: count the optimizer as often as a window
+    if two <= one:  # other work ended in between: count the time of the optimizer with every window
         one = two / 2
-    return one + (two - one) * (config.windows_per_step / windows - 1)
+    return one + (two - one) * (parts.config.windows_per_step / windows - 1)
 
 
-def _evaluating(parts: Parts) -> float:
-    val, block = parts.data.val, parts.config.model.block_size
+def _with_batch(parts: Parts, batch_size: int, micro_batches: int) -> Parts:
+    settings = {"batch_size": batch_size, "gradient_accumulation_steps": micro_batches}
+    return dataclasses.replace(parts, config=from_settings(settings, parts.config))
+
+
+def _timed_step(parts: Parts, number: int) -> float:
+    start = time.perf_counter()
+    train_step(parts, number).loss.item()
+    return time.perf_counter() - start
+
+
+def _evaluated_token_seconds(parts: Parts) -> float:
+    val = parts.data.val
+    block_size = parts.config.model.block_size
     with precision(parts.dtype, parts.device):
-        evaluate(parts.model, val, block, len(val))
-        return _median(lambda _: evaluate(parts.model, val, block, len(val)), 0.5) / (len(val) - 1)
+        evaluate(parts.model, val, block_size, len(val))  # set-up
+        seconds = _median_seconds(lambda _: evaluate(parts.model, val, block_size, len(val)), 0.5)
+    return seconds / (len(val) - 1)
 
 
-def _sampling(parts: Parts) -> float:
-    count, prompt = 30, torch.zeros(1, 1, dtype=torch.int64, device=parts.device)
+def _sampled_token_seconds(parts: Parts) -> float:
+    count = 30
+    prompt = torch.zeros(1, 1, dtype=torch.int64, device=parts.device)
     with precision(parts.dtype, parts.device):
-        return _median(lambda _: list(generate(parts.model, prompt, count)), 0.5) / count
+        return _median_seconds(lambda _: list(generate(parts.model, prompt, count)), 0.5) / count
 
 
 def run_seconds(config: TrainConfig, text: Text, pace: Pace) -> dict[str, float]:
-    """Seconds of a run by part, at a measured pace."""
-    times, steps = evaluations(config), config.max_steps * pace.step
-    validated = min(text.tokens * config.val_fraction / (1 - config.val_fraction), config.eval_tokens)
-    every = config.save_every or config.eval_every
-    saves = 2 + (steps / every if isinstance(every, float) else config.max_steps / every)
+    """Return the seconds of a run by part, at a measured pace."""
+    evaluations = count_evaluations(config)
+    steps = config.max_steps * pace.step
+    val_tokens = text.tokens * config.val_fraction / (1 - config.val_fraction)
+    validated = min(val_tokens, config.eval_tokens)
+    save_every = config.save_every or config.eval_every
+    saved_length = steps if isinstance(save_every, float) else config.max_steps  # in the unit of save_every
+    saves = 2 + saved_length / save_every
     return {
         "steps": steps,
-        "evaluation": times * validated * pace.evaluated_token,
-        "samples": times * config.sample_tokens * pace.sampled_token,
-        "pictures": times * PICTURE,
-        "saving": saves * 16 * sum(parameters(config.model).values()) / WRITING,
-        "starting": STARTING + text.unprepared / READING,
+        "evaluation": evaluations * validated * pace.evaluated_token,
+        "samples": evaluations * config.sample_tokens * pace.sampled_token,
+        "pictures": evaluations * PICTURE_SECONDS,
+        "saving": saves * BYTES_COPIED_TO_SAVE * count_parameters(config.model) / SAVING_RATE,
+        "starting": STARTING_SECONDS + text.unprepared / TOKENIZING_RATE,
     }

@@ -8,7 +8,8 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm.config import GPTConfig, TrainConfig, from_settings, read_toml
+from llm.config import TrainConfig, from_settings, read_toml
+from llm.config.counts import count_parameters
 from llm.errors import UserError
 from llm.record.metrics import NAME, best, losses, read_record
 from llm.storage.lines import Row
@@ -80,7 +81,7 @@ def summary(path: Path) -> Summary:
         if not (path / "config.toml").is_file():
             raise UserError("no config.toml")
         config = from_settings(read_toml(str(path / "config.toml")))
-        known = dataclasses.replace(known, max_steps=config.max_steps, parameters=parameters(config.model))
+        known = dataclasses.replace(known, max_steps=config.max_steps, parameters=count_parameters(config.model))
         if not (path / NAME).is_file():
             return dataclasses.replace(known, state="unfinished", reason=f"no {NAME} yet")
         rows = read_record(path)
@@ -124,14 +125,3 @@ def run_state(rows: list[Row], config: TrainConfig) -> tuple[str, str]:
     if trained and trained[-1].get("refused") and trained[-1]["loss"] is None:
         return "unfinished", "its last losses or gradients were not finite"
     return "unfinished", "" if evaluations else "no evaluation yet"
-
-
-def parameters(config: GPTConfig) -> int:
-    """Return the number of parameters of a `GPT` of this shape."""
-    width = config.n_embd
-    hidden = config.ffn_mult * width
-    attention = 4 * width * width + (4 * width if config.bias else 0)
-    feed_forward = 2 * hidden * width + hidden + width  # two matrices, two biases
-    norms = 4 * width  # two layer norms, weight and bias each
-    embeddings = (config.vocab_size * (1 if config.tied_lm_head else 2) + config.block_size) * width
-    return embeddings + config.n_layer * (attention + feed_forward + norms) + 2 * width

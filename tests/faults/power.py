@@ -13,7 +13,7 @@ What POSIX promises is little, and this model takes away all the rest:
 - A folder is not replaced and not removed while there is something in it, so a change that would need this waits.
 
 A cut falls after any operation. For each, data and names are lost by four policies each, and by seeded draws in
-which every file and every name has its own luck.
+which each file and each name keeps or loses its change by a draw of its own.
 """
 
 import os

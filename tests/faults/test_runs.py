@@ -168,10 +168,11 @@ def test_killed_at_random_moments_for_good(here, losscurve, kind, record_propert
 def test_preparing_survives_kills(here, start, record_property):
     text = (here / "text.txt").read_text() * 30000
     (here / "long.txt").write_text(text)
-    luck, kills = random.Random(1), 0
+    generator = random.Random(1)
+    kills = 0
     for _ in range(12 if TORTURE else 4):
         process = start("prepare long.txt --data_dir data --tokenizer byte --overwrite")
-        time.sleep(luck.uniform(0.2, 1.0))
+        time.sleep(generator.uniform(0.2, 1.0))
         kills += process.poll() is None
         process.kill()
         process.communicate()

@@ -1,17 +1,15 @@
-"""`doctor`: what of this machine works, and how to mend what does not."""
+"""`doctor`: check what works on this machine, and how to fix what does not."""
 
 import sys
 
 from llm.commands.flags import Parser
 
-DESCRIPTION = "Check what training needs on this machine, a line each. Exit code 1 if something that is needed is \
-broken; what is merely absent says what it would bring."
-
+DESCRIPTION = "Check what training needs on this machine, one line each. Exit code 1 if something that is needed is \
+broken; a line about something absent that is not needed says what it would bring."
 
 MARKS = {True: "✓", False: "✗", None: "–"}
 
-
-PLAIN = {True: "ok", False: "NO", None: "- "}  # for an output that has no such characters
+ASCII_MARKS = {True: "ok", False: "NO", None: "- "}
 
 
 def main(argv: list[str]) -> int:
@@ -20,17 +18,19 @@ def main(argv: list[str]) -> int:
     from llm.checks.doctor import examine
     from llm.commands.bars import print_result
 
-    marks = PLAIN if "?" in shown("".join(MARKS.values())) else MARKS
+    has_marks = "?" not in printable("".join(MARKS.values()))
+    marks = MARKS if has_marks else ASCII_MARKS
     broken = 0
     for check in examine():
         remedy = f"; try: {check.remedy}" if check.remedy else ""
-        print_result(shown(f"{marks[check.good]} {check.name:<12}{check.words}{remedy}"))
+        print_result(printable(f"{marks[check.good]} {check.name:<12}{check.message}{remedy}"))
         broken += check.good is False
-    print_result(f"{broken} to mend" if broken else "all that is needed works")
+    print_result(f"{broken} to fix" if broken else "everything that training needs works")
     return 1 if broken else 0
 
 
-def shown(line: str) -> str:
-    """A line with "?" for what would move the cursor or what the output has no character for."""
-    known = sys.stdout.encoding or "ascii"
-    return "".join(c if c.isprintable() else "?" for c in line).encode(known, "replace").decode(known)
+def printable(line: str) -> str:
+    """Replace control characters, and characters that the output's encoding lacks, with "?"."""
+    encoding = sys.stdout.encoding or "ascii"
+    without_controls = "".join(c if c.isprintable() else "?" for c in line)
+    return without_controls.encode(encoding, "replace").decode(encoding)

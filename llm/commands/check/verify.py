@@ -1,4 +1,4 @@
-"""`verify`: whether a run, or a folder of token files, is still what was written."""
+"""`verify`: check that the files of a run, or of a folder of token files, are what was written."""
 
 from pathlib import Path
 
@@ -6,8 +6,7 @@ from llm.commands.flags import Parser, input_path
 
 DESCRIPTION = "Check every file of runs and data folders against its checksum. Exit code 1 if any is damaged."
 
-
-WORDS = {True: "ok", False: "DAMAGED", None: "-"}
+MARKS = {True: "ok", False: "DAMAGED", None: "-"}
 
 
 def main(argv: list[str]) -> int:
@@ -28,7 +27,7 @@ def main(argv: list[str]) -> int:
     damaged = 0
     for folder in args.folders:
         for finding in verify(folder):
-            print_result(f"{WORDS[finding.good]:<8} {finding.path}: {finding.words}")
+            print_result(f"{MARKS[finding.good]:<8} {finding.path}: {finding.message}")
             damaged += finding.good is False
-    print_result(f"{damaged} damaged" if damaged else "all that could be checked is as it was written")
+    print_result(f"{damaged} damaged" if damaged else "all files that could be checked are unchanged")
     return 1 if damaged else 0

@@ -4,7 +4,7 @@ from llm.commands.flags import Parser, input_path
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("losscurve explain", "Say what a run's record shows: what matters most first, and what to try.")
+    parser = Parser("losscurve explain", "Explain a run's record: the most important facts first, and what to try.")
     parser.add_argument(
         "run",
         nargs="?",
@@ -23,5 +23,5 @@ def main(argv: list[str]) -> int:
 
     rows = read_record(args.run)
     lines = explain(rows, run_config(args.run), band_of_run(args.run))
-    print_result("\n".join(lines) or f"nothing worth knowing in the {len(rows):,} rows of {args.run}")
+    print_result("\n".join(lines) or f"nothing to report in the {len(rows):,} rows of {args.run}")
     return 0

@@ -1,5 +1,6 @@
-"""`memorised RUN`: how much of what a model writes stands in its training text word for word."""
+"""`memorised RUN`: how much of a model's samples occurs verbatim in its training text."""
 
+import argparse
 import math
 from typing import TYPE_CHECKING
 
@@ -11,38 +12,21 @@ if TYPE_CHECKING:
     from llm.tokens.token_files import Tokens
     from llm.tokens.tokenizer import Ids, Tokenizer
 
+DESCRIPTION = "Draw samples and search the training text for them: the share that occurs there verbatim, and the \
+longest passage that does; for comparison, the same for the validation text, which the model was not trained on."
 
-DESCRIPTION = "Draw samples and look for them in the training text: the share that stands there word for word, and \
-the longest passage that does; beside them the validation text, which the model was not trained on."
+N = 8  # tokens of an n-gram: few enough to occur, enough to be rare by chance
 
-
-N = 8  # tokens in a row: few enough to occur, enough to be rare by chance
-
-
-MEANING = (
-    "seen: stands in the training text word for word. A model that learned the language writes about as much of "
-    "it, and passages about as long, as the validation text has; much more is learned by heart."
+EXPLANATION = (
+    "seen: occurs verbatim in the training text. A model that learned the language has about as large a share, and "
+    "passages about as long, as the validation text; much more means that it memorised the training text."
 )
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("losscurve memorised", DESCRIPTION)
-    parser.add_argument(
-        "run",
-        nargs="?",
-        default="checkpoints",
-        metavar="RUN",
-        type=input_path,
-        help="run folder (default: checkpoints)",
-    )
-    parser.add_argument("--weights", choices=("last", "best"), default="last", help="model.pt or best.pt")
-    parser.add_argument("--num_samples", type=int, default=10, metavar="N", help="for each temperature (default: 10)")
-    parser.add_argument("--max_new_tokens", type=int, default=200, metavar="N", help="of each sample (default: 200)")
-    parser.add_argument("--temperatures", default="0.5,0.8,1.0", metavar="T,T…", help="default: 0.5,0.8,1.0")
-    add_settings(parser, ["data_dir", "seed", "device", "dtype"])
-    args = parser.read(argv)
+    args = parse(argv)
     config = from_settings(typed_settings(args))
-    temperatures = [temperature_of(word) for word in args.temperatures.split(",")]
+    temperatures = [parse_temperature(word) for word in args.temperatures.split(",")]
     for name in ("num_samples", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise UserError(f"{name} = {getattr(args, name)}: expected 1 or more")
@@ -59,22 +43,42 @@ def main(argv: list[str]) -> int:
     data = run_tokens(run, config.data_dir, warn)
     tokenizer = run_tokenizer(run.path, run.config.model.vocab_size, warn)
     model = run.model(args.weights, str(device))
-    size, prompt = (args.num_samples, args.max_new_tokens), run.config.sample_prompt or "\n"
-    print_result(f"{size[0]} samples of {size[1]} tokens, looked for in {len(data.train):,} training tokens")
-    for heat in temperatures:
+    prompt = run.config.sample_prompt or "\n"
+    size = (args.num_samples, args.max_new_tokens)
+    print_result(f"{size[0]} samples of {size[1]} tokens, searched for in {len(data.train):,} training tokens")
+    for temperature in temperatures:
         with precision(choose_dtype(config.dtype, device), device):
-            samples = draw(model, data, tokenizer, prompt, size, config.seed, heat)
-        print_result(f"temperature {heat:<7g} | {compared(samples, data.train, tokenizer)}")
-    usual = spread_windows(data.val, *size)
-    print_result(f"validation text     | {compared(usual, data.train, tokenizer)}")
-    if usual.shape != size:
-        print_result(f"(the validation text is short: {usual.shape[0]} x {usual.shape[1]} tokens of it)")
-    print_result(MEANING)
+            samples = draw(model, data, tokenizer, prompt, size, config.seed, temperature)
+        print_result(f"temperature {temperature:<7g} | {describe(samples, data.train, tokenizer)}")
+    windows = spread_windows(data.val, *size)
+    print_result(f"validation text     | {describe(windows, data.train, tokenizer)}")
+    if windows.shape != size:
+        print_result(f"(the validation text is short: {windows.shape[0]} x {windows.shape[1]} tokens of it)")
+    print_result(EXPLANATION)
     return 0
 
 
-def temperature_of(word: str) -> float:
-    """A number of `--temperatures`. Raises UserError."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Return the parsed flags."""
+    parser = Parser("losscurve memorised", DESCRIPTION)
+    parser.add_argument(
+        "run",
+        nargs="?",
+        default="checkpoints",
+        metavar="RUN",
+        type=input_path,
+        help="run folder (default: checkpoints)",
+    )
+    parser.add_argument("--weights", choices=("last", "best"), default="last", help="model.pt or best.pt")
+    parser.add_argument("--num_samples", type=int, default=10, metavar="N", help="for each temperature (default: 10)")
+    parser.add_argument("--max_new_tokens", type=int, default=200, metavar="N", help="of each sample (default: 200)")
+    parser.add_argument("--temperatures", default="0.5,0.8,1.0", metavar="T,T…", help="default: 0.5,0.8,1.0")
+    add_settings(parser, ["data_dir", "seed", "device", "dtype"])
+    return parser.read(argv)
+
+
+def parse_temperature(word: str) -> float:
+    """Return one number of `--temperatures`. Raises UserError if it is not a temperature."""
     try:
         value = float(word)
     except ValueError:
@@ -84,14 +88,15 @@ def temperature_of(word: str) -> float:
     return value
 
 
-def compared(samples: "Ids", tokens: "Tokens", tokenizer: "Tokenizer | None") -> str:
-    """Share and longest passage of `samples` (S, T) that stand in `tokens`, in words."""
+def describe(samples: "Ids", tokens: "Tokens", tokenizer: "Tokenizer | None") -> str:
+    """Return the share and the longest passage of `samples` (S, T) that occur in `tokens` (N,), in words."""
     from llm.checks.memorised import longest_seen, share_seen
 
-    share, longest = share_seen(samples, tokens, N), longest_seen(samples, tokens)
-    first = f"too short for {N}-grams" if share is None else f"{share:6.1%} of {N}-grams seen"
+    share = share_seen(samples, tokens, N)
+    longest = longest_seen(samples, tokens)
+    shown_share = f"too short for {N}-grams" if share is None else f"{share:6.1%} of {N}-grams seen"
     if longest.length == 0:
-        return f"{first} | no token of it seen"
+        return f"{shown_share} | no token of it seen"
     ids = tokens[longest.place : longest.place + longest.length]
     text = repr(tokenizer.decode(ids)) if tokenizer else " ".join(map(str, ids.tolist()))
-    return f"{first} | longest {longest.length} tokens, at training token {longest.place:,}: {text}"
+    return f"{shown_share} | longest {longest.length} tokens, at training token {longest.place:,}: {text}"

@@ -1,16 +1,16 @@
-"""`show-batch`: the text that a step of a run is trained on."""
+"""`show-batch`: print the text that one step of a run trains on."""
 
 from llm.commands.flags import Parser, add_settings, typed_settings
 from llm.config import from_settings
 from llm.errors import UserError
 
-DESCRIPTION = "Print the windows of text of one step's batch, trained on or yet to come."
+DESCRIPTION = "Print the windows of text in the batch of one step, past or future."
 
 
 def main(argv: list[str]) -> int:
     parser = Parser("losscurve show-batch", DESCRIPTION, bare=("out_dir",))
     add_settings(parser, ("out_dir", "data_dir"))
-    parser.add_argument("--step", type=int, required=True, help="the step that the batch completes, counted from 1")
+    parser.add_argument("--step", type=int, required=True, help="step, counted from 1")
     args = parser.read(argv)
     if args.step < 1:
         raise UserError(f"step = {args.step}: expected at least 1")
@@ -31,8 +31,8 @@ def main(argv: list[str]) -> int:
     data = run_tokens(Run(run_dir, config), typed.data_dir, warn)
     tokenizer = run_tokenizer(run_dir, config.model.vocab_size, warn)
     batch = batch_at(data.train, config.seed, args.step - 1, config.windows_per_step, config.model.block_size)
-    for number, (ids, last) in enumerate(zip(batch.x, batch.y[:, -1:], strict=True), 1):
-        tokens = [*ids.tolist(), *last.tolist()]
+    for number, (inputs, targets) in enumerate(zip(batch.x, batch.y, strict=True), 1):
+        tokens = [*inputs.tolist(), int(targets[-1])]
         print_result(f"--- step {args.step}, window {number} of {len(batch.x)} ---")
         print_result(tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens)))
     return 0

@@ -1,9 +1,9 @@
-"""`track RUN --to TRACKER`: show a recorded run in TensorBoard or W&B."""
+"""`track RUN --to TRACKER`: send a recorded run to TensorBoard or W&B."""
 
 from llm.commands.flags import Parser, input_path
 
-DESCRIPTION = "Show a run in TensorBoard or W&B, all of it, from its record: one that was trained without, or whose \
-tracker failed. What the tracker had of the run before is replaced. losscurve train --track follows a run as it goes."
+DESCRIPTION = "Send a whole run to TensorBoard or W&B from its record: a run that was trained without a tracker, or \
+whose tracker failed. It replaces what the tracker had of the run. losscurve train --track follows a run as it trains."
 
 
 def main(argv: list[str]) -> int:
@@ -16,7 +16,9 @@ def main(argv: list[str]) -> int:
         type=input_path,
         help="run folder (default: checkpoints)",
     )
-    parser.add_argument("--to", action="append", required=True, metavar="tensorboard|wandb", help="several by commas")
+    parser.add_argument(
+        "--to", action="append", required=True, metavar="tensorboard|wandb", help="several, separated by commas"
+    )
     args = parser.read(argv)
 
     from llm.commands.bars import print_result

@@ -1,22 +1,65 @@
-"""`watch [RUN …]`: a page in the browser that follows runs as they go. `train --watch` has it beside the training."""
+"""`watch [RUN …]`: a page in the browser that follows runs while they train.
 
+`train --watch` serves the page in a process beside the training.
+"""
+
+import argparse
 import contextlib
+import queue
 import shlex
+import socket
+import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from llm.commands.flags import Parser, input_path, warn
 from llm.errors import Failure, UserError
 
-DESCRIPTION = "Serve a page on this machine that follows one or several runs as they go: curves, samples, the \
-learning-rate slider and a playground. It only reads the run folders; a folder without a run is waited for."
-
+DESCRIPTION = "Serve a page on this machine that follows one or several runs while they train: curves, samples, the \
+learning-rate slider and a playground. It only reads the run folders. It waits for a run in a folder that has none."
 
 PATIENCE = 10  # seconds that a training run waits for the page's address
 
 
 def main(argv: list[str]) -> int:
+    args = parse(argv)
+
+    import secrets
+
+    from llm.commands.bars import print_result
+
+    try:
+        from llm.page.server import Server, plotly_script
+    except ModuleNotFoundError as error:
+        raise UserError(f'the page needs {error.name}; pip install "losscurve[dashboard]"') from None
+    plotly_script()  # raises if Plotly's script is missing
+    check_folders(args.runs, wait_for_runs=not args.until_eof)
+    lower_priority()
+    with listen_on(args.port) as listener:
+        port = listener.getsockname()[1]
+        token = secrets.token_urlsafe(24)
+        server = Server(args.runs, token, port)
+        if args.until_eof:
+
+            def stop() -> None:
+                server.should_exit = True
+
+            threading.Thread(target=call_at_eof, args=(stop,), daemon=True).start()
+            command = f"losscurve watch {' '.join(shlex.quote(str(folder)) for folder in args.runs)}"
+            end = f"it ends with the run; {command} opens it again"
+        else:
+            end = "Ctrl-C ends it"
+        with contextlib.suppress(KeyboardInterrupt):
+            print_result(f"watching {', '.join(map(str, args.runs))} at http://127.0.0.1:{port}/{token}/ ({end})")
+            server.run(sockets=[listener])
+    return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Return the parsed flags. Raises UserError for a port out of range."""
     parser = Parser("losscurve watch", DESCRIPTION)
     parser.add_argument(
         "runs",
@@ -27,56 +70,46 @@ def main(argv: list[str]) -> int:
         help="run folders (default: checkpoints)",
     )
     parser.add_argument("--port", type=int, default=0, metavar="PORT", help="on 127.0.0.1 (default: a free one)")
-    parser.add_argument("--until_eof", action="store_true", help="end where standard input ends (for other programs)")
+    parser.add_argument("--until_eof", action="store_true", help="end when standard input ends (for other programs)")
     args = parser.read(argv)
     if not 0 <= args.port < 65536:
         raise UserError(f"port = {args.port}: expected 0 to 65535")
+    return args
 
-    import os
-    import secrets
-    import socket
-    import threading
 
-    from llm.commands.bars import print_result
+def check_folders(folders: list[Path], wait_for_runs: bool) -> None:
+    """Raises UserError for a file in place of a run folder; `wait_for_runs` warns of a folder without a run."""
+    for folder in folders:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: not a folder; give the --out_dir of a training run")
+        if wait_for_runs and not (folder / "metrics.jsonl").exists():
+            warn(f"{folder}: no run there yet; the page waits for one")
 
+
+def listen_on(port: int) -> socket.socket:
+    """Return a socket that listens on a port of 127.0.0.1; 0: any free port. Raises Failure if it is in use."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        from llm.page.server import Server, plotly_script
-    except ModuleNotFoundError as error:
-        raise UserError(f'the page needs {error.name}; pip install "losscurve[dashboard]"') from None
-    plotly_script()
-    for name in args.runs:
-        if name.exists() and not name.is_dir():
-            raise UserError(f"{name}: not a folder; give the --out_dir of a training run")
-        if not args.until_eof and not (name / "metrics.jsonl").exists():
-            warn(f"{name}: no run there yet; the page waits for one")
-    give_way()
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", args.port))
-        except OSError as error:
-            raise Failure(f"port {args.port}: {error.strerror}; give another --port, or none") from None
-        listener.listen()  # who comes before the server is ready waits
-        port, token = listener.getsockname()[1], secrets.token_urlsafe(24)
-        server = Server(args.runs, token, port)
-
-        def wait_for_eof() -> None:
-            while os.read(0, 4096):  # no lock of sys.stdin, which the end of this process would wait for
-                pass
-            server.should_exit = True
-
-        if args.until_eof:
-            threading.Thread(target=wait_for_eof, daemon=True).start()
-        again = f"losscurve watch {' '.join(shlex.quote(str(name)) for name in args.runs)}"
-        end = f"it ends with the run; {again} opens it again" if args.until_eof else "Ctrl-C ends it"
-        with contextlib.suppress(KeyboardInterrupt):
-            print_result(f"watching {', '.join(map(str, args.runs))} at http://127.0.0.1:{port}/{token}/ ({end})")
-            server.run(sockets=[listener])
-    return 0
+        listener.bind(("127.0.0.1", port))
+    except OSError as error:
+        listener.close()
+        raise Failure(f"port {port}: {error.strerror}; give another --port, or none") from None
+    listener.listen()  # a client that connects before the server is ready waits
+    return listener
 
 
-def give_way() -> None:
-    """Let a training run go first: for the processor, and where memory runs out (Linux)."""
+def call_at_eof(callback: Callable[[], None]) -> None:
+    """Wait for the end of standard input, then call `callback`."""
+    import os
+
+    while os.read(0, 4096):  # not sys.stdin: this process would wait for its lock when it exits
+        pass
+    callback()
+
+
+def lower_priority() -> None:
+    """Give a training run priority: for the processor, and (on Linux) when memory runs out."""
     import os
 
     with contextlib.suppress(AttributeError, OSError):
@@ -87,51 +120,32 @@ def give_way() -> None:
 
 @contextlib.contextmanager
 def beside(out_dir: "Path") -> Iterator[Callable[[], None]]:
-    """The page of the run in `out_dir`, served by a process of its own until the block ends, or this process does,
-    however it ends. Yields what tells its address, or in one line why there is none; that is no error of the run.
-    """
-    import queue
-    import subprocess
-    import threading
+    """Serve the page of the run in `out_dir` in a separate process, until the block ends or this process does.
 
-    from llm.commands.bars import print_best_effort
+    Yields a function that prints the page's address, or a warning why there is no page. That is no error of the run.
+    """
     from llm.machine.interpreter import child_environment
 
     command = [sys.executable, "-m", "llm", "watch", "--until_eof", "--", str(out_dir)]
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    pipe, both = subprocess.PIPE, subprocess.STDOUT
-    try:  # in a session of its own: Ctrl-C is for the training
-        env = child_environment()
-        page = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=both, start_new_session=True)
+    try:
+        page = subprocess.Popen(
+            command,
+            env=child_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the training
+        )
     except OSError as error:
         reason = str(error.strerror)
-        yield lambda: no_page(reason)
+        yield lambda: warn_no_page(reason)
         return
     assert page.stdin
     assert page.stdout
-    said = page.stdout
-
-    def listen() -> None:
-        with said:
-            for line in said:  # to the end, so that it never waits to be heard
-                lines.put(line.decode(errors="replace").strip())
-        lines.put("error: its server ended at once")
-
-    threading.Thread(target=listen, daemon=True).start()
-
-    def tell_address() -> None:
-        try:
-            while not (line := lines.get(timeout=PATIENCE)).startswith(("watching ", "error: ")):
-                pass  # a warning of some library
-        except queue.Empty:
-            line = f"error: its server said nothing within {PATIENCE} s"
-        if line.startswith("watching "):
-            print_best_effort(line)
-        else:
-            no_page(line.removeprefix("error: "))
-
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read_lines, args=(page.stdout, lines), daemon=True).start()
     try:
-        yield tell_address
+        yield lambda: _print_address(lines)
     finally:
         page.stdin.close()
         try:
@@ -141,5 +155,30 @@ def beside(out_dir: "Path") -> Iterator[Callable[[], None]]:
             page.wait()
 
 
-def no_page(reason: str) -> None:
+def _read_lines(output: IO[bytes], lines: "queue.SimpleQueue[str]") -> None:
+    """Put the page's lines into `lines`. Reads to the end, because a full pipe would block the page."""
+    with output:
+        for line in output:
+            lines.put(line.decode(errors="replace").strip())
+    lines.put("error: its server ended at once")
+
+
+def _print_address(lines: "queue.SimpleQueue[str]") -> None:
+    """Print the line with the page's address, or a warning if it does not come within PATIENCE."""
+    from llm.commands.bars import print_best_effort
+
+    try:
+        line = lines.get(timeout=PATIENCE)
+        while not line.startswith(("watching ", "error: ")):  # a warning of some library
+            line = lines.get(timeout=PATIENCE)
+    except queue.Empty:
+        line = f"error: its server printed nothing within {PATIENCE} s"
+    if line.startswith("watching "):
+        print_best_effort(line)
+    else:
+        warn_no_page(line.removeprefix("error: "))
+
+
+def warn_no_page(reason: str) -> None:
+    """Warn that there is no page."""
     warn(f"no page: {reason}; training goes on without it")

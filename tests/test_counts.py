@@ -1,0 +1,57 @@
+"""Parameters and FLOPs that are counted from the settings are those of the model."""
+
+import pytest
+import torch
+
+from llm.config import GPTConfig
+from llm.config.counts import (
+    count_attention_parameters,
+    count_feed_forward_parameters,
+    count_parameters,
+    count_parameters_by_part,
+    flops_per_token,
+)
+from llm.model import GPT
+
+SHAPES = (
+    {},
+    {"vocab_size": 50, "n_embd": 16},
+    {"vocab_size": 50, "n_embd": 16, "bias": True, "tied_lm_head": True, "ffn_mult": 3},
+    {"n_layer": 3, "n_embd": 24, "n_head": 3, "vocab_size": 70, "block_size": 9},
+    {"n_layer": 3, "n_embd": 96, "bias": True, "ffn_mult": 3, "block_size": 17},
+    {"tied_lm_head": True, "vocab_size": 301, "n_layer": 1},
+)
+
+
+def model_of(config):
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def size(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parameters_are_those_of_the_model(shape):
+    config = GPTConfig(**shape)
+    model = model_of(config)
+    assert count_parameters(config) == size(model)
+    assert count_attention_parameters(config) == size(model.h[0].attn)
+    assert count_feed_forward_parameters(config) == size(model.h[0].mlp)
+    assert count_parameters_by_part(config) == {
+        "embedding": size(model.wte),
+        "positions": size(model.wpe),
+        "blocks": size(model.h) + size(model.ln_f),
+        "head": 0 if config.tied_lm_head else size(model.lm_head),
+    }
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flops_are_six_a_weight_and_twelve_a_channel_and_position(shape):
+    """A test of the model compares them with PyTorch's counter."""
+    config = GPTConfig(**shape)
+    model = model_of(config)
+    weights = sum(p.numel() for p in model.h.parameters() if p.dim() == 2) + model.lm_head.weight.numel()
+    expected = 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
+    assert flops_per_token(config) == model.flops_per_token() == expected

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import tiktoken
 
+from llm.prepare.prepare import prepare
 from llm.text.corpus import opened
 from llm.tokens.cut import pieces
-from llm.tokens.prepare import prepare
 
 
 def main() -> None:

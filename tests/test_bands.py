@@ -106,7 +106,7 @@ def test_a_folder_without_its_settings_or_hashes_has_no_band(tmp_path):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_ships_fits_the_preset_and_each_of_its_runs_lies_inside(name):
     facts = json.loads(resources.files("llm.record").joinpath("reference", name).read_text())
-    band = band_from(facts)
+    band = band_from_reference(facts)
     preset = from_settings(read_toml(facts["preset"]) | {"vocab_size": facts["settings"].get("vocab_size")})
     assert shaping(preset) == facts["settings"]
     assert band.runs >= 3

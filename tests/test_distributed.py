@@ -19,9 +19,9 @@ from ranks import job, require_values, run_job, run_world
 from llm import GPT
 from llm.checks.verify import verify
 from llm.data import batch_at, open_data
+from llm.prepare.prepare import prepare
 from llm.record.metrics import read_record
 from llm.storage import checkpoint
-from llm.tokens.prepare import prepare
 from llm.weights import run_config
 
 STEPS, STATE = 8, 5

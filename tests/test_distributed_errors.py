@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from llm.commands import launch, train
 from llm.errors import UserError
 from llm.machine.rendezvous import read_torchrun_environment
-from llm.tokens.prepare import prepare
+from llm.prepare.prepare import prepare
 
 
 @pytest.fixture(scope="module")

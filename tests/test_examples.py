@@ -12,9 +12,10 @@ import jsonschema
 import pytest
 import yaml
 
-from llm.commands import flags, plan, train
+from llm.commands import flags, train
 from llm.commands.check import rehearse
 from llm.commands.flags import config_from
+from llm.commands.planning import plan
 from llm.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent

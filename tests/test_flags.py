@@ -17,7 +17,7 @@ from llm.commands.flags import Parser, add_settings, flag, typed_settings
 from llm.commands.main import COMMANDS, main
 from llm.config import ALIASES, FIELDS, from_settings, other_names
 from llm.errors import Failure, UserError
-from llm.tokens.prepare import prepare
+from llm.prepare.prepare import prepare
 
 
 def typed(*words, names=FIELDS, bare=("text",)):

@@ -12,10 +12,10 @@ from llm.commands.main import run_command
 from llm.config import from_settings
 from llm.errors import Failure, UserError
 from llm.plan import text_size
+from llm.prepare.reuse import ensure
 from llm.storage import download
 from llm.text import hub
 from llm.text.corpus import opened
-from llm.tokens.reuse import ensure
 
 STORIES = [f"Story {n}: once upon a time.\n" for n in range(200)]
 

@@ -14,7 +14,7 @@ from llm.commands import train
 from llm.commands.look import runs, watch
 from llm.errors import Failure
 from llm.machine import interpreter
-from llm.tokens.workers import Worker
+from llm.prepare.workers import Worker
 
 
 def test_a_command_takes_no_module_from_the_working_folder(here):

@@ -14,10 +14,10 @@ from conftest import flags
 from llm.config import from_settings, to_settings
 from llm.errors import UserError
 from llm.plan.text_size import text_of
+from llm.prepare.prepare import prepare
+from llm.prepare.reuse import ensure
 from llm.text import text_file
 from llm.text.corpus import look, opened
-from llm.tokens.prepare import prepare
-from llm.tokens.reuse import ensure
 
 
 def noticed(*text: str, **more) -> list[str]:

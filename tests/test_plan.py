@@ -13,7 +13,7 @@ from conftest import SMALL, flags, words
 
 import llm.loss
 from llm import GPT
-from llm.commands.plan import main
+from llm.commands.planning.plan import main
 from llm.config import TrainConfig, from_settings, read_toml
 from llm.config.counts import count_parameters, flops_per_token
 from llm.errors import UserError

@@ -16,11 +16,12 @@ from llm import storage
 from llm.commands.main import run_command
 from llm.config import from_settings
 from llm.errors import Failure, UserError
+from llm.prepare import choose_tokenizer, reuse, shards
+from llm.prepare import prepare as preparing
+from llm.prepare.prepare import FILES, prepare
+from llm.prepare.reuse import ensure
 from llm.text import corpus, text_file
-from llm.tokens import choose_tokenizer, cut, meta_json, reuse, shards
-from llm.tokens import prepare as preparing
-from llm.tokens.prepare import FILES, prepare
-from llm.tokens.reuse import ensure
+from llm.tokens import cut, meta_json
 from llm.tokens.saved_tokenizer import load_tokenizer
 
 TEXT = "The quick brown fox, it's 1234 jumps.\n\n  Über  den Hund 🙂\r\n" * 40

@@ -14,9 +14,9 @@ from llm import storage
 from llm.config import from_settings
 from llm.errors import UserError
 from llm.machine.world import ALONE
+from llm.prepare import prepare, reuse
+from llm.prepare.reuse import ensure
 from llm.text import hub
-from llm.tokens import prepare, reuse
-from llm.tokens.reuse import ensure
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from llm.commands.main import run_command
 from llm.errors import UserError
+from llm.prepare.prepare import prepare
 from llm.text import rows
 from llm.text.corpus import documents_between, look, opened
-from llm.tokens.prepare import prepare
 
 TEXTS = ["one", "", "two\nlines", "dré 🙂", "x" * 3000]
 

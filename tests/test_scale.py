@@ -12,9 +12,9 @@ from conftest import SMALL, flags
 
 from benchmarks.link import errors, fit_link, predict_from_measurements, predict_throughput, ring_seconds
 from llm import GPT
-from llm.commands import plan_scale, plan_scale_prediction
 from llm.commands.flags import Parser
-from llm.commands.plan import main
+from llm.commands.planning import plan_scale, plan_scale_prediction
+from llm.commands.planning.plan import main
 from llm.config import from_settings, read_toml
 from llm.config.counts import count_parameters_by_part, flops_per_token
 from llm.errors import UserError

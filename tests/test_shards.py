@@ -18,8 +18,9 @@ from llm.config import from_settings
 from llm.data import batch_at, open_data
 from llm.errors import Failure, UserError
 from llm.plan.text_size import text_of
+from llm.prepare import choose_tokenizer, journal, prepare, shards
 from llm.text import corpus
-from llm.tokens import choose_tokenizer, cut, journal, prepare, shards
+from llm.tokens import cut
 from llm.tokens.sharded_stream import Shards
 from llm.tokens.token_files import has_tokens, read_meta
 

@@ -16,11 +16,11 @@ from llm import GPT, GPTConfig
 from llm.config import from_settings
 from llm.data import batch_at
 from llm.errors import UserError
+from llm.prepare.prepare import prepare
 from llm.record.metrics import read_record
 from llm.run import Run, fit
 from llm.start.new_run import new_run
 from llm.start.resume_run import resume_run
-from llm.tokens.prepare import prepare
 from llm.train import train, train_step
 from llm.training.events import Line, Saved, Step
 

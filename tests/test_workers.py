@@ -8,11 +8,11 @@ import pytest
 from conftest import words
 
 from llm.errors import Failure
-from llm.tokens import prepare, shards, workers
+from llm.prepare import prepare, shards, workers
+from llm.prepare.workers import Worker, Workers
 from llm.tokens.bpe import train_bpe
 from llm.tokens.cut import LONG_SPACE, has_long_space
 from llm.tokens.saved_tokenizer import save_tokenizer
-from llm.tokens.workers import Worker, Workers
 
 
 @pytest.fixture

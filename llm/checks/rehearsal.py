@@ -29,13 +29,13 @@ from llm.machine.parallel import check_parallel
 from llm.machine.world import ALONE, World
 from llm.model import GPT
 from llm.plan import arithmetic, text_size
+from llm.prepare.prepare import files_there
+from llm.prepare.reuse import default_folder
 from llm.start.init_from import check_tokens, starting_point
 from llm.start.new_run import name_of
 from llm.start.run_folder import Say, disk_needed
 from llm.start.texts import open_text
 from llm.storage import checkpoint
-from llm.tokens.prepare import files_there
-from llm.tokens.reuse import default_folder
 from llm.tokens.saved_tokenizer import load_tokenizer
 from llm.tokens.tokenizer import Tokenizer
 

@@ -4,10 +4,10 @@ import math
 from pathlib import Path
 
 from llm.config import TrainConfig, from_settings, to_settings
+from llm.prepare.prepare import prepare
 from llm.start.run_folder import Say
 from llm.text import corpus
 from llm.text.text_file import File
-from llm.tokens.prepare import prepare
 from llm.tokens.tokenizer import Tokenizer
 
 # upper limits of the small model

@@ -12,7 +12,7 @@ from llm.machine.interpreter import stand_in
 
 COMMANDS = {  # name: module in this folder, and what the command does
     "prepare": ("prepare", "turn a text into token files"),
-    "plan": ("plan", "predict the memory, disk and time of a run, or propose a run for a given time"),
+    "plan": ("planning.plan", "predict the memory, disk and time of a run, or propose a run for a given time"),
     "train": ("train", "train a model: batch, forward, backward, step, repeat"),
     "sample": ("sample", "let a trained model continue a prompt"),
     "explain": ("look.explain", "say what a run's record shows, and what to try"),

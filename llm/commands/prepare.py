@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
 
     from pathlib import Path
 
-    from llm.tokens.prepare import prepare
+    from llm.prepare.prepare import prepare
 
     folder = Path(config.data_dir or "data")
     with tokenizing_bar() as progress:

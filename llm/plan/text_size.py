@@ -8,9 +8,9 @@ from pathlib import Path
 
 from llm.config import TrainConfig
 from llm.errors import Failure, UserError
+from llm.prepare.prepare import prepare
+from llm.prepare.reuse import default_folder
 from llm.text import corpus, hub
-from llm.tokens.prepare import prepare
-from llm.tokens.reuse import default_folder
 from llm.tokens.token_files import GPT2_VOCAB, check_length, has_tokens, read_meta, vocabulary_of
 
 BYTES_PER_TOKEN = {"gpt2": 3.3, "auto": 3.3, "bpe": 3.2, "byte": 1.0, "char": 1.0}  # of tiny Shakespeare

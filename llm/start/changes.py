@@ -7,8 +7,8 @@ from typing import Any
 
 from llm.config import MODEL_FIELDS, TrainConfig, from_settings, to_settings
 from llm.errors import UserError
+from llm.prepare.reuse import unused
 from llm.start.run_data import places_of
-from llm.tokens.reuse import unused
 
 # a resumed run may change these: none alters a batch, a draw or the shape of the model
 RESUMABLE = {

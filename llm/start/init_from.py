@@ -8,8 +8,8 @@ from torch import Tensor
 from llm.config import MODEL_FIELDS, GPTConfig, TrainConfig, from_settings
 from llm.data import TokenData
 from llm.errors import UserError
+from llm.prepare.reuse import default_folder
 from llm.start.run_folder import Say
-from llm.tokens.reuse import default_folder
 from llm.tokens.saved_tokenizer import load_tokenizer
 from llm.tokens.token_files import GPT2_VOCAB
 from llm.tokens.tokenizer import Tokenizer

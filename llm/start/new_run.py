@@ -16,13 +16,13 @@ from llm.errors import UserError
 from llm.machine.device import DTYPES, choose_device, choose_dtype
 from llm.machine.parallel import check_parallel
 from llm.machine.world import ALONE, World
+from llm.prepare.reuse import default_folder
 from llm.start.agreement import agree, local_rank
 from llm.start.build import build, connect
 from llm.start.init_from import check_tokens, starting_point
 from llm.start.run_data import beside
 from llm.start.run_folder import Say, clear, disk_needed, refuse_existing, say_limits, write_environment
 from llm.start.texts import default_prompt, open_text
-from llm.tokens.reuse import default_folder
 from llm.tokens.saved_tokenizer import save_tokenizer
 from llm.tokens.tokenizer import Tokenizer
 from llm.training.live import LiveRun

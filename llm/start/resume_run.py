@@ -15,6 +15,7 @@ from llm.errors import UserError
 from llm.machine.device import DTYPES, choose_device, environment
 from llm.machine.parallel import check_parallel
 from llm.machine.world import ALONE, World
+from llm.prepare.reuse import default_folder, made_from, unused
 from llm.record import metrics
 from llm.record.samples import Samples
 from llm.start.agreement import agree, local_rank
@@ -32,7 +33,6 @@ from llm.start.run_data import beside, open_run_data
 from llm.start.run_folder import Say, disk_needed, say_limits, write_environment
 from llm.start.texts import run_tokenizer
 from llm.storage import checkpoint
-from llm.tokens.reuse import default_folder, made_from, unused
 from llm.training.live import LiveRun
 from llm.training.state import newest_state, restore
 from llm.weights import run_config

@@ -7,10 +7,10 @@ from llm.config import TrainConfig
 from llm.data import TokenData, open_data
 from llm.errors import Failure, UserError
 from llm.machine.world import World
+from llm.prepare.reuse import default_folder, ensure
 from llm.start.run_folder import Say
 from llm.tokens.bpe import gpt2
 from llm.tokens.foreign import characters
-from llm.tokens.reuse import default_folder, ensure
 from llm.tokens.saved_tokenizer import load_tokenizer
 from llm.tokens.token_files import GPT2_VOCAB
 from llm.tokens.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from conftest import words
 
 from llm import storage
 from llm.data import open_data
-from llm.tokens.prepare import prepare
+from llm.prepare.prepare import prepare
 from llm.tokens.token_files import has_tokens
 from tests.faults import checks
 

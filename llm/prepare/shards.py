@@ -23,14 +23,14 @@ import numpy.typing as npt
 
 from llm import storage
 from llm.errors import Failure
+from llm.prepare.journal import Journal, Shard
+from llm.prepare.workers import Workers, encode_joined
 from llm.text.corpus import Corpus, Survey, documents_between
 from llm.tokens import cut
 from llm.tokens.bpe import BPE
-from llm.tokens.journal import Journal, Shard
 from llm.tokens.scan import iterate_chunks
 from llm.tokens.token_files import SPLITS, shard_name
 from llm.tokens.tokenizer import Ids, Tokenizer
-from llm.tokens.workers import Workers, encode_joined
 
 SHARD_TOKENS = 2**27  # 256 MiB of uint16
 

@@ -12,15 +12,15 @@ from typing import Any
 
 from llm import storage
 from llm.errors import Failure, UserError
+from llm.prepare import journal
+from llm.prepare.choose_tokenizer import open_tokenizer, suggest_tokenizer, train_tokenizer
+from llm.prepare.journal import Journal, Key
+from llm.prepare.prepare_settings import check_settings
+from llm.prepare.shards import SHARD_TOKENS, Progress, write_splits
 from llm.text import corpus
 from llm.text.corpus import Corpus, Say, Survey, look
-from llm.tokens import journal
-from llm.tokens.choose_tokenizer import open_tokenizer, suggest_tokenizer, train_tokenizer
-from llm.tokens.journal import Journal, Key
 from llm.tokens.meta_json import VERSION, build_meta, hash_ends
-from llm.tokens.prepare_settings import check_settings
 from llm.tokens.saved_tokenizer import save_tokenizer
-from llm.tokens.shards import SHARD_TOKENS, Progress, write_splits
 from llm.tokens.token_files import settle, token_files
 from llm.tokens.tokenizer import Characters, Tokenizer
 

@@ -73,7 +73,7 @@ class Worker:
     def __init__(self, tokenizer_json: Path) -> None:
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115, `close` closes it
         self._pipe, theirs = connection.Pipe()
-        command = [sys.executable, "-m", "llm.tokens.workers", str(tokenizer_json), str(theirs.fileno())]
+        command = [sys.executable, "-m", "llm.prepare.workers", str(tokenizer_json), str(theirs.fileno())]
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": self._output, "stderr": self._output}
         try:
             with theirs:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llm.plan.accelerators import Accelerator
     from llm.plan.clusters import Parallel, Speed
 
+
 Tables = dict[str, list[Prediction]]  # by "strong" and "weak" scaling
 
 

@@ -15,13 +15,13 @@ from typing import Any
 from llm import storage
 from llm.config import TrainConfig
 from llm.errors import UserError
+from llm.prepare.prepare import files_there, prepare
+from llm.prepare.prepare_settings import check_settings
+from llm.prepare.shards import Progress
 from llm.text import corpus
 from llm.text.corpus import Say, look
 from llm.tokens.meta_json import hash_ends, hash_stamps
-from llm.tokens.prepare import files_there, prepare
-from llm.tokens.prepare_settings import check_settings
 from llm.tokens.remedies import FEW, again, prepare_command
-from llm.tokens.shards import Progress
 from llm.tokens.token_files import has_tokens, settle
 from llm.tokens.tokenizer import Tokenizer
 

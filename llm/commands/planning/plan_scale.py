@@ -13,10 +13,15 @@ from llm.config import FIELDS
 from llm.errors import UserError
 
 if TYPE_CHECKING:
-    from llm.commands.plan_scale_prediction import ScalePlan, Tables
+    from llm.commands.planning.plan_scale_prediction import ScalePlan, Tables
+
 
 ACCELERATORS = ("a100-40", "a100", "h100", "h200", "b200", "l4", "l40s")  # of llm.plan.accelerators; --help is fast
+
+
 PARALLEL = ("ddp", "fsdp")
+
+
 FLAGS = (  # a typed flag of these asks for this part, or belongs to it
     "nproc",
     "accelerator",
@@ -87,8 +92,8 @@ def main(typed: argparse.Namespace) -> int:
     import json
 
     from llm.commands.bars import print_result
-    from llm.commands.plan_scale_lines import as_json, plan_lines, table_lines
-    from llm.commands.plan_scale_prediction import make_plan, make_tables
+    from llm.commands.planning.plan_scale_lines import as_json, plan_lines, table_lines
+    from llm.commands.planning.plan_scale_prediction import make_plan, make_tables
 
     plan = make_plan(args, config)
     tables = make_tables(plan) if args.scale else {}
@@ -133,7 +138,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 def draw(plan: "ScalePlan", tables: "Tables", out: Any) -> None:
     """Draw the efficiency of both tables over the number of accelerators, to the file `out`."""
-    from llm.commands.plan_scale_lines import three_digits
+    from llm.commands.planning.plan_scale_lines import three_digits
     from llm.record.plot import plot_scaling
 
     curves: dict[str, list[tuple[float, float]]] = {}

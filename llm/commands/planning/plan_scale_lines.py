@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from llm.commands.plan_scale_prediction import ScalePlan, Tables
-from llm.commands.tables import format_table
+from llm.commands.planning.plan_scale_prediction import ScalePlan, Tables
+from llm.commands.planning.tables import format_table
 from llm.config.counts import count_parameters, count_parameters_by_part
 from llm.plan import accelerators, clusters
 from llm.plan.arithmetic import TOKENS_PER_PARAMETER, optimal_parameters, run_flops
@@ -15,8 +15,13 @@ if TYPE_CHECKING:
     from llm.config import TrainConfig
     from llm.plan.clusters import Prediction
 
+
 GIB = 2**30
+
+
 WITH_PARTS = ("ddp", "fsdp")  # the ways to share the model whose memory is printed by part
+
+
 TITLES = ("N", "windows", "tokens/s", "efficiency", "waiting", "GiB a rank", "time")
 
 

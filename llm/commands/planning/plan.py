@@ -7,8 +7,8 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from llm.commands import plan_scale
 from llm.commands.flags import Parser, add_settings, config_from, flag, path, typed_settings, warn
+from llm.commands.planning import plan_scale
 from llm.config import FIELDS, PRESETS, TrainConfig, parse_duration
 from llm.errors import UserError
 
@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from llm.plan.text_size import Text
     from llm.plan.timing import Pace
 
+
 DESCRIPTION = (
     "Predict the memory, disk and time of a run on this machine; or, with --time, propose a run for that time."
 )
+
+
 PROPOSED = (  # the settings that --time decides
     "n_layer",
     "n_embd",
@@ -47,7 +50,7 @@ def main(argv: list[str]) -> int:
     import json
 
     from llm.commands.bars import print_result
-    from llm.commands.plan_lines import plan_lines
+    from llm.commands.planning.plan_lines import plan_lines
     from llm.plan.proposal import check_new, propose, write
     from llm.plan.text_size import text_of, with_vocabulary
     from llm.plan.timing import fits, probe

@@ -1,0 +1,1 @@
+"""`plan`: what a run will take, here or on many accelerators."""

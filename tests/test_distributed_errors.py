@@ -137,5 +137,5 @@ def test_a_rank_killed_by_a_signal_is_named(monkeypatch, capsys):
     monkeypatch.setattr(torch.distributed.run, "run", fail)
     monkeypatch.setattr(logging, "disable", lambda level: None)
     assert launch.main(["--nproc_per_node=2", "work.py"]) == 1
-    expected = "error: rank 1 (process 4711) was ended by SIGKILL (often: out of memory); go on with --resume\n"
+    expected = "error: rank 1 (process 4711) was killed by SIGKILL (often: out of memory); continue with --resume\n"
     assert capsys.readouterr().err == expected

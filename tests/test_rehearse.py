@@ -365,7 +365,7 @@ def test_an_incomplete_checkpoint_after_the_kill_is_reported(here, monkeypatch):
     fake_job(monkeypatch, rehearsing, f"sleep 100 & first=$!; sleep 100 & mkdir -p {folder}; {ends}")
     finding = list(rehearsing.findings())[-1]
     assert (finding.name, finding.good) == ("a kill", False)
-    assert "no saved state to resume from" in finding.message
+    assert "no checkpoint to resume from" in finding.message
     assert "manifest.json" in finding.message
 
 

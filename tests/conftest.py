@@ -1,10 +1,12 @@
 """What several tests use: a small text, and the commands as a person types them."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,20 @@ def environment() -> dict[str, str]:
     """For a process of its own: the modules that are found here, the package first, and one thread, as here."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def check_page(command: list[str | Path], folder: Path, environment: dict[str, str]) -> None:
+    """Check that `command` serves a page until Ctrl-C."""
+    server = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        address = re.search(r"http://127\.0\.0\.1:\S+", server.stdout.readline())[0]
+        with urllib.request.urlopen(address) as page:
+            assert b"losscurve" in page.read()
+        server.send_signal(signal.SIGINT)
+        assert server.wait(10) in (0, 130)
+    finally:
+        server.kill()
+        server.communicate()
 
 
 @pytest.fixture(autouse=True)

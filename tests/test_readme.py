@@ -3,13 +3,11 @@
 import io
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import urllib.request
 
 import pytest
-from conftest import ROOT, environment, flags, needs_gpt2, needs_shakespeare
+from conftest import ROOT, check_page, environment, flags, needs_gpt2, needs_shakespeare
 
 from llm.commands.main import main
 
@@ -68,24 +66,10 @@ def test_a_command_of_the_readme_runs(home, line, monkeypatch, capsys):
     module = {"losscurve": ["-m", "llm"], "torchrun": ["-m", "torch.distributed.run"], "python": []}[words[0]]
     words = [sys.executable, *module, *words[1:]]
     if "watch" in words:
-        serves(words, home, environment())
+        pytest.importorskip("uvicorn")
+        check_page(words, home, environment())
         return
     shown = subprocess.run(
         words, cwd=home, env=environment(), capture_output=True, text=True, check=False, input="to be\n" * 500
     )
     assert shown.returncode == 0, shown.stderr
-
-
-def serves(words, home, environment):
-    """A page that is there until Ctrl-C."""
-    pytest.importorskip("uvicorn")
-    server = subprocess.Popen(words, cwd=home, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        address = re.search(r"http://127\.0\.0\.1:\S+", server.stdout.readline())[0]
-        with urllib.request.urlopen(address) as page:
-            assert b"losscurve" in page.read()
-        server.send_signal(signal.SIGINT)
-        assert server.wait(10) in (0, 130)
-    finally:
-        server.kill()
-        server.communicate()

@@ -39,6 +39,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False)
         self.bare = bare
 
+    def add_run(self) -> None:
+        """Add the run folder, RUN, which may be left out."""
+        self.add_argument(
+            "run",
+            nargs="?",
+            default="checkpoints",
+            metavar="RUN",
+            type=input_path,
+            help="run folder (default: checkpoints)",
+        )
+
     def error(self, message: str) -> NoReturn:
         """Raise UserError, where argparse would print its usage and exit."""
         raise UserError(message)

@@ -1,14 +1,11 @@
 """The wheel, in an empty environment away from the checkout: it trains, reports and watches. In `make torture`."""
 
 import os
-import re
-import signal
 import subprocess
 import sys
-import urllib.request
 
 import pytest
-from conftest import ROOT, flags, words
+from conftest import ROOT, check_page, flags, words
 
 pytestmark = pytest.mark.skipif(not os.environ.get("LOSSCURVE_TORTURE"), reason="takes minutes: in make torture")
 
@@ -43,15 +40,4 @@ def test_it_trains_reports_and_watches(losscurve, tmp_path):
     run("report run --out report.html")
     assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "losscurve" in run("--version")
-    server = subprocess.Popen(
-        [losscurve, "watch", "run"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        address = re.search(r"http://127\.0\.0\.1:\S+", server.stdout.readline())[0]
-        with urllib.request.urlopen(address) as page:
-            assert b"losscurve" in page.read()
-        server.send_signal(signal.SIGINT)
-        assert server.wait(10) in (0, 130)
-    finally:
-        server.kill()
-        server.communicate()
+    check_page([losscurve, "watch", "run"], tmp_path, environment)

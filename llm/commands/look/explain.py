@@ -1,18 +1,11 @@
 """`explain RUN`: what the record of a run shows, and what to try."""
 
-from llm.commands.flags import Parser, input_path
+from llm.commands.flags import Parser
 
 
 def main(argv: list[str]) -> int:
     parser = Parser("losscurve explain", "Explain a run's record: the most important facts first, and what to try.")
-    parser.add_argument(
-        "run",
-        nargs="?",
-        default="checkpoints",
-        metavar="RUN",
-        type=input_path,
-        help="run folder (default: checkpoints)",
-    )
+    parser.add_run()
     args = parser.read(argv)
 
     from llm.commands.bars import print_result

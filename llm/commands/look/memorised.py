@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
-from llm.commands.flags import Parser, add_settings, input_path, typed_settings
+from llm.commands.flags import Parser, add_settings, typed_settings
 from llm.config import from_settings
 from llm.errors import UserError
 
@@ -61,14 +61,7 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Return the parsed flags."""
     parser = Parser("losscurve memorised", DESCRIPTION)
-    parser.add_argument(
-        "run",
-        nargs="?",
-        default="checkpoints",
-        metavar="RUN",
-        type=input_path,
-        help="run folder (default: checkpoints)",
-    )
+    parser.add_run()
     parser.add_argument("--weights", choices=("last", "best"), default="last", help="model.pt or best.pt")
     parser.add_argument("--num_samples", type=int, default=10, metavar="N", help="for each temperature (default: 10)")
     parser.add_argument("--max_new_tokens", type=int, default=200, metavar="N", help="of each sample (default: 200)")

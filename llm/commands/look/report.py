@@ -1,6 +1,6 @@
 """`report RUN`: write a run as one file to share: HTML, or Markdown with its pictures in files."""
 
-from llm.commands.flags import Parser, input_path, path
+from llm.commands.flags import Parser, path
 from llm.config import expanded
 
 DESCRIPTION = "Write a run as one HTML file that opens anywhere, without a network: curves, samples over time, what \
@@ -9,14 +9,7 @@ occurs verbatim in the training text, data, settings, environment. Or as Markdow
 
 def main(argv: list[str]) -> int:
     parser = Parser("losscurve report", DESCRIPTION)
-    parser.add_argument(
-        "run",
-        nargs="?",
-        default="checkpoints",
-        metavar="RUN",
-        type=input_path,
-        help="run folder (default: checkpoints)",
-    )
+    parser.add_run()
     parser.add_argument("--format", choices=("html", "md"), default="html", help="default: html")
     parser.add_argument(
         "--out", metavar="FILE", type=path, help="default: RUN/report.html, or RUN/report/report.md and its pictures"

@@ -1,6 +1,6 @@
 """`track RUN --to TRACKER`: send a recorded run to TensorBoard or W&B."""
 
-from llm.commands.flags import Parser, input_path
+from llm.commands.flags import Parser
 
 DESCRIPTION = "Send a whole run to TensorBoard or W&B from its record: a run that was trained without a tracker, or \
 whose tracker failed. It replaces what the tracker had of the run. losscurve train --track follows a run as it trains."
@@ -8,14 +8,7 @@ whose tracker failed. It replaces what the tracker had of the run. losscurve tra
 
 def main(argv: list[str]) -> int:
     parser = Parser("losscurve track", DESCRIPTION)
-    parser.add_argument(
-        "run",
-        nargs="?",
-        default="checkpoints",
-        metavar="RUN",
-        type=input_path,
-        help="run folder (default: checkpoints)",
-    )
+    parser.add_run()
     parser.add_argument(
         "--to", action="append", required=True, metavar="tensorboard|wandb", help="several, separated by commas"
     )

@@ -2,9 +2,6 @@
 
 import hashlib
 import os
-import threading
-import urllib.error
-import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -71,23 +68,11 @@ def cached(name: str, what: str, url: str, path: Path, sha256: str, remedy: str,
 
 
 def connection_error(url: str) -> str | None:
-    """Return why `url` does not answer within seconds; None if it does."""
-    from llm.storage.download import CONNECT_SECONDS
+    """Return why `url` cannot be downloaded, within seconds; None if the server has it."""
+    from llm.storage import download
 
-    answer: list[str | None] = []
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(url, method="HEAD")
-            with urllib.request.urlopen(request, timeout=CONNECT_SECONDS):
-                answer.append(None)
-        except Exception as error:  # urllib, ssl and http raise many kinds
-            if isinstance(error, urllib.error.HTTPError):
-                error.close()  # it holds the connection
-            reason = getattr(error, "reason", None) or error
-            answer.append(str(reason) or type(error).__name__)
-
-    thread = threading.Thread(target=ask, daemon=True)  # urllib's timeout does not cover the DNS look-up
-    thread.start()
-    thread.join(CONNECT_SECONDS)
-    return answer[0] if answer else f"no answer in {CONNECT_SECONDS:g} s"
+    try:
+        download.ask(url)
+    except Exception as error:  # urllib, ssl and http raise many kinds
+        return download.describe(error)
+    return None

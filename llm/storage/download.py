@@ -36,7 +36,7 @@ def fetch(url: str, path: Path, sha256: str, what: str, offline: bool = False) -
         content = _get(url)
     except Exception as error:  # refused, unresolved, a proxy's page, a bad certificate, and more
         raise Failure(
-            f"{what}: {path} {state}, and {url} cannot be reached ({_describe(error)}); "
+            f"{what}: {path} {state}, and {url} cannot be reached ({describe(error)}); "
             "connect to the network, or put the file there"
         ) from None
     if hashlib.sha256(content).hexdigest() != sha256:
@@ -54,15 +54,20 @@ def fetch(url: str, path: Path, sha256: str, what: str, offline: bool = False) -
 def unreachable(url: str) -> str:
     """Return within seconds why `url` does not answer, or "" if it answers, even with an HTTP error."""
     try:
-        _get(url)
+        ask(url)
     except urllib.error.HTTPError:
         return ""
     except Exception as error:
-        return _describe(error)
+        return describe(error)
     return ""
 
 
-def _get(url: str) -> bytes:
+def ask(url: str) -> None:
+    """Ask for `url` without its body. Raises: what `_get` raises, HTTPError for an error of the server."""
+    _get(urllib.request.Request(url, method="HEAD"))
+
+
+def _get(url: str | urllib.request.Request) -> bytes:
     """Return the body at `url`. Raises: what urllib raises; TimeoutError if nothing answers within CONNECT_SECONDS."""
     answers: queue.Queue[bytes | Exception | None] = queue.Queue()
 
@@ -87,6 +92,7 @@ def _get(url: str) -> bytes:
     return answer or b""
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
+    """Return why a download failed, in the words of the original error."""
     reason = getattr(error, "reason", None)  # URLError wraps the original error
     return str(reason or error) or type(error).__name__

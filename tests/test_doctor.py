@@ -339,7 +339,7 @@ def test_an_unusable_gpu_is_reported(monkeypatch, tmp_path):
 
 def test_a_disk_that_is_full_is_broken(alone, monkeypatch):
     assert doctor.disk().good is True
-    monkeypatch.setattr("llm.start.run_folder.disk_needed", lambda model, config: 2**80)
+    monkeypatch.setattr("llm.start.run_folder.disk_needed", lambda config: 2**80)
     check = doctor.disk()
     assert check.good is False
     assert "MiB free" in check.message

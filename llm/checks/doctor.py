@@ -115,16 +115,11 @@ def numbers(version: str) -> list[int]:
 
 def disk() -> Check:
     """Check that the current folder has room for the chapter's run, and that its files can be locked and flushed."""
-    import torch
-
     from llm import storage
     from llm.config import TrainConfig
-    from llm.model import GPT
     from llm.start.run_folder import disk_needed
 
-    config = TrainConfig()
-    with torch.device("meta"):
-        needed = disk_needed(GPT(config.model), config)
+    needed = disk_needed(TrainConfig())
     here = Path.cwd()
     try:
         storage.check_writable(here, needed)

@@ -17,7 +17,8 @@ from llm.errors import UserError
 from llm.generate import generate, generators
 from llm.model import GPT
 from llm.run import Run
-from llm.start.run_data import Say, open_run_data
+from llm.start.run_data import open_run_data
+from llm.start.run_folder import Say
 from llm.tokens.token_files import Tokens
 from llm.tokens.tokenizer import Ids, Tokenizer
 

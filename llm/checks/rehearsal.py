@@ -27,7 +27,6 @@ from llm.errors import Failure, UserError
 from llm.machine.device import DTYPES, choose_device, choose_dtype
 from llm.machine.parallel import check_parallel
 from llm.machine.world import ALONE, World
-from llm.model import GPT
 from llm.plan import arithmetic, text_size
 from llm.prepare.prepare import files_there
 from llm.prepare.reuse import default_folder
@@ -183,8 +182,7 @@ class Rehearsal:
     def disk(self) -> tuple[bool | None, str]:
         """Check the disk space for the checkpoints of the real model, and for its token files if they do not exist."""
         config = self.config
-        with torch.device("meta"):
-            needed = disk_needed(GPT(config.model), config)
+        needed = disk_needed(config)
         purpose = f"the checkpoints of {config.out_dir}"
         if not self.is_prepared:
             # a character tokenizer would read the whole text

@@ -9,13 +9,11 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
 
-import torch
-
 from llm import storage
 from llm.checks.memorised import run_tokens
+from llm.config.counts import count_parameters
 from llm.data import TokenData
 from llm.errors import Failure, UserError
-from llm.model import GPT
 from llm.record.bands import band_of_run
 from llm.record.chart_style import plain
 from llm.record.explain import explain
@@ -26,7 +24,7 @@ from llm.report.facts import Evaluation, Report, Sample
 from llm.report.memorisation import measure_memorisation
 from llm.report.words import shorten_folders, show_controls
 from llm.run import Run
-from llm.start.run_data import Say
+from llm.start.run_folder import Say
 from llm.storage.lines import Row
 from llm.tokens.bpe import gpt2
 from llm.tokens.saved_tokenizer import load_tokenizer
@@ -57,14 +55,12 @@ def gather(run_dir: Path, data_dir: str | None = None, memorised: bool = True, s
     data = _open_tokens(run, data_dir, say)
     samples = collect_samples(run, rows)
     listed = {sample.step for sample in pick_evenly(samples, SAMPLES)}
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in GPT(run.config.model).parameters())
     return Report(
         name=plain(run_dir.resolve().name, 60),
         config=run.config,
         rows=rows,
         band=band,
-        parameters=parameters,
+        parameters=count_parameters(run.config.model),
         verdicts=explain(rows, replace(run.config, out_dir=PurePath(run.config.out_dir).name or "."), band),
         evaluations=collect_evaluations(rows),
         samples=[sample for sample in samples if sample.step in listed or sample.notable],

@@ -53,8 +53,7 @@ def connect(parts: Parts, say: Say) -> None:
     parts.forward, parts.exchange = exchanging(parts.model, parts.forward, parts.world)
     if parts.config.parallel == "ddp" and parts.world.size > 1:
         # DDP rebuilds its buckets after the first backward pass, which changes the order of the all-reduce. Without
-        # this,
-        # the first step of a resumed run would add up in another order than the run that was never stopped.
+        # this, the first step of a resumed run would add up in another order than the run that was never stopped.
         warm_up(parts, parts.forward)
 
 

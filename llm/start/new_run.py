@@ -116,7 +116,7 @@ def open_new_folder(parts: Parts, overwrite: bool, say: Say) -> contextlib.ExitS
     taken.
     """
     config, out_dir = parts.config, Path(parts.config.out_dir)
-    storage.check_writable(out_dir, disk_needed(parts.model, config))
+    storage.check_writable(out_dir, disk_needed(config))
     with contextlib.ExitStack() as stack:
         stack.enter_context(storage.locked(out_dir, "this run folder"))
         refuse_existing(out_dir, overwrite)  # another process may have been here since the first look

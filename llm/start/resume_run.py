@@ -69,7 +69,7 @@ def resume_run(
         progress = restore(parts, groups, facts)
         with world.together():
             if world.leads:
-                storage.check_writable(out_dir, disk_needed(parts.model, config))
+                storage.check_writable(out_dir, disk_needed(config))
                 set_aside(unusable, say)
                 say_changes(out_dir, data, before, config, say)
                 cut_back(out_dir, before, config, progress.step)

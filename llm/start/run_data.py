@@ -1,16 +1,14 @@
 """Find the token files of a run, also when the run folder or the current folder has changed."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from llm import storage
 from llm.config import TrainConfig
 from llm.data import TokenData, open_data
 from llm.errors import UserError
+from llm.start.run_folder import Say
 from llm.tokens.token_files import has_tokens
-
-Say = Callable[[str], None]
 
 
 def open_run_data(

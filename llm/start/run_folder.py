@@ -7,10 +7,10 @@ from pathlib import Path
 
 from llm import __version__, storage
 from llm.config import TrainConfig
+from llm.config.counts import count_parameters
 from llm.data import TokenData
 from llm.errors import UserError
 from llm.machine.device import environment
-from llm.model import GPT
 from llm.storage import checkpoint
 
 Say = Callable[[str], None]  # shows a line to the person who trains
@@ -48,9 +48,9 @@ def clear(out_dir: Path) -> None:
         (out_dir / name).unlink(missing_ok=True)
 
 
-def disk_needed(model: GPT, config: TrainConfig) -> int:
+def disk_needed(config: TrainConfig) -> int:
     """Bytes of a run at its largest: states of weights and two moments in fp32, and the two weight files."""
-    size = 4 * sum(p.numel() for p in model.parameters())
+    size = 4 * count_parameters(config.model)
     return size * (3 * (config.keep + 2) + 3)
 
 

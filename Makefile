@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
+# Many tests wait for processes that they started, so there is one more at work than there are cores.
+TESTERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+
 # Beside a folder of shared caches (development and CI), tests and training read from it.
 ifneq ($(wildcard ../shared/data),)
 export LOSSCURVE_CACHE ?= $(abspath ../shared/data)
@@ -24,11 +27,11 @@ train: setup
 	$(BIN)/python -m scripts.sample
 
 test: setup
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 torture: setup
 	-$(BIN)/pip install --quiet --disable-pip-version-check "atheris>=2.3"
-	LOSSCURVE_TORTURE=1 $(BIN)/python -m pytest -n auto --dist load tests/faults tests/test_distributed.py $(ARGS)
+	LOSSCURVE_TORTURE=1 $(BIN)/python -m pytest -n auto --dist load tests/faults tests/test_distributed.py tests/test_rehearse.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -149,7 +149,7 @@ def test_a_resume_that_is_not_exact_is_noticed(here, monkeypatch, mutant, record
 @pytest.mark.parametrize("kind", [*KINDS, "compiled"] if TORTURE else ["dropout"])
 def test_killed_at_random_moments_for_good(here, losscurve, kind, record_property):
     """SIGKILL to real processes, one after the other."""
-    kills = 5 if TORTURE else 3
+    kills = 5 if TORTURE else 2
     settings = (KINDS | {"compiled": {"compile": True, "dropout": 0.2}})[kind] | {
         "max_steps": 120,
         "eval_every": 30,
@@ -160,7 +160,7 @@ def test_killed_at_random_moments_for_good(here, losscurve, kind, record_propert
     code, out, err = losscurve(f"prove-resume --kills {kills} {flags(**settings)}")
     assert code == 0, out + err
     hits = sum(line.startswith("killed after step") for line in out.splitlines())
-    assert hits >= kills - 2
+    assert hits >= max(1, kills - 2)
     assert f"{hits} kills: bit for bit" in out
     record_property("real kills of training", hits)
 

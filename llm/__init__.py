@@ -1,4 +1,4 @@
-"""Train a small GPT from scratch: `GPT`, `GPTConfig`, `fit`, `Run`. Nothing heavy loads until it is used."""
+"""Train a small GPT from scratch: `GPT`, `GPTConfig`, `fit`, `Run`. Using one of them imports torch."""
 
 from importlib import import_module
 from typing import Any

@@ -57,7 +57,7 @@ def batch_at(tokens: Tokens, seed: int, step: int, windows: int, block_size: int
 def open_data(folder: Path, block_size: int, vocab_size: int | None = None) -> TokenData:
     """Open and check the token files of `folder`; ids must be below `vocab_size` if it is given.
 
-    A file is scanned in full at its first use and after its size or modification time changed.
+    A file is scanned in full when it is first used, and again when its size or modification time has changed.
 
     Raises:
         UserError: names the file that is missing, truncated, shorter than a window, or not as its

@@ -1,4 +1,4 @@
-"""The two errors that end a command. `main` prints one line with the cause and the remedy, and no stack trace."""
+"""The two errors that end a command. `main` prints each as one line with cause and remedy, without a traceback."""
 
 
 class UserError(Exception):

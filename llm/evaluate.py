@@ -1,4 +1,4 @@
-"""Loss on fixed tokens, the same windows every time: nats per token and bits per byte.
+"""Evaluate a model on fixed windows of tokens: nats per token and bits per byte.
 
 B windows, T block_size.
 """
@@ -14,7 +14,7 @@ from llm.machine.world import ALONE, World
 from llm.model import GPT
 from llm.tokens.token_files import Tokens
 
-WINDOW_TOKENS = 2048  # in one forward pass: the chapter's batch; more gains nothing on a CPU
+WINDOW_TOKENS = 2048  # tokens per forward pass: the chapter's batch; more is no faster on a CPU
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Evaluation:
 
 
 def windows(count: int, block_size: int, limit: int) -> tuple[npt.NDArray[np.int64], int]:
-    """(starts of the full windows, length of the last partial one) to predict `count` - 1 tokens.
+    """Return (starts of the full windows, length of the last partial one) that predict `count` - 1 tokens.
 
-    Every token after the first is predicted exactly once. Where that is more than `limit` tokens,
-    limit // block_size full windows (at least one window), spread evenly, stand for all.
+    Every token after the first is predicted exactly once. If these are more than `limit` tokens, return
+    limit // block_size full windows (at least one) instead, evenly spread.
     """
     full, partial = divmod(count - 1, block_size)
     if count - 1 <= limit or full == 0:
@@ -45,11 +45,11 @@ def evaluate(
     token_bytes: npt.NDArray[np.int64] | None = None,
     world: World = ALONE,
 ) -> Evaluation:
-    """Mean loss of `model` over fixed windows of `tokens`, at most `limit` tokens of them.
+    """Return the mean loss of `model` over fixed windows of `tokens`, at most `limit` tokens of them.
 
-    token_bytes (V,): length of each token in UTF-8 bytes; bits per byte is taken over the bytes of
-    the very tokens that were predicted. The model is left in the mode it was in. The batches are dealt
-    out to the processes and their sums added up in one order, so that any number of processes finds the same.
+    token_bytes (V,): length of each token in UTF-8 bytes; bits per byte divides by the bytes of exactly the
+    tokens that were predicted. The model keeps its mode, training or evaluation. The batches are distributed over
+    the processes and their sums are added in a fixed order, so the result does not depend on the number of processes.
     """
     device = next(model.parameters()).device
     batches = _batches(len(tokens), block_size, limit)
@@ -59,7 +59,7 @@ def evaluate(
     with torch.no_grad():
         for deal in range(0, len(batches), world.size):
             mine = deal + world.rank
-            starts, length = batches[min(mine, len(batches) - 1)]  # all take part each time, as sharded weights need
+            starts, length = batches[min(mine, len(batches) - 1)]  # each rank runs every pass: sharded weights
             ids = tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64)
             x, y = torch.from_numpy(ids[:, :-1]).to(device), torch.from_numpy(ids[:, 1:]).to(device)
             loss = model(x, y)[1]
@@ -68,7 +68,7 @@ def evaluate(
                 sums[mine] = torch.tensor([loss.item() * y.numel(), y.numel(), size], dtype=torch.float64)
     model.train(training)
     nats, predicted, total = (math.fsum(column) for column in world.sum(sums).T.tolist())
-    nats = max(nats, 0.0) + 0.0  # of a certain model it is rounded to either side of 0; NaN stays
+    nats = max(nats, 0.0) + 0.0  # rounding can make the loss of a certain model negative; NaN stays NaN
     return Evaluation(nats / predicted, nats / math.log(2) / total if total else None, int(predicted))
 
 

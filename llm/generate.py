@@ -16,18 +16,18 @@ from llm.tokens.tokenizer import Tokenizer
 
 LIKELIEST = 1024  # tokens that top-p looks at before it sorts them all
 GROUP = 64  # neighbours whose maximum stands for them in `largest`
-SAMPLES = 2**16  # at most, made together
-BLOCK = 256  # rows of the output matrix that one product takes, see `last_logits`
+SAMPLES = 2**16  # maximum number of samples drawn together
+BLOCK = 256  # rows of the output matrix in one product, see `last_logits`
 
 
 def next_probabilities(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
 ) -> Tensor:
-    """Probabilities (B, V) to draw the next token from, out of logits (B, V).
+    """Return the probabilities (B, V) of the next token from logits (B, V).
 
-    The field's order of the knobs: logits / temperature, then only the `top_k` largest, then the
-    smallest set of most likely tokens whose probabilities reach `top_p` (Holtzman et al. 2020),
-    renormalised. Temperature 0 puts everything on the largest logit.
+    The usual order: logits / temperature, then only the `top_k` largest, then the smallest set of most likely
+    tokens whose probabilities add up to `top_p` (Holtzman et al. 2020), renormalised. Temperature 0 is greedy: the
+    largest logit has probability 1.
     """
     probabilities, ids = candidates(logits, temperature, top_k, top_p)
     return (
@@ -36,7 +36,7 @@ def next_probabilities(
 
 
 def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor | None]:
-    """The tokens that the knobs leave: their probabilities (B, K) and ids (B, K); ids None: all tokens, in order."""
+    """Return the probabilities (B, K) and ids (B, K) of the tokens that may be drawn; ids None: all, in order."""
     logits, ids = logits.float(), None
     if temperature == 0:
         ids = logits.argmax(1, keepdim=True)
@@ -62,8 +62,11 @@ def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: flo
 
 
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest of each row of x (B, V) in falling order, and their places: what `topk` gives, but for the order
-    of equals. They stand in the k groups of the largest maxima, so that far fewer have to be sorted."""
+    """Return the `k` largest values of each row of x (B, V) in descending order, and their indices.
+
+    The result is that of `topk`, except for the order of equal values. The k largest values are in the k groups with
+    the largest maxima, so far fewer values have to be sorted.
+    """
     groups = x.size(1) // GROUP
     if k >= groups:
         return x.topk(k, dim=1)
@@ -77,10 +80,10 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def last_logits(model: GPT, hidden: Tensor) -> Tensor:
-    """Logits (B, V) of the last position of `hidden` (B, T, C).
+    """Return the logits (B, V) of the last position of `hidden` (B, T, C).
 
-    The output matrix times a few vectors is all reading; in float32 on a CPU, PyTorch does it on all cores only as
-    a batch of products.
+    The product of the output matrix and a few vectors is limited by memory bandwidth. In float32 on a CPU, PyTorch
+    uses all cores for it only if it is a batch of products.
     """
     last, weight = hidden[:, -1], model.lm_head.weight
     V, C = weight.shape
@@ -94,7 +97,7 @@ def last_logits(model: GPT, hidden: Tensor) -> Tensor:
 
 
 def check_knobs(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
-    """Raises UserError naming the knob that is out of its range."""
+    """Raise UserError that names the first argument out of its range."""
     for name, value, good, expected in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
         ("temperature", temperature, math.isfinite(temperature) and temperature >= 0, "0 or more"),
@@ -116,14 +119,15 @@ def generate(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yields the next token ids (B,) of each row of `prompt` (B, T), `max_new_tokens` times.
+    """Yield the next token ids (B,) of each row of `prompt` (B, T), `max_new_tokens` times.
 
-    The context is the last block_size tokens, as in the chapter. While it fits, a key/value cache
-    makes each token one position of work; once the window slides, learned positions shift under
-    every token and the window is computed anew. Ids from `vocab_size` on (padding of the vocabulary) are never
-    drawn. With a `generator` for each row, what a row draws does not depend on the others. The model is put into
-    evaluation mode.
-    Raises UserError where a knob is out of its range.
+    The context is the last block_size tokens, as in the chapter. While the context fits, a key/value cache is used
+    and each new token costs one position of work. Once the window slides, every token has another learned position,
+    so the whole window is computed again. Ids from `vocab_size` on (padding of the vocabulary) are never drawn. With
+    one `generator` for each row, the draws of a row do not depend on the other rows. The model is put into evaluation
+    mode.
+
+    Raises UserError if an argument is out of its range.
     """
     check_knobs(max_new_tokens, temperature, top_k, top_p)
     if prompt.size(1) == 0:
@@ -148,7 +152,7 @@ def generate(
 
 
 def draw(probabilities: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
-    """Draw a place (B, 1) of each row of `probabilities` (B, K), by one generator or by one for each row."""
+    """Draw an index (B, 1) from each row of `probabilities` (B, K), with one generator or with one for each row."""
     if generator is None or isinstance(generator, torch.Generator):
         return torch.multinomial(probabilities, 1, generator=generator)
     rows = zip(probabilities, generator, strict=True)
@@ -156,7 +160,7 @@ def draw(probabilities: Tensor, generator: torch.Generator | Sequence[torch.Gene
 
 
 def generators(seed: int | None, count: int, device: torch.device) -> list[torch.Generator]:
-    """Return a generator for each of `count` samples: that of a sample follows from `seed` and its number alone.
+    """Return a generator for each of `count` samples, seeded by `seed` and the number of the sample only.
 
     The first is seeded with `seed` itself. Without a seed they differ from call to call. Raises UserError.
     """
@@ -193,10 +197,10 @@ def continue_text(
     top_k: int | None = None,
     top_p: float = 1.0,
 ) -> Iterator[list[int]]:
-    """Yields the next token id of each of `num_samples` continuations of `prompt`, `max_new_tokens` times.
+    """Yield the next token id of each of `num_samples` continuations of `prompt`, `max_new_tokens` times.
 
-    With a `seed` they are the same every time, and each the same however many are made. Raises UserError for a knob
-    out of its range, and for a prompt that is empty or that the tokenizer does not know.
+    With a `seed`, the continuations are the same every time, and each is the same for any `num_samples`. Raises
+    UserError for an argument out of its range, and for a prompt that is empty or cannot be encoded.
     """
     device = next(model.parameters()).device
     generator = generators(seed, num_samples, device)

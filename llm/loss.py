@@ -1,9 +1,9 @@
-"""Next-token cross-entropy from hidden states and the output matrix, without ever holding all logits.
+"""Next-token cross-entropy from hidden states and the output matrix, without holding all logits at once.
 
 With a vocabulary of 50,257 the logits of a batch are by far the largest tensor of a training step (412 MB for 2,048
-tokens). They are made here for some rows at a time, in blocks of columns that stay in the processor's cache, and turned
-into exponentials at once. Softmax is a row scaling of these, so they are never divided: the scale goes onto the sums of
-products instead (as in online softmax, Milakov & Gimelshein 2018).
+tokens). This module computes them for some rows at a time, in blocks of columns that fit the processor's cache, and
+replaces them by their exponentials at once. Softmax only scales each row of exponentials, so they are never divided:
+the scale is applied to the sums of products instead (as in online softmax, Milakov & Gimelshein 2018).
 
 N tokens, C channels, V vocabulary.
 """
@@ -18,24 +18,24 @@ from torch.autograd.function import once_differentiable
 
 from llm.machine.kernel import exp_sum
 
-ROWS_BYTES = 68 * 2**20  # about, of the exponentials of one chunk of rows, and
-BLOCK_BYTES = 8192  # of one row, in a block of columns: both measured, see docs/decisions.md
-GPU_ROWS_BYTES = 2**30  # elsewhere a block is a whole row: no cache to stay in, and every launch costs
-ROUND = 64  # rows: products of other numbers are slower
-SAFE = 60.0  # exp of no number up to this size leaves float32 or bfloat16, nor does the sum of all of them
+ROWS_BYTES = 68 * 2**20  # exponentials of one chunk of rows on a CPU, about; measured, see docs/decisions.md
+BLOCK_BYTES = 8192  # one row in a block of columns on a CPU; measured too
+GPU_ROWS_BYTES = 2**30  # a chunk on a GPU, where a block is a whole row, because every kernel launch costs time
+ROUND = 64  # chunks are multiples of so many rows: other products are slower
+SAFE = 60.0  # exp of numbers up to this size, and its sum over a row, stay in the range of float32 and bfloat16
 
 
 def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """What `linear_cross_entropy` computes, as one would write it: all logits at once. Tests compare the two."""
+    """Return the same as `linear_cross_entropy`, from all logits at once: the reference that tests compare with."""
     logits = hidden @ weight.T
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per token of logits `hidden @ weight.T`.
+    """Return the mean cross-entropy, in nats per token, of the logits `hidden @ weight.T`.
 
-    hidden (..., C), weight (V, C), targets (...) with ids below V. Products run in the autocast
-    precision if one is on, else in that of `hidden`; softmax and loss are fp32 in any case.
+    hidden (..., C), weight (V, C), targets (...) with ids below V. Products run in the autocast precision if autocast
+    is on, else in that of `hidden`; softmax and loss are always float32.
     """
     rows, kind = hidden.reshape(-1, hidden.size(-1)), hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -45,17 +45,17 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
 
 def chunk_rows(n: int, vocab_size: int, size: int, on_cpu: bool) -> int:
-    """Of n rows, those whose logits, of `size` bytes each, are held at a time: all chunks are about as large."""
+    """Return how many of n rows make one chunk, for logits of `size` bytes each. All chunks are about as large."""
     most = max(1, (ROWS_BYTES if on_cpu else GPU_ROWS_BYTES) // (vocab_size * size))
     rows = math.ceil(n / math.ceil(n / most))
     return rows if rows < ROUND else math.ceil(rows / ROUND) * ROUND
 
 
 def _safe_shift(hidden: Tensor, weight: Tensor) -> Tensor | None:
-    """What to take away from each row's logits, (N, 1) in fp32, so that none is above SAFE and the largest not below
-    -SAFE; None where that cannot be told before they are there.
+    """Return a shift (N, 1) in fp32 for each row of logits: minus the shift, none is above SAFE, the largest not below
+    -SAFE. Return None if no shift is certain before the logits are computed.
 
-    No logit is larger than the lengths of its two vectors make it, and the largest is no smaller than their mean.
+    A logit is at most the product of the norms of its two vectors, and the largest of a row is at least the row's mean.
     """
     lengths, longest = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) for x in (hidden, weight))
     highest = lengths * longest.max()
@@ -70,7 +70,7 @@ def _safe_shift(hidden: Tensor, weight: Tensor) -> Tensor | None:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-        """The loss, and at once its gradients, so that no logit is computed twice."""
+        """Compute the loss and its gradients together, so that no logit is computed twice."""
         ctx.save_for_backward(hidden, weight, targets)
         ctx.asked = dtype, *ctx.needs_input_grad[:2]
         loss, *ctx.found = _loss_and_gradients(hidden, weight, targets, *ctx.asked)
@@ -79,9 +79,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        # given away, so that they become `.grad` without a copy; a second backward finds them anew
+        # handed over, so that they become `.grad` without a copy; a second backward computes them again
         found, ctx.found = ctx.found or _loss_and_gradients(*ctx.saved_tensors, *ctx.asked)[1:], None
-        if grad.device.type != "cpu" or grad.item() != 1:  # mostly it is, and a pass over 26 MB is saved
+        if grad.device.type != "cpu" or grad.item() != 1:  # usually it is 1, which saves a pass over 26 MB
             found = [g if g is None else g.mul_(grad) for g in found]
         return *found, None, None
 
@@ -91,7 +91,7 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     n, vocab, dtypes = hidden.size(0), weight.size(0), (hidden.dtype, weight.dtype)
     on_cpu = hidden.device.type == "cpu"
-    # elsewhere the answer would have to be waited for, and float16 ends at exp(11)
+    # on other devices this would wait for the result; float16 overflows beyond exp(11)
     safe = _safe_shift(hidden, weight) if on_cpu and dtype != torch.float16 else None
     hidden = hidden.to(dtype)
     # summed in fp32, whatever the products' precision
@@ -110,7 +110,7 @@ def _loss_and_gradients(
         parts = []
         for block in blocks:
             columns = weight[block].to(dtype)
-            # in memory that the allocator uses again (device.keep_memory), for the gradients of the other layers too
+            # the allocator reuses this memory (device.keep_memory), also for the gradients of the other layers
             logits = torch.mm(columns, rows.t()).t() if upright else torch.mm(rows, columns.t())
             part, shift = exp_sum(logits, known)
             if wants_weight:
@@ -119,7 +119,7 @@ def _loss_and_gradients(
                 norm += part
                 if wants_hidden:
                     sums += torch.mm(logits, columns)  # not `addmm_`, which would round once for each column
-            else:  # each block has its own, its largest logit: safe for logits of any size
+            else:  # each block is shifted by its own largest logit: safe for logits of any size
                 higher = torch.maximum(top, shift)
                 before, now = (top - higher).exp(), (shift - higher).exp()
                 norm, top = norm * before + part * now, higher

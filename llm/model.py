@@ -1,4 +1,4 @@
-"""GPT: a decoder-only transformer (Radford et al. 2019). One device; it knows nothing of training.
+"""GPT: a decoder-only transformer (Radford et al. 2019), on one device and without any training code.
 
 Shapes: B batch, T time (tokens), C channels (n_embd), V vocabulary, H heads, D = C / H.
 Parameter names follow GPT-2's, so that weights map by name.
@@ -17,7 +17,7 @@ from llm.loss import linear_cross_entropy
 
 __all__ = ["GPT", "GPTConfig", "KVCache"]
 
-SHORT = 512  # positions up to which plain operations beat the fused attention in bfloat16 on a CPU
+SHORT = 512  # positions up to which plain operations are faster than fused attention in bfloat16 on a CPU
 
 
 class KVCache:
@@ -26,10 +26,10 @@ class KVCache:
     def __init__(self, config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (config.n_layer, 2, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
         self.kept = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens held; `GPT.hidden` moves it on
+        self.length = 0  # tokens held; `GPT.stream` increases it
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k and v (B, H, T, D) of new tokens; returns those of all tokens so far."""
+        """Store k and v (B, H, T, D) of new tokens; return those of all tokens so far."""
         end = self.length + k.size(2)
         kept = self.kept[layer]
         kept[0, :, :, self.length : end], kept[1, :, :, self.length : end] = k, v
@@ -37,22 +37,22 @@ class KVCache:
 
 
 class Dropout:
-    """Dropout whose draw belongs to the window: a hash of (window's seed, place in the model, position).
+    """Dropout with a mask that is a hash of (seed of the window, dropout call in the model, position).
 
-    So a window loses the same activations whichever micro-batch or process it falls in, and a
-    resumed run draws what the uninterrupted one would have. Hash: a 32-bit integer mixer of the
-    xorshift-multiply kind (constants from C. Wellons, "Prospecting for hash functions", 2018).
+    So a window drops the same activations in any micro-batch and in any process, and a resumed run has
+    the masks of the uninterrupted one. The hash is a 32-bit integer mixer of the xorshift-multiply kind
+    (constants from C. Wellons, "Prospecting for hash functions", 2018).
     """
 
     def __init__(self, p: float, seeds: Tensor) -> None:
         self.p, self.seeds, self.place = p, seeds, 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (B, ...) with a share p of its elements zeroed, the others scaled by 1 / (1 - p)."""
+        """Return x (B, ...) with a fraction p of its elements zeroed and the others scaled by 1 / (1 - p)."""
         self.place += 1
         keys = _mix(self.seeds + self.place * 0x3C6EF372).view(-1, *[1] * (x.dim() - 1))
         index = _mix(torch.arange(x[0].numel(), device=x.device, dtype=torch.int32)).view(1, *x.shape[1:])
-        bits = (keys ^ index).mul_(0x7FEB352D)  # both are mixed, so that one round more is enough to join them
+        bits = (keys ^ index).mul_(0x7FEB352D)  # both are mixed, so one more round is enough to combine them
         bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - 2**32)
         return x * (bits >= int((self.p - 0.5) * 2**32)).to(x.dtype).mul_(1 / (1 - self.p))
 
@@ -81,10 +81,10 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, drop: Dropout | None) -> Tensor:
-    """Values (B, H, T, D) of the last T positions, which see themselves and those before; k and v (B, H, S, D), S >= T.
+    """Return causal attention (B, H, T, D) of q, the last T positions, over k and v (B, H, S, D), S >= T.
 
-    By PyTorch's fused kernel, except with dropout, of which it draws its own, and for short contexts on
-    a CPU in bfloat16, where it is slower than three plain operations (docs/decisions.md).
+    PyTorch's fused kernel computes it, with two exceptions: with dropout, because the kernel draws its own masks, and
+    for short contexts in bfloat16 on a CPU, where three plain operations are faster (docs/decisions.md).
     """
     T, S, D = q.size(2), k.size(2), q.size(3)
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= SHORT
@@ -111,7 +111,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward layer, each on a normed copy and added to the stream."""
+    """Pre-norm block: attention, then the feed-forward layer, each added to the residual stream."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied_lm_head:
             self.lm_head.weight = self.wte.weight
-        # GPT-2's initialisation: 0.02, and less where 2 * n_layer branches add up in the stream
+        # GPT-2's initialisation: 0.02, and less for the 2 * n_layer projections that add to the residual stream
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -152,15 +152,15 @@ class GPT(nn.Module):
         return counts.flops_per_token(self.config)
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None, seeds: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, C) of tokens `idx` (B, T), after those in `cache`; the rest as in `stream`."""
+        """Return hidden states (B, T, C) of tokens `idx` (B, T) that follow those in `cache`; see `stream`."""
         return self.stream(self.wte(idx), cache, seeds)
 
     def stream(self, x: Tensor, cache: KVCache | None = None, seeds: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, C) out of the embeddings `x` (B, T, C) of tokens after those in `cache`.
+        """Return hidden states (B, T, C) from the embeddings `x` (B, T, C) of tokens that follow those in `cache`.
 
-        `seeds` (B,) int32 decide what dropout draws for each window; without them, in training,
-        they are drawn from torch's own generator.
-        Raises UserError where the context would be longer than block_size.
+        `seeds` (B,) int32 determine the dropout masks of each window; without them, in training mode,
+        torch's global generator draws them.
+        Raises UserError if the context would be longer than block_size.
         """
         T, past = x.size(1), cache.length if cache is not None else 0
         if past + T > self.config.block_size:
@@ -182,7 +182,7 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, seeds: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(logits (B, T, V), None), or with targets (B, T): (None, mean cross-entropy in nats per token)."""
+        """Return (logits (B, T, V), None), or with targets (B, T): (None, mean cross-entropy in nats per token)."""
         x = self.hidden(idx, seeds=seeds)
         if targets is None:
             return self.lm_head(x), None

@@ -10,7 +10,7 @@ from llm.machine.world import full_tensor
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, split: bool) -> list[dict[str, Any]]:
-    """One group, or with `split` two: norms, biases and embeddings go without weight decay.
+    """Return one group, or with `split` two: norms, biases and embeddings get no weight decay.
 
     An output matrix tied to the embedding counts as the embedding.
     """
@@ -23,13 +23,13 @@ def parameter_groups(model: nn.Module, weight_decay: float, split: bool) -> list
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over the model's parameters. The learning rate of its groups is set at every step.
+    """Return AdamW over the model's parameters. The training loop sets its learning rate at every step.
 
-    Where its attribute `found_inf` (one float32) is not 0, the fused kernel leaves weights and moments as they are.
+    If its attribute `found_inf` (one float32) is not 0, the fused kernel leaves weights and moments as they are.
     """
     groups = parameter_groups(model, config.weight_decay, config.weight_decay_split)
     optimizer = torch.optim.AdamW(groups, lr=config.max_lr, betas=(config.beta1, config.beta2), fused=True)
-    for p in model.parameters():  # at once, so that the moments do not settle between the buffers of the first steps
+    for p in model.parameters():  # now, so that the moments are not allocated between the buffers of the first steps
         optimizer.state[p] = {
             "step": torch.zeros((), device=p.device),
             "exp_avg": torch.zeros_like(p.detach()),
@@ -39,7 +39,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def clip_gradients(model: nn.Module, grad_clip: float) -> Tensor:
-    """Scale the gradients down to a total norm of `grad_clip` where it is above 0; return the norm before that."""
+    """Clip the gradients to a total norm of `grad_clip`, if it is above 0; return the norm before clipping."""
     norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
     if grad_clip > 0:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)

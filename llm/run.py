@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 CELL = 'style="text-align: left; vertical-align: top"'
 SHOWN = 2000  # characters of a sample in a notebook
-# a command line, which stays; or a flag and the word after it, which is its value only where nothing else follows
+# a command line, which stays as it is; or a flag and the word after it, its value only if nothing else follows
 FLAG = re.compile(
     r"losscurve [^,;)]*|--(?P<name>[a-z]\w*)(?:[ =](?P<value>'[^']*'|(?!--)[\w./~-]*[\w/])(?P<end>(?=$|[,;)]| --))?)?"
 )
@@ -66,24 +66,24 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
-        """The run in the folder `path`. Raises UserError where there is none."""
+        """Return the run in the folder `path`. Raises UserError if there is none."""
         check_path("path", str(path))
         folder = Path(expanded(str(path)))
         return cls(folder, run_config(folder))
 
     @property
     def record(self) -> list[Row]:
-        """The rows of metrics.jsonl."""
+        """Return the rows of metrics.jsonl."""
         return metrics.read_record(self.path)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The run's own; for a run on token files of unknown origin, GPT-2's."""
+        """Return the tokenizer of the run; GPT-2's if the run's token files came without one."""
         path = self.path / "tokenizer.json"
         return load_tokenizer(path) if path.exists() else gpt2()
 
     def model(self, weights: str = "last", device: str = "auto") -> GPT:
-        """The trained model, of the "last" or the "best" weights, in evaluation mode."""
+        """Return the trained model with the "last" or the "best" weights, in evaluation mode."""
         names = {"last": "model.pt", "best": "best.pt"}
         if weights not in names:
             raise UserError(f"weights = {weights!r}: expected last or best")
@@ -99,7 +99,7 @@ class Run:
         top_k: int | None = None,
         top_p: float = 1.0,
     ) -> str:
-        """`prompt` (default: the run's own) and its continuation by the "last" or "best" weights."""
+        """Return `prompt` (default: the run's own) and its continuation by the "last" or "best" weights."""
         model, tokenizer = self.model(weights), self.tokenizer
         prompt = prompt if prompt is not None else self.config.sample_prompt or "\n"
         knobs = (temperature, top_k, top_p)
@@ -108,7 +108,7 @@ class Run:
 
     @property
     def samples(self) -> list[Sample]:
-        """What the run wrote at its evaluations, oldest first."""
+        """Return the samples that the run drew at its evaluations, oldest first."""
         return read_samples(self.path)
 
     def changed(self) -> dict[str, Any]:
@@ -116,13 +116,13 @@ class Run:
         return differing_settings(self.config, ignored=("out_dir", "data_dir"))
 
     def _repr_png_(self) -> bytes:
-        """The loss curve, for what shows pictures only."""
+        """Return the loss curve as PNG, for front ends that show only pictures."""
         picture = io.BytesIO()
         draw([self.path]).savefig(picture, format="png")
         return picture.getvalue()
 
     def _repr_html_(self) -> str:
-        """What a notebook shows of a run: its losses, its curve, the settings that matter, its last sample."""
+        """Return what a notebook shows: losses, loss curve, settings that differ from the defaults, last sample."""
         rows, samples = self.record, self.samples
         low, evaluations = metrics.best(rows), metrics.losses(rows, "val")
         step = max((row["step"] for row in rows), default=0)
@@ -149,7 +149,7 @@ class Run:
         return "".join(shown)
 
     def plot(self, out: str | Path | None = None) -> "Figure":
-        """The loss curve as a figure, which a notebook shows; also written to `out` where given."""
+        """Return the loss curve as a figure, which a notebook shows; write it to `out` too, if given."""
         if out is not None:
             plot_runs([self.path], Path(expanded(str(out))))
         return draw([self.path])
@@ -167,9 +167,9 @@ def fit(
 ) -> Run:
     """Train on a text (a path, several, or "shakespeare") and return the run; for notebooks.
 
-    `settings` are the fields of `TrainConfig` and `GPTConfig`; each evaluation is told to `say`. An
-    interrupt saves; `resume=True` goes on. Raises UserError for settings that cannot work, and Failure where
-    training cannot go on or the last state could not be saved.
+    `settings` are the fields of `TrainConfig` and `GPTConfig`; `say` gets a line for each evaluation. After an
+    interrupt the run saves and ends; `resume=True` continues it. Raises UserError for settings that cannot work, and
+    Failure if training cannot continue or the last checkpoint could not be saved.
     """
     out_dir = expanded(str(out_dir))
     given = settings | ({} if text is None else {"text": text}) | {"out_dir": out_dir}
@@ -191,15 +191,15 @@ def fit(
                 elif isinstance(event, Notice):
                     tell(f"warning: {event.text}")
     if training.unsaved:
-        raise Failure(f"the last save failed: {training.unsaved}; make room, then go on with resume=True")
+        raise Failure(f"the last save failed: {training.unsaved}; free some disk space, then continue with resume=True")
     if caught:
-        say(f"saved step {training.progress.step}; go on with fit(out_dir={str(out_dir)!r}, resume=True)")
+        say(f"saved step {training.progress.step}; continue with fit(out_dir={str(out_dir)!r}, resume=True)")
     return Run.open(out_dir)
 
 
 @contextmanager
 def words_of_python() -> Iterator[None]:
-    """What a UserError or Failure of the block says of flags is said of keyword arguments."""
+    """In a UserError or Failure raised in the block, replace flags by keyword arguments."""
     try:
         yield
     except (UserError, Failure) as error:
@@ -219,7 +219,7 @@ def _keyword(found: re.Match[str]) -> str:
     if found[0].startswith("losscurve train --"):
         return _call(found[0])
     name, value = found["name"], found["value"]
-    if name not in (*FIELDS, "resume", "overwrite", "preset"):  # a command, or a flag that fit has not
+    if name not in (*FIELDS, "resume", "overwrite", "preset"):  # a command, or a flag that `fit` does not have
         return found[0]
     kind = field_type(FIELDS[name])[0] if name in FIELDS else str if name == "preset" else bool
     if kind is bool:
@@ -232,7 +232,7 @@ def _keyword(found: re.Match[str]) -> str:
 
 
 def _call(command: str) -> str:
-    """Return the call of `fit` that does what a `losscurve train` does; the command where `fit` lacks a flag."""
+    """Return the call of `fit` for a `losscurve train` command; the command itself if `fit` lacks one of its flags."""
     given: dict[str, list[str]] = {}
     for word in shlex.split(command)[2:]:
         if word.startswith("--"):
@@ -250,23 +250,23 @@ def _call(command: str) -> str:
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Ctrl-C, SIGTERM and a closed terminal are noted in the list this yields, once; a second one leaves at once,
-    except below torchrun.
+    """Yield a list that receives the first SIGINT (Ctrl-C), SIGTERM or SIGHUP. A second signal exits at once, except
+    under torchrun.
 
-    Signals that are ignored (nohup) stay so; outside the main thread, where Python allows no handlers,
-    none are set.
+    Ignored signals (nohup) stay ignored. Outside the main thread, where Python allows no signal handlers, none are
+    set.
     """
     caught: list[int] = []
 
     def note(number: int, frame: object) -> None:
-        if caught and "RANK" in os.environ:  # torchrun and a scheduler may both say it, and torchrun ends who is late
+        if caught and "RANK" in os.environ:  # torchrun and a scheduler may both send one; torchrun kills late processes
             return
         if caught:
             os._exit(128 + number)
         caught.append(number)
-        with contextlib.suppress(OSError):  # the terminal may be what went away
+        with contextlib.suppress(OSError):  # the terminal may be closed
             again = "" if "RANK" in os.environ else " (again: leave at once)"
-            if os.environ.get("RANK", "0") == "0":  # torchrun tells all processes
+            if os.environ.get("RANK", "0") == "0":  # torchrun signals all processes
                 print(f"finishing this step, then saving{again}", file=sys.stderr)
 
     wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

@@ -6,7 +6,7 @@ from llm.config import TrainConfig
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
-    """The learning rate of update `step`, counted from 0; from `max_steps` on it stays at its last value."""
+    """Return the learning rate of update `step`, counted from 0. From `max_steps` on, it stays at its last value."""
     step = min(step, config.max_steps)
     if step < config.warmup:
         return config.max_lr * (step / config.warmup)
@@ -19,7 +19,7 @@ def lr_at(step: int, config: TrainConfig) -> float:
 
 
 def warmup_warning(config: TrainConfig) -> str | None:
-    """One line if the warm-up lies outside the usual 1–5 % of the steps (rounded outwards to whole steps)."""
+    """Return a warning if the warm-up is outside the usual 1–5 % of the steps (rounded outwards), else None."""
     low, high = config.max_steps // 100, math.ceil(config.max_steps / 20)
     if low <= config.warmup <= high:
         return None

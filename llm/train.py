@@ -1,9 +1,9 @@
 """One step, and the loop around it: batch, forward, backward, step, repeat.
 
-Read it beside nanoGPT's train.py; each of its lines has its counterpart here. Three things differ. The batch, the
-learning rate and what dropout draws are functions of the step, so that a resumed run repeats nothing and skips nothing.
-Whether a number is finite is decided on the device, so that no step waits for the one before. And what surrounds the
-steps (evaluating, recording, saving, rolling back) stands in files of its own, which yield what a person should see.
+Read it beside nanoGPT's train.py: each of its lines has a counterpart here. Three things differ. The batch, the
+learning rate and the dropout masks are functions of the step, so that a resumed run repeats nothing and skips nothing.
+The device checks for NaN and infinity, so that no step waits for the one before it. Evaluating, recording, saving and
+rolling back are in files of their own, and yield the events that `train` passes on.
 """
 
 import math
@@ -25,7 +25,7 @@ from llm.training.saving import save, save_is_due, saved
 
 
 def train_step(parts: Parts, step: int) -> Step:
-    """Make update number `step`, counted from 0. If its loss or gradient is not finite, it changes nothing."""
+    """Make update number `step`, counted from 0. A loss or gradient that is not finite makes no update."""
     optimizer, scaler = parts.optimizer, parts.scaler
 
     # the learning rate is a function of the step
@@ -47,18 +47,18 @@ def train_step(parts: Parts, step: int) -> Step:
     scaler.unscale_(optimizer)
     grad_norm = clip_gradients(parts.model, parts.config.grad_clip)
 
-    # update, unless a number is not finite: the optimizer itself then leaves everything as it was
+    # update; if a number is not finite, the optimizer itself leaves weights and moments as they are
     refused = ~torch.isfinite(loss)
-    if not scaler.is_enabled():  # float16 has its own way: a gradient that overflows only lowers the loss scale
+    if not scaler.is_enabled():  # with float16, the scaler handles overflow: it skips the update and lowers the scale
         refused = refused | ~torch.isfinite(grad_norm.to(parts.device))
-        optimizer.found_inf = refused.float()  # type: ignore[attr-defined]  # what the fused kernel asks for
+        optimizer.found_inf = refused.float()  # type: ignore[attr-defined]  # read by the fused kernel
     scaler.step(optimizer)
     scaler.update()
     return Step(step + 1, loss, grad_norm, refused)
 
 
 def skipped_step(parts: Parts, step: int) -> Step:
-    """Return what stands for a batch that was refused before a rollback, and is not tried again."""
+    """Return the `Step` of a batch that was refused before a rollback and is skipped now: its loss is NaN."""
     nan = torch.full((), math.nan, device=parts.device)
     return Step(step + 1, nan, nan, torch.isnan(nan))
 
@@ -66,7 +66,7 @@ def skipped_step(parts: Parts, step: int) -> Step:
 def train(run: LiveRun) -> Iterator[Event]:
     """Train `run` to its end, and yield each `Step`, `Line`, `Saved` and `Notice` as it happens.
 
-    Raises Failure, with the last checkpoint as it was, where rolling back to it did not help often enough.
+    Raises Failure if rolling back did not help; the last checkpoint stays as it was.
     """
     config = run.parts.config
     run.parts.model.train()
@@ -80,10 +80,10 @@ def train(run: LiveRun) -> Iterator[Event]:
             step = (skipped_step if is_skipped else train_step)(run.parts, run.progress.step)
             run.take(step)
             yield step
-            yield from saved(run)  # a checkpoint of earlier steps may be on the disk by now
+            yield from saved(run)  # the thread may have finished writing a checkpoint
 
             try:
-                limit = run.limit_reached()  # the last step is evaluated, whichever it is
+                limit = run.limit_reached()  # the last step is always evaluated
                 evaluates = limit is not None or step.step % config.eval_every == 0
                 logs = evaluates or step.step % config.log_every == 0
                 if logs or step.step % READ_EVERY == 0:

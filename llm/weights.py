@@ -1,4 +1,4 @@
-"""Weights in .pt files: which file is meant, and what shape of model is in it. Loading runs no code."""
+"""Weights in .pt files: find the file, check it, and infer the shape of its model. Loading runs no code."""
 
 import dataclasses
 import re
@@ -15,20 +15,20 @@ from llm.errors import UserError
 from llm.model import GPT
 from llm.tokens.foreign import is_text, signature
 
-WRAPPERS = ("model", "state_dict", "model_state_dict")  # under which training programs keep the weights
+WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which training programs store the weights
 SAVE = "save the weights alone: torch.save(model.state_dict(), 'weights.pt')"
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch.save's magic number, before it wrote zip
 
 
 def run_config(folder: Path) -> TrainConfig:
-    """Return the settings of the run in `folder`. Raises UserError where there is none."""
+    """Return the settings of the run in `folder`. Raises UserError if there is no run."""
     if not (folder / "config.toml").is_file():
         raise UserError(f"{folder}: no run here (no config.toml); give the folder of one, or train one there")
     return from_settings(read_toml(str(folder / "config.toml")))
 
 
 def weights_file(source: str) -> Path:
-    """Return the .pt file that a run folder means (its best weights, else its last), or the file itself."""
+    """Return the best weights of a run folder, else its last; for the path of a .pt file, return that path."""
     path = Path(source)
     candidates = [path / "best.pt", path / "model.pt"] if path.is_dir() else [path]
     for candidate in candidates:
@@ -46,9 +46,9 @@ def load_model(path: Path, device: torch.device, base: GPTConfig | None = None) 
 
 
 def check_sums(path: Path) -> None:
-    """Raises UserError if the file is not an archive of torch.save, or a byte of it changed.
+    """Raise UserError if the file is not an archive of torch.save, or fails its CRC-32 sums.
 
-    It is a zip archive, and torch does not check its CRC-32 sums.
+    torch.save writes a zip archive with these sums, and torch.load does not check them.
     """
     try:
         size = path.stat().st_size
@@ -82,7 +82,7 @@ def check_sums(path: Path) -> None:
 
 
 def _no_archive(path: Path, head: bytes, size: int) -> str:
-    """What a file is that is no zip archive, and the remedy."""
+    """Return what a file is that is not a zip archive, and the remedy."""
     if not head:
         return "is empty; copy or download it again"
     if found := signature(head):
@@ -101,19 +101,18 @@ def _no_archive(path: Path, head: bytes, size: int) -> str:
 
 
 def _command(code: str, path: Path) -> str:
-    """A line for a shell by which `code` writes file `b`, beside the file `a` at `path`."""
+    """Return a shell command that runs `code`, which reads the file `a` at `path` and writes `b` beside it."""
     files = f"{shlex.quote(str(path))} {shlex.quote(str(path.with_suffix('.new.pt')))}"
     return f'python -c "import sys, torch; a, b = sys.argv[1:]; {code}" {files}'
 
 
 def _state_dict(path: Path, content: Any, base: GPTConfig) -> tuple[dict[str, Tensor], GPTConfig]:
-    """The weights in what a .pt file holds: taken out of the dict that a training program puts around them, with our
-    names where torch.compile, DDP or a module around the model put a prefix before them. `base` with the heads that
-    nanoGPT's `model_args` tell.
+    """Return the weights in the content of a .pt file, and `base` with the number of heads in nanoGPT's `model_args`.
 
-    Raises UserError where there are none.
+    The weights are taken out of the dict that a training program puts around them, without the prefix that
+    torch.compile, DDP or a wrapping module adds to their names. Raises UserError if there are none.
     """
-    for _ in range(3):  # one in another; a hostile file has itself in it
+    for _ in range(3):  # dicts may be nested; in a hostile file, one may contain itself
         inner = [content[key] for key in WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)]
         if not inner:
             break
@@ -135,10 +134,10 @@ def _state_dict(path: Path, content: Any, base: GPTConfig) -> tuple[dict[str, Te
 def read_weights(path: Path, base: GPTConfig) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Return the shape and the state_dict in a .pt file.
 
-    Sizes come from the tensors. What these do not tell (heads, GELU, dropout) comes from the config.toml beside the
-    file, else from `base`. Loading runs no code.
+    Sizes come from the tensors. Heads, GELU and dropout cannot be inferred from them; they come from the config.toml
+    beside the file, else from `base`. Loading runs no code.
 
-    Raises UserError where the file is not a state_dict of a `GPT`.
+    Raises UserError if the file is not a state_dict of a `GPT`.
     """
     check_sums(path)
     weights, base = _state_dict(path, load_plain_data(path), base)
@@ -150,7 +149,7 @@ def read_weights(path: Path, base: GPTConfig) -> tuple[GPTConfig, dict[str, Tens
 
 
 def load_plain_data(path: Path) -> Any:
-    """Return what torch.save wrote, if it is tensors and plain data. Raises UserError."""
+    """Return the content of a .pt file. Raises UserError unless it is tensors and plain data only."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds of errors for a file that is not its own
@@ -162,7 +161,7 @@ def load_plain_data(path: Path) -> Any:
 
 
 def infer_shape(path: Path, weights: dict[str, Tensor], base: GPTConfig) -> tuple[GPTConfig, dict[str, torch.Size]]:
-    """Return the config that `weights` fit, and the shape of each of its tensors by name. Raises UserError."""
+    """Return the config that fits `weights`, and the shape of each tensor by name. Raises UserError if none fits."""
     unfit = (KeyError, ValueError, IndexError, AttributeError, TypeError, ZeroDivisionError, RuntimeError, UserError)
     try:
         vocab_size, n_embd = weights["wte.weight"].shape
@@ -186,7 +185,7 @@ def infer_shape(path: Path, weights: dict[str, Tensor], base: GPTConfig) -> tupl
 
 
 def check_tensors(path: Path, weights: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
-    """Raises UserError that names the first tensor that is missing, unknown, misshapen, sparse or not finite."""
+    """Raise UserError that names the first tensor that is missing, unknown, misshapen, sparse or not finite."""
     for name in sorted(set(expected) | set(weights)):
         if name not in weights:
             raise UserError(f"{path}: has no {name}, which a GPT of ours of this shape needs; give other weights")

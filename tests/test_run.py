@@ -127,7 +127,7 @@ def test_a_python_user_is_told_of_keyword_arguments(here):
     quiet = {"say": lambda _: None}
     fit("text.txt", **SMALL, **quiet)
     cases = [
-        ({}, "go on with resume=True, replace it with overwrite=True, or choose another out_dir"),
+        ({}, "continue with resume=True, replace it with overwrite=True, or choose another out_dir"),
         ({"resume": True}, "complete at step 12; give a larger max_steps to go on"),
         (
             {"resume": True, "n_layer": 3},
@@ -155,7 +155,7 @@ def test_a_python_user_is_told_of_keyword_arguments(here):
         ("works with --parallel fsdp only", "works with parallel='fsdp' only"),
         ("name a text with --text", "name a text with text"),
         ("give the text by --text with another --data_dir, and", "give the text by text with another data_dir, and"),
-        ("go on with --out_dir 'a b' --resume", "go on with out_dir='a b' resume=True"),
+        ("continue with --out_dir 'a b' --resume", "continue with out_dir='a b' resume=True"),
         # commands stay
         ("make it with losscurve prepare --data_dir, or", "make it with losscurve prepare --data_dir, or"),
         (

@@ -285,7 +285,7 @@ def test_an_interrupt_in_a_notebook_saves(here):
             signal.raise_signal(signal.SIGINT)
 
     fit(here / "text.txt", out_dir="run", say=say, **SMALL)
-    assert "saved step 4; go on with fit(out_dir='run', resume=True)" in said
+    assert "saved step 4; continue with fit(out_dir='run', resume=True)" in said
     fit(out_dir="run", resume=True, say=said.append)
     assert said[-1].startswith("step    12")
 

@@ -1,1 +1,1 @@
-"""One file per command: read the flags, call the library, print the result. No other room imports this one."""
+"""One file per command: read the flags, call the library, print the result. No other package imports this one."""

@@ -60,7 +60,7 @@ def tokenizing_bar() -> Iterator[Callable[[int, int], None] | None]:
 class StepBar:
     """A progress bar of a run on stderr: completed steps, tokens per second and time left.
 
-    The methods print a line above the bar. Without a terminal there is no bar, and they print plain lines.
+    `print`, `warn` and `note` print a line above the bar. Without a terminal there is no bar, only the lines.
     """
 
     def __init__(self, total: int, done: int, tokens_per_step: int) -> None:
@@ -110,7 +110,7 @@ class StepBar:
         self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
-        """Show that `step` steps are completed."""
+        """Move the bar to `step` completed steps."""
         if self.bar:
             tokens_per_second = (self.bar.tasks[0].speed or 0) * self.tokens_per_step  # over the last half minute
             self.bar.update(self.task, completed=step, description=f"{tokens_per_second:,.0f} tokens/s")

@@ -1,4 +1,4 @@
-"""Flags: settings become `--n_layer 6`, `--n-layer=6` and nanoGPT's names. Only the flags that were typed are kept."""
+"""Flags: each setting is a flag (`--n_layer 6`, `--n-layer=6`, nanoGPT's name). Only typed flags are returned."""
 
 import argparse
 import difflib
@@ -27,7 +27,7 @@ from llm.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser with one-line errors that suggest the nearest flag. It never takes a value for a flag.
+    """An argparse parser with one-line errors that suggest the most similar flag. It never takes a value for a flag.
 
     `bare` names the flags that a word without a flag may belong to. With one flag, the word becomes its value; with
     several, the error names them all.
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         self.bare = bare
 
     def add_run(self) -> None:
-        """Add the run folder, RUN, which may be left out."""
+        """Add the optional argument RUN, the run folder."""
         self.add_argument(
             "run",
             nargs="?",
@@ -164,7 +164,7 @@ class Parser(argparse.ArgumentParser):
             own, note = found
             return f"{problem}; use --{own}" + (f" ({note})" if note else "")
         near = difflib.get_close_matches(f"--{plain}", self._option_string_actions, n=1)
-        if near and len(plain) > 2:  # a shorter name is near to many
+        if near and len(plain) > 2:  # a shorter name is similar to many flags
             return f"{problem}; did you mean {near[0]}?"
         return f"{problem}; see --help"
 

@@ -1,7 +1,7 @@
-"""torchrun for `train --nproc`, started as `python -m llm.commands.launch` with torchrun's own arguments.
+"""Run torchrun for `train --nproc`: `python -m llm.commands.launch` with torchrun's own arguments.
 
-Each process that it starts prints its own error on stderr. torchrun would add 40 lines about how it noticed; here the
-last line is ours. Signals and exit codes are torchrun's.
+Each process that it starts prints its own error on stderr. torchrun itself would add 40 lines about the same failure;
+this module suppresses them. Signals and exit codes are torchrun's.
 """
 
 import logging
@@ -10,7 +10,7 @@ import sys
 
 
 def main(argv: list[str]) -> int:
-    """Run torchrun with `argv` and return its exit code. Other errors than a failed process are raised by torchrun."""
+    """Run torchrun with `argv` and return its exit code. Any error except a failed process is raised."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run

@@ -1,4 +1,4 @@
-"""`losscurve prepare`: turn a text into token files, and say how large a model they suit."""
+"""`losscurve prepare`: turn a text into token files, and print what model size they suit."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from llm.commands.flags import Parser, add_settings, config_from, flag, warn
 DESCRIPTION = (
     "Turn a text into token files: train.bin, val.bin, meta.json, tokenizer.json. The text: files (.jsonl and "
     ".parquet: one document per row), folders of .txt, .md and these (also as .gz and .zst), - for standard input, or "
-    "a name: shakespeare, tinystories, fineweb-edu. Without a text: tiny Shakespeare, or, if that cannot be had, "
+    "a name: shakespeare, tinystories, fineweb-edu. Without a text: tiny Shakespeare, or, if that is not available, "
     "a text that comes with Python."
 )
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, "Chinchilla"

@@ -38,8 +38,8 @@ def main(argv: list[str]) -> int:
     model, tokenizer, default_prompt = load(args, config, device)
     prompt = default_prompt if prompt is None else prompt
     seed = config.seed if hasattr(args, "seed") else None
-    # On a CPU, sampling is bound by reading the weights: bfloat16 would only add conversions (docs/performance.md).
-    # The same precision for several samples makes the first of them the one that is drawn alone.
+    # On a CPU, sampling is limited by memory bandwidth: bfloat16 would only add conversions (docs/performance.md).
+    # One precision for any number of samples makes the first of several equal to a sample drawn alone.
     is_float32 = config.dtype == "auto" and device.type == "cpu"
     with precision(choose_dtype("float32" if is_float32 else config.dtype, device), device):
         tokens = continue_text(
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
 def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         "losscurve sample",
-        "Let a trained model continue a prompt. Defaults: the chapter's.",
+        "Let a trained model continue a prompt. The defaults are the chapter's.",
         bare=("out_dir", "prompt"),
     )
     prompts = parser.add_mutually_exclusive_group()

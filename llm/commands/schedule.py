@@ -12,7 +12,7 @@ RELEVANT = ("max_steps", "warmup_steps", "max_lr", "min_lr", "schedule")  # the 
 def main(argv: list[str]) -> int:
     parser = Parser(
         "losscurve schedule",
-        "Show the learning rate of a run before training. Takes every flag of train; only the first few matter.",
+        "Show the learning rate of a run before training. Accepts every flag of train; only the first few matter.",
         bare=("text",),
     )
     parser.add_argument("--preset", metavar="NAME|FILE", help="a preset by name, or a TOML file")

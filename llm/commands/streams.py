@@ -1,4 +1,4 @@
-"""Standard input, output and error as a command may find them: closed, full, or in an encoding of few characters."""
+"""Make stdin, stdout and stderr usable even if they are closed, full, or in an encoding that lacks characters."""
 
 import errno
 import io
@@ -12,9 +12,9 @@ _stdout: "_Stdout | None" = None  # the file below sys.stdout, once `make_usable
 
 
 def make_usable() -> None:
-    """Make stdin, stdout and stderr usable, whatever this process was started with.
+    """Make stdin, stdout and stderr usable, in whatever state this process received them.
 
-    May restart Python in UTF-8 mode, in place of this process, and then does not return: see `_restart_in_utf8`.
+    If `_restart_in_utf8` replaces this process by Python in UTF-8 mode, this does not return.
     """
     _restart_in_utf8()
     _open_closed_streams()
@@ -61,7 +61,7 @@ def _replace_stderr() -> None:
 
 
 def flush_stdout() -> OSError | None:
-    """Flush stdout and return the error if a write to it has failed. Discard what it still holds then."""
+    """Flush stdout. If a write to it has failed, discard its buffer and return the error."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -88,7 +88,7 @@ def discard_stdout() -> None:
 
 
 def describe(error: OSError) -> str:
-    """Return in words why stdout cannot be written."""
+    """Return a phrase that says why stdout cannot be written."""
     if error.errno == errno.EBADF:
         return "it is closed"
     return error.strerror or str(error)

@@ -1,4 +1,4 @@
-"""`train`: read the flags, train, and print the chapter's lines. What it prints besides them: `train_lines.py`."""
+"""`train`: read the flags, train, and print the chapter's lines. `train_lines.py` has the lines before and after."""
 
 import argparse
 import contextlib
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
-    """Raises UserError."""
+    """Return the parsed flags. Raises UserError."""
     parser = Parser("losscurve train", DESCRIPTION, bare=("text",))
     parser.add_argument("--preset", metavar="NAME|FILE.toml", help=f"settings to start from: {', '.join(PRESETS)}")
     add_settings(parser, FIELDS)
@@ -213,7 +213,7 @@ def check_saved(run: "LiveRun") -> None:
 
 
 def exit_code(run: "LiveRun", caught: list[int]) -> int:
-    """Return the exit code of a process of a run that ended in order. `caught` holds the signals it received."""
+    """Return the exit code of a process whose run ended normally. `caught` holds the signals it received."""
     if run.reason != "interrupted":
         return 0
     return 128 + (caught[0] if caught else signal.SIGTERM)  # the signal may have been another process's

@@ -37,7 +37,7 @@ def start_lines(run: "LiveRun") -> str:
     config = parts.config
     parameters = sum(p.numel() for p in parts.model.parameters())
     train_tokens = len(parts.data.train)
-    predicted = len(parts.data.val) - 1  # tokens of the validation split that have one before them
+    predicted = len(parts.data.val) - 1  # tokens of the validation split, except the first
     validated = f"all {predicted:,}" if predicted <= config.eval_tokens else f"{config.eval_tokens:,} of {predicted:,}"
     begin = f"resuming from step {run.progress.step}" if run.progress.step else "starting"
     windows = f"{config.windows_per_step} windows"
@@ -55,7 +55,7 @@ def start_lines(run: "LiveRun") -> str:
 
 
 def print_end(run: "LiveRun", forecast: "Forecast") -> None:
-    """Print the result of the run, how good its forecast was, and what to type next."""
+    """Print the result of the run, the accuracy of its forecast, and the next command."""
     if run.reason == "interrupted":
         print_best_effort(
             f"saved step {run.progress.step} in {run.out_dir}; continue with: {resume_command(run)}",
@@ -114,7 +114,7 @@ def resume_command(run: "LiveRun") -> str:
 
 
 def last_saved(out_dir: "Path") -> str:
-    """Return in words which checkpoint of a run is the newest."""
+    """Return a phrase that names the newest checkpoint of a run."""
     from llm.storage.checkpoint import saved_steps
 
     steps = saved_steps(out_dir)

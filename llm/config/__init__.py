@@ -1,4 +1,4 @@
-"""Settings: fields with units, the recipe, presets and TOML files. This room imports no torch.
+"""Settings: fields with units, the recipe, presets and TOML files. This package does not import torch.
 
 A setting has one name everywhere: the field here, the key in a TOML file, the flag on the command line and the keyword
 of `llm.fit`.

@@ -11,7 +11,7 @@ from llm.config.settings import to_settings
 def differing_settings(config: TrainConfig, ignored: Collection[str] = ()) -> dict[str, Any]:
     """Return the settings that differ from the chapter's recipe, except those in `ignored`.
 
-    `warmup_steps` and `min_lr` differ only if they are not what the other settings would make them.
+    `warmup_steps` and `min_lr` differ only if they are not the defaults that follow from the other settings.
     """
     derived = dataclasses.replace(config, warmup_steps=None, min_lr=None)
     usual = to_settings(TrainConfig()) | {"warmup_steps": derived.warmup, "min_lr": derived.final_lr}

@@ -58,7 +58,7 @@ def parse_duration(text: str) -> float:
 
 
 def parse_integer(text: str) -> int:
-    """Return the integer that a float literal spells: '1e6' is a million. Raises ValueError for '1.5'."""
+    """Return the integer value of a float literal: 1,000,000 for '1e6'. Raises ValueError for '1.5'."""
     number = float(text)
     if number != int(number):
         raise ValueError(text)
@@ -66,7 +66,7 @@ def parse_integer(text: str) -> int:
 
 
 def short_repr(value: Any) -> str:
-    """Return `repr(value)`, shortened: a file may hold a number of thousands of digits or deeply nested tables."""
+    """Return `repr(value)`, shortened: a file may hold a number with thousands of digits or deeply nested tables."""
     short = reprlib.Repr()
     short.maxstring = 120
     short.maxother = 120
@@ -128,7 +128,7 @@ def check_path(name: str, path: str) -> None:
 
 
 def describe(f: dataclasses.Field[Any]) -> str:
-    """Return in words what a field accepts, such as "a whole number at least 1"."""
+    """Return a phrase for the values that a field accepts, such as "a whole number at least 1"."""
     kind, _ = field_type(f)
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))

@@ -6,8 +6,8 @@ A name may mean something else there (a batch per device, a ratio of steps), so 
 
 from collections.abc import Container
 
-# Our name, a note about it, and the names in other programs. The first row whose name the command knows counts, so the
-# settings of train come first, and the flags of other commands follow.
+# Our name, a note about it, and the names in other programs. The first row that the command has a flag for is used. So
+# the settings of train come first, and the flags of other commands follow.
 NAMES = (
     (
         "max_steps",
@@ -112,7 +112,7 @@ NAMES = (
 
 
 def find_our_name(name: str, known: Container[str]) -> tuple[str, str] | None:
-    """Return our name, one of `known`, for what other programs call `name`, and a note about it, or None."""
+    """Return our name (one of `known`) for another program's `name`, and a note about it; None if there is none."""
     for own, note, theirs in NAMES:
         if own in known and name in theirs.split():
             return own, note

@@ -103,9 +103,9 @@ def _parse_number(kind: Any, unit: str, text: str) -> int | float:
 
 
 def resolve_name(name: str) -> str:
-    """Return the field that `name` means, in hyphens or underscores, ours or nanoGPT's.
+    """Return the field for `name`: our name or nanoGPT's, with hyphens or underscores.
 
-    Raises UserError for an unknown name; the message suggests our name for it, or the nearest.
+    Raises UserError for an unknown name; the message suggests our name for it, or the most similar one.
     """
     plain = name.replace("-", "_")
     plain = ALIASES.get(plain, plain)
@@ -154,7 +154,7 @@ def from_settings(settings: dict[str, Any], base: TrainConfig | None = None) -> 
 
 @dataclass(frozen=True)
 class _Conflict:
-    """A setting of a preset that the user's settings rule out."""
+    """A setting of a preset that is impossible with the user's settings."""
 
     name: str
     reason: str
@@ -164,8 +164,8 @@ class _Conflict:
 def over_preset(preset: dict[str, Any], given: dict[str, Any], say: Callable[[str], None]) -> TrainConfig:
     """Return the config of a preset with the user's settings `given` replaced in it.
 
-    A setting of the preset that the user's settings rule out is replaced by its default, and `say` gets a line about
-    it. What the user gave never changes. Raises UserError.
+    A setting of the preset that is impossible with the user's settings is replaced by its default, and `say` gets a
+    line about it. The user's own settings never change. Raises UserError.
     """
     preset = resolve_settings(preset)
     given = resolve_settings(given)
@@ -219,7 +219,7 @@ def _parallel_conflicts(preset: dict[str, Any], given: dict[str, Any]) -> Iterat
 
 
 def _text_conflicts(preset: dict[str, Any], given: dict[str, Any]) -> Iterator[_Conflict]:
-    """Yield what another text, tokenizer or model to start from rules out."""
+    """Yield the conflicts with another text, tokenizer or model to start from."""
 
     def is_changed(name: str) -> bool:
         return name in given and given[name] != preset.get(name)

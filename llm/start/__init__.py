@@ -1,1 +1,1 @@
-"""Starting a run, new or resumed: check the request, open the text, build the parts, open the folder."""
+"""Start a run, new or resumed: check the request, open the text, build the parts, open the folder."""

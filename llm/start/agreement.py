@@ -1,4 +1,4 @@
-"""What all processes of a run have to agree on before the first step."""
+"""Check before the first step that all processes of a run agree."""
 
 import hashlib
 import platform
@@ -13,12 +13,12 @@ from llm.machine.world import World
 
 
 def local_rank(world: World) -> int | None:
-    """Return the number by which a process chooses its device, None for a run of one process."""
+    """Return the local rank, by which a process chooses its device; None for a run of one process."""
     return world.local_rank if world.size > 1 else None
 
 
 def agree(config: TrainConfig, data: TokenData, device: torch.device, world: World) -> None:
-    """Raises UserError that names what differs between processes: versions, code, tokens, settings, device."""
+    """Raise UserError that names a difference between processes: versions, code, token files, settings or device."""
     settings = {name: value for name, value in to_settings(config).items() if name not in ("out_dir", "data_dir")}
     versions = {"losscurve": __version__, "torch": torch.__version__, "python": platform.python_version()}
     facts = {**versions, "the code of losscurve": code_hash(), **data.hashes, **settings, "device": device.type}

@@ -1,4 +1,4 @@
-"""Build what a step works on: model, optimizer, loss scaling, and the forward to train by."""
+"""Build the objects that a training step uses: model, optimizer, loss scaler and the forward function."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +28,7 @@ def build(
     world: World = ALONE,
     weights: dict[str, Tensor] | None = None,
 ) -> Parts:
-    """Return what a step works on, with the `weights`, or new ones that the seed decides."""
+    """Return the parts of a run, with the given `weights` or, without any, weights initialised from the seed."""
     keep_memory()
     fast_products(device)
     torch.manual_seed(config.seed)
@@ -45,7 +45,7 @@ def build(
 
 
 def connect(parts: Parts, say: Say) -> None:
-    """Set the forward pass to train by: compiled if asked for, and with the gradient exchange of several processes."""
+    """Set `parts.forward`: compiled if the settings ask for it, and with the all-reduce of several processes."""
     if parts.config.compile:
         compile_forward(parts, say)
     if parts.config.parallel == "fsdp" and not parts.world.started:
@@ -71,10 +71,10 @@ def warm_up(parts: Parts, forward: Callable[..., Any]) -> None:
 
 
 def compile_forward(parts: Parts, say: Say) -> None:
-    """Train through torch.compile; where it does not work here, say so in one line and go on without it.
+    """Compile the forward pass with torch.compile. If that fails, `say` gets one line and the run trains without it.
 
-    Only the blocks are compiled. The loss is one matrix product after another and gains nothing. The compiled gradient
-    of the embedding is a race of atomic additions, so that two runs would differ.
+    Only the blocks are compiled. The loss is a series of matrix products and would not be faster. The compiled gradient
+    of the embedding adds atomically in no fixed order, so two runs would differ.
     """
     model = parts.model
     stream = torch.compile(model.stream)

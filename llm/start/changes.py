@@ -1,4 +1,4 @@
-"""What a resumed run may change, and what makes it another run."""
+"""The settings that a resumed run may change, and those that would make it another run."""
 
 import os
 import shlex
@@ -20,9 +20,9 @@ SPLIT = "batch_size x gradient_accumulation_steps"  # another split of the same 
 
 
 def drop_restatements(config: TrainConfig, out_dir: Path, changes: dict[str, Any]) -> dict[str, Any]:
-    """Return `changes` without those that restate what the run has.
+    """Return `changes` without those that repeat a setting of the run.
 
-    These are `dtype = "auto"`, which the run has resolved, `init_from` in another spelling of the same path, and
+    These are `dtype = "auto"`, which the run has resolved; `init_from`, if it is another form of the same path; and
     `text`, which `check_same_text` compares.
     """
     kept = {name: value for name, value in changes.items() if name != "text" and (name, value) != ("dtype", "auto")}
@@ -44,14 +44,14 @@ def incompatible_setting(before: dict[str, Any], after: dict[str, Any]) -> str |
 
 
 def identifying_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that make a run the run it is. Of the windows of a step, only their number counts."""
+    """Return the settings that a resume must not change. Of the windows of a step, only their number counts."""
     size, steps = (settings.get(name, 0) for name in SPLIT.split(" x "))
     kept = {name: value for name, value in settings.items() if name not in {*RESUMABLE, *SPLIT.split(" x ")}}
     return kept | {SPLIT: size * steps}
 
 
 def apply_changes(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    """Return a run's settings with `changes` laid over them. Raises UserError for one that would make another run."""
+    """Return a run's settings with `changes` applied. Raises UserError for a change that would make it another run."""
     wanted = from_settings(changes, config)
     before, after = to_settings(config), to_settings(wanted)
     name = incompatible_setting(before, after)
@@ -69,7 +69,7 @@ def apply_changes(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 
 
 def split_of(config: TrainConfig) -> str:
-    """Return how the windows of a step are split, as SPLIT names it."""
+    """Return the split of a step's windows in the form of SPLIT, such as "8 x 4"."""
     return f"{config.batch_size} x {config.gradient_accumulation_steps}"
 
 

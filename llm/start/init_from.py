@@ -1,4 +1,4 @@
-"""Start from saved weights: their shape and tokens decide those of the run."""
+"""Start from saved weights: the run takes their shape and tokenizer."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ from llm.weights import read_weights, weights_file
 
 
 def check_tokens(config: TrainConfig, data: TokenData, given: Tokenizer | None, tokenizer: Tokenizer | None) -> None:
-    """Raises UserError where the weights of `init_from`, whose tokenizer is `given`, have other tokens than `data`."""
+    """Raise UserError if the tokens of `data` are not those of `given`, the tokenizer of the `init_from` weights."""
     same = given is None or tokenizer is None or given.to_json() == tokenizer.to_json()
     if config.model.vocab_size < data.vocab_size or not same:
         raise UserError(
@@ -27,10 +27,10 @@ def check_tokens(config: TrainConfig, data: TokenData, given: Tokenizer | None, 
 
 
 def starting_point(config: TrainConfig, say: Say) -> tuple[TrainConfig, dict[str, Tensor], Tokenizer | None]:
-    """Return the config with the shape and the kind of tokens of the weights, the weights, and their tokenizer.
+    """Return the config with the shape and tokenizer kind of the weights, the weights, and their tokenizer.
 
-    The tokenizer is None where no file says it; GPT-2's is then assumed. Raises UserError where the config asks for a
-    size or a tokenizer that the weights do not have.
+    The tokenizer is None if there is no tokenizer.json beside the weights; GPT-2's is then assumed. Raises UserError if
+    the config asks for a size or a tokenizer that the weights do not have.
     """
     source = weights_file(str(config.init_from))
     shape, weights = read_weights(source, config.model)
@@ -53,7 +53,7 @@ def starting_point(config: TrainConfig, say: Say) -> tuple[TrainConfig, dict[str
             f"tokenizer = {config.tokenizer!r}: the weights of {config.init_from} know {kind} tokens; leave it out"
         )
     changes: dict[str, Any] = {"tokenizer": kind}
-    if kind in ("bpe", "char") and config.text and config.data_dir is None:  # the same kind can still be other tokens
+    if kind in ("bpe", "char") and config.text and config.data_dir is None:  # the same kind may have another vocabulary
         folder = default_folder(dataclasses.replace(config, tokenizer="auto"))
         changes["data_dir"] = f"{folder}-for-{source.resolve().parent.name}"
     model = dataclasses.replace(shape, dropout=config.model.dropout)

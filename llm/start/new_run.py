@@ -40,9 +40,9 @@ def new_run(
 ) -> Iterator[LiveRun]:
     """Yield a new run, ready for `train`. Its folder is locked until the block ends.
 
-    `progress` shows how much of the text is tokenized. Of several processes only rank 0 touches the run folder.
+    `progress(done, total)` shows the progress of tokenizing. Of several processes only rank 0 touches the run folder.
 
-    Raises UserError where the run cannot work. The run folder is untouched then; the text may have been tokenized.
+    Raises UserError if the run cannot work. It leaves the run folder untouched then, but may have tokenized the text.
     """
     with contextlib.ExitStack() as stack:
         with world.together():
@@ -61,8 +61,8 @@ def new_run(
 def check_request(config: TrainConfig, overwrite: bool, world: World) -> tuple[torch.device, torch.dtype]:
     """Return the device and the precision of the run. Rank 0 chooses the precision for all.
 
-    Raises UserError where the device is not there, the settings do not fit the processes, or the run folder cannot be
-    written or is taken.
+    Raises UserError if the device does not exist, the settings do not fit the number of processes, or the run folder
+    is not writable or holds a run.
     """
     device = choose_device(config.device, local_rank(world))
     dtype = DTYPES[world.first(lambda: name_of(choose_dtype(config.dtype, device)))]
@@ -78,7 +78,7 @@ def check_request(config: TrainConfig, overwrite: bool, world: World) -> tuple[t
 
 @dataclasses.dataclass(frozen=True)
 class OpenText:
-    """What a run trains on: its token files, their tokenizer (None: unknown) and the prompt of its samples."""
+    """The data of a run: its token files, their tokenizer (None: unknown) and the prompt of its samples."""
 
     data: TokenData
     tokenizer: Tokenizer | None
@@ -88,10 +88,10 @@ class OpenText:
 def open_new_text(
     config: TrainConfig, dtype: torch.dtype, say: Say, progress: Any, world: World
 ) -> tuple[TrainConfig, OpenText, dict[str, torch.Tensor] | None]:
-    """Return the config with everything that was chosen for it, the text, and the weights to start from (None: new).
+    """Return the config with all automatic choices made, the text, and the weights to start from (None: new ones).
 
-    The text is tokenized first where need be. Raises UserError where it is too short, or its tokens are not those of
-    the weights of `init_from`.
+    Tokenizes the text first if necessary. Raises UserError if it is too short, or if its tokens are not those of the
+    weights of `init_from`.
     """
     weights = given = None
     if config.init_from:
@@ -110,16 +110,15 @@ def open_new_text(
 
 
 def open_new_folder(parts: Parts, overwrite: bool, say: Say) -> contextlib.ExitStack:
-    """Lock the run folder, remove an earlier run where `overwrite` allows it, and write what describes this one.
+    """Lock the run folder, remove an earlier run if `overwrite` allows it, and write config, environment and tokenizer.
 
-    Returns the lock, to be closed when the run ends. Raises UserError where the disk is too small or the folder is
-    taken.
+    Returns the lock, to be closed when the run ends. Raises UserError if the disk is too small or the folder is in use.
     """
     config, out_dir = parts.config, Path(parts.config.out_dir)
     storage.check_writable(out_dir, disk_needed(config))
     with contextlib.ExitStack() as stack:
         stack.enter_context(storage.locked(out_dir, "this run folder"))
-        refuse_existing(out_dir, overwrite)  # another process may have been here since the first look
+        refuse_existing(out_dir, overwrite)  # another process may have written here since the first check
         clear(out_dir)
         storage.write_text(out_dir / "config.toml", write_toml(config))
         write_environment(out_dir, parts.data)
@@ -130,7 +129,7 @@ def open_new_folder(parts: Parts, overwrite: bool, say: Say) -> contextlib.ExitS
 
 
 def resolve(config: TrainConfig, data: TokenData, dtype: torch.dtype, prompt: str) -> TrainConfig:
-    """Return the config with everything that was chosen for it written out, so that a resume chooses nothing anew."""
+    """Return the config with the automatic choices as explicit values, so that a resume does not choose again."""
     chosen = {
         "data_dir": beside(data.folder, Path(config.out_dir)),
         "vocab_size": config.model.vocab_size,
@@ -143,5 +142,5 @@ def resolve(config: TrainConfig, data: TokenData, dtype: torch.dtype, prompt: st
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Return the setting that means `dtype`."""
+    """Return the value of the setting `dtype` that stands for a torch dtype."""
     return next(name for name, known in DTYPES.items() if known == dtype)

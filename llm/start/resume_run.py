@@ -42,11 +42,12 @@ from llm.weights import run_config
 def resume_run(
     out_dir: Path, changes: dict[str, Any], say: Say = lambda _: None, world: World = ALONE
 ) -> Iterator[LiveRun]:
-    """Yield the run in `out_dir` as its newest checkpoint that verifies left it, on any number of processes.
+    """Yield the run in `out_dir`, restored from its newest checkpoint that verifies, on any number of processes.
 
-    `changes` are settings that differ from the run's own; `changes.RESUMABLE` may.
+    `changes` are new values of settings; only those in `changes.RESUMABLE` may differ from the run's own.
 
-    Raises UserError for another setting or text, for a folder without a run, and for a run that is complete.
+    Raises UserError for a change of another setting or of the text, for a folder without a run, and for a run that is
+    complete.
     """
     with contextlib.ExitStack() as stack:
         with world.together():
@@ -80,9 +81,9 @@ def resume_run(
 
 
 def check_request(out_dir: Path, changes: dict[str, Any], world: World) -> tuple[TrainConfig, TrainConfig]:
-    """Return the settings that the run has, and those that it goes on with. Rank 0 reads them for all.
+    """Return the settings that the run had, and those that it continues with. Rank 0 reads them for all.
 
-    Raises UserError where there is no run, or a change would make it another run.
+    Raises UserError if there is no run, or if a change would make it another run.
     """
     before = from_settings(world.first(lambda: to_settings(run_config(out_dir))))
     wanted = drop_restatements(before, out_dir, changes) | {"out_dir": out_dir}
@@ -90,7 +91,7 @@ def check_request(out_dir: Path, changes: dict[str, Any], world: World) -> tuple
 
 
 def check_same_settings(out_dir: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
-    """Raises UserError if config.toml is not what the checkpoint was trained with."""
+    """Raise UserError if config.toml differs from the settings that the checkpoint was trained with."""
     saved = facts.get("settings")
     now = json.loads(json.dumps(to_settings(config)))
     if not isinstance(saved, dict):
@@ -104,7 +105,7 @@ def check_same_settings(out_dir: Path, config: TrainConfig, facts: dict[str, Any
 
 
 def check_unfinished(config: TrainConfig, progress: dict[str, Any]) -> None:
-    """Raises UserError where the run has nothing left to do."""
+    """Raise UserError if the run is already complete."""
     step, seconds = progress["step"], progress["seconds"]
     if step >= config.max_steps:
         raise UserError(f"{config.out_dir}: complete at step {step}; give a larger --max_steps to go on")
@@ -115,7 +116,7 @@ def check_unfinished(config: TrainConfig, progress: dict[str, Any]) -> None:
 
 
 def check_same_text(text: tuple[str, ...], config: TrainConfig, folder: Path, say: Say) -> None:
-    """Raises UserError where the content of `text` is not what the token files of the run were made from."""
+    """Raise UserError if the token files of the run were not made from the content of `text`."""
     if made_from(folder, dataclasses.replace(config, text=text), say=say):
         return
     tokens = unused(f"{default_folder(TrainConfig(text=text))}-for-{Path(config.out_dir).resolve().name}")
@@ -126,13 +127,13 @@ def check_same_text(text: tuple[str, ...], config: TrainConfig, folder: Path, sa
 
 
 def set_aside(unusable: dict[Path, str], say: Say) -> None:
-    """Rename checkpoints that do not verify, so that no later resume tries them again."""
+    """Rename checkpoints that failed verification, so that no later resume tries them again."""
     for state, reason in unusable.items():
         say(f"skipped a checkpoint: {reason}; it is now {checkpoint.set_aside(state).name}")
 
 
 def say_changes(out_dir: Path, data: TokenData, before: TrainConfig, config: TrainConfig, say: Say) -> None:
-    """Say what differs from the run until now: settings, and the environment of env.json."""
+    """Say what differs from the run before the resume: settings, and the environment in env.json."""
     try:
         then = storage.read_json(out_dir / "env.json")
     except UserError:
@@ -154,7 +155,7 @@ def say_changes(out_dir: Path, data: TokenData, before: TrainConfig, config: Tra
 
 
 def cut_back(out_dir: Path, before: TrainConfig, config: TrainConfig, step: int) -> None:
-    """Write changed settings, and drop what was recorded after the checkpoint of `step`."""
+    """Write changed settings, and delete what was recorded after the checkpoint of `step`."""
     if config != before:
         storage.write_text(out_dir / "config.toml", write_toml(config))
     metrics.cut(out_dir, step)

@@ -1,4 +1,4 @@
-"""Find the token files of a run, also when the run folder or the current folder has changed."""
+"""Find the token files of a run, even if the run folder was moved or the current folder is another."""
 
 import os
 from pathlib import Path
@@ -20,11 +20,11 @@ def open_run_data(
 ) -> TokenData:
     """Return the token files of the run in `run_dir`.
 
-    They are in `given`, else where `config` names them: relative to the current folder, else to the place of the run
-    folder. The files with the `expected` SHA-256 (by file name) are taken; without hashes only the first place is
-    tried.
+    They are in `given`, else in the folder that `config` names: relative to the current folder, else relative to the
+    run folder. Only files with the `expected` SHA-256 (by file name) are accepted; without hashes only the first place
+    is tried.
 
-    Raises UserError that names each place where no place has them.
+    Raises UserError that names the places if none of them has the files.
     """
     places = [Path(given)] if given else places_of(config.data_dir or "data", run_dir, config)
     found = [place for place in places[: None if expected else 1] if has_tokens(place) or storage.unfinished(place)]
@@ -49,9 +49,9 @@ def open_run_data(
 
 
 def places_of(name: str, run_dir: Path, config: TrainConfig) -> list[Path]:
-    """Return where a path in the settings of the run in `run_dir` may be.
+    """Return the places where a path in the settings of the run in `run_dir` may be.
 
-    That is relative to the current folder, and in the same place relative to the run folder as when the run began.
+    These are relative to the current folder, and at the same place relative to the run folder as when the run began.
     """
     named, out_dir = Path(name), Path(config.out_dir)
     places = [named]
@@ -65,5 +65,5 @@ def places_of(name: str, run_dir: Path, config: TrainConfig) -> list[Path]:
 
 
 def beside(folder: Path, out_dir: Path) -> str:
-    """Return how settings name the `folder` of token files: absolute if `out_dir` is, so that any folder can resume."""
+    """Return `folder` as settings hold it: absolute if `out_dir` is, so that the run resumes from any folder."""
     return os.path.abspath(folder) if out_dir.is_absolute() else str(folder)

@@ -13,7 +13,7 @@ from llm.errors import UserError
 from llm.machine.device import environment
 from llm.storage import checkpoint
 
-Say = Callable[[str], None]  # shows a line to the person who trains
+Say = Callable[[str], None]  # prints a line for the user
 
 OURS = (
     *("config.toml", "metrics.jsonl", "env.json", "tokenizer.json", "refused.json", "report.html"),
@@ -23,19 +23,20 @@ WEIGHTS = ("model.pt", "best.pt")
 
 
 def say_limits(say: Say) -> None:
-    """Say what the file systems that were written to lack."""
+    """Say which operations the file systems of this run lack."""
     for limit in storage.limits():
         say(limit)
 
 
 def refuse_existing(out_dir: Path, overwrite: bool) -> None:
-    """Raises UserError, saying what is there, if `out_dir` holds a run and may not be overwritten."""
+    """Raise UserError that names what `out_dir` holds, if that is a run and it may not be overwritten."""
     found = [name for name in ("config.toml", "metrics.jsonl", *WEIGHTS) if (out_dir / name).exists()]
     states = checkpoint.saved_steps(out_dir)
     if (found or states) and not overwrite:
         there = f"a run saved at step {states[-1]}" if states else f"a run ({found[0]})"
         raise UserError(
-            f"{out_dir}: holds {there}; go on with --resume, replace it with --overwrite, or choose another --out_dir"
+            f"{out_dir}: holds {there}; continue with --resume, replace it with --overwrite, or choose another "
+            "--out_dir"
         )
 
 
@@ -49,13 +50,13 @@ def clear(out_dir: Path) -> None:
 
 
 def disk_needed(config: TrainConfig) -> int:
-    """Bytes of a run at its largest: states of weights and two moments in fp32, and the two weight files."""
+    """Return the bytes of a run at its largest: checkpoints (weights, two moments in fp32) and the two .pt files."""
     size = 4 * count_parameters(config.model)
     return size * (3 * (config.keep + 2) + 3)
 
 
 def write_environment(out_dir: Path, data: TokenData) -> None:
-    """Versions, machine, commit and data hashes, in env.json."""
+    """Write versions, machine, commit and data hashes to env.json."""
     here = Path(__file__).parents[1]
     asked = subprocess.run(
         ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False

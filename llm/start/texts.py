@@ -19,10 +19,10 @@ from llm.tokens.tokenizer import Tokenizer
 def open_text(
     config: TrainConfig, say: Say, progress: Any, given: Tokenizer | None, world: World
 ) -> tuple[TokenData, Tokenizer | None]:
-    """Return the token files that a config asks for and their tokenizer, None if it is unknown.
+    """Return the token files that a config asks for, and their tokenizer (None if it is unknown).
 
-    They are prepared first where need be, with the tokenizer `given` or a new one: by rank 0, then by the first rank of
-    each other machine, which may see the same folder or not.
+    If necessary, rank 0 prepares them first, with the tokenizer `given` or a new one. Then the first rank of each other
+    machine does so, unless it sees the same folder.
     """
     folder = Path(config.data_dir or default_folder(config))
     for turn in (world.leads, world.local_rank == 0 and not world.leads):
@@ -48,7 +48,7 @@ def open_text(
 def run_tokenizer(out_dir: Path, vocab_size: int, say: Say, data_dir: Path | None = None) -> Tokenizer | None:
     """Return the tokenizer of a run, or that of its token files on a machine that does not see the run folder.
 
-    For tokens of unknown origin it is GPT-2's, or None where that cannot be had.
+    For tokens of unknown origin, return GPT-2's, or None if that is not available.
     """
     for path in (out_dir / "tokenizer.json", (data_dir or out_dir) / "tokenizer.json"):
         if path.exists():
@@ -63,7 +63,7 @@ def run_tokenizer(out_dir: Path, vocab_size: int, say: Say, data_dir: Path | Non
 
 
 def default_prompt(data: TokenData, tokenizer: Tokenizer | None) -> str:
-    """Return the chapter's ROMEO: for its text or an unknown one, else a line break, else the text's first token."""
+    """Return "ROMEO:" for the chapter's text or an unknown one, else a line break, else the text's first token."""
     if tokenizer is None:
         return "ROMEO:"
     first = tokenizer.decode(data.val[:1].tolist())

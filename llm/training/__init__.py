@@ -1,1 +1,1 @@
-"""What surrounds the loop: evaluating, recording, saving, rolling back."""
+"""The work around the training loop: evaluate, record, save, roll back."""

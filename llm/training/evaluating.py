@@ -60,7 +60,7 @@ def validation_loss(run: LiveRun) -> Evaluation:
 
 
 def note_evaluation(run: LiveRun, found: Evaluation) -> None:
-    """Note whether this evaluation is the best, and start the next mean of training losses."""
+    """Record whether this evaluation is the best so far, and reset the mean of the training losses."""
     progress, is_finite = run.progress, math.isfinite(found.loss)
     progress.interval_loss = 0.0
     progress.interval_steps = 0
@@ -74,7 +74,7 @@ def note_evaluation(run: LiveRun, found: Evaluation) -> None:
 
 
 def draw_sample(parts: Parts, prompt: str) -> str:
-    """Return how the model continues `prompt`; with the run's seed, the same draws at every evaluation."""
+    """Return a continuation of `prompt`. The run's seed gives the same draws at every evaluation."""
     config, tokenizer = parts.config, parts.tokenizer
     if tokenizer is None or config.sample_tokens == 0:
         return ""
@@ -85,14 +85,14 @@ def draw_sample(parts: Parts, prompt: str) -> str:
 
 
 def show(run: LiveRun) -> Iterator[Notice]:
-    """Write the samples to read and the picture to look at. A full disk is a notice: they are written later."""
+    """Write samples.txt and loss_curve.png. If the disk is full, yield a notice; they are written later."""
     if not run.parts.world.leads:
         return
     try:
         with run.bookkeeping():
             run.samples.catch_up()
-            if run.progress.step > 0:  # before that there is no curve, and the first step waits
+            if run.progress.step > 0:  # at step 0 there is no curve yet
                 plot_runs([run.out_dir], run.out_dir / "loss_curve.png")
         run.settle(UNSHOWN)
-    except (OSError, UserError) as error:  # a picture that cannot be written is a UserError
+    except (OSError, UserError) as error:  # plot_runs raises UserError if it cannot write
         yield from run.complain(UNSHOWN, error)

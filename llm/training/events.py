@@ -1,4 +1,4 @@
-"""What a run reports while it trains: each step, each evaluation, each checkpoint, and what a person should know."""
+"""The events that a run yields while it trains: each step, evaluation and checkpoint, and notices for the user."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,12 @@ class Step:
     step: int  # completed steps
     loss: Tensor  # mean over the batch, nats per token
     grad_norm: Tensor  # before clipping
-    refused: Tensor  # whether loss or gradient was not finite, so that nothing was updated
+    refused: Tensor  # true if loss or gradient was not finite, so no update was made
 
 
 @dataclass(frozen=True)
 class Line:
-    """One evaluation, in the chapter's words."""
+    """One evaluation. `str` gives the line that the chapter prints."""
 
     step: int
     lr: float
@@ -36,7 +36,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is on the disk."""
+    """A checkpoint that has been written to disk."""
 
     step: int
     folder: Path
@@ -44,7 +44,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that the person who trains should know."""
+    """A message for the user."""
 
     text: str
 

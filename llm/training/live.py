@@ -1,4 +1,4 @@
-"""A run in progress: the parts that a step works on, where the run stands, and the files that it writes."""
+"""A run in progress: the parts that a step uses, its progress, and the files that it writes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +16,11 @@ from llm.training.state import Progress
 
 
 class LiveRun:
-    """A run that is ready for `train`: a new one from `start.new_run`, or one that goes on from `start.resume_run`.
+    """A run that is ready for `train`: a new one from `start.new_run`, or one resumed by `start.resume_run`.
 
-    `stop` is asked after each step; when it returns true, the run saves and ends. Afterwards `reason` tells why the run
-    ended: "done", "max_time", "patience" or "interrupted"; it is None while it trains. `unsaved` tells what the last
-    save could not keep and why; it is None if that succeeded.
+    `train` calls `stop` after each step; if it returns true, the run saves and ends. `reason` is None while the run
+    trains; afterwards it says why the run ended: "done", "max_time", "patience" or "interrupted". `unsaved` is None if
+    the last save succeeded; otherwise it names the step that could not be saved, and the cause.
     """
 
     def __init__(self, parts: Parts, out_dir: Path, progress: Progress, prompt: str) -> None:
@@ -44,37 +44,37 @@ class LiveRun:
         now = time.perf_counter()
         self.saved_at = now
         self._began = now - progress.seconds
-        self._complaints: set[str] = set()  # what could not be written, until it can be again
+        self._complaints: set[str] = set()  # what cannot be written at the moment
         self.restart_pace()
 
     @property
     def is_new(self) -> bool:
-        """Whether nothing was saved yet, as all processes see it."""
+        """Return whether nothing was saved yet. Rank 0 decides for all processes."""
         return bool(self.parts.world.first(lambda: not checkpoint.saved_steps(self.out_dir)))
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start of the run, those before a resume included."""
+        """Return the seconds since the start of the run, including those before a resume."""
         return time.perf_counter() - self._began
 
     @property
     def stepping_seconds(self) -> float:
-        """The seconds of these that were spent on steps."""
+        """Return how many of these seconds were spent on training steps."""
         return self.seconds - self.progress.bookkeeping
 
     @contextmanager
     def bookkeeping(self) -> Iterator[None]:
-        """Count the time of the block as anything but steps."""
+        """Count the time of the block as bookkeeping, not as training steps."""
         start = time.perf_counter()
         yield
         self.progress.bookkeeping += time.perf_counter() - start
 
     def restart_pace(self) -> None:
-        """Measure the speed that the next training row tells from here on."""
+        """Start to measure the speed for the next training row."""
         self.pace = (self.stepping_seconds, self.progress.tokens)
 
     def matmul_utilisation(self, tokens_per_second: float) -> float:
-        """Return the share of `matrix_rate` that so many tokens per second take."""
+        """Return the fraction of `matrix_rate` that this many tokens per second use."""
         return tokens_per_second * self.parts.model.flops_per_token() / self.matrix_rate
 
     def take(self, step: Step) -> None:
@@ -84,7 +84,7 @@ class LiveRun:
         self.unread.append(step)
 
     def limit_reached(self) -> str | None:
-        """Return "done" or "max_time" where this step is the last one by the settings, else None."""
+        """Return "done" or "max_time" if this step is the last one by the settings, else None."""
         config = self.parts.config
         if self.progress.step >= config.max_steps:
             return "done"
@@ -93,7 +93,7 @@ class LiveRun:
         return None
 
     def stop_requested(self) -> str | None:
-        """Return "patience" or "interrupted" where the run stops before its limits, else None."""
+        """Return "patience" or "interrupted" if the run stops before its limits, else None."""
         interrupted = self.parts.world.any(self.stop())
         patience = self.parts.config.patience
         if patience is not None and self.progress.stale >= patience:
@@ -101,7 +101,7 @@ class LiveRun:
         return "interrupted" if interrupted else None
 
     def complain(self, what: str, error: Exception) -> list[Notice]:
-        """Return a notice that something could not be written, once until `settle` says that it could."""
+        """Return a notice that `what` could not be written; once only, until `settle` resets it."""
         if what in self._complaints:
             return []
         self._complaints.add(what)
@@ -109,5 +109,5 @@ class LiveRun:
         return [Notice(f"{what} ({reason}); training goes on, and it is tried again later")]
 
     def settle(self, what: str) -> None:
-        """Note that what could not be written is written again."""
+        """Record that `what` could be written again."""
         self._complaints.discard(what)

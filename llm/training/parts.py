@@ -1,4 +1,4 @@
-"""What a step works on: model, optimizer, data, device; and the micro-batches of a step."""
+"""The objects that a training step uses (model, optimizer, data, device), and the micro-batches of a step."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -19,30 +19,30 @@ from llm.tokens.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward and backward pass takes. B windows of T tokens, on the device."""
+    """The input of one forward and backward pass: B windows of T tokens, on the device."""
 
     x: Tensor  # (B, T) int64
-    y: Tensor  # (B, T) int64, one token later
-    seeds: Tensor  # (B,) int32, by which dropout draws
-    parts: float  # micro-batches of this size that make up this process's share of the step
+    y: Tensor  # (B, T) int64, x shifted by one token
+    seeds: Tensor  # (B,) int32, for the dropout masks
+    parts: float  # windows of this process in the step / windows of this micro-batch
     is_last: bool  # of the step
 
 
 @dataclass
 class Parts:
-    """What a step works on.
+    """The objects that a training step uses.
 
-    `forward` is the model, perhaps compiled or wrapped for many processes. `exchange(is_last)` is the context of a
-    micro-batch: gradients are exchanged between processes with the last one of a step.
+    `forward` is the model, compiled or wrapped for several processes if the settings ask for it. `exchange(is_last)` is
+    the context manager of a micro-batch: the last one of a step all-reduces the gradients.
     """
 
     config: TrainConfig
     model: GPT
     forward: Callable[..., Any]
     optimizer: torch.optim.AdamW
-    scaler: torch.amp.GradScaler  # for float16; passes everything through where it is not enabled
+    scaler: torch.amp.GradScaler  # for float16; disabled, it changes nothing
     data: TokenData
-    tokenizer: Tokenizer | None  # None: its vocabulary cannot be had, so no samples and no bits per byte
+    tokenizer: Tokenizer | None  # None: unknown, so no samples and no bits per byte
     device: torch.device
     dtype: torch.dtype
     world: World = ALONE

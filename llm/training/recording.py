@@ -1,4 +1,4 @@
-"""A training row of metrics.jsonl every `log_every` steps: losses are read off the device here, and nowhere else."""
+"""Write a training row of metrics.jsonl every `log_every` steps. Only this module copies losses from the device."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ UNWRITTEN = "metrics.jsonl could not be written"
 
 
 def read_losses(run: LiveRun) -> None:
-    """Read the losses of the steps since the last call, which waits for the device."""
+    """Copy the losses of the steps since the last call from the device, and wait for it."""
     if not run.unread:
         return
     progress = run.progress
@@ -37,13 +37,13 @@ def read_losses(run: LiveRun) -> None:
 
 
 def check_losses(run: LiveRun) -> None:
-    """Raises NotFinite where the batches of the last steps were refused one after the other."""
+    """Raise NotFinite if the batches of the last IN_A_ROW steps or more were all refused."""
     if batches := refused_in_a_row(run.progress):
         raise NotFinite("loss or gradient is not a finite number", batches)
 
 
 def log_step(run: LiveRun, step: Step) -> Iterator[Notice]:
-    """Record the mean loss of the steps since the row before, and how fast they were."""
+    """Record the mean loss and the speed of the steps since the previous row."""
     progress = run.progress
     seconds_before, tokens_before = run.pace
     run.restart_pace()
@@ -78,7 +78,7 @@ def log_step(run: LiveRun, step: Step) -> Iterator[Notice]:
 
 
 def mark_spikes(run: LiveRun, first: int) -> list[int]:
-    """Return the steps whose loss leaps, of those since the last row, which begin with step `first`."""
+    """Return the steps with a loss spike among those since the last row. The first of them is step `first`."""
     progress, spikes = run.progress, []
     for number, loss in enumerate(progress.losses, first):
         if loss is None:
@@ -90,7 +90,7 @@ def mark_spikes(run: LiveRun, first: int) -> list[int]:
 
 
 def write_rows(run: LiveRun) -> Iterator[Notice]:
-    """Write the rows that wait. A full disk is a notice: they go with the next ones."""
+    """Write the pending rows. If the disk is full, yield a notice; they are written with the next rows."""
     try:
         with run.bookkeeping():
             run.record.catch_up()

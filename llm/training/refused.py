@@ -1,4 +1,4 @@
-"""Batches whose numbers are not finite: how many in a row, and where in the model they break first."""
+"""Refused batches, whose loss or gradient is not finite: count them, and find the first module that breaks."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ IN_A_ROW = 3  # refused batches after which a run rolls back
 
 
 class NotFinite(Exception):
-    """A number is not finite: `batches` are the steps that were refused one after the other, none for a weight."""
+    """A number is not finite. `batches` are the consecutive refused steps; it is empty if a weight is not finite."""
 
     def __init__(self, reason: str, batches: Sequence[int] = ()) -> None:
         super().__init__(reason)
@@ -36,10 +36,10 @@ def refused_in_a_row(progress: Progress) -> list[int]:
 
 
 def where_it_breaks(model: nn.Module, loss_of: Callable[[], Tensor], world: World = ALONE) -> str:
-    """Return the first place with a number that is not finite: a weight, a module's output, the loss or a gradient.
+    """Return what is first not finite: a weight, the output of a module, the loss or a gradient.
 
-    `loss_of` runs the model on the batch. Gradients are None afterwards. All ranks call this together, because sharded
-    weights are gathered.
+    `loss_of` runs the model on the batch. Gradients are None afterwards. All ranks must call this together, because it
+    gathers sharded weights.
     """
     for name, p in model.named_parameters():
         if not torch.isfinite(full_tensor(p.detach())).all():
@@ -70,7 +70,7 @@ def where_it_breaks(model: nn.Module, loss_of: Callable[[], Tensor], world: Worl
 
 
 def describe_batch(parts: Parts, step: int, x: Tensor, y: Tensor, seeds: Tensor) -> dict[str, Any]:
-    """Return the batch that completes `step` as JSON: its windows as text, and where its numbers break first."""
+    """Return the batch of `step` as JSON: its windows as text, and what is first not finite in it."""
 
     def loss() -> Tensor:
         with precision(parts.dtype, parts.device):

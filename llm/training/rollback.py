@@ -1,4 +1,4 @@
-"""Roll back to the newest checkpoint where numbers are not finite, and skip the batches that broke them."""
+"""Roll back to the newest checkpoint when numbers are not finite, and skip the refused batches."""
 
 from collections.abc import Iterator
 
@@ -12,17 +12,17 @@ from llm.training.refused import FINITE, NotFinite, describe_batch
 from llm.training.saving import saved
 from llm.training.state import newest_state, restore
 
-ROLLBACKS = 3  # after so many a run stops
+ROLLBACKS = 3  # maximum per run
 
 
 REMEDY = "start another run with a lower --max_lr, --grad_clip 1 or --dtype float32"
 
 
 def roll_back(run: LiveRun, error: NotFinite) -> Iterator[Notice | Saved]:
-    """Restore the newest checkpoint, and skip the batches that were refused from now on.
+    """Restore the newest checkpoint; from now on, skip the batches that were refused.
 
-    Raises Failure after ROLLBACKS of them, and leaves `refused.json` to tell what was in the batch and where its
-    numbers broke.
+    Raises Failure after ROLLBACKS rollbacks, and writes the batch and what was first not finite in it to
+    `refused.json`.
     """
     before, batches = run.progress, error.batches
     reason = f"step {batches[0] if batches else before.step}: {error}"
@@ -43,7 +43,7 @@ def roll_back(run: LiveRun, error: NotFinite) -> Iterator[Notice | Saved]:
 
 
 def cut_files(run: LiveRun) -> None:
-    """Drop what was recorded after the checkpoint."""
+    """Delete the rows and samples that were recorded after the checkpoint."""
     run.record.cut(run.progress.step)
     run.samples.cut(run.progress.step)
 

@@ -1,4 +1,4 @@
-"""Write checkpoints in a thread: the step waits for a copy of the tensors, not for the disk."""
+"""Write checkpoints in a thread: a step waits while the tensors are copied, not for the disk."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,18 +12,18 @@ from llm.storage.checkpoint import Groups
 
 
 class Saver:
-    """Writes one checkpoint at a time in its own thread, from copies of the tensors in buffers that are kept."""
+    """Writes one checkpoint at a time in its own thread, from copies of the tensors in reused buffers."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="saving")
-        self._writing: tuple[int, Future[Path]] | None = None  # step, and what becomes of it
+        self._writing: tuple[int, Future[Path]] | None = None  # step, and the future of its folder
         self._copies: dict[tuple[str, str], Tensor] = {}
 
     def copy(self, groups: Groups, keep: bool = True) -> Groups:
         """Return copies of the full tensors, on the CPU. Call it only while nothing is being written: see `finished`.
 
-        Sharded tensors are gathered, which takes all ranks. A rank with `keep` false only takes part in that, and gets
-        no copies.
+        All ranks must call this, because it gathers sharded tensors. A rank with `keep` false takes part in the
+        collectives and gets no copies.
         """
         assert self._writing is None
         for group, tensors in groups.items():
@@ -44,7 +44,7 @@ class Saver:
         self._writing = step, self._pool.submit(write)
 
     def finished(self, wait: bool = False) -> tuple[int, Path | OSError] | None:
-        """Return the step of the checkpoint that was started, and its folder or why it could not be written.
+        """Return the step of the checkpoint that was started, and its folder or the error that prevented it.
 
         Returns None while it is being written (with `wait` it waits for the end), or if none was started. Raises any
         other error of the thread.
@@ -59,7 +59,7 @@ class Saver:
             return step, error
 
     def close(self) -> None:
-        """Wait for what is being written, and end the thread."""
+        """Wait until the checkpoint in progress is written, and end the thread."""
         self._pool.shutdown()
 
 
@@ -68,5 +68,5 @@ def not_finite(groups: Groups) -> str | None:
     named = [(name, local_shard(value)) for tensors in groups.values() for name, value in tensors.items()]
     named = [(name, value) for name, value in named if value.numel()]
     is_finite = torch.stack([torch.isfinite(torch.stack(value.aminmax())).all() for _, value in named])
-    flags = is_finite.tolist()  # waits for the device once, not once a tensor
+    flags = is_finite.tolist()  # waits for the device once, not once per tensor
     return next((name for (name, _), finite in zip(named, flags, strict=True) if not finite), None)

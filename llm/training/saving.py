@@ -1,4 +1,4 @@
-"""Checkpoints: when one is due, and writing it beside the training."""
+"""Decide when a checkpoint is due, and write it while training continues."""
 
 import time
 from collections.abc import Iterator
@@ -28,16 +28,16 @@ def save_is_due(run: LiveRun, evaluated: bool) -> bool:
 
 
 def save(run: LiveRun, wait: bool = False) -> Iterator[Saved | Notice]:
-    """Copy the state, and let a thread write it while training goes on: what to resume from, and the weights as
-    `model.pt` (and `best.pt` where they are the best). With `wait`, return when it is on the disk.
+    """Copy the state and let a thread write it while training continues: a checkpoint, and the weights as `model.pt`
+    (and as `best.pt` if they are the best). With `wait`, return when all is on the disk.
 
-    Raises NotFinite, and saves nothing, where a tensor holds a number that is not finite.
+    Raises NotFinite, and saves nothing, if a tensor holds a number that is not finite.
     """
     parts, progress = run.parts, run.progress
     if broken := next(filter(None, parts.world.gather(not_finite(tensors_of(parts)))), None):
         raise NotFinite(f"{broken} holds a number that is not finite")
     yield from saved(run, wait=True)
-    parts.world.gather(None)  # the others wait for the disk here, without a timeout
+    parts.world.gather(None)  # the other ranks wait for rank 0's disk here, without a timeout
     read_losses(run)
     yield from write_rows(run)
     with run.bookkeeping():
@@ -64,7 +64,7 @@ def save(run: LiveRun, wait: bool = False) -> Iterator[Saved | Notice]:
 
 
 def saved(run: LiveRun, wait: bool = False) -> Iterator[Saved | Notice]:
-    """Yield what became of the state being written, once that is known; with `wait`, wait for it."""
+    """Yield the result of the save in progress if it has ended; with `wait`, wait for its end."""
     with run.bookkeeping():
         result = run.saver.finished(wait)
     if result is None:

@@ -1,4 +1,4 @@
-"""The state of a run: where it stands, and how that and its tensors get into a checkpoint and back."""
+"""The state of a run: its progress and tensors, written to a checkpoint and restored from one."""
 
 import io
 from dataclasses import asdict, dataclass, field
@@ -19,18 +19,18 @@ from llm.training.parts import Parts
 
 @dataclass
 class Progress:
-    """Where a run stands. A checkpoint holds it, so that a resumed run goes on as if it was never stopped."""
+    """The progress of a run. Checkpoints hold it, so that a resumed run continues as if it had never stopped."""
 
     step: int = 0  # completed steps
-    tokens: int = 0  # in their batches
+    tokens: int = 0  # in the batches of these steps
     seconds: float = 0.0  # since the start of the run, evaluations included
-    bookkeeping: float = 0.0  # seconds of these spent on anything but steps
+    bookkeeping: float = 0.0  # how many of these seconds were not spent on training steps
     losses: list[float | None] = field(default_factory=list)  # of the steps since the last row; None: refused
     recent: list[float] = field(default_factory=list)  # losses of the last steps, to detect spikes
     interval_loss: float = 0.0  # sum of the losses since the last evaluation
     interval_steps: int = 0  # number of these losses
     refused: list[int] = field(default_factory=list)  # steps whose batch made no update
-    skipped: list[int] = field(default_factory=list)  # those of them that a rollback skips
+    skipped: list[int] = field(default_factory=list)  # refused steps that are skipped after a rollback
     rollbacks: int = 0
     best_step: int = 0
     best_loss: float | None = None  # lowest validation loss, nats per token
@@ -49,7 +49,7 @@ def tensors_of(parts: Parts) -> checkpoint.Groups:
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     """Return the optimizer's state by names such as "exp_avg.h.0.ln_1.weight".
 
-    Before the first update it is all zeros, and nothing is returned.
+    Returns {} before the first update, when all of it is zero.
     """
     named = {name: optimizer.state[p] for name, p in model.named_parameters()}
     if not any(entry["step"].item() for entry in named.values()):
@@ -60,9 +60,9 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[st
 def restore_optimizer(
     model: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor], world: World = ALONE
 ) -> None:
-    """Copy the `optimizer_tensors` that rank 0 has into the optimizer of every rank.
+    """Copy `tensors`, the `optimizer_tensors` on rank 0, into the optimizer of every rank.
 
-    Raises UserError where they are not those of this model.
+    Raises UserError if they do not fit this model.
     """
     wanted = {
         f"{kind}.{name}": value for name, p in model.named_parameters() for kind, value in optimizer.state[p].items()
@@ -82,14 +82,14 @@ def restore_optimizer(
 
 
 def weights_of(parts: Parts, copies: checkpoint.Groups) -> dict[str, Tensor]:
-    """Return the model's state_dict, out of copies of its parameters. Tied weights are one parameter with two names."""
+    """Return the model's state_dict from copies of its parameters. Tied weights are one parameter with two names."""
     names = {id(p): name for name, p in parts.model.named_parameters()}
     parameters = parts.model.state_dict(keep_vars=True)
     return {key: copies["model"][names[id(p)]] for key, p in parameters.items()}
 
 
 def facts_of(parts: Parts, progress: Progress) -> dict[str, Any]:
-    """Return all of a checkpoint that is not a tensor."""
+    """Return the content of a checkpoint that is not a tensor."""
     return {
         "progress": asdict(progress),
         "scaler": parts.scaler.state_dict(),
@@ -109,7 +109,7 @@ def write_state(
     keep: int,
     is_best: bool,
 ) -> Path:
-    """Write a checkpoint, after the first `rows` rows of the record and the .pt files are on the disk.
+    """Flush the first `rows` rows of the record, write the .pt files, then the checkpoint.
 
     Raises OSError.
     """
@@ -123,7 +123,7 @@ def write_state(
 
 
 def newest_state(out_dir: Path, world: World) -> tuple[checkpoint.Groups, dict[str, Any], dict[Path, str]]:
-    """Return what `checkpoint.newest_state` finds. Only rank 0 reads the run folder, and only it gets the tensors."""
+    """Return the result of `checkpoint.newest_state`. Only rank 0 reads the folder, and only it gets the tensors."""
     groups: checkpoint.Groups = {}
 
     def read() -> list[Any]:
@@ -136,9 +136,9 @@ def newest_state(out_dir: Path, world: World) -> tuple[checkpoint.Groups, dict[s
 
 
 def restore(parts: Parts, groups: checkpoint.Groups, facts: dict[str, Any]) -> Progress:
-    """Copy a checkpoint, whose tensors rank 0 has, into the parts of a run; return where the run stood.
+    """Copy a checkpoint, with its tensors on rank 0, into the parts of a run; return the progress that it holds.
 
-    Raises UserError where it does not fit the model or the data.
+    Raises UserError if it does not fit the model or the data.
     """
     world = parts.world
     parameters = dict(parts.model.named_parameters())

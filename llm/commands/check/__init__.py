@@ -1,1 +1,1 @@
-"""Commands that check a machine, files or a resume."""
+"""Commands that check a machine, files, or that resuming works."""

@@ -4,8 +4,8 @@ import sys
 
 from llm.commands.flags import Parser
 
-DESCRIPTION = "Check what training needs on this machine, one line each. Exit code 1 if something that is needed is \
-broken; a line about something absent that is not needed says what it would bring."
+DESCRIPTION = "Check what training needs on this machine, one line each. Exit code 1 if something required is broken. \
+For something optional that is missing, the line says what it would add."
 
 MARKS = {True: "✓", False: "✗", None: "–"}
 

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Return the parsed flags. Raises UserError for wrong ones, and below torchrun."""
+    """Return the parsed flags. Raises UserError for wrong ones, and if torchrun started this process."""
     parser = Parser("losscurve rehearse", DESCRIPTION, bare=("text",))
     parser.add_argument("--preset", metavar="NAME|FILE.toml", help=f"settings to start from: {', '.join(PRESETS)}")
     add_settings(parser, FIELDS)

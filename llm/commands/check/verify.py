@@ -1,4 +1,4 @@
-"""`verify`: check that the files of a run, or of a folder of token files, are what was written."""
+"""`verify`: check that the files of a run, or of a folder of token files, have not changed since they were written."""
 
 from pathlib import Path
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from llm.tokens.token_files import Tokens
     from llm.tokens.tokenizer import Ids, Tokenizer
 
-DESCRIPTION = "Draw samples and search the training text for them: the share that occurs there verbatim, and the \
-longest passage that does; for comparison, the same for the validation text, which the model was not trained on."
+DESCRIPTION = "Draw samples and search for them in the training text. Print the share that occurs there verbatim and \
+the longest such passage; for comparison, the same for the validation text, which the model was not trained on."
 
 N = 8  # tokens of an n-gram: few enough to occur, enough to be rare by chance
 
@@ -82,7 +82,7 @@ def parse_temperature(word: str) -> float:
 
 
 def describe(samples: "Ids", tokens: "Tokens", tokenizer: "Tokenizer | None") -> str:
-    """Return the share and the longest passage of `samples` (S, T) that occur in `tokens` (N,), in words."""
+    """Describe how much of `samples` (S, T) occurs in `tokens` (N,): the share and the longest passage."""
     from llm.checks.memorised import longest_seen, share_seen
 
     share = share_seen(samples, tokens, N)

@@ -35,7 +35,7 @@ GAP = 2  # spaces between columns
 
 UNLIMITED = 100_000  # characters of a line
 
-# characters that are shown at most
+# maximum number of characters shown
 NAME_LENGTH = 200
 SHORT_NAME_LENGTH = 20  # on a narrow terminal
 REASON_LENGTH = 300
@@ -81,7 +81,7 @@ def terminal_width() -> int:
 
 
 def sort_runs(runs: "list[Summary]", key: str) -> "list[Summary]":
-    """Sort the runs by a key of SORT, those without it last; of equal ones, the lower loss first."""
+    """Sort the runs by a key of SORT; runs without that value come last, and ties are ordered by loss."""
     field, largest_first = SORT[key]
 
     def sort_key(run: "Summary") -> tuple[Any, ...]:

@@ -78,7 +78,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def check_folders(folders: list[Path], wait_for_runs: bool) -> None:
-    """Raises UserError for a file in place of a run folder; `wait_for_runs` warns of a folder without a run."""
+    """Raise UserError for a file in place of a run folder; with `wait_for_runs`, warn about a folder without a run."""
     for folder in folders:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: not a folder; give the --out_dir of a training run")
@@ -109,7 +109,7 @@ def call_at_eof(callback: Callable[[], None]) -> None:
 
 
 def lower_priority() -> None:
-    """Give a training run priority: for the processor, and (on Linux) when memory runs out."""
+    """Lower the priority of this process below that of a training run: CPU time and, on Linux, the OOM killer."""
     import os
 
     with contextlib.suppress(AttributeError, OSError):
@@ -120,9 +120,9 @@ def lower_priority() -> None:
 
 @contextlib.contextmanager
 def beside(out_dir: "Path") -> Iterator[Callable[[], None]]:
-    """Serve the page of the run in `out_dir` in a separate process, until the block ends or this process does.
+    """Serve the page of the run in `out_dir` in a separate process, until the block or this process ends.
 
-    Yields a function that prints the page's address, or a warning why there is no page. That is no error of the run.
+    Yields a function that prints the page's address, or a warning that says why there is no page. The run continues.
     """
     from llm.machine.interpreter import child_environment
 

@@ -1,1 +1,1 @@
-"""`plan`: what a run will take, here or on many accelerators."""
+"""`plan`: predict the memory, time and cost of a run, here or on many accelerators."""

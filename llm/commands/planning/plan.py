@@ -110,14 +110,14 @@ def check_proposable(args: argparse.Namespace, config: TrainConfig) -> None:
 
 
 def warn_if_busy() -> None:
-    """Warn if other work slows this machine down, and with it what is measured here."""
+    """Warn if other work slows this machine down, because it distorts the measurements."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5 * (os.cpu_count() or 1):
         warn(f"other work was running here in the last minute (load {load:.1f}); the times assume that it continues")
 
 
 def predict(config: TrainConfig, text: "Text", pace: "Pace | None") -> dict[str, Any]:
-    """Return the plan in numbers: parameters, bytes, FLOPs and seconds, by part. What is not known is None."""
+    """Return the plan in numbers: parameters, bytes, FLOPs and seconds, by part. Unknown values are None."""
     from llm.config.counts import count_parameters_by_part, flops_per_token
     from llm.plan import arithmetic, timing
 

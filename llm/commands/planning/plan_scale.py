@@ -1,4 +1,4 @@
-"""The part of `plan` about many accelerators: its flags, and what they print.
+"""The part of `plan` for many accelerators: its flags and its output.
 
 `plan_scale_prediction.py` makes the prediction, `plan_scale_lines.py` has the lines and tables.
 """
@@ -22,7 +22,7 @@ ACCELERATORS = ("a100-40", "a100", "h100", "h200", "b200", "l4", "l40s")  # of l
 PARALLEL = ("ddp", "fsdp")
 
 
-FLAGS = (  # a typed flag of these asks for this part, or belongs to it
+FLAGS = (  # each of these, if typed, asks for a plan for many accelerators
     "nproc",
     "accelerator",
     "scale",
@@ -47,16 +47,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     count = positive_number(int, "a whole number")
     number = positive_number(float, "a number")
     add("nproc", "processes to plan for, one accelerator each", metavar="N", type=count)
-    add("accelerator", "their kind (default: machines like this one, measured)", metavar="|".join(ACCELERATORS))
+    add("accelerator", "kind (default: machines like this one, measured)", metavar="|".join(ACCELERATORS))
     add("parallel", "how they share the model (default: ddp if it fits)", metavar="ddp|fsdp")
     add("scale", "print tables from 1 to 1,024 accelerators; --out FILE.png draws them", action="store_true")
     add("nproc_per_node", "accelerators per node (default: 8; 1 for machines like this one)", metavar="N", type=count)
     add("tokens_per_second_per_device", "throughput measured on one accelerator", metavar="RATE", type=number)
-    add("mfu", "share of the vendor's peak, without a measured rate (default: 0.4)", metavar="SHARE", type=number)
-    add("bandwidth", "GB/s that one sends to its neighbour in the node", metavar="GB/S", type=number)
-    add("network_bandwidth", "GB/s that one sends to another node", metavar="GB/S", type=number)
+    add("mfu", "share of the vendor's peak, assumed if unmeasured (default: 0.4)", metavar="SHARE", type=number)
+    add("bandwidth", "GB/s that one accelerator sends to its neighbour in the node", metavar="GB/S", type=number)
+    add("network_bandwidth", "GB/s that one accelerator sends to another node", metavar="GB/S", type=number)
     add("price", "price of one accelerator for an hour; prints the cost of the run", metavar="PRICE", type=number)
-    add("flops_budget", "print the model size and tokens that suit so many FLOPs", metavar="FLOPS", type=number)
+    add("flops_budget", "print the model size and tokens that suit this number of FLOPs", metavar="FLOPS", type=number)
 
 
 def positive_number(kind: Callable[[str], Any], words: str) -> Callable[[str], Any]:

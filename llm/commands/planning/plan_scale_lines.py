@@ -26,7 +26,7 @@ TITLES = ("N", "windows", "tokens/s", "efficiency", "waiting", "GiB a rank", "ti
 
 
 def as_json(plan: ScalePlan, tables: Tables) -> dict[str, Any]:
-    """Return everything for --json: bytes, seconds, tokens per second. What is not known is None."""
+    """Return the content of --json: bytes, seconds, tokens per second. Unknown values are None."""
 
     def with_rate(row: "Prediction") -> dict[str, Any]:
         return asdict(row) | {"tokens_per_second": row.tokens_per_second}
@@ -141,7 +141,7 @@ def three_digits(number: float) -> str:
 
 
 def table_lines(plan: ScalePlan, scaling: str, rows: list["Prediction"]) -> Iterator[str]:
-    """Yield the table of "strong" or "weak" scaling with its title, and the counts that it cannot have."""
+    """Yield the table of "strong" or "weak" scaling with its title, and the process counts that are not possible."""
     config = plan.config
     sizes = {
         "strong": f"the run's {config.windows_per_step} windows a step, shared",

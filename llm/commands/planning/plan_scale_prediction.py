@@ -1,4 +1,4 @@
-"""What `plan` predicts for a run on many accelerators, from its flags: memory, speed, time and cost."""
+"""Predict memory, speed, time and cost of a run on many accelerators, from the flags of `plan`."""
 
 import argparse
 from dataclasses import dataclass

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from llm.arch import Model
 from llm.machine.world import ALONE, World
-from llm.model import GPT
 from llm.tokens.token_files import Tokens
 
 WINDOW_TOKENS = 2048  # tokens per forward pass: the chapter's batch; more is no faster on a CPU
@@ -38,7 +38,7 @@ def windows(count: int, block_size: int, limit: int) -> tuple[npt.NDArray[np.int
 
 
 def evaluate(
-    model: GPT,
+    model: Model,
     tokens: Tokens,
     block_size: int,
     limit: int,

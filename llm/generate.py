@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm.arch import Model
 from llm.errors import UserError
-from llm.model import GPT, KVCache
+from llm.model import KVCache
 from llm.tokens.tokenizer import Tokenizer
 
 LIKELIEST = 1024  # tokens that top-p looks at before it sorts them all
@@ -79,7 +80,7 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return found, places.gather(1, at)
 
 
-def last_logits(model: GPT, hidden: Tensor) -> Tensor:
+def last_logits(model: Model, hidden: Tensor) -> Tensor:
     """Return the logits (B, V) of the last position of `hidden` (B, T, C).
 
     The product of the output matrix and a few vectors is limited by memory bandwidth. In float32 on a CPU, PyTorch
@@ -110,7 +111,7 @@ def check_knobs(max_new_tokens: int, temperature: float, top_k: int | None, top_
 
 @torch.no_grad()
 def generate(
-    model: GPT,
+    model: Model,
     prompt: Tensor,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -138,7 +139,7 @@ def generate(
     cache = KVCache(model.config, prompt.size(0), prompt.device, _dtype(model))
     new = context
     for _ in range(max_new_tokens):
-        fits = cache.length + new.size(1) <= limit
+        fits = model.cache_slides or cache.length + new.size(1) <= limit
         hidden = model.hidden(new, cache) if fits else model.hidden(context)
         logits = last_logits(model, hidden)[:, :vocab_size]
         probabilities, ids = candidates(logits, temperature, top_k, top_p)
@@ -179,7 +180,7 @@ def generators(seed: int | None, count: int, device: torch.device) -> list[torch
     return made
 
 
-def _dtype(model: GPT) -> torch.dtype:
+def _dtype(model: Model) -> torch.dtype:
     device = next(model.parameters()).device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -187,7 +188,7 @@ def _dtype(model: GPT) -> torch.dtype:
 
 
 def continue_text(
-    model: GPT,
+    model: Model,
     tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int,

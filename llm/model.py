@@ -24,9 +24,10 @@ class KVCache:
     """Keys and values of the tokens seen so far, so that a new token costs one position of work."""
 
     def __init__(self, config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.n_layer, 2, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
+        shape = (config.n_layer, 2, batch, config.kv_heads, config.block_size, config.head_size)
         self.kept = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens held; `GPT.stream` increases it
+        self.length = 0  # tokens held; the model's `stream` increases it
+        self.dropped = 0  # older tokens that `make_room` removed
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, H, T, D) of new tokens; return those of all tokens so far."""
@@ -34,6 +35,15 @@ class KVCache:
         kept = self.kept[layer]
         kept[0, :, :, self.length : end], kept[1, :, :, self.length : end] = k, v
         return kept[0, :, :, :end], kept[1, :, :, :end]
+
+    def make_room(self, T: int) -> int:
+        """Drop the oldest tokens if T more do not fit; return the position of the first of these T."""
+        excess = max(0, self.length + T - self.kept.size(4))
+        if excess:
+            self.length -= excess
+            self.dropped += excess
+            self.kept[..., : self.length, :] = self.kept[..., excess : excess + self.length, :].clone()
+        return self.dropped + self.length
 
 
 class Dropout:
@@ -46,6 +56,18 @@ class Dropout:
 
     def __init__(self, p: float, seeds: Tensor) -> None:
         self.p, self.seeds, self.place = p, seeds, 0
+
+    @staticmethod
+    def of(model: nn.Module, p: float, x: Tensor, seeds: Tensor | None) -> "Dropout | None":
+        """Return the dropout of a forward pass on windows x (B, ...); None in evaluation mode or if p is 0.
+
+        Without `seeds` (B,) int32, they are drawn from torch's own generator.
+        """
+        if not model.training or p == 0:
+            return None
+        if seeds is None:
+            seeds = torch.randint(2**31 - 1, (x.size(0),), device=x.device, dtype=torch.int32)
+        return Dropout(p, seeds)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x (B, ...) with a fraction p of its elements zeroed and the others scaled by 1 / (1 - p)."""
@@ -129,6 +151,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model. `model(idx)` is (logits, None); `model(idx, targets)` is (None, loss)."""
 
+    cache_slides = False  # when the window slides, every token gets another learned position
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
@@ -165,11 +189,7 @@ class GPT(nn.Module):
         T, past = x.size(1), cache.length if cache is not None else 0
         if past + T > self.config.block_size:
             raise UserError(f"{past + T} tokens do not fit block_size = {self.config.block_size}; crop the context")
-        drop = None
-        if self.training and self.config.dropout > 0:
-            if seeds is None:
-                seeds = torch.randint(2**31 - 1, (x.size(0),), device=x.device, dtype=torch.int32)
-            drop = Dropout(self.config.dropout, seeds)
+        drop = Dropout.of(self, self.config.dropout, x, seeds)
         x = x + self.wpe.weight[past : past + T]
         if drop is not None:
             x = drop(x)

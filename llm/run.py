@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
+from llm.arch import Model
 from llm.config import (
     FIELDS,
     TrainConfig,
@@ -30,7 +31,6 @@ from llm.config import (
 from llm.errors import Failure, UserError
 from llm.generate import continue_text
 from llm.machine.device import choose_device
-from llm.model import GPT
 from llm.record import metrics
 from llm.record.chart_style import plain
 from llm.record.plot import draw, plot_runs
@@ -82,7 +82,7 @@ class Run:
         path = self.path / "tokenizer.json"
         return load_tokenizer(path) if path.exists() else gpt2()
 
-    def model(self, weights: str = "last", device: str = "auto") -> GPT:
+    def model(self, weights: str = "last", device: str = "auto") -> Model:
         """Return the trained model with the "last" or the "best" weights, in evaluation mode."""
         names = {"last": "model.pt", "best": "best.pt"}
         if weights not in names:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm.arch import Model, make_model
 from llm.config import GPTConfig, TrainConfig, from_settings, read_toml
 from llm.errors import UserError
-from llm.model import GPT
 from llm.tokens.foreign import is_text, signature
 
 WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which training programs store the weights
@@ -37,10 +37,10 @@ def weights_file(source: str) -> Path:
     raise UserError(f"{source}: no run and no .pt file there; give a run folder or a state_dict saved by torch.save")
 
 
-def load_model(path: Path, device: torch.device, base: GPTConfig | None = None) -> GPT:
+def load_model(path: Path, device: torch.device, base: GPTConfig | None = None) -> Model:
     """Return a model in evaluation mode with the weights of a .pt file. Raises UserError as `read_weights` does."""
     config, weights = read_weights(path, base or GPTConfig())
-    model = GPT(config)
+    model = make_model(config)
     model.load_state_dict(weights)
     return model.to(device).eval()
 
@@ -166,22 +166,43 @@ def infer_shape(path: Path, weights: dict[str, Tensor], base: GPTConfig) -> tupl
     try:
         vocab_size, n_embd = weights["wte.weight"].shape
         layers = {int(name.split(".")[1]) for name in weights if name.startswith("h.")}
+        find = _gpt2_sizes if "wpe.weight" in weights else _llama_sizes
         config = dataclasses.replace(
             base,
             vocab_size=vocab_size,
-            block_size=weights["wpe.weight"].shape[0],
             n_layer=len(layers),
             n_embd=n_embd,
-            ffn_mult=weights["h.0.mlp.c_fc.weight"].shape[0] // n_embd,
-            bias="h.0.attn.c_attn.bias" in weights,
             tied_lm_head=weights["lm_head.weight"].data_ptr() == weights["wte.weight"].data_ptr(),
+            **find(weights, base),
         )
         with torch.device("meta"):
-            return config, {name: p.shape for name, p in GPT(config).state_dict().items()}
+            return config, {name: p.shape for name, p in make_model(config).state_dict().items()}
     except unfit as error:
         raise UserError(
             f"{path}: not the weights of a GPT of ours ({type(error).__name__}: {error}); give other weights"
         ) from None
+
+
+def _gpt2_sizes(weights: dict[str, Tensor], base: GPTConfig) -> dict[str, Any]:
+    return {
+        "arch": "gpt2",
+        "block_size": weights["wpe.weight"].shape[0],
+        "ffn_mult": weights["h.0.mlp.c_fc.weight"].shape[0] // weights["wte.weight"].shape[1],
+        "bias": "h.0.attn.c_attn.bias" in weights,
+    }
+
+
+def _llama_sizes(weights: dict[str, Tensor], base: GPTConfig) -> dict[str, Any]:
+    """Return the sizes that a llama's tensors show. Its context, heads and rope_theta are not among them."""
+    if base.arch != "llama":
+        raise UserError("has no wpe.weight, and only the config.toml of its run tells the sizes of a llama")
+    n_embd = weights["wte.weight"].shape[1]
+    rows = weights["h.0.attn.c_attn.weight"].shape[0]  # those of queries, keys and values
+    return {
+        "n_kv_head": (rows - n_embd) // (2 * n_embd // base.n_head),
+        "ffn_dim": weights["h.0.mlp.c_fc.weight"].shape[0] // 2,
+        "qk_norm": "h.0.qk_norm.q.weight" in weights,
+    }
 
 
 def check_tensors(path: Path, weights: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:

@@ -1,4 +1,4 @@
-"""The chapter's two scripts with our package and files: unchanged but for their numbers of steps and evaluation batches.
+"""The chapter's two scripts with our package and files, unchanged but for their numbers of steps and evaluations.
 
 The scripts stand in the folder that LOSSCURVE_SPEC names (chapter_train.py, chapter_sample.py).
 """

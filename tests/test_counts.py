@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llm.arch import make_model
 from llm.config import GPTConfig
 from llm.config.counts import (
     count_attention_parameters,
@@ -11,7 +12,6 @@ from llm.config.counts import (
     count_parameters_by_part,
     flops_per_token,
 )
-from llm.model import GPT
 
 SHAPES = (
     {},
@@ -20,12 +20,14 @@ SHAPES = (
     {"n_layer": 3, "n_embd": 24, "n_head": 3, "vocab_size": 70, "block_size": 9},
     {"n_layer": 3, "n_embd": 96, "bias": True, "ffn_mult": 3, "block_size": 17},
     {"tied_lm_head": True, "vocab_size": 301, "n_layer": 1},
+    {"arch": "llama", "vocab_size": 50, "n_embd": 32, "n_kv_head": 2},
+    {"arch": "llama", "vocab_size": 70, "n_layer": 3, "ffn_dim": 40, "qk_norm": False, "tied_lm_head": True},
 )
 
 
 def model_of(config):
     with torch.device("meta"):
-        return GPT(config)
+        return make_model(config)
 
 
 def size(module):
@@ -41,7 +43,7 @@ def test_parameters_are_those_of_the_model(shape):
     assert count_feed_forward_parameters(config) == size(model.h[0].mlp)
     assert count_parameters_by_part(config) == {
         "embedding": size(model.wte),
-        "positions": size(model.wpe),
+        "positions": size(model.wpe) if config.arch == "gpt2" else 0,
         "blocks": size(model.h) + size(model.ln_f),
         "head": 0 if config.tied_lm_head else size(model.lm_head),
     }

@@ -36,6 +36,7 @@ RUN = SMALL | {
     "keep": 9,
 }
 TWO = RUN | {"gradient_accumulation_steps": 2, "grad_clip": 0.0}  # 2 processes x 1 against 1 process x 2
+LLAMA = TWO | {"arch": "llama", "n_kv_head": 1, "dtype": "bfloat16"}
 # Tolerance. In fp32 a step adds up in another order; 8 steps enlarge a difference of 1e-7 to at most this.
 CLOSE = {"float32": 2e-6, "bfloat16": 4e-3}
 TORTURE = bool(os.environ.get("LOSSCURVE_TORTURE"))
@@ -75,6 +76,8 @@ def jobs_of(place, size):
         if size or kind == "ddp":
             two = settings(place, f"{size} {kind} two", **TWO | {"parallel": kind})
             jobs[f"{kind} two"] = job(rank_jobs.train, settings=two)
+            llama = settings(place, f"{size} {kind} llama", **LLAMA | {"parallel": kind})
+            jobs[f"{kind} llama"] = job(rank_jobs.train, settings=llama)
     if size == 2:
         for kind in KINDS:
             again = settings(place, f"{kind} again", parallel=kind, activation_checkpointing=True)
@@ -195,10 +198,11 @@ def test_any_number_of_processes_and_ddp_or_fsdp_give_the_same_run(place, outcom
         assert sum(row["split"] == "val" for row in rows) == 3
 
 
+@pytest.mark.parametrize("model", ["two", "llama"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_equal_two_micro_batches_bit_for_bit(outcomes, kind):
+def test_two_processes_equal_two_micro_batches_bit_for_bit(outcomes, kind, model):
     """The mean of two numbers does not depend on their order."""
-    alone, two = outcomes[0]["ddp two"][0], outcomes[2][f"{kind} two"]
+    alone, two = outcomes[0][f"ddp {model}"][0], outcomes[2][f"{kind} {model}"]
     for one in two:
         assert one["losses"] == alone["losses"]
         assert largest_difference(one["weights"], alone["weights"]) == 0

@@ -12,7 +12,7 @@ import torch
 from conftest import SMALL, flags, words
 
 import llm.loss
-from llm import GPT
+from llm.arch import make_model
 from llm.commands.planning.plan import main
 from llm.config import TrainConfig, from_settings, read_toml
 from llm.config.counts import count_parameters, flops_per_token
@@ -35,7 +35,10 @@ def test_flops_are_those_that_pytorch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
     config = small(dropout=0.1, gradient_accumulation_steps=3)  # with dropout attention is written out, so counted
-    model, x = GPT(config.model), torch.zeros(config.windows_per_step, config.model.block_size, dtype=torch.int64)
+    model, x = (
+        make_model(config.model),
+        torch.zeros(config.windows_per_step, config.model.block_size, dtype=torch.int64),
+    )
     with FlopCounterMode(display=False) as counted:
         model(x)[0].sum().backward()
     assert arithmetic.run_flops(config) == pytest.approx(config.max_steps * counted.get_total_flops(), rel=0.01)
@@ -57,12 +60,22 @@ def test_memory_grows_with_the_setting_that_needs_it():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("changes", [{}, {"dropout": 0.1}, {"block_size": 32, "ffn_mult": 3}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dropout": 0.1},
+        {"block_size": 32, "ffn_mult": 3},
+        {"arch": "llama"},
+        {"arch": "llama", "dropout": 0.1, "n_kv_head": 1},
+        {"arch": "llama", "block_size": 32, "ffn_dim": 96, "qk_norm": False},
+    ],
+)
 def test_a_block_keeps_what_autograd_keeps_of_it(dtype, changes):
     """Compare with the tensors that a forward pass saves for backward: each storage once, without the parameters."""
 
     def held(config):
-        model, kept = GPT(config.model), {}
+        model, kept = make_model(config.model), {}
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
         def pack(tensor):

@@ -11,7 +11,7 @@ import pytest
 from conftest import SMALL, flags
 
 from benchmarks.link import errors, fit_link, predict_from_measurements, predict_throughput, ring_seconds
-from llm import GPT
+from llm.arch import make_model
 from llm.commands.flags import Parser
 from llm.commands.planning import plan_scale, plan_scale_prediction
 from llm.commands.planning.plan import main
@@ -61,9 +61,9 @@ def test_gradients_are_all_reduced_one_bucket_at_a_time():
 
 
 def test_groups_have_the_parameters_of_the_model():
-    for changes in ({}, {"bias": True, "tied_lm_head": True, "ffn_mult": 3}):
+    for changes in ({}, {"bias": True, "tied_lm_head": True, "ffn_mult": 3}, {"arch": "llama", "n_kv_head": 1}):
         config = small(**changes)
-        model, found = GPT(config.model), arithmetic.count_group_parameters(config.model)
+        model, found = make_model(config.model), arithmetic.count_group_parameters(config.model)
         block = {"attention": model.h[0].attn, "feed-forward": model.h[0].mlp}
         for name, module in block.items():
             assert found[name] == sum(p.numel() for p in module.parameters())

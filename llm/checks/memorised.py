@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 
 from llm import storage
+from llm.arch import Model
 from llm.data import TokenData
 from llm.errors import UserError
 from llm.generate import generate, generators
-from llm.model import GPT
 from llm.run import Run
 from llm.start.run_data import open_run_data
 from llm.start.run_folder import Say
@@ -174,7 +174,7 @@ def run_tokens(run: Run, data_dir: str | None = None, say: Say = lambda line: No
 
 
 def draw(
-    model: GPT,
+    model: Model,
     data: TokenData,
     tokenizer: Tokenizer | None,
     prompt: str,

@@ -35,9 +35,9 @@ def one_step(device: "torch.device", dropout: float = 0.0) -> Outcome:
     import numpy as np
     import torch
 
+    from llm.arch import make_model
     from llm.config import from_settings
     from llm.data import TokenData
-    from llm.model import GPT
     from llm.optim import make_optimizer
     from llm.train import train_step
     from llm.training.parts import Parts
@@ -49,7 +49,7 @@ def one_step(device: "torch.device", dropout: float = 0.0) -> Outcome:
     data = TokenData(Path(), tokens, tokens, 257, True, "random", {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = GPT(config.model)  # weights are drawn on the CPU, so every device starts from the same
+        model = make_model(config.model)  # weights are drawn on the CPU, so every device starts from the same
     before = [p.detach().double() for p in model.parameters()]
     model.to(device).train()
     scaler = torch.amp.GradScaler(device.type, enabled=False)

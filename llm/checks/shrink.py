@@ -34,11 +34,14 @@ def shrink_config(config: TrainConfig, nproc: int, world_size: int) -> TrainConf
     shape of the schedule, and whether a process accumulates several micro-batches or has only a part of one.
     """
     model = config.model
-    head_size = min(model.n_embd // model.n_head, max(1, N_EMBD // model.n_head))
+    head_size = min(model.head_size, max(1, N_EMBD // model.n_head))
+    if model.arch == "llama":  # RoPE turns channels in pairs
+        head_size = max(2, head_size // 2 * 2)
     batch_size, micro_batches = _shrink_batch(config, nproc, world_size)
     settings = {
         "n_layer": min(N_LAYER, model.n_layer),
         "n_embd": model.n_head * head_size,
+        "ffn_dim": None,
         "block_size": min(BLOCK_SIZE, model.block_size),
         "batch_size": batch_size,
         "gradient_accumulation_steps": micro_batches,

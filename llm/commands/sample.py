@@ -17,7 +17,7 @@ from llm.text.recognise import decode
 if TYPE_CHECKING:
     import torch
 
-    from llm.model import GPT
+    from llm.arch import Model
     from llm.tokens.tokenizer import Tokenizer
 
 SEPARATOR = "---------------"
@@ -112,7 +112,7 @@ def check_flags(args: argparse.Namespace, prompt: str | None) -> None:
         raise UserError(f"num_samples = {args.num_samples}: expected 1 or more")
 
 
-def load(args: argparse.Namespace, config: TrainConfig, device: "torch.device") -> "tuple[GPT, Tokenizer, str]":
+def load(args: argparse.Namespace, config: TrainConfig, device: "torch.device") -> "tuple[Model, Tokenizer, str]":
     """Return the model and tokenizer of a run or of a `--checkpoint`, and the default prompt."""
     from llm.run import Run
 
@@ -133,7 +133,7 @@ def print_sample(prompt: str, tokenizer: "Tokenizer", tokens: Iterable[int]) -> 
     print(decoder.decode(b"", final=True))
 
 
-def load_bare_model(path: Path, n_head: int, gelu: str) -> "tuple[GPT, Tokenizer]":
+def load_bare_model(path: Path, n_head: int, gelu: str) -> "tuple[Model, Tokenizer]":
     """Return the model and tokenizer of a .pt file. Outside a run folder, assume GPT-2's tokens, with a warning."""
     import torch
 

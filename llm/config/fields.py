@@ -36,9 +36,14 @@ def setting(
     high: float | None = None,
     above: float | None = None,
     unit: str = "",
+    arch: str = "",
 ) -> Any:
-    """Return a dataclass field with its documentation. `validate` checks `low <= value <= high` and `value > above`."""
-    return field(default=default, metadata={"help": help, "unit": unit, "low": low, "high": high, "above": above})
+    """Return a dataclass field with its documentation. `validate` checks `low <= value <= high` and `value > above`.
+
+    `arch` names the architecture that has the setting; if it is empty, all have it.
+    """
+    bounds = {"low": low, "high": high, "above": above}
+    return field(default=default, metadata={"help": help, "unit": unit, "arch": arch} | bounds)
 
 
 def field_type(f: dataclasses.Field[Any]) -> tuple[Any, bool]:

@@ -13,26 +13,84 @@ PRESETS = ("chapter", "shakespeare-char", "shakespeare-char-cpu", "gpt2-124m")
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """The shape of a `GPT`. The defaults are the chapter's: 13.67 M parameters."""
+    """The shape of a model. The defaults are the chapter's: 13.67 M parameters."""
 
+    arch: Literal["gpt2", "llama"] = setting(
+        "gpt2", "gpt2: the chapter's model; llama: RMSNorm, RoPE, SwiGLU and a norm of queries and keys"
+    )
     vocab_size: int = setting(50257, "tokens in the vocabulary", low=1, high=2**31)
     block_size: int = setting(64, "context length, in tokens", low=1, high=2**20)
     n_layer: int = setting(4, "transformer blocks", low=1, high=1000)
     n_head: int = setting(4, "attention heads; n_embd must be divisible by it", low=1, high=1000)
     n_embd: int = setting(128, "width of the residual stream", low=1, high=2**17)
-    ffn_mult: int = setting(4, "width of the feed-forward layer, in units of n_embd", low=1, high=64)
+    ffn_mult: int = setting(4, "width of the feed-forward layer, in units of n_embd", low=1, high=64, arch="gpt2")
     dropout: float = setting(0.0, "fraction of activations that training drops", low=0.0, high=0.99)
-    bias: bool = setting(False, "give the attention linears a bias (the feed-forward linears and norms have one)")
+    bias: bool = setting(
+        False, "give the attention linears a bias (the feed-forward linears and norms have one)", arch="gpt2"
+    )
     tied_lm_head: bool = setting(False, "use the token embedding as the output matrix, as GPT-2 does")
-    gelu: Literal["exact", "tanh"] = setting("exact", "exact GELU, or GPT-2's tanh approximation")
+    gelu: Literal["exact", "tanh"] = setting("exact", "exact GELU, or GPT-2's tanh approximation", arch="gpt2")
+    n_kv_head: int | None = setting(
+        None,
+        "heads of keys and values; n_head must be divisible by it (default: n_head)",
+        low=1,
+        high=1000,
+        arch="llama",
+    )
+    ffn_dim: int | None = setting(
+        None,
+        "width of the feed-forward layer (default: 8/3 of n_embd, rounded up to a multiple of 64)",
+        low=1,
+        high=2**20,
+        arch="llama",
+    )
+    rope_theta: float = setting(1e4, "base of RoPE's wavelengths", low=1.0, high=1e9, arch="llama")
+    qk_norm: bool = setting(True, "norm queries and keys: Qwen3's shape; without it, Llama's", arch="llama")
 
     def __post_init__(self) -> None:
         validate(self)
+        self._check_arch()
         if self.n_embd % self.n_head:
             raise UserError(
                 f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}; "
                 f"try --n_embd {math.ceil(self.n_embd / self.n_head) * self.n_head}"
             )
+        if self.n_head % self.kv_heads:
+            raise UserError(
+                f"n_head = {self.n_head} is not divisible by n_kv_head = {self.n_kv_head}; "
+                f"try --n_kv_head {math.gcd(self.n_head, self.kv_heads)}"
+            )
+        if self.arch == "llama" and self.head_size % 2:
+            raise UserError(
+                f"n_embd / n_head = {self.head_size}, and RoPE turns the channels of a head in pairs; "
+                f"try --n_embd {(self.head_size + 1) * self.n_head}"
+            )
+
+    def _check_arch(self) -> None:
+        for f in dataclasses.fields(self):
+            value, arch = getattr(self, f.name), f.metadata["arch"]
+            if arch not in ("", self.arch) and value != f.default:
+                raise UserError(
+                    f"{f.name} = {value!r}: applies to arch {arch}, and arch is {self.arch}; "
+                    f"leave it out, or give --arch {arch}"
+                )
+
+    @property
+    def head_size(self) -> int:
+        """Channels of a head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def ffn_width(self) -> int:
+        """Width of the feed-forward layer."""
+        if self.arch == "gpt2":
+            return self.ffn_mult * self.n_embd
+        return self.ffn_dim or math.ceil(8 / 3 * self.n_embd / 64) * 64
 
 
 @dataclass(frozen=True, kw_only=True)

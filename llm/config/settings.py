@@ -182,10 +182,17 @@ def over_preset(preset: dict[str, Any], given: dict[str, Any], say: Callable[[st
 
 def _conflicts(preset: dict[str, Any], given: dict[str, Any]) -> Iterator[_Conflict]:
     """Yield the conflicts of the settings that the preset sets and the user does not."""
-    for find in (_schedule_conflicts, _width_conflicts, _parallel_conflicts, _text_conflicts):
+    for find in (_arch_conflicts, _schedule_conflicts, _width_conflicts, _parallel_conflicts, _text_conflicts):
         for conflict in find(preset, given):
             if preset.get(conflict.name) is not None and conflict.name not in given:
                 yield conflict
+
+
+def _arch_conflicts(preset: dict[str, Any], given: dict[str, Any]) -> Iterator[_Conflict]:
+    arch = (preset | given).get("arch", FIELDS["arch"].default)
+    for name, f in MODEL_FIELDS.items():
+        if f.metadata["arch"] not in ("", arch):
+            yield _Conflict(name, f"arch {arch} has none")
 
 
 def _schedule_conflicts(preset: dict[str, Any], given: dict[str, Any]) -> Iterator[_Conflict]:
@@ -238,9 +245,13 @@ def _text_conflicts(preset: dict[str, Any], given: dict[str, Any]) -> Iterator[_
 
 
 def to_settings(config: TrainConfig) -> dict[str, Any]:
-    """Return the flat settings of a config, without those that are None: `from_settings(to_settings(c)) == c`."""
+    """Return the flat settings of a config: `from_settings(to_settings(c)) == c`.
+
+    Settings that are None, and those of another architecture, are left out.
+    """
     values = {name: getattr(config, name) for name in TRAIN_FIELDS}
-    values |= {name: getattr(config.model, name) for name in MODEL_FIELDS}
+    model = config.model
+    values |= {name: getattr(model, name) for name, f in MODEL_FIELDS.items() if f.metadata["arch"] in ("", model.arch)}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -19,7 +19,8 @@ from llm.errors import UserError
 from llm.machine.world import World
 
 if TYPE_CHECKING:
-    from llm.model import GPT, Dropout, KVCache
+    from llm.arch import Model
+    from llm.model import Dropout, KVCache
 
 Exchange = Callable[[bool], AbstractContextManager[None]]  # of a micro-batch: whether it is the last of its step
 
@@ -44,16 +45,18 @@ def check_parallel(config: TrainConfig, world: World, dtype: torch.dtype) -> Non
         raise UserError("compile: does not work with --parallel fsdp; leave one of them out")
 
 
-def recompute_activations(model: "GPT") -> None:
+def recompute_activations(model: "Model") -> None:
     """Keep only the input of each block, and recompute the rest in the backward pass (Chen et al. 2016)."""
 
-    def recompute(forward: Callable[..., Tensor], x: Tensor, cache: "KVCache | None", drop: "Dropout | None") -> Tensor:
+    def recompute(
+        forward: Callable[..., Tensor], x: Tensor, cache: "KVCache | None", drop: "Dropout | None", *more: Any
+    ) -> Tensor:
         place = drop.place if drop else 0
 
         def block(x: Tensor) -> Tensor:
             if drop:
                 drop.place = place  # the second pass draws the same dropout as the first
-            return forward(x, cache, drop)
+            return forward(x, cache, drop, *more)
 
         return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
@@ -61,7 +64,7 @@ def recompute_activations(model: "GPT") -> None:
         block.forward = partial(recompute, block.forward)
 
 
-def shard_model(model: "GPT", world: World, device: torch.device, dtype: torch.dtype, offload: bool) -> None:
+def shard_model(model: "Model", world: World, device: torch.device, dtype: torch.dtype, offload: bool) -> None:
     """Shard weights and gradients, and so the optimizer's state, over the processes (FSDP2; Zhao et al. 2023).
 
     The matrices of the blocks are all-gathered in the precision of their products. What autocast keeps in float32
@@ -90,7 +93,7 @@ def shard_model(model: "GPT", world: World, device: torch.device, dtype: torch.d
 class _ForwardModule(nn.Module):
     """Wrap a model and the function that training calls as its forward, perhaps compiled: DDP takes only a module."""
 
-    def __init__(self, model: "GPT", forward: Callable[..., Any]) -> None:
+    def __init__(self, model: "Model", forward: Callable[..., Any]) -> None:
         super().__init__()
         self.model = model
         self._forward = (forward,)  # a tuple, so that a compiled module is not registered as a second submodule
@@ -99,7 +102,7 @@ class _ForwardModule(nn.Module):
         return self._forward[0](*inputs)
 
 
-def exchanging(model: "GPT", forward: Callable[..., Any], world: World) -> tuple[Callable[..., Any], Exchange]:
+def exchanging(model: "Model", forward: Callable[..., Any], world: World) -> tuple[Callable[..., Any], Exchange]:
     """Return (the forward to train with, a context manager for each micro-batch).
 
     With them the gradients of a step become the mean over all processes. The all-reduce runs during the backward pass

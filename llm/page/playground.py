@@ -17,7 +17,7 @@ from llm.page.follow import WEIGHTS
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llm.model import GPT
+    from llm.arch import Model
     from llm.tokens.tokenizer import Tokenizer
 
 PROMPT = 20_000  # characters, at most
@@ -97,10 +97,10 @@ class Playground:
     """Answers questions. It keeps the last model until another is requested or its file changes."""
 
     _key: tuple[Any, ...] = ()
-    _model: "GPT | None" = None
+    _model: "Model | None" = None
     _tokenizer: "Tokenizer | None" = None
 
-    def load(self, path: Path, weights: str) -> tuple["GPT", "Tokenizer"]:
+    def load(self, path: Path, weights: str) -> tuple["Model", "Tokenizer"]:
         """Return model and tokenizer of a run.
 
         Raises:
@@ -186,7 +186,7 @@ def context(tokenizer: "Tokenizer", asked: Question) -> "Tensor":
     return torch.tensor([prompt + asked.ids], dtype=torch.int64)
 
 
-def logits_after(model: "GPT", ids: "Tensor", vocab_size: int) -> Any:
+def logits_after(model: "Model", ids: "Tensor", vocab_size: int) -> Any:
     """Return a generator of logits (1, V): those after `ids` (1, T), then those after each token (1, 1) sent to it.
 
     Like `generate`, it uses a key/value cache until the context is full.
@@ -202,7 +202,7 @@ def logits_after(model: "GPT", ids: "Tensor", vocab_size: int) -> Any:
     cache = KVCache(model.config, 1, ids.device, model.wte.weight.dtype)
     while True:
         with torch.no_grad():
-            fits = cache.length + new.size(1) <= limit
+            fits = model.cache_slides or cache.length + new.size(1) <= limit
             hidden = model.hidden(new, cache) if fits else model.hidden(past)
             logits = last_logits(model, hidden)[:, :vocab_size]
         new = yield logits

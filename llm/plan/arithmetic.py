@@ -106,8 +106,10 @@ def _activation_bytes(config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
     n = config.batch_size * model.block_size
     # float32: the residual stream before attention and before the feed-forward layer. In the precision of the products:
     # two normed copies, queries, keys, values, the output of attention, and the feed-forward layer before and after
-    # its GELU.
-    block = n * model.n_embd * (8 + itemsize * (2 * model.ffn_mult + 6))
+    # its GELU; a llama keeps gate and up, the activated gate and the product, and queries and keys before and after
+    # norm and rotation
+    ffn_copies, width_copies = (4, 8) if model.arch == "llama" else (2, 6)
+    block = n * (8 * model.n_embd + itemsize * (ffn_copies * model.ffn_width + width_copies * model.n_embd))
     has_dropout = model.dropout > 0
     is_slow_fused = on_cpu and itemsize != 4 and 1 < model.block_size <= SHORT
     if has_dropout or is_slow_fused:  # attention by plain operations, which keep its weights (T, T)
@@ -115,7 +117,7 @@ def _activation_bytes(config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
         block += matrices * n * model.block_size * model.n_head * itemsize
     if has_dropout:
         block += 2 * n * model.n_embd * itemsize
-    gradients = n * model.n_embd * 4 * (2 * model.ffn_mult + 8)  # approximate
+    gradients = 4 * n * (ffn_copies * model.ffn_width + 8 * model.n_embd)  # approximate
     return model.n_layer * block + gradients
 
 

@@ -23,14 +23,16 @@ def first_loss(rows: list[Row], config: TrainConfig) -> str | None:
     After ln_f a hidden state has C elements of variance 1, and the head's weights have a standard deviation of 0.02. So
     logits have the variance 0.02² C. The expected cross-entropy of normal logits that know nothing is ln V plus half
     their variance: ln V + 0.0002 C. The tolerance is 0.1 nats plus half the logits' standard deviation, because
-    frequent tokens do not average out (measured, V 65 to 4,096, C 16 to 768: at most 0.16, tied heads too).
+    frequent tokens do not average out (measured, V 65 to 4,096, C 16 to 768: at most 0.16, tied heads too). An untied
+    head of a llama starts at 0, so its loss is ln V.
     """
     start = [loss for step, loss in losses(rows, "val") if step == 0]
     if not start or config.init_from:
         return None
     vocab_size = config.model.vocab_size
     width = config.model.n_embd
-    expected = math.log(vocab_size) + 0.5 * 0.02**2 * width
+    is_zero = config.model.arch == "llama" and not config.model.tied_lm_head
+    expected = math.log(vocab_size) + (0.0 if is_zero else 0.5 * 0.02**2 * width)
     excess = start[0] - expected
     if abs(excess) <= 0.1 + 0.5 * 0.02 * math.sqrt(width):
         return None
@@ -42,7 +44,7 @@ def first_loss(rows: list[Row], config: TrainConfig) -> str | None:
         )
     return (
         f"unexpected first loss: {start[0]:.2f} at step 0, "
-        f"expected ln {vocab_size} + 0.0002 x {width} = {expected:.2f}; "
+        f"expected {expected:.2f}, from ln {vocab_size} = {math.log(vocab_size):.2f}; "
         f"{advice}, and that --vocab_size is the tokenizer's"
     )
 

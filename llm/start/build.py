@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm.arch import make_model
 from llm.config import TrainConfig
 from llm.data import TokenData
 from llm.loss import linear_cross_entropy
 from llm.machine.device import fast_products, keep_memory, precision
 from llm.machine.parallel import exchanging, recompute_activations, shard_model
 from llm.machine.world import ALONE, World
-from llm.model import GPT
 from llm.optim import make_optimizer
 from llm.start.run_folder import Say
 from llm.tokens.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ def build(
     keep_memory()
     fast_products(device)
     torch.manual_seed(config.seed)
-    model = GPT(config.model)
+    model = make_model(config.model)
     if weights is not None:
         model.load_state_dict(weights)
     model.to(device)

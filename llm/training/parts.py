@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm.arch import Model
 from llm.config import TrainConfig
 from llm.data import TokenData, batch_at
 from llm.machine.device import onto
 from llm.machine.world import ALONE, World
-from llm.model import GPT
 from llm.tokens.tokenizer import Tokenizer
 
 
@@ -37,7 +37,7 @@ class Parts:
     """
 
     config: TrainConfig
-    model: GPT
+    model: Model
     forward: Callable[..., Any]
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler  # for float16; disabled, it changes nothing

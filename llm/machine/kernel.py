@@ -1,8 +1,11 @@
-"""Exponentials and their row sums: the one part of a training step that PyTorch is slow at.
+"""The C code of a training step: what PyTorch is slow at on a CPU.
 
-PyTorch makes three passes over the numbers. The C code in `kernel.c` makes one, in half the time in bfloat16 and a
-third in float32 (docs/performance.md). Where there is a C compiler, the code is compiled at run time for this CPU, in a
-fifth of a second, and the result is not stored. Without a compiler, and for other dtypes, PyTorch computes the same.
+Exponentials and their row sums (`exp_sum`, for the loss): PyTorch makes three passes over the numbers. `kernel.c` makes
+one, in half the time in bfloat16 and a third in float32 (docs/performance.md). And the parts of a llama's block between
+its matrix products (`call`, for llm/fused.py).
+
+Where there is a C compiler, the code is compiled at run time for this CPU, in half a second, and the result is not
+stored. Without a compiler, and for other dtypes, PyTorch computes the same.
 """
 
 import ctypes
@@ -68,6 +71,19 @@ def _exp_sum_in_pytorch(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor
     else:
         sums = x.sum(1, keepdim=True, dtype=torch.float32)
     return sums, shift
+
+
+def call(name: str, *arguments: Tensor | float | None) -> None:
+    """Call a function of `kernel.c`: tensors, which must be contiguous, are passed as pointers, None as a null one."""
+    getattr(load_kernel(), name)(*map(_for_c, arguments))
+
+
+def _for_c(argument: Tensor | float | None) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    return ctypes.c_void_p(None) if argument is None else ctypes.c_int64(argument)
 
 
 def find_compiler() -> str | None:

@@ -85,6 +85,7 @@ def shard_model(model: "Model", world: World, device: torch.device, dtype: torch
         cast_forward_inputs=False,
     )
     for block in model.h:
+        block.may_fuse = False  # type: ignore[assignment]
         for layer in (block.attn, block.mlp):
             fully_shard(cast(nn.Module, layer), mesh=mesh, mp_policy=mixed_precision, offload_policy=offload_policy)
     fully_shard(model, mesh=mesh, mp_policy=full_precision, offload_policy=offload_policy)

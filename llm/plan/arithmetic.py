@@ -17,8 +17,10 @@ from llm.config.counts import (
     count_parameters_by_part,
     flops_per_token,
 )
+from llm.fused import LONGEST
 from llm.loss import chunk_rows
 from llm.machine.device import choose_device, choose_dtype
+from llm.machine.kernel import load_kernel
 from llm.model import SHORT
 
 MIB = 2**20
@@ -104,21 +106,60 @@ def _activation_bytes(config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
     """What autograd keeps of all blocks for the backward pass, and the gradients of about one block."""
     model = config.model
     n = config.batch_size * model.block_size
-    # float32: the residual stream before attention and before the feed-forward layer. In the precision of the products:
-    # two normed copies, queries, keys, values, the output of attention, and the feed-forward layer before and after
-    # its GELU; a llama keeps gate and up, the activated gate and the product, and queries and keys before and after
-    # norm and rotation
-    ffn_copies, width_copies = (4, 8) if model.arch == "llama" else (2, 6)
-    block = n * (8 * model.n_embd + itemsize * (ffn_copies * model.ffn_width + width_copies * model.n_embd))
     has_dropout = model.dropout > 0
+    gradients = 4 * n * ((4 if model.arch == "llama" else 2) * model.ffn_width + 8 * model.n_embd)  # approximate
+    if _is_fused(config, on_cpu, itemsize):
+        return model.n_layer * n * _fused_block_bytes(model) + gradients
     is_slow_fused = on_cpu and itemsize != 4 and 1 < model.block_size <= SHORT
-    if has_dropout or is_slow_fused:  # attention by plain operations, which keep its weights (T, T)
+    by_plain_operations = has_dropout or is_slow_fused
+    if model.arch == "llama":
+        block = _llama_block_bytes(model, itemsize, by_plain_operations)
+    else:
+        # float32: the residual stream before attention and before the feed-forward layer. In the precision of the
+        # products: two normed copies, queries, keys, values, the output of attention, and the feed-forward layer before
+        # and after its GELU.
+        block = model.n_embd * (8 + itemsize * (2 * model.ffn_mult + 6))
+    if by_plain_operations:  # which keep the weights of attention (T, T)
         matrices = 3 if has_dropout else 1
-        block += matrices * n * model.block_size * model.n_head * itemsize
+        block += matrices * model.block_size * model.n_head * itemsize
     if has_dropout:
-        block += 2 * n * model.n_embd * itemsize
-    gradients = 4 * n * (ffn_copies * model.ffn_width + 8 * model.n_embd)  # approximate
-    return model.n_layer * block + gradients
+        block += 2 * model.n_embd * itemsize
+    return model.n_layer * n * block + gradients
+
+
+def _is_fused(config: TrainConfig, on_cpu: bool, itemsize: int) -> bool:
+    """Whether a llama's blocks are computed by llm.fused."""
+    model = config.model
+    fits = model.arch == "llama" and model.dropout == 0 and config.parallel == "ddp" and model.block_size <= LONGEST
+    return fits and on_cpu and itemsize == 2 and load_kernel() is not None
+
+
+def _fused_block_bytes(model: GPTConfig) -> int:
+    """What `llm.fused` keeps of a block for each token; the names are those of its tensors."""
+    joined = (model.n_head + 2 * model.kv_heads) * model.head_size
+    x_and_middle = 2 * 4 * model.n_embd
+    y_1_y_2_and_merged = 3 * 2 * model.n_embd
+    joined_and_heads = 2 * 2 * joined
+    attention = 2 * model.n_head * model.block_size
+    gates = 2 * 2 * model.ffn_width
+    scales = 4 * (2 + model.n_head + model.kv_heads)
+    return x_and_middle + y_1_y_2_and_merged + joined_and_heads + attention + gates + scales
+
+
+def _llama_block_bytes(model: GPTConfig, itemsize: int, by_plain_operations: bool) -> int:
+    """What autograd keeps of a block of `llm.llama` for each token, without the weights of attention."""
+    width, keys = model.n_embd, model.kv_heads * model.head_size
+    stream_and_normed = 4 * 4 * width  # before attention and before the feed-forward layer, in float32
+    scaled_rotated_and_merged = 5 * itemsize * width  # the inputs of three products; queries and keys
+    feed_forward = 4 * itemsize * model.ffn_width  # gate and up, the activated gate, the product
+    found = stream_and_normed + scaled_rotated_and_merged + feed_forward
+    if itemsize == 4 or not by_plain_operations:
+        found += itemsize * (width + 2 * keys)  # queries, keys and values as they were joined
+    if by_plain_operations or keys < width:
+        found += itemsize * width  # values, copied
+    if model.qk_norm:  # the normed vectors in float32, and in bfloat16 a copy of them before
+        found += (4 if itemsize == 4 else 8) * (width + keys)
+    return found
 
 
 def machine_memory() -> int | None:

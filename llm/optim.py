@@ -1,5 +1,6 @@
-"""Parameter groups, the optimizer (AdamW: Loshchilov & Hutter 2019) and gradient clipping."""
+"""Parameter groups, the optimizer (AdamW: Loshchilov & Hutter 2019; or Muon and AdamW) and gradient clipping."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,35 +8,53 @@ from torch import Tensor, nn
 
 from llm.config import TrainConfig
 from llm.machine.world import full_tensor
+from llm.muon import Muon, hidden_matrices
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, split: bool) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, split: bool, without: Iterable[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
     """Return one group, or with `split` two: norms, biases and embeddings get no weight decay.
 
-    An output matrix tied to the embedding counts as the embedding.
+    An output matrix tied to the embedding counts as the embedding. The parameters `without` are left out. A step
+    multiplies the schedule's learning rate by a group's `lr_ratio`.
     """
+    absent = {id(p) for p in without}
+    parameters = [p for p in model.parameters() if id(p) not in absent]
     if not split:
-        return [{"params": list(model.parameters()), "weight_decay": weight_decay}]
+        return [{"params": parameters, "weight_decay": weight_decay, "lr_ratio": 1.0}]
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in embeddings]
-    plain = [p for p in model.parameters() if p.dim() < 2 or id(p) in embeddings]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    decayed = [p for p in parameters if p.dim() >= 2 and id(p) not in embeddings]
+    plain = [p for p in parameters if p.dim() < 2 or id(p) in embeddings]
+    return [
+        {"params": decayed, "weight_decay": weight_decay, "lr_ratio": 1.0},
+        {"params": plain, "weight_decay": 0.0, "lr_ratio": 1.0},
+    ]
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over the model's parameters. The training loop sets its learning rate at every step.
+def make_optimizer(
+    model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32
+) -> torch.optim.AdamW | Muon:
+    """Return the optimizer of the settings: AdamW, or Muon for the matrices of the blocks and AdamW for the rest.
 
-    If its attribute `found_inf` (one float32) is not 0, the fused kernel leaves weights and moments as they are.
+    The training loop sets its learning rate at every step. `dtype`: precision of the run's matrix products.
+    If its attribute `found_inf` (one float32) is not 0, a step leaves weights and state as they are.
     """
-    groups = parameter_groups(model, config.weight_decay, config.weight_decay_split)
+    matrices = hidden_matrices(model) if config.optimizer == "muon" else {}
+    groups = parameter_groups(model, config.weight_decay, config.weight_decay_split, matrices)
     optimizer = torch.optim.AdamW(groups, lr=config.max_lr, betas=(config.beta1, config.beta2), fused=True)
     for p in model.parameters():  # now, so that the moments are not allocated between the buffers of the first steps
-        optimizer.state[p] = {
-            "step": torch.zeros((), device=p.device),
-            "exp_avg": torch.zeros_like(p.detach()),
-            "exp_avg_sq": torch.zeros_like(p.detach()),
-        }
-    return optimizer
+        if p not in matrices:
+            optimizer.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p.detach()),
+                "exp_avg_sq": torch.zeros_like(p.detach()),
+            }
+    if not matrices:
+        return optimizer
+    ratio = config.muon_lr / config.max_lr
+    group = {"lr": config.muon_lr, "lr_ratio": ratio, "weight_decay": config.weight_decay}
+    return Muon(optimizer, matrices, group | {"muon_momentum": config.muon_momentum}, dtype)
 
 
 def clip_gradients(model: nn.Module, grad_clip: float) -> Tensor:

@@ -1,8 +1,11 @@
-"""The learning rate as a pure function of the step: warm-up from 0 to the peak, then down to the floor."""
+"""Learning rate and momentum as pure functions of the step: warm-up from 0 to the peak, then down to the floor."""
 
 import math
 
 from llm.config import TrainConfig
+
+FIRST_MOMENTUM = 0.85  # of Muon
+MOMENTUM_WARMUP = 300  # steps
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
@@ -16,6 +19,17 @@ def lr_at(step: int, config: TrainConfig) -> float:
     if config.schedule == "linear":
         return config.final_lr * t + config.max_lr * (1 - t)
     return config.final_lr + 0.5 * (config.max_lr - config.final_lr) * (1 + math.cos(math.pi * t))
+
+
+def muon_momentum_at(step: int, config: TrainConfig) -> float:
+    """Return Muon's momentum in update `step`: from 0.85 up to `muon_momentum` in 300 steps, or 10 % of fewer.
+
+    The first gradients change fast, so that old ones would mislead. A `muon_momentum` below 0.85 has no warm-up.
+    """
+    warmup = min(MOMENTUM_WARMUP, config.max_steps // 10)
+    if step >= warmup or config.muon_momentum < FIRST_MOMENTUM:
+        return config.muon_momentum
+    return FIRST_MOMENTUM + (config.muon_momentum - FIRST_MOMENTUM) * (step / warmup)
 
 
 def warmup_warning(config: TrainConfig) -> str | None:

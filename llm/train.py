@@ -13,7 +13,7 @@ import torch
 
 from llm.machine.device import precision
 from llm.optim import clip_gradients
-from llm.schedule import lr_at
+from llm.schedule import lr_at, muon_momentum_at
 from llm.training.evaluating import evaluate_run
 from llm.training.events import Event, Step
 from llm.training.live import LiveRun
@@ -28,9 +28,10 @@ def train_step(parts: Parts, step: int) -> Step:
     """Make update number `step`, counted from 0. A loss or gradient that is not finite makes no update."""
     optimizer, scaler = parts.optimizer, parts.scaler
 
-    # the learning rate is a function of the step
+    # learning rate and momentum are functions of the step
     for group in optimizer.param_groups:
-        group["lr"] = lr_at(step, parts.config)
+        group["lr"] = lr_at(step, parts.config) * group["lr_ratio"]
+        group["muon_momentum"] = muon_momentum_at(step, parts.config)  # AdamW does not read it
 
     # forward and backward of each micro-batch; gradients are exchanged between processes with the last one
     optimizer.zero_grad()
@@ -51,7 +52,7 @@ def train_step(parts: Parts, step: int) -> Step:
     refused = ~torch.isfinite(loss)
     if not scaler.is_enabled():  # with float16, the scaler handles overflow: it skips the update and lowers the scale
         refused = refused | ~torch.isfinite(grad_norm.to(parts.device))
-        optimizer.found_inf = refused.float()  # type: ignore[attr-defined]  # read by the fused kernel
+        optimizer.found_inf = refused.float()  # type: ignore[union-attr]  # read by the fused kernel
     scaler.step(optimizer)
     scaler.update()
     return Step(step + 1, loss, grad_norm, refused)

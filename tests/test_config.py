@@ -142,6 +142,7 @@ NUMBERS = [name for name, f in FIELDS.items() if f.type in (int, float, int | No
 WHOLE = [name for name in NUMBERS if FIELDS[name].type in (int, int | None)]
 ZERO = {
     "warmup_steps": {"max_steps": 10},
+    "muon_momentum": {"optimizer": "muon"},
     **{name: {} for name in ("dropout", "min_lr", "beta1", "beta2", "weight_decay")},
     **{name: {} for name in ("grad_clip", "seed", "sample_tokens")},
 }
@@ -149,7 +150,7 @@ ZERO = {
 
 def test_the_fields_under_test_are_the_fields():
     assert {"batch_size", "max_lr", "n_embd", "dropout", "max_time", "seed", "patience", "vocab_size"} <= set(NUMBERS)
-    assert len(NUMBERS) == 30
+    assert len(NUMBERS) == 32
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,14 @@ def count_feed_forward_parameters(config: GPTConfig) -> int:
     return weights + biases
 
 
+def count_hidden_matrices(config: GPTConfig) -> int:
+    """Return the parameters of the matrices of all blocks."""
+    width = config.n_embd
+    attention = 2 * width * (width + config.kv_heads * config.head_size)
+    feed_forward = (3 if config.arch == "llama" else 2) * width * config.ffn_width
+    return config.n_layer * (attention + feed_forward)
+
+
 def count_parameters_by_part(config: GPTConfig) -> dict[str, int]:
     """Return the parameters of each part of the model. The final norm counts with the blocks.
 
@@ -51,7 +59,5 @@ def flops_per_token(config: GPTConfig) -> float:
     them.
     """
     width = config.n_embd
-    attention = 2 * width * (width + config.kv_heads * config.head_size)
-    feed_forward = (3 if config.arch == "llama" else 2) * width * config.ffn_width
-    weights = config.n_layer * (attention + feed_forward) + config.vocab_size * width
+    weights = count_hidden_matrices(config) + config.vocab_size * width
     return 6.0 * weights + 12.0 * config.n_layer * width * config.block_size

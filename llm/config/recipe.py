@@ -153,9 +153,14 @@ class TrainConfig:
     schedule: Literal["cosine", "linear", "constant"] = setting(
         "cosine", "shape of the learning rate after the warm-up"
     )
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw", "adamw; or muon: Muon for the matrices of the blocks, AdamW for the rest"
+    )
+    muon_lr: float = setting(0.02, "Muon: peak learning rate of the matrices of the blocks", above=0.0, high=100.0)
+    muon_momentum: float = setting(0.95, "Muon: decay rate of the mean gradient", low=0.0, high=0.999999)
     beta1: float = setting(0.9, "AdamW: decay rate of the mean gradient", low=0.0, high=0.999999)
     beta2: float = setting(0.95, "AdamW: decay rate of the mean squared gradient", low=0.0, high=0.9999999)
-    weight_decay: float = setting(0.01, "AdamW: weight decay", low=0.0, high=100.0)
+    weight_decay: float = setting(0.01, "weight decay", low=0.0, high=100.0)
     weight_decay_split: bool = setting(False, "apply no weight decay to norms, biases and embeddings")
     grad_clip: float = setting(0.0, "clip the gradient to this norm; 0 turns clipping off", low=0.0)
 
@@ -186,6 +191,16 @@ class TrainConfig:
             )
         if self.final_lr > self.max_lr:
             raise UserError(f"min_lr = {self.min_lr} is above max_lr = {self.max_lr}; lower it, or raise max_lr")
+        if self.optimizer != "muon":
+            self._check_no_muon_settings()
+
+    def _check_no_muon_settings(self) -> None:
+        for name in MUON_SETTINGS:
+            if getattr(self, name) != TRAIN_FIELDS[name].default:
+                raise UserError(
+                    f"{name} = {getattr(self, name)}: optimizer = {self.optimizer!r} does not use it; leave it out, or "
+                    "give --optimizer muon"
+                )
 
     @property
     def warmup(self) -> int:
@@ -218,5 +233,7 @@ class TrainConfig:
 MODEL_FIELDS = {f.name: f for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"}
 
 TRAIN_FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "model"}
+
+MUON_SETTINGS = ("muon_lr", "muon_momentum")  # apply to optimizer = "muon" only
 
 FIELDS = TRAIN_FIELDS | MODEL_FIELDS  # every flag of `train`, by name

@@ -24,7 +24,7 @@ from llm.config.fields import (
     parse_integer,
     short_repr,
 )
-from llm.config.recipe import FIELDS, MODEL_FIELDS, PRESETS, TRAIN_FIELDS, TrainConfig
+from llm.config.recipe import FIELDS, MODEL_FIELDS, MUON_SETTINGS, PRESETS, TRAIN_FIELDS, TrainConfig
 from llm.errors import UserError
 
 ALIASES = {  # nanoGPT's names that mean the same
@@ -182,7 +182,11 @@ def over_preset(preset: dict[str, Any], given: dict[str, Any], say: Callable[[st
 
 def _conflicts(preset: dict[str, Any], given: dict[str, Any]) -> Iterator[_Conflict]:
     """Yield the conflicts of the settings that the preset sets and the user does not."""
-    for find in (_arch_conflicts, _schedule_conflicts, _width_conflicts, _parallel_conflicts, _text_conflicts):
+    finders = (
+        *(_arch_conflicts, _optimizer_conflicts, _schedule_conflicts, _width_conflicts),
+        *(_parallel_conflicts, _text_conflicts),
+    )
+    for find in finders:
         for conflict in find(preset, given):
             if preset.get(conflict.name) is not None and conflict.name not in given:
                 yield conflict
@@ -204,6 +208,12 @@ def _schedule_conflicts(preset: dict[str, Any], given: dict[str, Any]) -> Iterat
     lr = given.get("max_lr")
     if lr is not None and (both.get("min_lr") or 0) > lr:
         yield _Conflict("min_lr", f"it is above max_lr = {lr:g}; the final learning rate is a tenth of max_lr")
+
+
+def _optimizer_conflicts(preset: dict[str, Any], given: dict[str, Any]) -> Iterator[_Conflict]:
+    if given.get("optimizer") == "adamw":
+        for name in MUON_SETTINGS:
+            yield _Conflict(name, "it applies to optimizer = 'muon' only")
 
 
 def _width_conflicts(preset: dict[str, Any], given: dict[str, Any]) -> Iterator[_Conflict]:
@@ -247,9 +257,11 @@ def _text_conflicts(preset: dict[str, Any], given: dict[str, Any]) -> Iterator[_
 def to_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the flat settings of a config: `from_settings(to_settings(c)) == c`.
 
-    Settings that are None, and those of another architecture, are left out.
+    Settings that are None, and those of another architecture or optimizer, are left out.
     """
     values = {name: getattr(config, name) for name in TRAIN_FIELDS}
+    if config.optimizer != "muon":
+        values = {name: value for name, value in values.items() if name not in MUON_SETTINGS}
     model = config.model
     values |= {name: getattr(model, name) for name, f in MODEL_FIELDS.items() if f.metadata["arch"] in ("", model.arch)}
     return {name: value for name, value in values.items() if value is not None}

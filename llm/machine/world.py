@@ -168,6 +168,33 @@ def local_shard(value: Tensor) -> Tensor:
     return value.to_local() if hasattr(value, "to_local") else value
 
 
+def gather_shards(shard: Tensor, p: Tensor) -> Tensor:
+    """Return the full tensor of `shard`, which has the place of this process's shard of `p`; a collective.
+
+    If `p` is not sharded, `shard` is full. The result may have another dtype than `p`; it is on the device of the mesh.
+    """
+    if not hasattr(p, "device_mesh"):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    local = shard.to(_collective_device(p))
+    place = {"device_mesh": p.device_mesh, "placements": p.placements}  # type: ignore[attr-defined]
+    return DTensor.from_local(local, **place, shape=p.shape, stride=p.stride()).full_tensor()
+
+
+def take_shard(full: Tensor, p: Tensor) -> Tensor:
+    """Return this process's shard of `full`, which all processes have: the rows that it holds of the sharded `p`.
+
+    If `p` is not sharded, return `full` itself.
+    """
+    if not hasattr(p, "device_mesh"):
+        return full
+    from torch.distributed.tensor import DTensor, Replicate
+
+    replicas = DTensor.from_local(full, p.device_mesh, [Replicate()])
+    return replicas.redistribute(placements=p.placements).to_local().to(p.device)  # type: ignore[attr-defined]
+
+
 def receive(world: World, into: Tensor, value: Tensor | None) -> None:
     """Fill `into` on every process, sharded or not, with the full tensor `value` that only rank 0 has."""
     if world.size == 1 and not hasattr(into, "full_tensor"):

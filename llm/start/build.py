@@ -41,7 +41,8 @@ def build(
     if config.parallel == "fsdp" and world.started:
         shard_model(model, world, device, dtype, config.cpu_offload)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return Parts(config, model, model, make_optimizer(model, config), scaler, data, tokenizer, device, dtype, world)
+    optimizer = make_optimizer(model, config, dtype)
+    return Parts(config, model, model, optimizer, scaler, data, tokenizer, device, dtype, world)
 
 
 def connect(parts: Parts, say: Say) -> None:

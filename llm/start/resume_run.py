@@ -96,6 +96,7 @@ def check_same_settings(out_dir: Path, config: TrainConfig, facts: dict[str, Any
     now = json.loads(json.dumps(to_settings(config)))
     if not isinstance(saved, dict):
         raise UserError(f"{out_dir}: its checkpoint is of another version (no settings in state.json)")
+    saved = to_settings(TrainConfig()) | saved  # a setting that is newer than the checkpoint had its default
     if name := incompatible_setting(saved, now):
         ours, theirs = ({**settings, **identifying_settings(settings)}.get(name) for settings in (now, saved))
         raise UserError(

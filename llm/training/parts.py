@@ -14,6 +14,7 @@ from llm.config import TrainConfig
 from llm.data import TokenData, batch_at
 from llm.machine.device import onto
 from llm.machine.world import ALONE, World
+from llm.muon import Muon
 from llm.tokens.tokenizer import Tokenizer
 
 
@@ -39,7 +40,7 @@ class Parts:
     config: TrainConfig
     model: Model
     forward: Callable[..., Any]
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.AdamW | Muon
     scaler: torch.amp.GradScaler  # for float16; disabled, it changes nothing
     data: TokenData
     tokenizer: Tokenizer | None  # None: unknown, so no samples and no bits per byte

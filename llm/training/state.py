@@ -46,19 +46,19 @@ def tensors_of(parts: Parts) -> checkpoint.Groups:
     }
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's state by names such as "exp_avg.h.0.ln_1.weight".
 
     Returns {} before the first update, when all of it is zero.
     """
     named = {name: optimizer.state[p] for name, p in model.named_parameters()}
-    if not any(entry["step"].item() for entry in named.values()):
+    if not any(entry["step"].item() for entry in named.values() if "step" in entry):  # Muon counts no steps
         return {}
     return {f"{kind}.{name}": value for name, entry in named.items() for kind, value in entry.items()}
 
 
 def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor], world: World = ALONE
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], world: World = ALONE
 ) -> None:
     """Copy `tensors`, the `optimizer_tensors` on rank 0, into the optimizer of every rank.
 

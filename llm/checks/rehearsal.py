@@ -21,7 +21,6 @@ from llm.checks.compare_runs import TOLERANCES, run_differences
 from llm.checks.processes import check_time, children_of, running_processes
 from llm.checks.shrink import PIECE, STEPS, prepare_first_piece, shrink_config
 from llm.config import TrainConfig, from_settings, write_toml
-from llm.config.counts import count_parameters
 from llm.data import TokenData, open_data
 from llm.errors import Failure, UserError
 from llm.machine.device import DTYPES, choose_device, choose_dtype
@@ -197,8 +196,7 @@ class Rehearsal:
 
     def memory(self) -> tuple[bool | None, str]:
         """Check the host memory that rank 0 needs while it saves a checkpoint of the real model."""
-        copies = arithmetic.BYTES_COPIED_TO_SAVE * count_parameters(self.config.model)
-        needed = arithmetic.PROCESS_BYTES + copies
+        needed = arithmetic.PROCESS_BYTES + arithmetic.bytes_copied_to_save(self.config)
         message = f"{needed / 2**30:.2f} GiB on the host of rank 0 to save"
         return self._judge_space(message, needed, arithmetic.machine_memory())
 

@@ -13,6 +13,7 @@ from llm.config import GPTConfig, TrainConfig
 from llm.config.counts import (
     count_attention_parameters,
     count_feed_forward_parameters,
+    count_hidden_matrices,
     count_parameters,
     count_parameters_by_part,
     flops_per_token,
@@ -24,9 +25,6 @@ from llm.machine.kernel import load_kernel
 from llm.model import SHORT
 
 MIB = 2**20
-
-# bytes per parameter while a checkpoint is saved: weights and two moments, and the weights again for model.pt
-BYTES_COPIED_TO_SAVE = 16
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal for text that is read once
 
@@ -68,15 +66,36 @@ def memory_for(config: TrainConfig, on_cpu: bool, itemsize: int) -> dict[str, in
     found = {
         "weights": 4 * count,
         "gradients": 4 * count,
-        "optimizer state": 8 * count,
+        "optimizer state": optimizer_bytes(config),
         "low-precision copies": _low_precision_bytes(model, on_cpu, itemsize),
         "loss": _loss_bytes(config, on_cpu, itemsize),
         "activations": _activation_bytes(config, on_cpu, itemsize),
     }
     if on_cpu:
-        found["copies being saved"] = BYTES_COPIED_TO_SAVE * count
+        found["copies being saved"] = bytes_copied_to_save(config)
         found["process"] = PROCESS_BYTES
     return found
+
+
+def optimizer_bytes(config: TrainConfig) -> int:
+    """Return the bytes of the optimizer's state: two moments of each parameter, or one of those that Muon updates.
+
+    Muon's products take more for a moment, after the activations are freed and mostly less than these.
+    """
+    moments = 2 * count_parameters(config.model)
+    if config.optimizer == "muon":
+        moments -= count_hidden_matrices(config.model)
+    return 4 * moments
+
+
+def checkpoint_bytes(config: TrainConfig) -> int:
+    """Return the bytes of a checkpoint: weights and the optimizer's state."""
+    return 4 * count_parameters(config.model) + optimizer_bytes(config)
+
+
+def bytes_copied_to_save(config: TrainConfig) -> int:
+    """Return the bytes of the copies while a checkpoint is saved: its own, and the weights again for model.pt."""
+    return checkpoint_bytes(config) + 4 * count_parameters(config.model)
 
 
 def _low_precision_bytes(model: GPTConfig, on_cpu: bool, itemsize: int) -> int:
@@ -193,7 +212,7 @@ def disk(config: TrainConfig, tokens: int) -> dict[str, int]:
     kept = min(config.keep + 1, 1 + count_evaluations(config))  # the newest checkpoints and the best
     bytes_per_token = 4 if config.model.vocab_size > 2**16 else 2
     return {
-        "states": kept * 12 * count,  # weights and two moments, float32
+        "states": kept * checkpoint_bytes(config),
         "model.pt and best.pt": 2 * 4 * count,
         "token files": round(bytes_per_token * tokens / (1 - config.val_fraction)),
     }

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 
 from llm.config import TrainConfig, from_settings
-from llm.config.counts import count_parameters
 from llm.data import TokenData
 from llm.evaluate import WINDOW_TOKENS, evaluate
 from llm.generate import generate
 from llm.machine.device import choose_device, choose_dtype, precision
-from llm.plan.arithmetic import BYTES_COPIED_TO_SAVE, MIB, count_evaluations, machine_memory, memory
+from llm.plan.arithmetic import MIB, bytes_copied_to_save, count_evaluations, machine_memory, memory
 from llm.plan.text_size import Text
 from llm.start.build import build
 from llm.train import train_step
@@ -155,6 +154,6 @@ def run_seconds(config: TrainConfig, text: Text, pace: Pace) -> dict[str, float]
         "evaluation": evaluations * validated * pace.evaluated_token,
         "samples": evaluations * config.sample_tokens * pace.sampled_token,
         "pictures": evaluations * PICTURE_SECONDS,
-        "saving": saves * BYTES_COPIED_TO_SAVE * count_parameters(config.model) / SAVING_RATE,
+        "saving": saves * bytes_copied_to_save(config) / SAVING_RATE,
         "starting": STARTING_SECONDS + text.unprepared / TOKENIZING_RATE,
     }

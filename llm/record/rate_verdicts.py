@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 
 from llm.config import TrainConfig
 from llm.record.metrics import SPIKE_HISTORY, losses
-from llm.record.verdicts import gentler_flags
+from llm.record.verdicts import gentler_flags, learning_rate_flags
 from llm.storage.lines import Row
 
 EXPLODES = 10  # a gradient norm this many times its usual value has exploded
@@ -94,7 +94,7 @@ def too_slow(rows: list[Row], config: TrainConfig) -> str | None:
     return (
         f"learning rate probably too low: the training loss fell from {start:.2f} to {end:.2f}, and "
         f"{fall_of_half / fall:.0%} of that in the second half (by summed learning rate), where about 10 % is usual; "
-        f"try --max_lr {3 * config.max_lr:.2g}, or more --max_steps"
+        f"try {learning_rate_flags(config, 3)}, or more --max_steps"
     )
 
 

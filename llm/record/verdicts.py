@@ -147,9 +147,17 @@ def refused(rows: list[Row], config: TrainConfig) -> str | None:
     )
 
 
+def learning_rate_flags(config: TrainConfig, factor: float) -> str:
+    """Return the flags that multiply the learning rate, Muon's too, by `factor`."""
+    flags = f"--max_lr {config.max_lr * factor:.2g}"
+    if config.optimizer == "muon":
+        flags += f", --muon_lr {config.muon_lr * factor:.2g}"
+    return flags
+
+
 def gentler_flags(config: TrainConfig) -> str:
     """Return the flags that make updates smaller."""
-    flags = f"--max_lr {config.max_lr / 3:.2g}"
+    flags = learning_rate_flags(config, 1 / 3)
     if not 0 < config.grad_clip <= 1:
         flags += ", --grad_clip 1"
     return flags

@@ -8,7 +8,7 @@ from llm.commands.planning.plan_scale_prediction import ScalePlan, Tables
 from llm.commands.planning.tables import format_table
 from llm.config.counts import count_parameters, count_parameters_by_part
 from llm.plan import accelerators, clusters
-from llm.plan.arithmetic import TOKENS_PER_PARAMETER, optimal_parameters, run_flops
+from llm.plan.arithmetic import TOKENS_PER_PARAMETER, checkpoint_bytes, optimal_parameters, run_flops
 from llm.plan.forecast import short, spoken
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ def _memory_lines(plan: ScalePlan) -> Iterator[str]:
         parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in memory.items() if size >= 0.005 * GIB)
         detail = f": {parts}" if way in WITH_PARTS else ""
         yield _line("memory", f"{way}: {sum(memory.values()) / GIB:.2f} GiB a rank, {verdict}{detail}")
-    # rank 0 gathers weights and both moments of AdamW to save them: 12 bytes per parameter
-    yield _line("saving", f"{12 * _parameter_count(plan) / GIB:.2f} GiB more in the first rank's host")
+    # rank 0 gathers the weights and the optimizer's state to save them
+    yield _line("saving", f"{checkpoint_bytes(plan.config) / GIB:.2f} GiB more in the first rank's host")
 
 
 def _time_lines(plan: ScalePlan) -> Iterator[str]:

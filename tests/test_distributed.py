@@ -37,6 +37,7 @@ RUN = SMALL | {
 }
 TWO = RUN | {"gradient_accumulation_steps": 2, "grad_clip": 0.0}  # 2 processes x 1 against 1 process x 2
 LLAMA = TWO | {"arch": "llama", "n_kv_head": 1, "dtype": "bfloat16"}
+MUON = RUN | {"optimizer": "muon", "n_embd": 6, "dropout": 0.0, "activation_checkpointing": True}  # rows: 18, 6, 24, 6
 # Tolerance. In fp32 a step adds up in another order; 8 steps enlarge a difference of 1e-7 to at most this.
 CLOSE = {"float32": 2e-6, "bfloat16": 4e-3}
 TORTURE = bool(os.environ.get("LOSSCURVE_TORTURE"))
@@ -72,6 +73,8 @@ def jobs_of(place, size):
             jobs[f"{kind} {dtype}"] = job(rank_jobs.train, settings=settings(place, name, **more))
             begin = settings(place, f"{name} evaluated", init_from=str(place / "first"), **more)
             jobs[f"{kind} {dtype} evaluated"] = job(rank_jobs.evaluate_first_weights, settings=begin, cases=EVALUATIONS)
+    if size == 0:
+        jobs["ddp muon"] = job(rank_jobs.train, settings=settings(place, "muon", **MUON))
     for kind in KINDS if size in (0, 2) else ():
         if size or kind == "ddp":
             two = settings(place, f"{size} {kind} two", **TWO | {"parallel": kind})
@@ -82,6 +85,8 @@ def jobs_of(place, size):
         for kind in KINDS:
             again = settings(place, f"{kind} again", parallel=kind, activation_checkpointing=True)
             jobs[f"{kind} again"] = job(rank_jobs.train, settings=again)
+            muon = settings(place, f"{kind} muon", **MUON | {"parallel": kind})
+            jobs[f"{kind} muon"] = job(rank_jobs.train, settings=muon)
         offload = settings(place, "offload", parallel="fsdp", cpu_offload=True)
         jobs["offload"] = job(rank_jobs.train, settings=offload)
     return jobs
@@ -298,3 +303,33 @@ def test_a_run_saved_by_any_world_is_resumed_by_any_other(place, outcomes, resum
             undisturbed = outcomes[source[0]][f"{source[1]} float32"][0]
             assert largest_difference(ours[0]["weights"], undisturbed["weights"]) == 0, (source, target)
     record_property("saved by N, resumed by M", len(resumed_runs))
+
+
+@pytest.fixture(scope="module")
+def resumed_muon_runs(place, outcomes):
+    """Return what each rank of 4 returned of a resumed run with Muon that 2 saved, by the two kinds."""
+    jobs = {}
+    for source, target in (("ddp", "fsdp"), ("fsdp", "ddp")):
+        folder = place / f"{source} muon resumed by {target}"
+        shutil.copytree(place / f"{source} muon", folder)
+        shutil.rmtree(folder / f"step-{STEPS:06d}")
+        jobs[source, target] = job(rank_jobs.train, settings={"out_dir": str(folder), "parallel": target}, resume=True)
+    done = run_world(4, list(jobs.values()), place / "outcomes of muon")
+    return {pair: require_values(of) for pair, of in zip(jobs, done, strict=True)}
+
+
+def test_muon_on_several_processes_is_muon_on_one(place, outcomes, resumed_muon_runs):
+    """A matrix is orthogonalised whole, though its rows are sharded, in shards of unequal sizes or none."""
+    [alone] = outcomes[0]["ddp muon"]
+    ours = {kind: outcomes[2][f"{kind} muon"] for kind in KINDS} | resumed_muon_runs
+    for what, ranks in ours.items():
+        for one in ranks:
+            losses = alone["losses"][-len(one["losses"]) :]
+            assert one["losses"] == pytest.approx(losses, abs=CLOSE["float32"]), what
+            assert largest_difference(one["weights"], alone["weights"]) < CLOSE["float32"], what
+            assert largest_difference(one["weights"], ranks[0]["weights"]) == 0, what
+    for (source, _), ranks in resumed_muon_runs.items():
+        saved, _ = checkpoint.load_state(place / f"{source} muon" / f"step-{STATE:06d}")
+        for name, value in saved["optimizer"].items():
+            assert torch.equal(ranks[0]["start"][0]["optimizer"][name], value), name
+        assert saved["optimizer"]["momentum.h.1.attn.c_attn.weight"].abs().max() > 0

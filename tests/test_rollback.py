@@ -65,10 +65,11 @@ def test_a_batch_that_is_not_finite_makes_no_update(here, where, value):
     assert optimizer_step.item() == 6
 
 
-def test_a_replay_refuses_the_same_batches(here):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_replay_refuses_the_same_batches(here, optimizer):
     """Stopped between two refused batches, or before a run goes back, and resumed: as if never stopped."""
     for folder, stop_at in (("whole", None), ("first", 4), ("second", 8)):
-        with new_run(config_for(here, out_dir=folder, max_steps=16, log_every=2)) as run:
+        with new_run(config_for(here, out_dir=folder, max_steps=16, log_every=2, optimizer=optimizer)) as run:
             plant(run, math.nan, [3, 6, 9, 10, 11, 12])
             run.stop = lambda run=run, stop_at=stop_at: run.progress.step == stop_at
             list(train(run))

@@ -102,8 +102,9 @@ def test_a_run_of_50_steps_keeps_its_losses(tmp_path, monkeypatch):
         {"dropout": 0.3, "gradient_accumulation_steps": 2, "grad_clip": 1.0},
         {"dtype": "bfloat16", "weight_decay_split": True, "tied_lm_head": True},
         {"dtype": "float16"},
+        {"dtype": "float16", "optimizer": "muon", "dropout": 0.3},
     ],
-    ids=["plain", "dropout", "bfloat16", "float16"],
+    ids=["plain", "dropout", "bfloat16", "float16", "muon"],
 )
 @pytest.mark.parametrize("stop_at", [4, 7])
 def test_a_resumed_run_is_the_run_never_stopped(here, settings, stop_at):

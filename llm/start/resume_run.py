@@ -90,13 +90,21 @@ def check_request(out_dir: Path, changes: dict[str, Any], world: World) -> tuple
     return before, apply_changes(before, wanted)
 
 
+def _with_newer_settings(out_dir: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a checkpoint with the defaults of those that it lacks, because they are newer than it."""
+    try:
+        return dict(json.loads(json.dumps(to_settings(from_settings(saved)))))
+    except UserError as error:
+        raise UserError(f"{out_dir}: its checkpoint has other settings ({error}); start another run") from None
+
+
 def check_same_settings(out_dir: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
     """Raise UserError if config.toml differs from the settings that the checkpoint was trained with."""
     saved = facts.get("settings")
     now = json.loads(json.dumps(to_settings(config)))
     if not isinstance(saved, dict):
         raise UserError(f"{out_dir}: its checkpoint is of another version (no settings in state.json)")
-    saved = to_settings(TrainConfig()) | saved  # a setting that is newer than the checkpoint had its default
+    saved = _with_newer_settings(out_dir, saved)
     if name := incompatible_setting(saved, now):
         ours, theirs = ({**settings, **identifying_settings(settings)}.get(name) for settings in (now, saved))
         raise UserError(

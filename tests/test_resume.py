@@ -1,14 +1,18 @@
 """What a resume is given is what it uses: the text, the split of a step, folders by any spelling."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from conftest import flags
 
-from llm.config import read_toml
+from llm.config import from_settings, read_toml, to_settings
+from llm.errors import UserError
 from llm.record.metrics import losses, read_record
+from llm.start.resume_run import check_same_settings
 from llm.storage.checkpoint import saved_steps
+from llm.weights import run_config
 
 TEXT = "--text text.txt --data_dir data"
 
@@ -64,6 +68,15 @@ def test_the_remedy_for_another_run_works_when_pasted(run, losscurve):
         assert code == 0, err
         assert saved_steps(Path("checkpoints-2"))
         shutil.rmtree("checkpoints-2")
+
+
+def test_a_checkpoint_from_before_a_setting_existed_has_its_default(run):
+    config = run_config(run / "checkpoints")
+    settings = json.loads(json.dumps(to_settings(config)))  # as a checkpoint holds them
+    del settings["order"]
+    check_same_settings(run, config, {"settings": settings})
+    with pytest.raises(UserError, match="order is 'epochs', and the checkpoint was trained with 'replacement'"):
+        check_same_settings(run, from_settings({"order": "epochs"}, config), {"settings": settings})
 
 
 # the text

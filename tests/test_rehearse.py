@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 KEPT = (
     *("parallel", "activation_checkpointing", "cpu_offload", "dtype", "dropout", "n_head", "bias", "tied_lm_head"),
     *("gelu", "ffn_mult", "vocab_size", "text", "tokenizer", "val_fraction", "schedule", "max_lr", "grad_clip"),
-    *("weight_decay", "weight_decay_split", "beta1", "beta2", "seed"),
+    *("weight_decay", "weight_decay_split", "beta1", "beta2", "seed", "order"),
 )
 
 

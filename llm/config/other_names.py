@@ -29,6 +29,7 @@ NAMES = (
         "batch bs bsz train_batch_size micro_batch_size device_batch_size per_device_train_batch_size "
         "per_device_batch_size total_batch_size global_batch_size",
     ),
+    ("order", "replacement or epochs", "sampler sampling shuffle shuffle_data"),
     (
         "gradient_accumulation_steps",
         "",

@@ -125,6 +125,9 @@ class TrainConfig:
 
     batch_size: int = setting(32, "windows per micro-batch", low=1, high=2**20)
     gradient_accumulation_steps: int = setting(1, "micro-batches per step", low=1, high=2**20)
+    order: Literal["replacement", "epochs"] = setting(
+        "replacement", "draw windows with replacement, or each once in an epoch, in an order of its own"
+    )
     max_steps: int = setting(
         5000, "updates in the run, and the length of the learning-rate schedule", low=1, high=10**9
     )

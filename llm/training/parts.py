@@ -54,7 +54,8 @@ class Parts:
         """Yield this process's share of the batch of `step`, in micro-batches of `batch_size` windows or fewer."""
         config, start = self.config, time.perf_counter()
         rows = self.world.rows(config.windows_per_step)
-        batch = batch_at(self.data.train, config.seed, step, config.windows_per_step, config.model.block_size, rows)
+        sizes = config.windows_per_step, config.model.block_size
+        batch = batch_at(self.data.train, config.seed, step, *sizes, rows, config.order)
         self.data_seconds += time.perf_counter() - start
         count = len(batch.x)
         for first in range(0, count, config.batch_size):

@@ -30,7 +30,8 @@ def main(argv: list[str]) -> int:
     config = run_config(run_dir)
     data = run_tokens(Run(run_dir, config), typed.data_dir, warn)
     tokenizer = run_tokenizer(run_dir, config.model.vocab_size, warn)
-    batch = batch_at(data.train, config.seed, args.step - 1, config.windows_per_step, config.model.block_size)
+    sizes = config.windows_per_step, config.model.block_size
+    batch = batch_at(data.train, config.seed, args.step - 1, *sizes, order=config.order)
     for number, (inputs, targets) in enumerate(zip(batch.x, batch.y, strict=True), 1):
         tokens = [*inputs.tolist(), int(targets[-1])]
         print_result(f"--- step {args.step}, window {number} of {len(batch.x)} ---")

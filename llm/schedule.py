@@ -1,4 +1,8 @@
-"""Learning rate and momentum as pure functions of the step: warm-up from 0 to the peak, then down to the floor."""
+"""Learning rate and momentum as pure functions of the step: warm-up from 0 to the peak, then down to the floor.
+
+The schedule "wsd" (warm-up, stable, decay: Hu et al. 2024) stays at the peak in between. Its cool-down is linear, by
+default over 40 % of the steps; Hägele et al. 2024 measured that it then does as well as a cosine.
+"""
 
 import math
 
@@ -15,8 +19,9 @@ def lr_at(step: int, config: TrainConfig) -> float:
         return config.max_lr * (step / config.warmup)
     if config.schedule == "constant":
         return config.max_lr
-    t = (step - config.warmup) / max(config.max_steps - config.warmup, 1)  # 0 at the peak, 1 at the end
-    if config.schedule == "linear":
+    start = decay_start(config)
+    t = max(step - start, 0) / max(config.max_steps - start, 1)  # 0 at the peak, 1 at the end
+    if config.schedule in ("linear", "wsd"):
         return config.final_lr * t + config.max_lr * (1 - t)
     return config.final_lr + 0.5 * (config.max_lr - config.final_lr) * (1 + math.cos(math.pi * t))
 
@@ -30,6 +35,15 @@ def muon_momentum_at(step: int, config: TrainConfig) -> float:
     if step >= warmup or config.muon_momentum < FIRST_MOMENTUM:
         return config.muon_momentum
     return FIRST_MOMENTUM + (config.muon_momentum - FIRST_MOMENTUM) * (step / warmup)
+
+
+def decay_start(config: TrainConfig) -> int:
+    """Return the last step at the peak: the end of the warm-up, or with wsd the start of its cool-down."""
+    if config.schedule == "constant":
+        return config.max_steps
+    if config.schedule == "wsd":
+        return max(config.warmup, config.max_steps - max(1, round(config.cooldown * config.max_steps)))
+    return config.warmup
 
 
 def warmup_warning(config: TrainConfig) -> str | None:

@@ -181,6 +181,20 @@ def test_the_slider_moves_curve_table_and_flags(browser, tmp_path):
         last = page.locator("#schedule-table tbody tr").last.inner_text().split()
         assert last[0] == "100"
         assert float(last[1]) == float(text.split("--min_lr ")[1].split()[0])
+        assert not page.locator("#cooldown").is_visible()
+        page.select_option("#shape", "wsd")
+        until(
+            lambda: page.locator("#flags").inner_text(),
+            lambda text: text.endswith("--decay_fraction 0.4"),
+            "its default",
+        )
+        page.locator("#cooldown").focus()
+        page.keyboard.press("Home")
+        until(lambda: page.locator("#flags").inner_text(), lambda text: text.endswith("--decay_fraction 0.01"), "flags")
+        page.locator("#floor").focus()
+        page.keyboard.press("Home")
+        until(lambda: page.locator("#flags").inner_text(), lambda text: "--min_lr 0.0 " in text, "a floor of 0")
+        assert page.locator("#schedule-table tbody tr").last.inner_text().split() == ["100", "0"]
 
 
 def test_the_playground_streams_and_shows_the_models_probabilities(browser, trained):

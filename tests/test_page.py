@@ -15,7 +15,7 @@ from llm.config import from_settings
 from llm.errors import UserError
 from llm.page.playground import Playground, parse_question
 from llm.run import Run
-from llm.schedule import lr_at, warmup_warning
+from llm.schedule import decay_start, lr_at, warmup_warning
 from llm.tokens.tokenizer import Bytes
 
 for package in ("starlette", "uvicorn", "plotly", "httpx"):
@@ -97,7 +97,7 @@ def test_a_run_is_a_number_of_those_given(tmp_path):
 # ---- the slider
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 @pytest.mark.parametrize("warmup", ["0", "20", "400"])
 def test_the_schedule_is_that_of_the_training(tmp_path, schedule, warmup):
     given = {
@@ -106,13 +106,14 @@ def test_the_schedule_is_that_of_the_training(tmp_path, schedule, warmup):
         "max_lr": "0.00012345678",
         "min_lr": "1e-5",
         "schedule": schedule,
+        **({"decay_fraction": "0.313"} if schedule == "wsd" else {}),
     }
     answer = client(tmp_path).get("schedule", params=given).json()
     config = from_settings(given)
     for step, lr in answer["curve"] + answer["table"]:
         assert lr == lr_at(step, config)
     steps = [step for step, _ in answer["curve"]]
-    assert {0, config.warmup, 1000} <= set(steps)
+    assert {0, config.warmup, decay_start(config), 1000} <= set(steps)
     assert answer["warning"] == warmup_warning(config)
     words = answer["flags"].split()
     typed = dict(zip([word.removeprefix("--") for word in words[::2]], words[1::2], strict=True))

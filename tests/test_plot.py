@@ -179,7 +179,7 @@ def test_runs_of_the_same_name_are_labelled_with_their_paths(tmp_path, monkeypat
     assert "b/run" in text
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 def test_schedule_picture(tmp_path, schedule):
     config = TrainConfig(schedule=schedule)
     plot_schedule(config, tmp_path / "s.svg")

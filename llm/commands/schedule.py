@@ -4,9 +4,10 @@ from pathlib import Path
 
 from llm.commands.flags import Parser, add_settings, config_from, path, warn
 from llm.config import FIELDS, TrainConfig
-from llm.schedule import lr_at, warmup_warning
+from llm.schedule import decay_start, lr_at, warmup_warning
 
-RELEVANT = ("max_steps", "warmup_steps", "max_lr", "min_lr", "schedule")  # the settings that the schedule depends on
+# the settings that the schedule depends on
+RELEVANT = ("max_steps", "warmup_steps", "max_lr", "min_lr", "schedule", "decay_fraction")
 
 
 def main(argv: list[str]) -> int:
@@ -38,8 +39,8 @@ def table(config: TrainConfig) -> str:
     warmup = config.warmup
     steps = config.max_steps
     in_warmup = {warmup * i // 4 for i in range(4)}
-    after_warmup = {warmup + (steps - warmup) * i // 12 for i in range(13)}
-    notes = {0: "start", warmup: "end of warm-up", steps: "end"}
+    after_warmup = {warmup + (steps - warmup) * i // 12 for i in range(13)} | {decay_start(config)}
+    notes = {decay_start(config): "start of cool-down", 0: "start", warmup: "end of warm-up", steps: "end"}
     lines = [f"{'step':>13}  {'learning rate':>13}  {'of the peak':>11}"]
     for step in sorted(in_warmup | after_warmup):
         lr = lr_at(step, config)

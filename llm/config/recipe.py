@@ -153,8 +153,11 @@ class TrainConfig:
     warmup_steps: int | None = setting(None, "steps of linear warm-up from 0 (default: 2 % of max_steps)", low=0)
     max_lr: float = setting(3e-4, "peak learning rate", above=0.0, high=100.0)
     min_lr: float | None = setting(None, "final learning rate (default: max_lr / 10)", low=0.0, high=100.0)
-    schedule: Literal["cosine", "linear", "constant"] = setting(
-        "cosine", "shape of the learning rate after the warm-up"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = setting(
+        "cosine", "shape of the learning rate after the warm-up; wsd: stable, then a linear cool-down"
+    )
+    decay_fraction: float | None = setting(
+        None, "wsd: share of max_steps in the cool-down (default: 0.4)", above=0.0, high=1.0
     )
     optimizer: Literal["adamw", "muon"] = setting(
         "adamw", "adamw; or muon: Muon for the matrices of the blocks, AdamW for the rest"
@@ -194,6 +197,11 @@ class TrainConfig:
             )
         if self.final_lr > self.max_lr:
             raise UserError(f"min_lr = {self.min_lr} is above max_lr = {self.max_lr}; lower it, or raise max_lr")
+        if self.decay_fraction is not None and self.schedule != "wsd":
+            raise UserError(
+                f"decay_fraction = {self.decay_fraction}: works with schedule = 'wsd' only, and it is "
+                f"{self.schedule!r}; leave one of them out"
+            )
         if self.optimizer != "muon":
             self._check_no_muon_settings()
 
@@ -216,6 +224,11 @@ class TrainConfig:
         if self.min_lr is not None:
             return self.min_lr
         return float(f"{self.max_lr / 10:.12g}")  # rounded to 12 digits: 3e-4 / 10 is not 3e-5 in binary
+
+    @property
+    def cooldown(self) -> float:
+        """Share of `max_steps` in the cool-down of wsd: `decay_fraction`, or 0.4."""
+        return 0.4 if self.decay_fraction is None else self.decay_fraction
 
     @property
     def windows_per_step(self) -> int:

@@ -208,6 +208,9 @@ def _schedule_conflicts(preset: dict[str, Any], given: dict[str, Any]) -> Iterat
     lr = given.get("max_lr")
     if lr is not None and (both.get("min_lr") or 0) > lr:
         yield _Conflict("min_lr", f"it is above max_lr = {lr:g}; the final learning rate is a tenth of max_lr")
+    schedule = given.get("schedule")
+    if schedule not in (None, "wsd"):
+        yield _Conflict("decay_fraction", f"it works with schedule = 'wsd' only, and schedule is {schedule!r}")
 
 
 def _optimizer_conflicts(preset: dict[str, Any], given: dict[str, Any]) -> Iterator[_Conflict]:

@@ -15,7 +15,7 @@ from llm.record.plot import landmark_losses
 from llm.record.points import MAX_POINTS, pick_evenly
 from llm.record.runs import run_state
 from llm.record.verdicts import MEANINGS
-from llm.schedule import lr_at
+from llm.schedule import decay_start, lr_at
 from llm.storage.lines import Row
 
 EVALUATION = ("step", "tokens", "seconds", "loss", "bits_per_byte")
@@ -128,6 +128,7 @@ def _schedule_knobs(config: TrainConfig) -> dict[str, Any]:
         "floor": config.final_lr,
         "total": config.max_steps,
         "shape": config.schedule,
+        "cooldown": config.cooldown,
     }
 
 
@@ -156,7 +157,7 @@ def landmarks(vocab_size: int) -> list[dict[str, Any]]:
 def schedule_points(config: TrainConfig) -> list[list[float]]:
     """Return about 200 points (step, learning rate) of a schedule, including its corners."""
     last = config.max_steps
-    steps = {0, config.warmup, last}
+    steps = {0, config.warmup, decay_start(config), last}
     steps |= {round(i * last / 200) for i in range(201)}
     steps |= {round(i * config.warmup / 20) for i in range(21)}
     return [[step, lr_at(step, config)] for step in sorted(steps)]

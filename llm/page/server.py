@@ -26,12 +26,12 @@ from llm.page.follow import Follower
 from llm.page.guard import Guard
 from llm.page.messages import Viewer, names_of, schedule_points
 from llm.page.playground import Playground, Question, parse_question
-from llm.schedule import lr_at, warmup_warning
+from llm.schedule import decay_start, lr_at, warmup_warning
 
 UPDATE_EVERY = 1.0  # seconds
 KEEP_ALIVE = 15  # updates without news after which a comment is sent
 BODY = 2**18  # bytes of a request, at most
-KNOBS = ("warmup_steps", "max_lr", "min_lr", "max_steps", "schedule")
+KNOBS = ("warmup_steps", "max_lr", "min_lr", "max_steps", "schedule", "decay_fraction")
 SCRIPTS = ("page.js", "words.js", "runs.js", "charts.js", "slider.js", "playground.js")
 ERRORS = (UserError, Failure, OSError, RuntimeError, MemoryError)  # what a changing run folder can cause
 
@@ -204,7 +204,8 @@ def schedule_answer(given: dict[str, str]) -> dict[str, Any]:
         UserError: a setting is out of its range; the message names it.
     """
     config = from_settings({name: given[name][:40] for name in KNOBS if given.get(name)})
-    rows = sorted({0, config.warmup // 2, config.warmup, *(round(i * config.max_steps / 8) for i in range(1, 9))})
+    eighths = (round(i * config.max_steps / 8) for i in range(1, 9))
+    rows = sorted({0, config.warmup // 2, config.warmup, decay_start(config), *eighths})
     return {
         "curve": schedule_points(config),
         "table": [[step, lr_at(step, config)] for step in rows],
@@ -215,9 +216,10 @@ def schedule_answer(given: dict[str, str]) -> dict[str, Any]:
 
 def flags_of(config: TrainConfig) -> str:
     """Return the flags of `train` for this schedule."""
+    cooldown = f" --decay_fraction {config.cooldown!r}" if config.schedule == "wsd" else ""
     return (
         f"--warmup_steps {config.warmup} --max_lr {config.max_lr!r} --min_lr {config.final_lr!r} "
-        f"--max_steps {config.max_steps} --schedule {config.schedule}"
+        f"--max_steps {config.max_steps} --schedule {config.schedule}{cooldown}"
     )
 
 

@@ -1,4 +1,4 @@
-// The sliders of a schedule: warm-up, peak, floor, total steps and shape; with its curve, its table and its flags.
+// The sliders of a schedule: warm-up, peak, floor, total steps, shape and cool-down; with its curve, its table and its flags.
 
 import { $, colour, element, integer, rate, tableRow } from "./words.js";
 import { draw, turned } from "./charts.js";
@@ -18,7 +18,8 @@ function chosen() {
   const peak = exact.peak ?? twoDigits(along(PEAKS, at("peak")));
   const warmup = exact.warmup ?? Math.min(Math.round((total * at("warmup")) / 500), total - 1); // 0 to 20 %
   const floor = exact.floor ?? twoDigits((peak * at("floor")) / 100);
-  return { max_steps: total, max_lr: peak, schedule: $("shape").value, warmup_steps: warmup, min_lr: floor };
+  const values = { max_steps: total, max_lr: peak, schedule: $("shape").value, warmup_steps: warmup, min_lr: floor };
+  return values.schedule === "wsd" ? { ...values, decay_fraction: exact.cooldown ?? at("cooldown") / 100 } : values;
 }
 
 export function setSlider(knobs) { // sets the sliders to a run's schedule
@@ -28,6 +29,7 @@ export function setSlider(knobs) { // sets the sliders to a run's schedule
   $("peak").value = back(PEAKS, knobs.peak);
   $("warmup").value = Math.round((500 * knobs.warmup) / knobs.total);
   $("floor").value = Math.round((100 * knobs.floor) / knobs.peak);
+  $("cooldown").value = Math.round(100 * knobs.cooldown);
   drawSlider();
 }
 
@@ -37,7 +39,9 @@ export async function drawSlider() {
   const words = {
     warmup: `${integer(values.warmup_steps)} steps, ${Number(share.toPrecision(2))} %`, peak: rate(values.max_lr),
     floor: rate(values.min_lr), total: `${integer(values.max_steps)} steps`,
+    cooldown: `${Number((100 * (values.decay_fraction ?? 0)).toPrecision(3))} %`,
   };
+  $("cooldown-label").hidden = values.schedule !== "wsd";
   for (const [id, text] of Object.entries(words)) {
     document.querySelector(`output[for=${id}]`).textContent = text;
     $(id).setAttribute("aria-valuetext", text);
@@ -60,7 +64,7 @@ export async function drawSlider() {
   draw("schedule-chart", [trace], layout, `Learning rate of the schedule ${found.flags}`, { displayModeBar: false });
 }
 
-for (const id of ["warmup", "peak", "floor", "total"]) {
+for (const id of ["warmup", "peak", "floor", "total", "cooldown"]) {
   $(id).oninput = () => {
     delete exact[id];
     if (id === "total") delete exact.warmup;

@@ -30,7 +30,7 @@ from llm.record.chart_style import (
 )
 from llm.record.metrics import best, losses, overfits_since, read_record
 from llm.record.points import Points, thin_by_mean
-from llm.schedule import lr_at
+from llm.schedule import decay_start, lr_at
 from llm.storage.lines import Row
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def draw_schedule(config: TrainConfig) -> "Figure":
         axes.axvspan(0, warmup, **SHADING)
         ha, dx = ("left", 6) if warmup < steps / 2 else ("right", -6)
         add_text(axes, warmup, 0.03, "warm-up", dx=dx, ha=ha, color=GREY, xycoords=step_and_height(axes))
-    drawn = sorted({steps * i // 500 for i in range(501)} | {warmup})
+    drawn = sorted({steps * i // 500 for i in range(501)} | {warmup, decay_start(config)})
     axes.plot(drawn, [lr_at(step, config) for step in drawn], color=VAL, linewidth=2.4)
     add_star(axes, warmup, lr_at(warmup, config), f"peak {config.max_lr:.3g} at step {warmup:,}", dy=14)
     add_end_labels(axes, steps, [(last, f"end {last:.3g}", DARK, "")])

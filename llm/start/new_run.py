@@ -138,6 +138,8 @@ def resolve(config: TrainConfig, data: TokenData, dtype: torch.dtype, prompt: st
         "dtype": name_of(dtype),
         "sample_prompt": prompt,
     }
+    if config.schedule == "wsd":
+        chosen["decay_fraction"] = config.cooldown
     return from_settings(chosen, config)
 
 

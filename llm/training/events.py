@@ -31,7 +31,8 @@ class Line:
 
     def __str__(self) -> str:
         losses = f"train {self.train_loss:.4f} | val {self.evaluation.loss:.4f}"
-        return f"step {self.step:5d} | lr {self.lr:.5f} | {losses} | t {self.seconds:.1f}s"
+        lr = f"{self.lr:.5f}" if self.lr == 0 or self.lr >= 1e-5 else f"{self.lr:.1e}"  # as wide, and not 0.00000
+        return f"step {self.step:5d} | lr {lr} | {losses} | t {self.seconds:.1f}s"
 
 
 @dataclass(frozen=True)

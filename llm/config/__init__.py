@@ -16,13 +16,13 @@ from llm.config.fields import (
     parse_duration,
     short_repr,
 )
+from llm.config.over_preset import over_preset
 from llm.config.recipe import FIELDS, MODEL_FIELDS, PRESETS, TRAIN_FIELDS, GPTConfig, TrainConfig
 from llm.config.settings import (
     ALIASES,
     TEXTS_WITH_LIMIT,
     coerce,
     from_settings,
-    over_preset,
     read_toml,
     to_settings,
     write_toml,

@@ -46,6 +46,11 @@ def decay_start(config: TrainConfig) -> int:
     return config.warmup
 
 
+def format_lr(lr: float) -> str:
+    """Return seven characters: five decimals as the chapter prints them, or "2.0e-06" where those would be 0.00000."""
+    return f"{lr:.5f}" if lr == 0 or lr >= 1e-5 else f"{lr:.1e}"
+
+
 def warmup_warning(config: TrainConfig) -> str | None:
     """Return a warning if the warm-up is outside the usual 1–5 % of the steps (rounded outwards), else None."""
     low, high = config.max_steps // 100, math.ceil(config.max_steps / 20)

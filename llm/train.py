@@ -55,6 +55,8 @@ def train_step(parts: Parts, step: int) -> Step:
         optimizer.found_inf = refused.float()  # type: ignore[union-attr]  # read by the fused kernel
     scaler.step(optimizer)
     scaler.update()
+    if parts.average:
+        parts.average.update(torch.isfinite(loss) & torch.isfinite(grad_norm.to(parts.device)))
     return Step(step + 1, loss, grad_norm, refused)
 
 

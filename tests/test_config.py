@@ -144,13 +144,13 @@ ZERO = {
     "warmup_steps": {"max_steps": 10},
     "muon_momentum": {"optimizer": "muon"},
     **{name: {} for name in ("dropout", "min_lr", "beta1", "beta2", "weight_decay")},
-    **{name: {} for name in ("grad_clip", "seed", "sample_tokens")},
+    **{name: {} for name in ("grad_clip", "ema", "seed", "sample_tokens")},
 }
 
 
 def test_the_fields_under_test_are_the_fields():
     assert {"batch_size", "max_lr", "n_embd", "dropout", "max_time", "seed", "patience", "vocab_size"} <= set(NUMBERS)
-    assert len(NUMBERS) == 33
+    assert len(NUMBERS) == 34
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ RUN = SMALL | {
     "gradient_accumulation_steps": 4,  # so 1 process takes 4 micro-batches, 2 take 2, 4 take 1
     "dropout": 0.2,
     "grad_clip": 0.5,
+    "ema": 0.5,  # so its evaluations, and the average that is saved by N and resumed by M, are compared too
     "max_steps": STEPS,
     "log_every": 1,
     "save_every": STATE,
@@ -198,6 +199,9 @@ def test_any_number_of_processes_and_ddp_or_fsdp_give_the_same_run(place, outcom
         for row, other in zip(rows, expected, strict=True):
             assert row["loss"] == pytest.approx(other["loss"], abs=CLOSE[dtype]), what
             assert row["tokens"] == other["tokens"]
+            if row["split"] == "val":
+                assert row["val_loss_ema"] == pytest.approx(other["val_loss_ema"], abs=CLOSE[dtype]), what
+                assert row["step"] == 0 or row["val_loss_ema"] != row["loss"], what
             if row.get("grad_norm"):
                 assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=CLOSE[dtype] * 10), what
         assert sum(row["split"] == "val" for row in rows) == 3

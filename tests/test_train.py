@@ -329,7 +329,7 @@ def test_a_run_is_a_record_a_plot_and_a_sample(here):
     row = run.record[-1]
     assert set(row) == {
         "step", "split", "loss", "bits_per_byte", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second",
-        "matmul_utilisation", "data_seconds",
+        "matmul_utilisation", "data_seconds", "val_loss_ema",
     }  # fmt: skip
     model = GPT(run.config.model)
     model.load_state_dict(torch.load(here / "run" / "model.pt", weights_only=True))

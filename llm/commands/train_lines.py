@@ -82,8 +82,9 @@ def end_lines(run: "LiveRun") -> Iterator[str]:
     lowest = best(rows)
     assert lowest is not None  # a run that ends has been evaluated
     bits = "" if lowest["bits_per_byte"] is None else f" ({lowest['bits_per_byte']:.3f} bits per byte)"
+    average = " by the average of the weights, which best.pt holds" if progress.best_weights == "ema" else ""
     yield (
-        f"best val {lowest['loss']:.4f}{bits} at step {lowest['step']}, "
+        f"best val {lowest['loss']:.4f}{bits} at step {lowest['step']}{average}, "
         f"last val {progress.last_loss:.4f} at step {progress.step}"
     )
     passed = landmarks(lowest["loss"], config.model.vocab_size)

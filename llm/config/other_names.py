@@ -60,6 +60,7 @@ NAMES = (
     ),
     ("schedule", "cosine, linear, constant or wsd", "scheduler lr_scheduler lr_scheduler_type lr_schedule decay_lr"),
     ("decay_fraction", "of wsd, in shares of max_steps", "cooldown cooldown_frac cooldown_fraction decay_ratio"),
+    ("ema", "its decay, such as 0.999", "ema_decay use_ema ema_beta ema_rate"),
     ("grad_clip", "", "clip clip_grad max_grad_norm max_norm grad_norm gradient_clip_val gradient_clipping"),
     ("optimizer", "adamw or muon", "optim optimizer_name optimizer_type"),
     ("muon_lr", "", "matrix_lr"),

@@ -168,6 +168,12 @@ class TrainConfig:
     beta2: float = setting(0.95, "AdamW: decay rate of the mean squared gradient", low=0.0, high=0.9999999)
     weight_decay: float = setting(0.01, "weight decay", low=0.0, high=100.0)
     weight_decay_split: bool = setting(False, "apply no weight decay to norms, biases and embeddings")
+    ema: float = setting(
+        0.0,
+        "decay of an exponential moving average of the weights, such as 0.999, evaluated beside them; 0: none",
+        low=0.0,
+        high=0.999999,
+    )
     grad_clip: float = setting(0.0, "clip the gradient to this norm; 0 turns clipping off", low=0.0)
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(

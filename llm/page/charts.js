@@ -121,7 +121,7 @@ function addLosses(run, i, chart) { // adds the curves of a run
     traces.push(...training(train, label, several ? line : { ...line, color: colour(1) }, several));
     words.push(`${prefix}training loss ${number(train[COLUMN.loss].at(-1))}`);
   }
-  const val = turned(facts.val, 5);
+  const val = turned(facts.val, 6), averaged = val[5]; // nats per token of the average of the weights, if any
   const y = val[bits ? 4 : 3];
   if (!y.length) return;
   const x = along(val);
@@ -131,10 +131,19 @@ function addLosses(run, i, chart) { // adds the curves of a run
     hovertemplate: `${label}validation<br>step %{customdata:,}<br>${unit} %{y:.4f}<extra></extra>`,
   });
   chart.losses.push(...y.filter((value) => value !== null));
+  if (!bits && averaged.some((loss) => loss !== null)) {
+    const hovertemplate = `${label}average of the weights<br>step %{customdata:,}<br>loss %{y:.4f}<extra></extra>`;
+    const thin = { ...line, width: 1.4, color: several ? line.color : colour(2), dash: "dot" };
+    traces.push({
+      x, y: averaged, customdata: val[0], name: `${label}average`, showlegend: true, mode: "lines", line: thin, hovertemplate,
+    });
+    chart.losses.push(...averaged.filter((loss) => loss !== null));
+  }
   const best = facts.val.findIndex((row) => row[0] === facts.best);
   if (best >= 0 && y[best] !== null) {
-    traces.push(star(x[best], y[best], facts.best, label, line.color));
-    words.push(`${prefix}lowest validation ${unit} ${number(y[best])} at step ${integer(facts.best)}`);
+    const lowest = facts.lowest[bits ? 1 : 0];
+    traces.push(star(x[best], lowest, facts.best, label, line.color));
+    words.push(`${prefix}lowest validation ${unit} ${number(lowest)} at step ${integer(facts.best)}`);
   }
   if (facts.overfits_since !== null) {
     words.push(`${prefix}overfits since step ${integer(facts.overfits_since)}`);

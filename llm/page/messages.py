@@ -18,7 +18,7 @@ from llm.record.verdicts import MEANINGS
 from llm.schedule import decay_start, lr_at
 from llm.storage.lines import Row
 
-EVALUATION = ("step", "tokens", "seconds", "loss", "bits_per_byte")
+EVALUATION = ("step", "tokens", "seconds", "loss", "bits_per_byte", "val_loss_ema")
 
 
 class Viewer:
@@ -105,6 +105,7 @@ def facts(run: Follower) -> dict[str, Any]:
         "val": [[row[key] for key in EVALUATION] for row in thin_evaluations(run.val)],
         "band": [list(band.steps), list(band.mean), list(band.half_width)] if band else None,
         "best": lowest["step"] if lowest else None,
+        "lowest": [lowest["loss"], lowest["bits_per_byte"]] if lowest else None,
         "overfits_since": overfits_since(run.rows()),
         "verdicts": run.verdicts,
         "samples": run.samples,
@@ -145,7 +146,7 @@ def thin_evaluations(val: list[Row]) -> list[Row]:
         return val
     kept = {id(row) for row in pick_evenly(val, MAX_POINTS)}
     lowest = best(val)
-    return [row for row in val if id(row) in kept or row is lowest]
+    return [row for row in val if id(row) in kept or (lowest is not None and row["step"] == lowest["step"])]
 
 
 def landmarks(vocab_size: int) -> list[dict[str, Any]]:

@@ -28,11 +28,11 @@ function drawRuns() {
     const { facts, pace } = run, box = element("div", undefined, "run"), head = element("div"), state = stateOf(run);
     head.append(element("div", nameOf(run), "name"), element("div", state, "state"));
     head.firstChild.style.color = colour(i);
-    const low = facts.val.find((row) => row[0] === facts.best);
+    const low = facts.lowest;
     const lines = [
       ["step", `${integer(pace.step)} of ${integer(facts.max_steps)}`],
-      ["best validation loss", low ? `${number(low[3])} at ${integer(low[0])}` : "–"],
-      ["bits per byte there", low ? number(low[4]) : "–"],
+      ["best validation loss", low ? `${number(low[0])} at ${integer(facts.best)}` : "–"],
+      ["bits per byte there", low ? number(low[1]) : "–"],
       ["tokens per second", integer(pace.tokens_per_second)],
       state === "training" ? ["time left", duration(pace.seconds_left)] : ["trained for", duration(pace.seconds)],
     ].map(([what, value]) => {

@@ -71,6 +71,8 @@ def memory_for(config: TrainConfig, on_cpu: bool, itemsize: int) -> dict[str, in
         "loss": _loss_bytes(config, on_cpu, itemsize),
         "activations": _activation_bytes(config, on_cpu, itemsize),
     }
+    if config.ema:
+        found["average of the weights"] = 4 * count
     if on_cpu:
         found["copies being saved"] = bytes_copied_to_save(config)
         found["process"] = PROCESS_BYTES
@@ -89,8 +91,9 @@ def optimizer_bytes(config: TrainConfig) -> int:
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:
-    """Return the bytes of a checkpoint: weights and the optimizer's state."""
-    return 4 * count_parameters(config.model) + optimizer_bytes(config)
+    """Return the bytes of a checkpoint: weights, the optimizer's state and, with `ema`, an average of the weights."""
+    copies_of_weights = 2 if config.ema else 1
+    return copies_of_weights * 4 * count_parameters(config.model) + optimizer_bytes(config)
 
 
 def bytes_copied_to_save(config: TrainConfig) -> int:
@@ -221,6 +224,11 @@ def disk(config: TrainConfig, tokens: int) -> dict[str, int]:
 def count_evaluations(config: TrainConfig) -> int:
     """Return the number of evaluations of a run, the first and the last included."""
     return 1 + math.ceil(config.max_steps / config.eval_every)
+
+
+def count_validations(config: TrainConfig) -> int:
+    """Return how often a run goes through the validation text: with `ema` twice at each evaluation."""
+    return count_evaluations(config) * (2 if config.ema else 1)
 
 
 def optimal_parameters(flops: float) -> float:

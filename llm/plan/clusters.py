@@ -13,13 +13,16 @@ from llm.config import TrainConfig, from_settings
 from llm.config.counts import count_parameters, flops_per_token
 from llm.errors import UserError
 from llm.plan.accelerators import GB, Accelerator, Link
-from llm.plan.arithmetic import count_evaluations, count_group_parameters, memory_for
+from llm.plan.arithmetic import count_group_parameters, count_validations, memory_for
 from llm.plan.messages import ddp_messages, fsdp_messages
 
 Parallel = Literal["ddp", "fsdp"]
 
 # bytes per parameter: AdamW reads weight, gradient and two moments, and writes all but the gradient
 UPDATE_BYTES = 28
+
+# and with ema: reads weight and average, and writes the average
+AVERAGE_BYTES = 12
 
 # usable share of an accelerator's memory; the rest is assumed to go to the driver, NCCL's buffers and fragmentation
 ROOM = 0.9
@@ -91,7 +94,7 @@ def rank_memory(
     if parallel == "ddp" or ranks == 1:
         return held
     groups = count_group_parameters(model)
-    for part in ("weights", "gradients", "optimizer state"):
+    for part in held.keys() & {"weights", "gradients", "optimizer state", "average of the weights"}:
         held[part] = 0 if cpu_offload else math.ceil(held[part] / ranks)
     casts_head = itemsize != 4 and not on_cpu
     held["low-precision copies"] = itemsize * model.vocab_size * model.n_embd if casts_head else 0
@@ -125,7 +128,8 @@ def speed_of(config: TrainConfig, rate: float, accelerator: Accelerator) -> Spee
     wait for other things.
     """
     step = config.tokens_per_step / rate
-    update = UPDATE_BYTES * count_parameters(config.model) / accelerator.memory_bandwidth
+    touched = UPDATE_BYTES + (AVERAGE_BYTES if config.ema else 0)
+    update = touched * count_parameters(config.model) / accelerator.memory_bandwidth
     update = min(update, step / 2)
     return Speed((step - update) / config.tokens_per_step, update)
 
@@ -199,7 +203,7 @@ def run_time(config: TrainConfig, found: Prediction, speed: Speed, validated: fl
     """
     return {
         "steps": config.max_steps * config.tokens_per_step / found.tokens_per_second,
-        "evaluation": count_evaluations(config) * validated * speed.token / 3 / found.ranks,
+        "evaluation": count_validations(config) * validated * speed.token / 3 / found.ranks,
     }
 
 

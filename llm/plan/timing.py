@@ -16,7 +16,14 @@ from llm.data import TokenData
 from llm.evaluate import WINDOW_TOKENS, evaluate
 from llm.generate import generate
 from llm.machine.device import choose_device, choose_dtype, precision
-from llm.plan.arithmetic import MIB, bytes_copied_to_save, count_evaluations, machine_memory, memory
+from llm.plan.arithmetic import (
+    MIB,
+    bytes_copied_to_save,
+    count_evaluations,
+    count_validations,
+    machine_memory,
+    memory,
+)
 from llm.plan.text_size import Text
 from llm.start.build import build
 from llm.train import train_step
@@ -151,7 +158,7 @@ def run_seconds(config: TrainConfig, text: Text, pace: Pace) -> dict[str, float]
     saves = 2 + saved_length / save_every
     return {
         "steps": steps,
-        "evaluation": evaluations * validated * pace.evaluated_token,
+        "evaluation": count_validations(config) * validated * pace.evaluated_token,
         "samples": evaluations * config.sample_tokens * pace.sampled_token,
         "pictures": evaluations * PICTURE_SECONDS,
         "saving": saves * bytes_copied_to_save(config) / SAVING_RATE,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DARK = "#222222"
 GREY = "#666666"
 VAL = "#00508f"
+EMA = "#007a5a"  # validation of the average of the weights
 TRAIN = "#c55f10"  # lighter than VAL, so that the two differ in greyscale too
 SHADING: dict[str, Any] = {
     "facecolor": "#f1f1f1",

@@ -12,6 +12,8 @@ Every row has `step` (completed steps) and `split` ("train" or "val"). Where the
 - `matmul_utilisation`: achieved FLOP/s as a share of the matrix-multiplication rate measured on this machine. It is
   not MFU, which divides by the vendor's peak.
 - `data_seconds`: seconds spent on making batches since the previous training row
+- `val_loss_ema`: mean cross-entropy of the average of the weights, in nats per token (validation rows of a run with
+  `ema` only)
 - `refused`: steps without an update, because their loss or gradient was not finite (only if there are any)
 - `spikes`: steps whose loss spiked (only if there are any)
 
@@ -39,6 +41,7 @@ NUMBERS = (
     "tokens_per_second",
     "matmul_utilisation",
     "data_seconds",
+    "val_loss_ema",
 )
 
 
@@ -110,9 +113,20 @@ def losses(rows: list[Row], split: str) -> list[tuple[int, float]]:
 
 
 def best(rows: list[Row]) -> Row | None:
-    """Return the row of the lowest validation loss, the first one of a tie; None before the first evaluation."""
-    evaluations = [row for row in rows if row["split"] == "val" and row["loss"] is not None]
+    """Return the row of the lowest validation loss, the first one of a tie; None before the first evaluation.
+
+    If the average of the weights had it, `loss` and `bits_per_byte` are those of the average.
+    """
+    evaluations = [_lower(row) for row in rows if row["split"] == "val" and row["loss"] is not None]
     return min(evaluations, key=lambda row: float(row["loss"]), default=None)
+
+
+def _lower(row: Row) -> Row:
+    """Return the row with the loss of the average of the weights, if it is lower."""
+    averaged, bits = row.get("val_loss_ema"), row.get("bits_per_byte")
+    if averaged is None or averaged >= row["loss"]:
+        return row
+    return row | {"loss": averaged, "bits_per_byte": None if bits is None else bits * averaged / row["loss"]}
 
 
 def overfits_since(rows: list[Row]) -> int | None:
@@ -125,7 +139,7 @@ def overfits_since(rows: list[Row]) -> int | None:
     - The training loss kept falling: its mean over the last evaluation interval is below its mean over the interval
       before the lowest evaluation. (If both losses rise, the run diverges.) A record without training rows passes.
     """
-    lowest = best(rows)
+    lowest = best([row | {"val_loss_ema": None} for row in rows])  # the weights that the training loss is of
     if lowest is None:
         return None
     later = [(step, loss) for step, loss in losses(rows, "val") if step > lowest["step"]]

@@ -11,6 +11,7 @@ from llm.record.bands import Band, band_of_run, band_verdict
 from llm.record.chart_style import (
     COLOURS,
     DARK,
+    EMA,
     GREY,
     MARKERS,
     SHADING,
@@ -127,14 +128,17 @@ def draw_run(rows: list[Row], name: str, vocab_size: int | None = None, band: Ba
         add_text(axes, middle, 0.02, "overfitting", ha="center", color=GREY, xycoords=step_and_height(axes))
     add_curve(axes, train, TRAIN, linewidth=1.2)
     add_curve(axes, val, VAL, linewidth=2.4, marker="o")
+    averaged = [(row["step"], row["val_loss_ema"]) for row in rows if row.get("val_loss_ema") is not None]
+    if averaged:
+        add_curve(axes, averaged, EMA, linewidth=1.6, marker="s")
     labels = []
-    for curve, word, colour in ((val, "validation", VAL), (train, "training", TRAIN)):
+    for curve, word, colour in ((val, "validation", VAL), (averaged, "average", EMA), (train, "training", TRAIN)):
         if curve:
             labels.append((curve[-1][1], f"{word} {format_loss(curve[-1][1])}", colour, ""))
     ends = [loss for loss, *_ in labels]
 
     landmarks = landmark_losses(vocab_size)
-    values = [level for level, _ in landmarks] + [loss for _, loss in [*val, *train]]
+    values = [level for level, _ in landmarks] + [loss for _, loss in [*val, *averaged, *train]]
     set_height(axes, values, 1.5 * _start_level(landmarks, val or train))
     _add_landmarks(axes, landmarks, end, ends)
     if lowest is not None:

@@ -32,7 +32,7 @@ def scalars(row: Row) -> dict[str, float]:
     A validation row gives only its losses: the training row of the same step has the other numbers.
     """
     split = row["split"]
-    keys = ("loss", "bits_per_byte") if split == "val" else metrics.NUMBERS
+    keys = ("loss", "bits_per_byte", "val_loss_ema") if split == "val" else metrics.NUMBERS
     named = {f"{key}/{split}" if key in ("loss", "bits_per_byte") else key: row.get(key) for key in keys}
     named |= {key: len(row[key]) for key in ("refused", "spikes") if isinstance(row.get(key), list)}
     return {key: value for key, value in named.items() if isinstance(value, (int, float)) and math.isfinite(value)}

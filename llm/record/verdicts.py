@@ -81,7 +81,8 @@ def overfits(rows: list[Row], config: TrainConfig) -> str | None:
     lowest = best(rows)
     if since is None or lowest is None:
         return None
-    last_loss = losses(rows, "val")[-1][1]
+    evaluated = losses(rows, "val")
+    loss, last_loss = dict(evaluated)[since], evaluated[-1][1]
     train = losses(rows, "train")
     train_end = f" to {train[-1][1]:.2f}" if train else ""
     remedies = ["a smaller model (--n_layer, --n_embd)", "more text"]
@@ -91,8 +92,9 @@ def overfits(rows: list[Row], config: TrainConfig) -> str | None:
         remedies.insert(0, "--dropout 0.2")
     patience = "--patience 3 stops in time; " if config.patience is None else ""
     return (
-        f"overfits since step {since}: the validation loss rises ({lowest['loss']:.2f} to {last_loss:.2f}) while the "
-        f"training loss falls{train_end}; try {', '.join(remedies)}; {patience}best.pt has the weights of step {since}"
+        f"overfits since step {since}: the validation loss rises ({loss:.2f} to {last_loss:.2f}) while the "
+        f"training loss falls{train_end}; try {', '.join(remedies)}; {patience}best.pt has the weights of "
+        f"step {lowest['step']}"
     )
 
 

@@ -24,11 +24,12 @@ def make_loss_chart(report: Report) -> Chart | None:
     """Return the losses with the landmarks, the best evaluation, and the reference band."""
     val = report.points("loss", "val")
     train = report.points("loss")
+    averaged = report.points("val_loss_ema", "val")
     lowest = report.lowest
     if not val and not train:
         return None
     levels = landmark_losses(report.config.model.vocab_size)
-    values = [loss for _, loss in [*val, *train]] + [level for level, _ in levels]
+    values = [loss for _, loss in [*val, *averaged, *train]] + [level for level, _ in levels]
     ceiling = max(1.5 * levels[0][0], min(values)) if levels else max(values)
     bottom = min(values)
     top = min(max(values), ceiling)
@@ -40,6 +41,9 @@ def make_loss_chart(report: Report) -> Chart | None:
     ]
     if lowest:
         parts.append(f"lowest validation loss {format_loss(lowest['loss'])} at step {lowest['step']:,}")
+    curves = [Curve("training", "train", train), Curve("validation", "val", val, dots=True)]
+    if averaged:
+        curves.append(Curve("average", "average", averaged))
     return Chart(
         name="loss",
         title="Loss, nats per token",
@@ -47,7 +51,7 @@ def make_loss_chart(report: Report) -> Chart | None:
         end=max(report.step, 1),
         low=bottom - pad,
         high=top + pad,
-        curves=(Curve("training", "train", train), Curve("validation", "val", val, dots=True)),
+        curves=curves,
         levels=[(level, f"{name} = {level:.2f}") for level, name in levels],
         star=(lowest["step"], lowest["loss"], f"best {format_loss(lowest['loss'])}") if lowest else None,
         band=_band_points(report),

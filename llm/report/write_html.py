@@ -23,6 +23,7 @@ from llm.report.charts import make_charts
 from llm.report.facts import Report
 from llm.report.memorisation import N
 from llm.report.words import check_overwritable
+from llm.schedule import format_lr
 
 MARK = "<!DOCTYPE html>\n<!-- losscurve report -->"  # identifies an earlier report
 
@@ -55,6 +56,7 @@ def page(report: Report) -> str:
         "duration": format_duration,
         "rounded": format_count,
         "loss": format_loss,
+        "lr": format_lr,
     }
     landmarks = zip(landmark_losses(report.config.model.vocab_size), MEANINGS, strict=False)
     return MARK + environment.from_string(template).render(

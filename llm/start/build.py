@@ -16,6 +16,7 @@ from llm.machine.world import ALONE, World
 from llm.optim import make_optimizer
 from llm.start.run_folder import Say
 from llm.tokens.tokenizer import Tokenizer
+from llm.training.averaging import Average
 from llm.training.parts import Parts
 
 
@@ -42,7 +43,10 @@ def build(
         shard_model(model, world, device, dtype, config.cpu_offload)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizer = make_optimizer(model, config, dtype)
-    return Parts(config, model, model, optimizer, scaler, data, tokenizer, device, dtype, world)
+    parts = Parts(config, model, model, optimizer, scaler, data, tokenizer, device, dtype, world)
+    if config.ema:
+        parts.average = Average(model, config.ema)
+    return parts
 
 
 def connect(parts: Parts, say: Say) -> None:

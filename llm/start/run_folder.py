@@ -50,9 +50,12 @@ def clear(out_dir: Path) -> None:
 
 
 def disk_needed(config: TrainConfig) -> int:
-    """Return the bytes of a run at its largest: checkpoints (weights, two moments in fp32) and the two .pt files."""
+    """Return the bytes of a run at its largest: checkpoints and the two .pt files.
+
+    A checkpoint holds weights, two moments and, with `ema`, an average of the weights, in float32.
+    """
     size = 4 * count_parameters(config.model)
-    return size * (3 * (config.keep + 2) + 3)
+    return size * ((4 if config.ema else 3) * (config.keep + 2) + 3)
 
 
 def write_environment(out_dir: Path, data: TokenData) -> None:

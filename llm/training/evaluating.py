@@ -32,15 +32,18 @@ def evaluate_run(run: LiveRun) -> Iterator[Line | Notice]:
         else:
             train_loss = progress.interval_loss / progress.interval_steps if progress.interval_steps else math.nan
         found = validation_loss(run)
-        note_evaluation(run, found)
+        averaged = average_loss(run)
+        note_evaluation(run, found, averaged)
         seconds = round(run.seconds, 3)
+        if averaged is not None:
+            facts["val_loss_ema"] = averaged
         run.record.add(split="val", loss=found.loss, bits_per_byte=found.bits_per_byte, seconds=seconds, **facts)
         sample = draw_sample(parts, run.prompt) if math.isfinite(found.loss) else ""
         if sample:
             run.samples.add(step=progress.step, val_loss=found.loss, prompt=run.prompt, text=sample)
     yield from write_rows(run)
     yield from show(run)
-    yield Line(progress.step, lr, train_loss, found, seconds, run.prompt + sample if sample else "")
+    yield Line(progress.step, lr, train_loss, found, seconds, run.prompt + sample if sample else "", averaged)
 
 
 def first_loss(parts: Parts) -> float:
@@ -59,15 +62,29 @@ def validation_loss(run: LiveRun) -> Evaluation:
         )
 
 
-def note_evaluation(run: LiveRun, found: Evaluation) -> None:
-    """Record whether this evaluation is the best so far, and reset the mean of the training losses."""
+def average_loss(run: LiveRun) -> float | None:
+    """Return the validation loss of the average of the weights, in nats per token; None if the run keeps none."""
+    average = run.parts.average
+    if average is None:
+        return None
+    with average.in_place():
+        return validation_loss(run).loss
+
+
+def note_evaluation(run: LiveRun, found: Evaluation, averaged: float | None = None) -> None:
+    """Record whether this evaluation is the best so far, and reset the mean of the training losses.
+
+    `averaged`: loss of the average of the weights. The lower of the two losses counts.
+    """
     progress, is_finite = run.progress, math.isfinite(found.loss)
     progress.interval_loss = 0.0
     progress.interval_steps = 0
     progress.last_loss = found.loss if is_finite else None
-    if is_finite and (progress.best_loss is None or found.loss < progress.best_loss):
+    lower = found.loss if averaged is None else min(found.loss, averaged)
+    if is_finite and (progress.best_loss is None or lower < progress.best_loss):
         progress.best_step = progress.step
-        progress.best_loss = found.loss
+        progress.best_loss = lower
+        progress.best_weights = "ema" if lower < found.loss else "raw"
         progress.stale = 0
     else:
         progress.stale += 1

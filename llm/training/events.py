@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from llm.evaluate import Evaluation
+from llm.schedule import format_lr
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class Line:
     evaluation: Evaluation
     seconds: float  # since the start of the run
     sample: str
+    averaged: float | None = None  # validation loss of the average of the weights, nats per token
 
     def __str__(self) -> str:
         losses = f"train {self.train_loss:.4f} | val {self.evaluation.loss:.4f}"
-        lr = f"{self.lr:.5f}" if self.lr == 0 or self.lr >= 1e-5 else f"{self.lr:.1e}"  # as wide, and not 0.00000
-        return f"step {self.step:5d} | lr {lr} | {losses} | t {self.seconds:.1f}s"
+        if self.averaged is not None:
+            losses += f" | ema {self.averaged:.4f}"
+        return f"step {self.step:5d} | lr {format_lr(self.lr)} | {losses} | t {self.seconds:.1f}s"
 
 
 @dataclass(frozen=True)

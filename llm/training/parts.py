@@ -16,6 +16,7 @@ from llm.machine.device import onto
 from llm.machine.world import ALONE, World
 from llm.muon import Muon
 from llm.tokens.tokenizer import Tokenizer
+from llm.training.averaging import Average
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Parts:
     dtype: torch.dtype
     world: World = ALONE
     exchange: Callable[[bool], AbstractContextManager[Any]] = lambda is_last: nullcontext()
+    average: Average | None = None  # of the weights, if the settings ask for it
     data_seconds: float = 0.0  # spent on making batches since the last training row
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:

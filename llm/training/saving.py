@@ -46,6 +46,9 @@ def save(run: LiveRun, wait: bool = False) -> Iterator[Saved | Notice]:
         progress.seconds = run.seconds
         if not parts.world.leads:
             return
+        weights = best = weights_of(parts, copies["model"])
+        if progress.best_weights == "ema":
+            best = weights_of(parts, copies["ema"])
         is_best = progress.best_loss is not None and progress.best_step == progress.step
         write = partial(
             write_state,
@@ -53,11 +56,11 @@ def save(run: LiveRun, wait: bool = False) -> Iterator[Saved | Notice]:
             run.record,
             run.record.added,
             progress.step,
-            weights_of(parts, copies),
+            weights,
+            best if is_best else None,
             copies,
             facts_of(parts, progress),
             parts.config.keep,
-            is_best,
         )
         run.saver.start(progress.step, write)
     yield from saved(run, wait)

@@ -14,6 +14,7 @@ from llm.errors import UserError
 from llm.machine.world import ALONE, World, receive
 from llm.record import metrics
 from llm.storage import checkpoint
+from llm.training.averaging import Average
 from llm.training.parts import Parts
 
 
@@ -34,16 +35,22 @@ class Progress:
     rollbacks: int = 0
     best_step: int = 0
     best_loss: float | None = None  # lowest validation loss, nats per token
+    best_weights: str = "raw"  # those with that loss, in best.pt: "raw", or "ema" for their average
     last_loss: float | None = None  # newest validation loss, nats per token
     stale: int = 0  # evaluations since the best
 
 
 def tensors_of(parts: Parts) -> checkpoint.Groups:
-    """Return the tensors to save, by group: the model's parameters (tied ones once) and the optimizer's state."""
-    return {
+    """Return the tensors to save, by group: the model's parameters (tied ones once), the optimizer's state, the average
+    of the weights.
+    """
+    groups: checkpoint.Groups = {
         "model": dict(parts.model.named_parameters()),
         "optimizer": optimizer_tensors(parts.model, parts.optimizer),
     }
+    if parts.average:
+        groups["ema"] = parts.average.tensors()
+    return groups
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -81,11 +88,24 @@ def restore_optimizer(
             value.zero_()
 
 
-def weights_of(parts: Parts, copies: checkpoint.Groups) -> dict[str, Tensor]:
+def restore_average(average: Average, tensors: dict[str, Tensor], world: World = ALONE) -> None:
+    """Copy `tensors`, the `Average.tensors` on rank 0, into the average of every rank.
+
+    Raises UserError if they do not fit this model.
+    """
+    wanted = average.tensors()
+    with world.together():
+        if world.leads and {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in wanted.items()}:
+            raise UserError("checkpoint: its average of the weights does not fit the settings in config.toml")
+    for name, value in wanted.items():
+        receive(world, value, tensors.get(name))
+
+
+def weights_of(parts: Parts, copies: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the model's state_dict from copies of its parameters. Tied weights are one parameter with two names."""
     names = {id(p): name for name, p in parts.model.named_parameters()}
     parameters = parts.model.state_dict(keep_vars=True)
-    return {key: copies["model"][names[id(p)]] for key, p in parameters.items()}
+    return {key: copies[names[id(p)]] for key, p in parameters.items()}
 
 
 def facts_of(parts: Parts, progress: Progress) -> dict[str, Any]:
@@ -104,22 +124,24 @@ def write_state(
     rows: int,
     step: int,
     weights: dict[str, Tensor],
+    best: dict[str, Tensor] | None,
     groups: checkpoint.Groups,
     facts: dict[str, Any],
     keep: int,
-    is_best: bool,
 ) -> Path:
-    """Flush the first `rows` rows of the record, write the .pt files, then the checkpoint.
+    """Flush the first `rows` rows of the record, write `weights` as model.pt and `best`, unless it is None, as best.pt,
+    then the checkpoint.
 
     Raises OSError.
     """
     record.flush(rows)
-    content = io.BytesIO()  # PyTorch's own writer raises RuntimeError on a full disk, not always OSError
-    torch.save(weights, content)
-    for name in ("model.pt", "best.pt") if is_best else ("model.pt",):
-        storage.write_bytes(out_dir / name, content.getbuffer())
-    del content
-    return checkpoint.save_state(out_dir, step, groups, facts, keep, is_best)
+    for name, tensors in (("model.pt", weights), ("best.pt", best)):
+        if tensors is not None:
+            content = io.BytesIO()  # PyTorch's own writer raises RuntimeError on a full disk, not always OSError
+            torch.save(tensors, content)
+            storage.write_bytes(out_dir / name, content.getbuffer())
+            del content
+    return checkpoint.save_state(out_dir, step, groups, facts, keep, is_best=best is not None)
 
 
 def newest_state(out_dir: Path, world: World) -> tuple[checkpoint.Groups, dict[str, Any], dict[Path, str]]:
@@ -152,6 +174,8 @@ def restore(parts: Parts, groups: checkpoint.Groups, facts: dict[str, Any]) -> P
         for name, p in parameters.items():
             receive(world, p, saved.get(name))
     restore_optimizer(parts.model, parts.optimizer, groups.get("optimizer", {}), world)
+    if parts.average:
+        restore_average(parts.average, groups.get("ema", {}), world)
     try:
         parts.scaler.load_state_dict(facts["scaler"])
         return Progress(**facts["progress"])

@@ -14,7 +14,7 @@ from torch import nn
 from llm.checks.prove import fingerprint
 from llm.errors import UserError
 from llm.evaluate import Evaluation, evaluate
-from llm.plan.arithmetic import copied_bytes, disk, memory
+from llm.plan.arithmetic import bytes_copied_to_save, disk, memory
 from llm.record.metrics import best, overfits_since, read_record
 from llm.start.new_run import new_run
 from llm.start.resume_run import resume_run
@@ -219,7 +219,7 @@ def test_the_plan_counts_it(here):
         count = sum(p.numel() for p in run.parts.model.parameters())
         plain, averaged = (type(plain)(**{**vars(c), "model": run.parts.config.model}) for c in (plain, averaged))
     assert memory(averaged)["average of the weights"] == 4 * count
-    assert copied_bytes(averaged) - copied_bytes(plain) == 4 * count
+    assert bytes_copied_to_save(averaged) - bytes_copied_to_save(plain) == 4 * count
     assert sum(memory(averaged).values()) - sum(memory(plain).values()) == 8 * count
     states = [disk(config, 1000)["states"] for config in (averaged, plain)]
     assert states[0] / states[1] == pytest.approx(16 / 12)

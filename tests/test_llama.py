@@ -10,8 +10,7 @@ from conftest import flags
 
 from llm.arch import make_model
 from llm.checks.prove import fingerprint
-from llm.config import GPTConfig, from_settings, read_toml, to_settings
-from llm.config import over_preset
+from llm.config import GPTConfig, from_settings, over_preset, read_toml, to_settings
 from llm.errors import UserError
 from llm.generate import generate
 from llm.llama import Llama, Rotation

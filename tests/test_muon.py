@@ -225,6 +225,8 @@ def test_the_gradient_scaler_skips_an_overflow():
     optimizer = make_optimizer(model, MUON)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     changed = []
+    stepped = []
+    optimizer.register_step_post_hook(lambda *_: stepped.append(optimizer.found_inf.item()))
     for step, spoiled in enumerate((False, True, False)):
         before = everything(model, optimizer)
         give_gradients(model.parameters(), step)
@@ -238,6 +240,7 @@ def test_the_gradient_scaler_skips_an_overflow():
         changed.append({name: name not in before or not torch.equal(before[name], after[name]) for name in after})
     assert [set(found.values()) for found in changed] == [{True}, {False}, {True}]
     assert scaler.get_scale() == 2.0
+    assert stepped == [0, 1, 0]  # the step is called and finds out on the device; the scaler does not wait for it
 
 
 def test_a_restored_optimizer_goes_on_bit_for_bit():

@@ -36,6 +36,21 @@ class Sizes(NamedTuple):
         return q.view(B * K, -1, D), k.view(B * K, T, D), v.view(B * K, T, D)
 
 
+class Drops(NamedTuple):
+    """Dropout in a block: of the weights of attention, and of the outputs of both layers."""
+
+    keys: Tensor  # (3, B) int32
+    threshold: int
+    scale: float
+
+    def __call__(self, place: int, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return x, contiguous and of all windows, with elements dropped; in place, unless there is an `out`."""
+        out = x if out is None else out
+        windows = self.keys.size(1)
+        call("drop", x, out, self.keys[place], self.threshold, self.scale, windows, x.numel() // windows)
+        return out
+
+
 def is_possible(x: Tensor) -> bool:
     """Return whether `fused_block` can compute a block of x (B, T, C): the kernel is for bfloat16 on a CPU.
 
@@ -50,18 +65,22 @@ def is_possible(x: Tensor) -> bool:
     return load_kernel() is not None
 
 
-def fused_block(x: Tensor, sizes: Sizes, cos: Tensor, sin: Tensor, *weights: Tensor | None) -> Tensor:
+def fused_block(
+    x: Tensor, sizes: Sizes, drops: Drops | None, cos: Tensor, sin: Tensor, *weights: Tensor | None
+) -> Tensor:
     """Return a block's output (B, T, C) for its input x (B, T, C).
 
     cos, sin: (T, D / 2), float32. weights: of ln_1, c_attn, the queries' norm, the keys' norm, attention's c_proj,
     ln_2, c_fc and the feed-forward layer's c_proj. Those of queries and keys are None if the model does not norm them.
     """
-    return _Block.apply(x, sizes, cos, sin, *weights)  # type: ignore[no-any-return, no-untyped-call]
+    return _Block.apply(x, sizes, drops, cos, sin, *weights)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Block(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: Sizes, cos: Tensor, sin: Tensor, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, sizes: Sizes, drops: Drops | None, cos: Tensor, sin: Tensor, *weights: Tensor
+    ) -> Tensor:
         ln_1, c_attn, q_norm, k_norm, attn_proj, ln_2, c_fc, mlp_proj = weights
         B, T, H, K, D, eps = sizes
         x = x.contiguous().view(B * T, -1)
@@ -75,17 +94,19 @@ class _Block(torch.autograd.Function):
         q, k, v = sizes.heads_of(heads)
         attention = torch.bmm(q, k.transpose(1, 2))
         call("softmax", attention, D**-0.5, B * H, T)
-        mixed = torch.bmm(attention, v)
+        kept = drops(0, attention, torch.empty_like(attention)) if drops else attention
+        mixed = torch.bmm(kept, v)
         merged = mixed.new_empty(B * T, H * D)
         call("swap_axes", mixed, merged, B, H, T, D)
+        added = merged @ attn_proj.t()
         # the feed-forward layer
-        middle, y_2, scales_2 = _norm(x, merged @ attn_proj.t(), ln_2, eps)
+        middle, y_2, scales_2 = _norm(x, drops(1, added) if drops else added, ln_2, eps)
         gates = y_2 @ c_fc.t()
         hidden = gates.new_empty(B * T, gates.size(1) // 2)
         call("swiglu", gates, hidden, *hidden.shape)
-        out = torch.empty_like(x)
-        call("add", middle, hidden @ mlp_proj.t(), out, x.numel())
-        ctx.sizes = sizes
+        added, out = hidden @ mlp_proj.t(), torch.empty_like(x)
+        call("add", middle, drops(2, added) if drops else added, out, x.numel())
+        ctx.sizes, ctx.drops = sizes, drops
         ctx.save_for_backward(
             *(x, y_1, scales_1, joined, qk_scales, heads, attention, merged, middle, y_2, scales_2, gates),
             *(cos, sin, ln_1, c_attn, qk_norm, attn_proj, ln_2, c_fc, mlp_proj),
@@ -99,17 +120,21 @@ class _Block(torch.autograd.Function):
             :12
         ]
         cos, sin, ln_1, c_attn, qk_norm, attn_proj, ln_2, c_fc, mlp_proj = ctx.saved_tensors[12:]
-        B, T, H, K, D, _ = ctx.sizes
+        (B, T, H, K, D, _), drops = ctx.sizes, ctx.drops
         # the feed-forward layer
         dout = dout.contiguous().view(B * T, -1)
         dadded = torch.empty_like(y_2)
         call("round_all", dout, dadded, dout.numel())
+        if drops:
+            drops(2, dadded)
         dhidden = dadded @ mlp_proj
         dgates, hidden = torch.empty_like(gates), torch.empty_like(dhidden)
         call("swiglu_backward", gates, dhidden, dgates, hidden, *hidden.shape)
         dmlp_proj, dc_fc = dadded.t() @ hidden, dgates.t() @ y_2
         dmiddle, dadded, dln_2 = _norm_backward(dgates @ c_fc, middle, ln_2, scales_2, dout)
         # attention
+        if drops:
+            drops(1, dadded)
         dattn_proj = dadded.t() @ merged
         dmerged = dadded @ attn_proj
         dmixed = torch.empty_like(dmerged).view(B * K, -1, D)
@@ -117,8 +142,11 @@ class _Block(torch.autograd.Function):
         q, k, v = ctx.sizes.heads_of(heads)
         dheads = torch.empty_like(heads)
         dq, dk, dv = ctx.sizes.heads_of(dheads)
-        torch.bmm(attention.transpose(1, 2), dmixed, out=dv)
+        kept = drops(0, attention, torch.empty_like(attention)) if drops else attention
+        torch.bmm(kept.transpose(1, 2), dmixed, out=dv)
         dattention = torch.bmm(dmixed, v.transpose(1, 2))
+        if drops:
+            drops(0, dattention)
         call("softmax_backward", attention, dattention, D**-0.5, B * H, T)
         torch.bmm(dattention, k, out=dq)
         torch.bmm(dattention.transpose(1, 2), q, out=dk)
@@ -127,22 +155,9 @@ class _Block(torch.autograd.Function):
         dc_attn = djoined.t() @ y_1
         dx, _, dln_1 = _norm_backward(djoined @ c_attn, x, ln_1, scales_1, dmiddle)
         dq_norm, dk_norm = (None, None) if qk_norm is None else dqk_norm.sum(0)
-        matrices = (dc_attn, dattn_proj, dc_fc, dmlp_proj)
-        dc_attn, dattn_proj, dc_fc, dmlp_proj = (dw.float() for dw in matrices)
-        return (
-            dx.view(B, T, -1),
-            None,
-            None,
-            None,
-            dln_1,
-            dc_attn,
-            dq_norm,
-            dk_norm,
-            dattn_proj,
-            dln_2,
-            dc_fc,
-            dmlp_proj,
-        )
+        of_attention = (dln_1, dc_attn.float(), dq_norm, dk_norm, dattn_proj.float())
+        of_mlp = (dln_2, dc_fc.float(), dmlp_proj.float())
+        return dx.view(B, T, -1), None, None, None, None, *of_attention, *of_mlp
 
 
 def _norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

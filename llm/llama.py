@@ -123,19 +123,20 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(self, x: Tensor, cache: KVCache | None, drop: Dropout | None, rotate: Rotation) -> Tensor:
-        if cache is None and drop is None and self.may_fuse and fused.is_possible(x):
-            return self._fused(x, rotate)
+        if cache is None and self.may_fuse and fused.is_possible(x):
+            return self._fused(x, drop, rotate)
         keep = drop or (lambda y: y)
         x = x + keep(self.attn(self.ln_1(x), self.qk_norm, rotate, cache, drop))
         return x + keep(self.mlp(self.ln_2(x)))
 
-    def _fused(self, x: Tensor, rotate: Rotation) -> Tensor:
+    def _fused(self, x: Tensor, drop: Dropout | None, rotate: Rotation) -> Tensor:
         attn, mlp, norms = self.attn, self.mlp, self.qk_norm
         sizes = fused.Sizes(x.size(0), x.size(1), attn.n_head, attn.n_kv_head, attn.head_size, EPS)
         q_norm, k_norm = (norms.q.weight, norms.k.weight) if norms is not None else (None, None)
+        drops = fused.Drops(drop.keys(3), drop.threshold, 1 / (1 - drop.p)) if drop is not None else None
         of_attention = (self.ln_1.weight, attn.c_attn.weight, q_norm, k_norm, attn.c_proj.weight)
         of_mlp = (self.ln_2.weight, mlp.c_fc.weight, mlp.c_proj.weight)
-        return fused.fused_block(x, sizes, rotate.cos, rotate.sin, *of_attention, *of_mlp)
+        return fused.fused_block(x, sizes, drops, rotate.cos, rotate.sin, *of_attention, *of_mlp)
 
 
 class Llama(nn.Module):

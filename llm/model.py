@@ -69,14 +69,24 @@ class Dropout:
             seeds = torch.randint(2**31 - 1, (x.size(0),), device=x.device, dtype=torch.int32)
         return Dropout(p, seeds)
 
+    def keys(self, count: int) -> Tensor:
+        """Return the windows' keys (count, B) int32 in the next `count` places where the model drops."""
+        places = torch.arange(self.place + 1, self.place + 1 + count, device=self.seeds.device, dtype=torch.int32)
+        self.place += count
+        return _mix(self.seeds + places[:, None] * 0x3C6EF372)
+
+    @property
+    def threshold(self) -> int:
+        """The hash, a signed 32-bit integer, from which an element is kept."""
+        return int((self.p - 0.5) * 2**32)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Return x (B, ...) with a fraction p of its elements zeroed and the others scaled by 1 / (1 - p)."""
-        self.place += 1
-        keys = _mix(self.seeds + self.place * 0x3C6EF372).view(-1, *[1] * (x.dim() - 1))
+        keys = self.keys(1).view(-1, *[1] * (x.dim() - 1))
         index = _mix(torch.arange(x[0].numel(), device=x.device, dtype=torch.int32)).view(1, *x.shape[1:])
         bits = (keys ^ index).mul_(0x7FEB352D)  # both are mixed, so one more round is enough to combine them
         bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - 2**32)
-        return x * (bits >= int((self.p - 0.5) * 2**32)).to(x.dtype).mul_(1 / (1 - self.p))
+        return x * (bits >= self.threshold).to(x.dtype).mul_(1 / (1 - self.p))
 
 
 def _mix(x: Tensor) -> Tensor:

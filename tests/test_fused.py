@@ -16,6 +16,7 @@ CASES = [
     {"block_size": 33, "n_head": 4, "n_embd": 256, "n_kv_head": 2},  # heads of 64, and positions beyond whole vectors
     {"block_size": 7, "n_head": 6, "n_embd": 60, "n_kv_head": 1, "qk_norm": False, "ffn_dim": 37},
     {"block_size": 2, "n_head": 3, "n_embd": 24},
+    {"block_size": 40, "n_head": 4, "n_embd": 128, "n_kv_head": 2, "dropout": 0.3},
 ]
 
 
@@ -29,7 +30,7 @@ def model_of(case):
 
 def states_and_gradients(model, ids):
     model.zero_grad()
-    hidden = model.hidden(ids)
+    hidden = model.hidden(ids, seeds=torch.arange(len(ids), dtype=torch.int32))
     (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
     found = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
     return found | {"states": hidden.detach().double()}

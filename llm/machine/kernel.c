@@ -342,6 +342,29 @@ void softmax_backward(const bf16 *result, bf16 *d, float factor, int64_t matrice
     }
 }
 
+static inline uint32_t mixed(uint32_t x) {
+    x = (x ^ x >> 16) * 0x7feb352d;
+    x = (x ^ x >> 15) * 0x846ca68b;
+    return x ^ x >> 16;
+}
+
+/* The dropout of model.Dropout. x, y: (windows, size); keys: of the windows, mixed. */
+void drop(const bf16 *x, bf16 *y, const uint32_t *keys, int64_t threshold, float scale, int64_t windows, int64_t size) {
+#pragma omp parallel for schedule(static)
+    for (int64_t w = 0; w < windows; w++) {
+        const bf16 *in = x + w * size;
+        bf16 *out = y + w * size;
+        uint32_t key = keys[w];
+        int32_t least = threshold;
+#pragma omp simd
+        for (int64_t i = 0; i < size; i++) {
+            uint32_t bits = (key ^ mixed(i)) * 0x7feb352d;
+            bits = (bits ^ bits >> 15) * 0x846ca68b;
+            out[i] = (int32_t)bits >= least ? rounded(value(in[i]) * scale) : 0;
+        }
+    }
+}
+
 /* joined: (rows, 2 width), gates and values; y = silu(gate) * up: (rows, width). */
 void swiglu(const bf16 *joined, bf16 *y, int64_t rows, int64_t width) {
 #pragma omp parallel for schedule(static)

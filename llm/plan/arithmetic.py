@@ -152,7 +152,7 @@ def _activation_bytes(config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
 def _is_fused(config: TrainConfig, on_cpu: bool, itemsize: int) -> bool:
     """Whether a llama's blocks are computed by llm.fused."""
     model = config.model
-    fits = model.arch == "llama" and model.dropout == 0 and config.parallel == "ddp" and model.block_size <= LONGEST
+    fits = model.arch == "llama" and config.parallel == "ddp" and model.block_size <= LONGEST
     return fits and on_cpu and itemsize == 2 and load_kernel() is not None
 
 

@@ -24,6 +24,7 @@ from llm.config import (
     read_toml,
 )
 from llm.errors import UserError
+from llm.plan.request import Request, read_request
 
 
 class Parser(argparse.ArgumentParser):
@@ -252,3 +253,12 @@ def config_from(args: argparse.Namespace, say: Callable[[str], None] = warn) -> 
     """
     preset = read_toml(args.preset) if getattr(args, "preset", None) else {}
     return over_preset(preset, typed_settings(args), say)
+
+
+def request_from(args: argparse.Namespace, say: Callable[[str], None] = warn) -> Request:
+    """Return the run that `--time` asks for, with the settings of `--preset` and the typed ones as given.
+
+    Raises UserError. `say` as in `config_from`.
+    """
+    preset = read_toml(args.preset) if args.preset else {}
+    return read_request(args.time, preset, typed_settings(args), say)

@@ -16,7 +16,7 @@ from llm.config.fields import (
     parse_duration,
     short_repr,
 )
-from llm.config.over_preset import over_preset
+from llm.config.over_preset import merged, over_preset
 from llm.config.recipe import FIELDS, MODEL_FIELDS, PRESETS, TRAIN_FIELDS, GPTConfig, TrainConfig
 from llm.config.settings import (
     ALIASES,
@@ -24,6 +24,7 @@ from llm.config.settings import (
     coerce,
     from_settings,
     read_toml,
+    resolve_settings,
     to_settings,
     write_toml,
 )
@@ -47,9 +48,11 @@ __all__ = [
     "field_type",
     "from_settings",
     "is_pattern",
+    "merged",
     "over_preset",
     "parse_duration",
     "read_toml",
+    "resolve_settings",
     "short_repr",
     "to_settings",
     "write_toml",

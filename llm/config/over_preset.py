@@ -24,6 +24,15 @@ def over_preset(preset: dict[str, Any], given: dict[str, Any], say: Callable[[st
     A setting of the preset that is impossible with the user's settings is replaced by its default, and `say` gets a
     line about it. The user's own settings never change. Raises UserError.
     """
+    settings, notices = merged(preset, given)
+    config = from_settings(settings)
+    for notice in notices:
+        say(notice)
+    return config
+
+
+def merged(preset: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings of `over_preset` by name, and its lines. Raises UserError."""
     preset = resolve_settings(preset)
     given = resolve_settings(given)
     ignored: dict[str, list[str]] = {}  # settings of the preset, by reason
@@ -31,10 +40,8 @@ def over_preset(preset: dict[str, Any], given: dict[str, Any], say: Callable[[st
         name = conflict.name
         ignored.setdefault(conflict.reason, []).append(f"{name} = {short_repr(preset[name])}")
         preset[name] = FIELDS[name].default if conflict.replacement is None else conflict.replacement
-    config = from_settings(preset | given)
-    for reason, settings in ignored.items():
-        say(f"{', '.join(settings)} of the preset is ignored: {reason}")
-    return config
+    notices = [f"{', '.join(settings)} of the preset is ignored: {reason}" for reason, settings in ignored.items()]
+    return preset | given, notices
 
 
 def _conflicts(preset: dict[str, Any], given: dict[str, Any]) -> Iterator[_Conflict]:

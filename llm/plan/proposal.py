@@ -1,140 +1,149 @@
-"""Propose a run for a given time: the largest shape that promises a lower loss, and as many steps as fit."""
+"""Propose a run for a given time: measure a few shapes, take the one that promises most, and fit the steps."""
 
+import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
-from llm import storage
-from llm.config import TrainConfig, from_settings, write_toml
-from llm.config.counts import count_parameters_by_part
+from llm.config import GPTConfig, TrainConfig, from_settings
+from llm.config.counts import count_parameters_by_part, flops_per_token
 from llm.errors import UserError
+from llm.plan import rule
+from llm.plan.expected_loss import expected_loss
+from llm.plan.request import Request
+from llm.plan.steps import affordable_steps, with_steps
 from llm.plan.text_size import Text
-from llm.plan.timing import Pace, fits, probe, run_seconds
+from llm.plan.timing import Pace, fits, probe
 
-# (n_layer, n_embd, n_head)
-SHAPES = ((2, 64, 2), (4, 128, 4), (6, 192, 6), (6, 256, 8), (6, 384, 6), (8, 512, 8), (12, 768, 12))
-
-# A step has the chapter's 2,048 tokens, or fewer if EPOCHS passes over the text would be fewer than MIN_STEPS steps.
-TOKENS_PER_STEP = 2048
-MIN_STEPS = 2500
-
-EVALUATIONS = 10  # besides the one at the start
-
-EPOCHS = 40  # passes over the text beyond which more of them gain little (Muennighoff et al. 2023)
-
-PATIENCE = 3  # evaluations in a row without improvement that end the run: many texts overfit before EPOCHS
-
-SHARE = 0.9  # of the given time that a proposal fills
-
-LEAST_STEPS = 20  # of a proposal
+Measure = Callable[[TrainConfig], Pace]
+Shapes = dict[GPTConfig, TrainConfig]
 
 
-def expected_loss(blocks: float, tokens: float, text: float) -> float:
-    """Return the loss that the scaling law of Muennighoff et al. (2023) predicts, in nats per token.
+@dataclass(frozen=True)
+class Proposal:
+    """A run for a given time, and what it was chosen from."""
 
-    It is the part of the loss above the entropy of the text. The law was fitted to far larger models, on other texts
-    and tokens, so its level means nothing here: use it only to rank two models.
-
-    Args:
-        blocks: parameters of the blocks
-        tokens: tokens of training
-        text: distinct tokens of the text that they are drawn from
-    """
-    fresh = min(text, tokens)
-    optimal = min(blocks, 0.051 * fresh)  # the compute-optimal parameters for `fresh` tokens
-    # a repeated token is worth less than a new one, and so is a parameter beyond the optimal ones
-    effective_tokens = fresh * (1 + 15.4 * -math.expm1(-(tokens / fresh - 1) / 15.4))
-    effective_size = optimal * (1 + 5.3 * -math.expm1(-(blocks / optimal - 1) / 5.3))
-    return float(521 / effective_size**0.353 + 1488 / effective_tokens**0.353)
+    config: TrainConfig
+    text: Text
+    pace: Pace
+    losses: dict[GPTConfig, float]  # what each possible shape promises, at a measured or an estimated pace
+    measured: int  # shapes
+    probes: int  # of shapes, and of dropout
 
 
-def propose(
-    config: TrainConfig, text: Text, seconds: float, measure: Callable[[TrainConfig], Pace] = probe
-) -> tuple[TrainConfig, Pace]:
-    """Return a run on `config`'s text that fits `seconds`, and its measured pace.
+def short_probe(config: TrainConfig) -> Pace:
+    """Measure a pace within about a second, set-up included."""
+    return probe(config, 0.6 * rule.PROBE_SECONDS)
 
-    The proposal decides the shape, the batch, the steps and the learning rate. From the smallest of SHAPES on, it
-    measures a shape and gives it as many steps as fit; it takes the next one while that promises an `expected_loss` at
-    least 1 % lower. Only the parameters of the blocks count, because embeddings are looked up.
+
+def propose(request: Request, text: Text, measure: Measure) -> Proposal:
+    """Return a run for the time of `request`, around its given settings. `request.config` knows the vocabulary.
+
+    From the pace of the smallest shape it estimates what every shape promises. Then it measures the shape that promises
+    most and estimates the others again, until the best one has been measured.
 
     Raises UserError if not even LEAST_STEPS steps of the smallest shape fit.
     """
-    chosen = None
-    lowest = math.inf
-    for shape in SHAPES:
-        trial = shaped(config, shape, text)
-        if not fits(trial):
-            break
-        pace = measure(trial)
-        fitted = with_steps(trial, text, seconds, pace)
-        if fitted.max_steps < LEAST_STEPS:
-            break
-        tokens = fitted.max_steps * fitted.tokens_per_step
-        loss = expected_loss(count_parameters_by_part(fitted.model)["blocks"], tokens, text.tokens)
-        if loss > 0.99 * lowest:
-            break
-        chosen = fitted, pace
-        lowest = loss
-    if chosen is None:
-        raise UserError(
-            f"time = {seconds:g} s: too short for {LEAST_STEPS} steps of the smallest model here; give more time"
-        )
-    return chosen
+    shapes = {trial.model: trial for trial in candidates(request, text) if fits(trial)}
+    if not shapes:
+        raise UserError("memory: not even the smallest model fits in the memory here; give a smaller --batch_size")
+    paces: dict[GPTConfig, Pace] = {}
+    losses: dict[GPTConfig, float] = {}
+    best = next(iter(shapes))
+    while best not in paces and len(paces) < rule.probes(request.seconds):
+        paces[best] = measure(shapes[best])
+        if len(paces) == 1:
+            check_time(shapes[best], request, text, paces[best])
+        losses = {model: promise(trial, request, text, estimate(model, paces)) for model, trial in shapes.items()}
+        best = choose(losses)
+    if best not in paces:
+        best = choose({model: loss for model, loss in losses.items() if model in paces})
+    return finish(shapes[best], request, text, paces, losses, measure)
 
 
-def shaped(config: TrainConfig, shape: tuple[int, int, int], text: Text) -> TrainConfig:
-    """Return `config` with one of SHAPES, and the batch and learning rate that go with it.
-
-    The peak learning rate falls as 1 / width (Yang et al. 2022). It passes through the 1e-3 that nanoGPT takes for a
-    width of 384, is near the 6e-4 of Brown et al. (2020) for 768, and is at most 3e-3.
-    """
-    n_layer, n_embd, n_head = shape
-    tokens = min(TOKENS_PER_STEP, EPOCHS * text.tokens // MIN_STEPS)
-    settings: dict[str, float | None] = {
-        "n_layer": n_layer,
-        "n_embd": n_embd,
-        "n_head": n_head,
-        "batch_size": max(1, tokens // config.model.block_size),
-        "gradient_accumulation_steps": 1,
-        "max_lr": min(3e-3, float(f"{0.384 / n_embd:.2g}")),
-        "min_lr": None,
-        "warmup_steps": None,
-        "patience": PATIENCE,
-    }
-    return from_settings(settings, config)
+def finish(
+    chosen: TrainConfig,
+    request: Request,
+    text: Text,
+    paces: dict[GPTConfig, Pace],
+    losses: dict[GPTConfig, float],
+    measure: Measure,
+) -> Proposal:
+    """Return the run of the chosen shape, with the regularisation that its epochs call for."""
+    pace = paces[chosen.model]
+    probes = len(paces)
+    config = with_chosen(chosen, request, regularisation(chosen, request, text, pace, probes))
+    if config.model.dropout != chosen.model.dropout:  # dropout takes time, so that there are fewer epochs
+        pace = measure(config)
+        probes += 1
+        config = with_chosen(config, request, regularisation(config, request, text, pace, probes))
+    return Proposal(with_steps(config, request, text, pace, probes), text, pace, losses, len(paces), probes)
 
 
-def with_steps(config: TrainConfig, text: Text, seconds: float, pace: Pace) -> TrainConfig:
-    """Return `config` with as many steps as fit in `seconds`, but at most EPOCHS passes over the text.
-
-    `eval_tokens` is lowered until validation takes at most a tenth of the time.
-    """
-    affordable = 0.1 * seconds / ((1 + EVALUATIONS) * pace.evaluated_token)
-    eval_tokens = max(1, min(config.eval_tokens, int(affordable)))
-    config = from_settings({"eval_tokens": eval_tokens}, config)
-
-    def with_max_steps(count: int) -> TrainConfig:
-        return from_settings({"max_steps": count, "eval_every": math.ceil(count / EVALUATIONS)}, config)
-
-    parts = run_seconds(with_max_steps(EVALUATIONS), text, pace)
-    other_seconds = sum(parts.values()) - parts["steps"]
-    affordable_steps = (SHARE * seconds - other_seconds) / pace.step
-    useful_steps = max(LEAST_STEPS, EPOCHS * text.tokens / config.tokens_per_step)
-    return with_max_steps(max(1, int(min(affordable_steps, useful_steps, 1e9))))
+def regularisation(config: TrainConfig, request: Request, text: Text, pace: Pace, probes: int) -> dict[str, float]:
+    """Return dropout and cool-down for the epochs of `config`. If it has dropout, it keeps at least the lowest one."""
+    tokens = affordable_steps(config, request, text, pace, probes) * config.tokens_per_step
+    least = min(row[0] for row in rule.REGULARISATION if row[1] > 0) if config.model.dropout else 0
+    return rule.regularisation(max(tokens / text.tokens, least), config.schedule)
 
 
-def write(config: TrainConfig, path: Path) -> None:
-    """Write the settings to a new file for `--preset`. Raises UserError if it exists or cannot be written."""
-    check_new(path)
-    try:
-        storage.write_text(path, write_toml(config))
-    except OSError as error:
-        raise UserError(f"out = {path}: cannot be written ({error.strerror}); choose another place") from None
+def with_chosen(config: TrainConfig, request: Request, chosen: dict[str, Any]) -> TrainConfig:
+    """Return `config` with the `chosen` settings that are not given."""
+    return from_settings({name: value for name, value in chosen.items() if name not in request.given}, config)
 
 
-def check_new(path: Path) -> None:
-    """Raises UserError for a name that `write` would refuse."""
-    if path.suffix != ".toml":
-        raise UserError(f"out = {path}: its name does not end in .toml; give it that ending, which --preset expects")
-    if path.exists():
-        raise UserError(f"out = {path}: already exists; remove it, or choose another name")
+def candidates(request: Request, text: Text) -> list[TrainConfig]:
+    """Return the run in each shape that the given settings allow, from small to large."""
+    given = request.given
+    config = with_chosen(request.config, request, {"block_size": rule.block_size(request.seconds, text.tokens)})
+    config = from_settings(rule.batch(given, config.model.block_size, text.tokens), config)
+    config = with_chosen(config, request, {"max_time": request.seconds})
+    if config.init_from:
+        return [with_chosen(config, request, rule.rates(config, given))]
+    found: Shapes = {}
+    for row in rule.SHAPES:
+        trial = from_settings(rule.shape(row, given), config)
+        found.setdefault(trial.model, from_settings(rule.rates(trial, given), trial))
+    return sorted(found.values(), key=lambda trial: flops_per_token(trial.model))
+
+
+def estimate(model: GPTConfig, paces: dict[GPTConfig, Pace]) -> Pace:
+    """Return the measured pace of a shape, or one derived from the measured shape that is most like it."""
+    if model in paces:
+        return paces[model]
+    ratios = {other: flops_per_token(model) / flops_per_token(other) for other in paces}
+    nearest = min(paces, key=lambda other: abs(math.log(ratios[other])))
+    pace, growth = paces[nearest], ratios[nearest] ** rule.STEP_GROWTH
+    sampled = pace.sampled_token * model.n_layer / nearest.n_layer  # one token at a time: few FLOPs in each layer
+    return Pace(pace.step * growth, pace.evaluated_token * growth, sampled)
+
+
+def promise(config: TrainConfig, request: Request, text: Text, pace: Pace) -> float:
+    """Return the loss that a shape promises at a pace; infinity if too few steps fit."""
+    steps = affordable_steps(config, request, text, pace, rule.probes(request.seconds))
+    if steps < rule.LEAST_STEPS:
+        return math.inf
+    blocks = count_parameters_by_part(config.model)["blocks"]
+    return expected_loss(blocks, steps * config.tokens_per_step, text.tokens)
+
+
+def choose(losses: dict[GPTConfig, float]) -> GPTConfig:
+    """Return the smallest shape that promises about as much as the best one. `losses` is from small to large."""
+    lowest = min(losses.values())
+    return next(model for model, loss in losses.items() if loss <= (1 + rule.GAIN) * lowest)
+
+
+def check_time(config: TrainConfig, request: Request, text: Text, pace: Pace) -> None:
+    """Raise UserError, with the time that it needs, if LEAST_STEPS steps of the smallest shape do not fit."""
+    steps = affordable_steps(config, request, text, pace, 1)
+    if steps >= rule.LEAST_STEPS:
+        return
+    needed = request.seconds
+    while affordable_steps(config, dataclasses.replace(request, seconds=needed), text, pace, 1) < rule.LEAST_STEPS:
+        needed = math.ceil(1.1 * needed + 1)
+    shape = f"{config.model.n_layer} layers x {config.model.n_embd}"
+    raise UserError(
+        f"time = {request.seconds:g} s: too short; {rule.LEAST_STEPS} steps of the smallest model here ({shape}) need "
+        f"about {needed} s, with start and evaluations; give --time {needed}s or more"
+    )

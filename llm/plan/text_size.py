@@ -13,7 +13,9 @@ from llm.prepare.reuse import default_folder
 from llm.text import corpus, hub
 from llm.tokens.token_files import GPT2_VOCAB, check_length, has_tokens, read_meta, vocabulary_of
 
-BYTES_PER_TOKEN = {"gpt2": 3.3, "auto": 3.3, "bpe": 3.2, "byte": 1.0, "char": 1.0}  # of tiny Shakespeare
+# of tiny Shakespeare; for bpe by the size of its vocabulary
+BYTES_PER_TOKEN = {"gpt2": 3.3, "auto": 3.3, "byte": 1.0, "char": 1.0}
+BYTES_PER_BPE_TOKEN = ((0, 1.9), (1024, 2.4), (2048, 2.9), (4096, 3.2))
 
 VOCABULARY = {"gpt2": GPT2_VOCAB, "auto": GPT2_VOCAB, "bpe": 4096, "byte": 257, "char": 65}
 
@@ -30,6 +32,7 @@ class Text:
     tokens: int  # of the training split
     vocabulary: int
     unprepared: int = 0  # bytes still to be tokenized, so that `tokens` is an estimate; 0: the tokens were counted
+    preparation: float = 0.0  # seconds of a given time that its preparation has used
 
 
 def text_of(config: TrainConfig) -> Text:
@@ -77,7 +80,7 @@ def _estimate(config: TrainConfig) -> Text:
                 survey = corpus.look(source, alphabet=True)
                 characters += survey.total
                 vocabulary = len(survey.alphabet)
-    count = characters if config.tokenizer == "char" else int(size / BYTES_PER_TOKEN[config.tokenizer])
+    count = characters if config.tokenizer == "char" else int(size / _bytes_per_token(config, vocabulary))
     tokens = int(count * (1 - config.val_fraction))
     are_paths = all(Path(name).is_file() or Path(name).is_dir() for name in names)
     if tokens < FEW_WINDOWS * config.model.block_size and are_paths:
@@ -85,6 +88,12 @@ def _estimate(config: TrainConfig) -> Text:
     if tokens == 0:
         raise UserError("text: there is nothing in it to train on; give more")
     return Text(tokens, config.vocab_size or vocabulary, size)
+
+
+def _bytes_per_token(config: TrainConfig, vocabulary: int) -> float:
+    if config.tokenizer != "bpe":
+        return BYTES_PER_TOKEN[config.tokenizer]
+    return [size for least, size in BYTES_PER_BPE_TOKEN if least <= (config.vocab_size or vocabulary)][-1]
 
 
 def check_short(config: TrainConfig) -> None:

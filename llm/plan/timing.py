@@ -58,8 +58,8 @@ class Pace:
     sampled_token: float
 
 
-def probe(config: TrainConfig) -> Pace:
-    """Time real steps, windows of an evaluation and sampled tokens of `config` on random tokens, for a few seconds.
+def probe(config: TrainConfig, seconds: float = PROBE_SECONDS) -> Pace:
+    """Time real steps of `config` on random tokens for about `seconds`, then evaluation and sampling for a third of it.
 
     torch.compile is not used, because it takes longer than the probe.
     """
@@ -70,7 +70,10 @@ def probe(config: TrainConfig) -> Pace:
     val = tokens[: max(WINDOW_TOKENS, block_size) + 1]
     data = TokenData(Path(), tokens, val, vocab_size, True, "random", {})
     parts = build(config, data, None, device, choose_dtype(config.dtype, device))
-    return Pace(_step_seconds(parts), _evaluated_token_seconds(parts), _sampled_token_seconds(parts))
+    others = seconds / 6  # for evaluation, and as long for sampling
+    return Pace(
+        _step_seconds(parts, seconds), _evaluated_token_seconds(parts, others), _sampled_token_seconds(parts, others)
+    )
 
 
 def _median_seconds(work: Callable[[int], object], seconds: float) -> float:
@@ -83,23 +86,23 @@ def _median_seconds(work: Callable[[int], object], seconds: float) -> float:
     return statistics.median(times)
 
 
-def _step_seconds(parts: Parts) -> float:
-    """Return the seconds of a step. A long step is extrapolated from shorter ones."""
+def _step_seconds(parts: Parts, budget: float) -> float:
+    """Return the seconds of a step, measured for about `budget` seconds, or extrapolated from shorter steps."""
     config = parts.config
     parts.model.train()
     windows = 0
     seconds = 0.0
-    while windows < config.batch_size and seconds < PROBE_SECONDS / 10:
+    while windows < config.batch_size and seconds < budget / 10:
         windows = min(max(1, 4 * windows), config.batch_size)
         short_step = _with_batch(parts, windows, micro_batches=1)
         seconds = min(_timed_step(short_step, number) for number in range(3))  # the first one includes set-up
-    if windows == config.batch_size and seconds * config.gradient_accumulation_steps < PROBE_SECONDS / 2:
+    if windows == config.batch_size and seconds * config.gradient_accumulation_steps < budget / 2:
         train_step(parts, 0).loss.item()  # set-up
-        return _median_seconds(lambda number: train_step(parts, number).loss.item(), PROBE_SECONDS)
-    return _extrapolated_step_seconds(parts, windows, seconds)
+        return _median_seconds(lambda number: train_step(parts, number).loss.item(), budget)
+    return _extrapolated_step_seconds(parts, windows, seconds, budget)
 
 
-def _extrapolated_step_seconds(parts: Parts, windows: int, one: float) -> float:
+def _extrapolated_step_seconds(parts: Parts, windows: int, one: float, budget: float) -> float:
     """Extrapolate the seconds of a step from steps of one and of two micro-batches of `windows` windows.
 
     A step takes the time of the optimizer, and the time of a window for each window. Both come from the fastest of
@@ -111,7 +114,7 @@ def _extrapolated_step_seconds(parts: Parts, windows: int, one: float) -> float:
     two = math.inf
     began = time.perf_counter()
     rounds = 0
-    while rounds < 2 or time.perf_counter() - began < PROBE_SECONDS:
+    while rounds < 2 or time.perf_counter() - began < budget:
         one = min(one, _timed_step(one_micro_batch, rounds))
         two = min(two, _timed_step(two_micro_batches, rounds))
         rounds += 1
@@ -131,36 +134,44 @@ def _timed_step(parts: Parts, number: int) -> float:
     return time.perf_counter() - start
 
 
-def _evaluated_token_seconds(parts: Parts) -> float:
+def _evaluated_token_seconds(parts: Parts, budget: float) -> float:
     val = parts.data.val
     block_size = parts.config.model.block_size
     with precision(parts.dtype, parts.device):
         evaluate(parts.model, val, block_size, len(val))  # set-up
-        seconds = _median_seconds(lambda _: evaluate(parts.model, val, block_size, len(val)), 0.5)
+        seconds = _median_seconds(lambda _: evaluate(parts.model, val, block_size, len(val)), budget)
     return seconds / (len(val) - 1)
 
 
-def _sampled_token_seconds(parts: Parts) -> float:
+def _sampled_token_seconds(parts: Parts, budget: float) -> float:
     count = 30
     prompt = torch.zeros(1, 1, dtype=torch.int64, device=parts.device)
     with precision(parts.dtype, parts.device):
-        return _median_seconds(lambda _: list(generate(parts.model, prompt, count)), 0.5) / count
+        return _median_seconds(lambda _: list(generate(parts.model, prompt, count)), budget) / count
 
 
 def run_seconds(config: TrainConfig, text: Text, pace: Pace) -> dict[str, float]:
     """Return the seconds of a run by part, at a measured pace."""
     evaluations = count_evaluations(config)
     steps = config.max_steps * pace.step
-    val_tokens = text.tokens * config.val_fraction / (1 - config.val_fraction)
-    validated = min(val_tokens, config.eval_tokens)
     save_every = config.save_every or config.eval_every
     saved_length = steps if isinstance(save_every, float) else config.max_steps  # in the unit of save_every
     saves = 2 + saved_length / save_every
     return {
         "steps": steps,
-        "evaluation": count_validations(config) * validated * pace.evaluated_token,
+        "evaluation": count_validations(config) * validated_tokens(config, text) * pace.evaluated_token,
         "samples": evaluations * config.sample_tokens * pace.sampled_token,
         "pictures": evaluations * PICTURE_SECONDS,
         "saving": saves * bytes_copied_to_save(config) / SAVING_RATE,
-        "starting": STARTING_SECONDS + text.unprepared / TOKENIZING_RATE,
+        "starting": starting_seconds(text),
     }
+
+
+def starting_seconds(text: Text) -> float:
+    """Return the seconds before the first step: importing, preparing the text, set-up."""
+    return STARTING_SECONDS + text.preparation + text.unprepared / TOKENIZING_RATE
+
+
+def validated_tokens(config: TrainConfig, text: Text) -> float:
+    """Return the tokens of the validation split that an evaluation uses."""
+    return min(text.tokens * config.val_fraction / (1 - config.val_fraction), config.eval_tokens)

@@ -7,10 +7,9 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from llm.commands.flags import Parser, add_settings, config_from, flag, path, typed_settings, warn
+from llm.commands.flags import Parser, add_settings, config_from, flag, path, request_from, warn
 from llm.commands.planning import plan_scale
-from llm.config import FIELDS, PRESETS, TrainConfig, parse_duration
-from llm.errors import UserError
+from llm.config import FIELDS, PRESETS, TrainConfig
 
 if TYPE_CHECKING:
     from llm.plan.text_size import Text
@@ -22,55 +21,44 @@ DESCRIPTION = (
 )
 
 
-PROPOSED = (  # the settings that --time decides
-    "n_layer",
-    "n_embd",
-    "n_head",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "max_steps",
-    "eval_every",
-    "eval_tokens",
-    "warmup_steps",
-    "max_lr",
-    "min_lr",
-    "patience",
-)
-
-
 def main(argv: list[str]) -> int:
     args = parse_flags(argv)
     if plan_scale.is_requested(args):
         return plan_scale.main(args)
-    config = config_from(args)
-    budget_seconds = None if args.time is None else parse_budget(args.time)
-    if budget_seconds:
-        check_proposable(args, config)
+    request = None if args.time is None else request_from(args)
+    config = request.config if request else config_from(args)
 
     import json
 
     from llm.commands.bars import print_result
     from llm.commands.planning.plan_lines import plan_lines
-    from llm.plan.proposal import check_new, propose, write
+    from llm.plan.autopilot import choose_run
+    from llm.plan.choice_lines import choice_lines
+    from llm.plan.plan_file import check_new, write
     from llm.plan.text_size import text_of, with_vocabulary
     from llm.plan.timing import fits, probe
     from llm.start.init_from import starting_point
 
     if args.out:
         check_new(args.out)
-    if config.init_from:
-        config = starting_point(config, warn)[0]
-    text = text_of(config)
-    if not config.init_from:
-        config = with_vocabulary(config, text.vocabulary)
-    warn_if_busy()
-    pace = None
-    if budget_seconds:
-        config, pace = propose(config, text, budget_seconds)
-    elif fits(config):
-        pace = probe(config)
+    lines: list[str] = []
+    pace: Pace | None
+    if request:
+        choice = choose_run(request, prepares=False, say=warn)
+        warn_if_busy()
+        config, text, pace = choice.proposal.config, choice.proposal.text, choice.proposal.pace
+        lines += choice_lines(choice)
+    else:
+        if config.init_from:
+            config = starting_point(config, warn)[0]
+        text = text_of(config)
+        if not config.init_from:
+            config = with_vocabulary(config, text.vocabulary)
+        warn_if_busy()
+        pace = probe(config) if fits(config) else None
     facts = predict(config, text, pace)
-    print_result(json.dumps(facts) if args.json else "\n".join(plan_lines(config, facts, text, budget_seconds)))
+    lines += plan_lines(config, facts, text, request.seconds if request else None)
+    print_result(json.dumps(facts) if args.json else "\n".join(lines))
     if args.out:
         write(config, args.out)
         if not args.json:
@@ -82,31 +70,13 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser("losscurve plan", DESCRIPTION, bare=("text",))
     parser.add_argument("--preset", metavar="NAME|FILE.toml", help=f"settings to start from: {', '.join(PRESETS)}")
     add_settings(parser, FIELDS)
-    parser.add_argument("--time", metavar="TIME", help="propose a run that fits this time (90, 10m, 2h)")
+    parser.add_argument(
+        "--time", metavar="TIME", help="choose a run for this time (90, 10m, 2h), around the given settings"
+    )
     parser.add_argument("--out", metavar="FILE.toml", type=path, help="write the settings there, for train --preset")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan_scale.add_flags(parser)
     return parser.read(argv)
-
-
-def parse_budget(text: str) -> float:
-    """Return the seconds of --time. Raises UserError."""
-    try:
-        seconds = parse_duration(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e9:
-        raise UserError(f"time = {text!r}: expected a duration such as 90, 10m or 2h")
-    return seconds
-
-
-def check_proposable(args: argparse.Namespace, config: TrainConfig) -> None:
-    """Raise UserError for a setting that --time decides."""
-    typed = [name for name in PROPOSED if name in typed_settings(args)]
-    if config.init_from:
-        typed.append("init_from")
-    if typed:
-        raise UserError(f"{typed[0]}: --time decides it; leave one of the two out")
 
 
 def warn_if_busy() -> None:

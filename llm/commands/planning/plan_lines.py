@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from llm.config import TrainConfig
 from llm.plan.arithmetic import MIB, TOKENS_PER_PARAMETER, optimal_parameters
 from llm.plan.forecast import short, spoken
-from llm.plan.proposal import EPOCHS, SHARE
 
 if TYPE_CHECKING:
     from llm.plan.text_size import Text
@@ -36,7 +35,7 @@ def plan_lines(config: TrainConfig, facts: dict[str, Any], text: "Text", budget_
         f"{short(facts['step_flops'] / 1e9)} GFLOP a step, {head_flops / facts['step_flops']:.0%} of it for the "
         f"vocabulary; {facts['run_flops']:.3g} FLOP in all",
     )
-    yield from _time_lines(config, facts, budget_seconds)
+    yield from _time_lines(config, facts)
     yield _chinchilla_line(config, facts, text, budget_seconds)
 
 
@@ -61,7 +60,7 @@ def _in_mebibytes(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in rounded.items() if size != "0.0")
 
 
-def _time_lines(config: TrainConfig, facts: dict[str, Any], budget_seconds: float | None) -> Iterator[str]:
+def _time_lines(config: TrainConfig, facts: dict[str, Any]) -> Iterator[str]:
     if facts["seconds"] is None:
         yield _line("time", "not known: a step of one window does not fit in the memory here")
         return
@@ -73,8 +72,6 @@ def _time_lines(config: TrainConfig, facts: dict[str, Any], budget_seconds: floa
     time = f"{spoken(total)}: " + ", ".join(f"{name} {spoken(value)}" for name, value in facts["seconds"].items())
     if config.max_time and config.max_time < total:
         time += f"; max_time ends it after {spoken(config.max_time)}"
-    if budget_seconds and total < SHARE * budget_seconds / 1.1:
-        time += f"; a text read more than {EPOCHS} times gives little more"
     yield _line("time", time)
 
 

@@ -1,0 +1,73 @@
+"""Four lines about a run that was chosen for a given time: text, machine, model and run, each with its reason."""
+
+from collections.abc import Iterator
+
+from llm.config import GPTConfig
+from llm.config.counts import count_parameters, flops_per_token
+from llm.machine.device import choose_device, choose_dtype, describe_device
+from llm.plan import rule
+from llm.plan.autopilot import Choice
+from llm.plan.forecast import short, spoken
+from llm.plan.timing import run_seconds
+
+
+def choice_lines(choice: Choice) -> Iterator[str]:
+    """Yield the four lines."""
+    yield f"text       {_text(choice)}"
+    yield f"machine    {_machine(choice)}"
+    yield f"model      {_model(choice)}"
+    yield f"steps      {_steps(choice)}"
+
+
+def _text(choice: Choice) -> str:
+    config, text, facts = choice.proposal.config, choice.proposal.text, choice.facts
+    tokens = f"{text.tokens:,} training tokens" + (" (estimated)" if text.unprepared else "")
+    if facts is None:
+        return f"{tokens}, vocabulary {text.vocabulary:,}, as its token files have them"
+    distinct = "" if facts.distinct is None else f", {facts.distinct:,} distinct characters"
+    if facts.bytes_per_character >= rule.MANY_BYTES:
+        distinct += f" of {facts.bytes_per_character:.1f} bytes each"
+    size = f" of {config.vocab_size:,}" if config.tokenizer == "bpe" and config.vocab_size else ""
+    return f"{facts.train_bytes:,} bytes to train on{distinct}: {config.tokenizer} tokens{size}, {tokens}"
+
+
+def _machine(choice: Choice) -> str:
+    config, pace, count = choice.proposal.config, choice.proposal.pace, choice.proposal.measured
+    device = choose_device(config.device)
+    rate = flops_per_token(config.model) * config.tokens_per_step / pace.step
+    shapes = "1 shape" if count == 1 else f"{count} shapes"
+    return (
+        f"{describe_device(device, choose_dtype(config.dtype, device))}: {rate / 1e9:,.0f} GFLOP/s in training, "
+        f"{pace.step:.2g} s a step; {shapes} measured"
+    )
+
+
+def _model(choice: Choice) -> str:
+    config, losses = choice.proposal.config, choice.proposal.losses
+    model = config.model
+    named = (
+        f"{model.arch} {_shape(model)}, n_head {model.n_head}, block_size {model.block_size}, "
+        f"{count_parameters(model) / 1e6:.2f} M parameters"
+    )
+    if config.init_from:
+        return f"{named}: the weights of {config.init_from}"
+    if len(losses) == 1:
+        return f"{named}: its shape is given"
+    largest = _shape(list(losses)[-1])
+    return f"{named}: of {_shape(next(iter(losses)))} to {largest} it promises most in this time"
+
+
+def _shape(model: GPTConfig) -> str:
+    return f"{model.n_layer} x {model.n_embd}"
+
+
+def _steps(choice: Choice) -> str:
+    config, text, pace = choice.proposal.config, choice.proposal.text, choice.proposal.pace
+    trained = config.max_steps * config.tokens_per_step
+    seconds = sum(run_seconds(config, text, pace).values()) + choice.proposal.probes * rule.PROBE_SECONDS
+    is_capped = seconds < 0.9 * rule.FILL * choice.request.seconds
+    reason = f"; more than {rule.MOST_EPOCHS} passes over a text gain little" if is_capped else ""
+    return (
+        f"{config.max_steps:,} of {config.windows_per_step} windows, {short(trained / text.tokens)} epochs, so dropout "
+        f"{config.model.dropout:g}; about {spoken(seconds)} of {spoken(choice.request.seconds)}{reason}"
+    )

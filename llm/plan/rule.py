@@ -1,0 +1,161 @@
+"""The rule of the autopilot: what a run for a given time is made of. Every figure of it stands in the table below.
+
+The sources of the figures are in docs/decisions.md, "The rule for a given time". `llm.plan.proposal` measures the
+shapes and chooses one of them.
+"""
+
+import math
+from typing import Any
+
+from llm.config import FIELDS, TrainConfig
+
+# ---- the table
+
+# (bytes of the training text from which a row counts, tokenizer, vocabulary)
+TOKENIZERS = (
+    (0, "byte", None),
+    (20_000, "bpe", 512),
+    (200_000, "bpe", 1024),
+    (5_000_000, "bpe", 2048),
+    (50_000_000, "bpe", 4096),
+)
+MANY_BYTES = 1.5  # bytes per character from which a script needs the next row of TOKENIZERS
+LEAST_BYTES = 1000  # of the training text
+
+SHAPES = (  # (n_layer, n_embd), from small to large
+    *((2, 64), (3, 96), (3, 128), (4, 128), (5, 160)),
+    *((6, 192), (6, 256), (8, 320), (8, 384), (10, 512)),
+)
+HEAD_SIZES = ((0, 32), (256, 64))  # (width from which a row counts, channels of a head)
+GAIN = 0.01  # a larger shape has to promise a loss lower by this share
+
+BLOCK_SIZES = ((0, 128), (300, 256))  # (seconds from which a row counts, block_size)
+SMALLEST_BLOCK = 16
+LEAST_WINDOWS = 20  # that fit the training split; a smaller text gets a smaller block_size
+WINDOWS = 16  # in a step
+USEFUL_STEPS = 1000  # a text that MOST_EPOCHS would read in fewer steps gets fewer windows in a step
+
+MOST_EPOCHS = 40  # more passes over the text gain little
+REGULARISATION = ((0, 0.0, 0.4), (8, 0.1, 0.4), (30, 0.2, 0.7))  # (epochs from which a row counts, dropout, cool-down)
+WEIGHT_DECAY = 0.1
+
+MUON_LR = 0.02
+MUON_MAX_LR = 3e-3  # of AdamW's share of the parameters
+ADAMW_MAX_LR = 3e-3  # the lower of this and ADAMW_LR_WIDTH / n_embd
+ADAMW_LR_WIDTH = 0.384
+FINE_TUNING = 0.3  # of these rates, for the weights of init_from
+
+EVALUATION_SHARE = 0.05  # of the time, for evaluations, samples, pictures and checkpoints
+EVALUATIONS = (2, 20)  # besides the one at the start: at least, at most
+LEAST_EVAL_TOKENS = 8192
+FILL = 0.95  # of the time that the plan fills
+LEAST_STEPS = 20
+MOST_PROBES = 4  # shapes that are measured
+PROBING_SHARE = 0.1  # of the time, for these probes; one is always made
+PROBE_SECONDS = 1.0  # that one probe takes, about
+STEP_GROWTH = 0.85  # the time of a step grows with its FLOPs to this power, until it is measured
+
+# ---- the rule
+
+
+def row_for(table: tuple[tuple[Any, ...], ...], value: float) -> tuple[Any, ...]:
+    """Return the last row of a table whose first figure is at most `value`."""
+    return [row for row in table if row[0] <= value][-1]
+
+
+def recipe(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that do not depend on text, time and machine, around those that are `given`.
+
+    Shape, rates and steps are provisional: they only have to be possible beside the given settings.
+    """
+    archs = [FIELDS[name].metadata["arch"] for name in given]
+    chosen: dict[str, Any] = {
+        "optimizer": "muon",
+        "schedule": "wsd",
+        "order": "epochs",
+        "weight_decay": WEIGHT_DECAY,
+        "block_size": SMALLEST_BLOCK,
+        "max_steps": 10**9,
+        "min_lr": 0.0,
+        "max_lr": max(MUON_MAX_LR, given.get("min_lr", 0.0)),
+    }
+    if "init_from" not in given:
+        chosen["arch"] = "gpt2" if "gpt2" in archs and given.get("arch") != "llama" else "llama"
+        chosen |= shape(SHAPES[0], given)
+    return {name: value for name, value in chosen.items() if name not in given}
+
+
+def tokenizer(text_bytes: float, bytes_per_character: float, given: dict[str, Any]) -> dict[str, Any]:
+    """Return `tokenizer` and `vocab_size` for a training text of so many bytes, around the given ones."""
+    row = TOKENIZERS.index(row_for(TOKENIZERS, text_bytes))
+    if bytes_per_character >= MANY_BYTES:
+        row = min(row + 1, len(TOKENIZERS) - 1)
+    kind, size = TOKENIZERS[row][1:]
+    if "vocab_size" in given or given.get("tokenizer") == "bpe":
+        kind = "bpe"
+    kind = given.get("tokenizer", kind)
+    if kind != "bpe":
+        return {"tokenizer": kind}
+    return {"tokenizer": kind, "vocab_size": given.get("vocab_size", size or TOKENIZERS[1][2])}
+
+
+def shape(row: tuple[int, int], given: dict[str, Any]) -> dict[str, int]:
+    """Return layers, width and heads of a row of SHAPES, around those that are `given`."""
+    n_layer, width = row
+    n_layer = given.get("n_layer", n_layer)
+    unit = 2 * (given.get("n_head") or given.get("n_kv_head") or 1)  # RoPE needs heads of an even size
+    width = given.get("n_embd", math.ceil(width / unit) * unit)
+    return {"n_layer": n_layer, "n_embd": width, "n_head": given.get("n_head") or heads(width, given)}
+
+
+def heads(width: int, given: dict[str, Any]) -> int:
+    """Return the most heads of HEAD_SIZES or more channels that divide `width` into heads of an even size."""
+    most = max(1, width // row_for(HEAD_SIZES, width)[1])
+    groups = given.get("n_kv_head") or 1
+    found = [count for count in range(1, width + 1) if width % (2 * count) == 0 and count % groups == 0]
+    return max((count for count in found if count <= most), default=min(found, default=1))
+
+
+def block_size(seconds: float, train_tokens: int) -> int:
+    """Return the context length: by the time, or as long as LEAST_WINDOWS windows fit the training split."""
+    size = int(row_for(BLOCK_SIZES, seconds)[1])
+    while size > SMALLEST_BLOCK and LEAST_WINDOWS * size > train_tokens:
+        size //= 2
+    return size
+
+
+def windows(block_size: int, train_tokens: int) -> int:
+    """Return the windows of a step: fewer for a text that MOST_EPOCHS would read in less than USEFUL_STEPS."""
+    count = WINDOWS
+    while count > 1 and MOST_EPOCHS * train_tokens < USEFUL_STEPS * count * block_size:
+        count //= 2
+    return count
+
+
+def batch(given: dict[str, Any], block_size: int, train_tokens: int) -> dict[str, int]:
+    """Return the micro-batches of a step, around the given ones."""
+    micro_batches = given.get("gradient_accumulation_steps", 1)
+    size = max(1, windows(block_size, train_tokens) // micro_batches)
+    return {"batch_size": given.get("batch_size", size), "gradient_accumulation_steps": micro_batches}
+
+
+def rates(config: TrainConfig, given: dict[str, Any]) -> dict[str, float]:
+    """Return the peak learning rates for the optimizer and the width of `config`."""
+    share = FINE_TUNING if config.init_from else 1.0
+    if config.optimizer == "muon":
+        found = {"muon_lr": share * MUON_LR, "max_lr": share * MUON_MAX_LR}
+    else:
+        found = {"max_lr": share * min(ADAMW_MAX_LR, ADAMW_LR_WIDTH / config.model.n_embd)}
+    found = {name: given.get(name, float(f"{value:.2g}")) for name, value in found.items()}
+    return found | {"max_lr": max(found["max_lr"], given.get("min_lr", 0.0))}
+
+
+def probes(seconds: float) -> int:
+    """Return how many shapes may be measured for a run of so many seconds."""
+    return max(1, min(MOST_PROBES, int(PROBING_SHARE * seconds / PROBE_SECONDS)))
+
+
+def regularisation(epochs: float, schedule: str) -> dict[str, float]:
+    """Return dropout, and with wsd the share of the cool-down, for so many passes over the text."""
+    _, dropout, cooldown = row_for(REGULARISATION, epochs)
+    return {"dropout": dropout} | ({"decay_fraction": cooldown} if schedule == "wsd" else {})

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from llm.arch import Model
@@ -31,6 +32,9 @@ from llm.config import (
 from llm.errors import Failure, UserError
 from llm.generate import continue_text
 from llm.machine.device import choose_device
+from llm.plan.autopilot import choose_new_run
+from llm.plan.choice_lines import choice_lines
+from llm.plan.request import parse_time, read_request
 from llm.record import metrics
 from llm.record.chart_style import plain
 from llm.record.plot import draw, plot_runs
@@ -162,12 +166,14 @@ def fit(
     preset: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    time: str | None = None,
     say: Say = print,
     **settings: Any,
 ) -> Run:
     """Train on a text (a path, several, or "shakespeare") and return the run; for notebooks.
 
-    `settings` are the fields of `TrainConfig` and `GPTConfig`; `say` gets a line for each evaluation. After an
+    `settings` are the fields of `TrainConfig` and `GPTConfig`; `say` gets a line for each evaluation. With `time`, such
+    as "10m", the run is chosen for that time, around the given settings. After an
     interrupt the run saves and ends; `resume=True` continues it. Raises UserError for settings that cannot work, and
     Failure if training cannot continue or the last checkpoint could not be saved.
     """
@@ -178,13 +184,25 @@ def fit(
         say(in_python(line))
 
     with words_of_python():
+        deadline = None
+        if resume and time is not None:
+            raise UserError("time is for a new run; to continue one, leave it out")
         if resume:
             opened = resume_run(Path(out_dir), given, say=tell)
+        elif time is not None:
+            deadline = perf_counter() + parse_time(time)
+            choice = choose_new_run(
+                read_request(time, read_toml(preset) if preset else {}, given, tell), overwrite, tell
+            )
+            for line in choice_lines(choice):
+                say(line)
+            opened = new_run(choice.proposal.config, overwrite=overwrite, say=tell)
         else:
             config = over_preset(read_toml(preset) if preset else {}, given, tell)
             opened = new_run(config, overwrite=overwrite, say=tell)
         with opened as training, interrupts() as caught:
             training.stop = lambda: bool(caught)
+            training.deadline = deadline
             for event in train(training):
                 if isinstance(event, Line):
                     say(str(event))
@@ -219,9 +237,9 @@ def _keyword(found: re.Match[str]) -> str:
     if found[0].startswith("losscurve train --"):
         return _call(found[0])
     name, value = found["name"], found["value"]
-    if name not in (*FIELDS, "resume", "overwrite", "preset"):  # a command, or a flag that `fit` does not have
+    if name not in (*FIELDS, "resume", "overwrite", "preset", "time"):  # a command, or a flag that `fit` does not have
         return found[0]
-    kind = field_type(FIELDS[name])[0] if name in FIELDS else str if name == "preset" else bool
+    kind = field_type(FIELDS[name])[0] if name in FIELDS else str if name in ("preset", "time") else bool
     if kind is bool:
         return f"{name}=True" + (f" {value}" if value else "")
     if value and re.fullmatch(r"[\d.]+(e[-+]?\d+)?", value) and kind is not str:
@@ -239,7 +257,7 @@ def _call(command: str) -> str:
             values = given.setdefault(word.removeprefix("--"), [])
         else:
             values.append(word)
-    if not given.keys() <= {*FIELDS, "resume", "overwrite", "preset"}:
+    if not given.keys() <= {*FIELDS, "resume", "overwrite", "preset", "time"}:
         return command
     typed = {
         name: coerce(name, values if name == "text" else values[0]) for name, values in given.items() if name in FIELDS

@@ -22,6 +22,7 @@ from llm.training.recording import READ_EVERY, check_losses, log_step, read_loss
 from llm.training.refused import NotFinite
 from llm.training.rollback import roll_back
 from llm.training.saving import save, save_is_due, saved
+from llm.training.shorten import keep_deadline
 
 
 def train_step(parts: Parts, step: int) -> Step:
@@ -95,6 +96,7 @@ def train(run: LiveRun) -> Iterator[Event]:
                 if logs:
                     yield from log_step(run, step)
                 if evaluates:
+                    yield from keep_deadline(run)
                     yield from evaluate_run(run)
 
                 run.reason = limit or run.stop_requested()

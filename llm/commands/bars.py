@@ -109,8 +109,8 @@ class StepBar:
     def _print_above(self, line: str) -> None:
         self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def advance(self, step: int) -> None:
-        """Move the bar to `step` completed steps."""
+    def advance(self, step: int, total: int) -> None:
+        """Move the bar to `step` completed steps of `total`, which is lower once a run has been shortened."""
         if self.bar:
             tokens_per_second = (self.bar.tasks[0].speed or 0) * self.tokens_per_step  # over the last half minute
-            self.bar.update(self.task, completed=step, description=f"{tokens_per_second:,.0f} tokens/s")
+            self.bar.update(self.task, completed=step, total=total, description=f"{tokens_per_second:,.0f} tokens/s")

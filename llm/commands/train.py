@@ -5,10 +5,12 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llm.commands.flags import Parser, add_settings, config_from, typed_settings, warn
+from llm.commands.train_time import choose, deadline, read_time_config
 from llm.config import FIELDS, PRESETS, TrainConfig
 from llm.errors import Failure, UserError
 from llm.machine.interpreter import child_environment
@@ -27,6 +29,7 @@ DESCRIPTION = "Train a small GPT from scratch. With no flags: the chapter's reci
 
 
 def main(argv: list[str]) -> int:
+    began = time.perf_counter()
     if "RANK" not in os.environ:  # not started by torchrun
         args = parse_flags(argv)
         read_config(args)  # report a mistake now, before torch is loaded or torchrun starts many processes
@@ -35,7 +38,7 @@ def main(argv: list[str]) -> int:
     from llm.machine.rendezvous import init_distributed
 
     with init_distributed() as world:
-        return run_process(argv, world)
+        return run_process(argv, world, began)
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -43,6 +46,9 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser("losscurve train", DESCRIPTION, bare=("text",))
     parser.add_argument("--preset", metavar="NAME|FILE.toml", help=f"settings to start from: {', '.join(PRESETS)}")
     add_settings(parser, FIELDS)
+    parser.add_argument(
+        "--time", metavar="TIME", help="choose the run for this time (90, 10m, 2h), around the given settings"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out_dir from its last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out_dir")
     parser.add_argument(
@@ -62,6 +68,8 @@ def read_config(args: argparse.Namespace, say: Callable[[str], None] = lambda li
     """Return the config that the flags give. `say` gets the notices about the preset. Raises UserError."""
     if args.resume and (args.preset or args.overwrite):
         raise UserError("--resume uses the settings of the run itself; leave out --preset and --overwrite")
+    if args.time is not None:
+        return read_time_config(args, say)
     return config_from(args, say)
 
 
@@ -80,8 +88,11 @@ def exec_torchrun(nproc: int, words: list[str]) -> int:
     os.execve(sys.executable, [sys.executable, *torchrun, *flags], child_environment())
 
 
-def run_process(argv: list[str], world: "World") -> int:
-    """Train in this process, one of the run's, and return its exit code. Only rank 0 prints and writes files."""
+def run_process(argv: list[str], world: "World", began: float) -> int:
+    """Train in this process, one of the run's, and return its exit code. Only rank 0 prints and writes files.
+
+    `began`: when the command started, as `time.perf_counter` counts; --time counts from there.
+    """
     from pathlib import Path
 
     from llm.commands.look.watch import beside
@@ -98,6 +109,8 @@ def run_process(argv: list[str], world: "World") -> int:
         if world.started and args.nproc is not None:
             raise UserError(f"nproc = {args.nproc}: torchrun has already started the processes; leave --nproc out")
         trackers = starts(args.track, warn) if world.leads else {}
+        if args.time is not None:
+            config = choose(args, world, say)
 
     # torchrun --max-restarts restarted the processes: resume this job's run, however its first start began
     out_dir = Path(config.out_dir)
@@ -111,6 +124,7 @@ def run_process(argv: list[str], world: "World") -> int:
         run = open_run(stack, args, config, world, resumes=args.resume or left is not None, say=say)
         caught = stack.enter_context(interrupts())
         run.stop = lambda: bool(caught)
+        run.deadline = deadline(args, began)
         if not world.leads:
             for _ in train(run):
                 pass
@@ -194,7 +208,7 @@ def train_and_print(run: "LiveRun", bar: "StepBar", forecast: "Forecast", news: 
         elif isinstance(event, Notice):
             bar.warn(event.text)
         elif isinstance(event, Step):
-            bar.advance(event.step)
+            bar.advance(event.step, run.parts.config.max_steps)
             prediction = forecast.at(event.step, run.seconds, run.progress.bookkeeping)
             if prediction:
                 bar.note(prediction)

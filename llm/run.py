@@ -184,21 +184,19 @@ def fit(
         say(in_python(line))
 
     with words_of_python():
-        deadline = None
+        deadline = None if time is None else perf_counter() + parse_time(time)
         if resume and time is not None:
             raise UserError("time is for a new run; to continue one, leave it out")
         if resume:
             opened = resume_run(Path(out_dir), given, say=tell)
-        elif time is not None:
-            deadline = perf_counter() + parse_time(time)
-            choice = choose_new_run(
-                read_request(time, read_toml(preset) if preset else {}, given, tell), overwrite, tell
-            )
-            for line in choice_lines(choice):
-                say(line)
-            opened = new_run(choice.proposal.config, overwrite=overwrite, say=tell)
         else:
-            config = over_preset(read_toml(preset) if preset else {}, given, tell)
+            base = read_toml(preset) if preset else {}
+            if time is None:
+                config = over_preset(base, given, tell)
+            else:
+                choice = choose_new_run(read_request(time, base, given, tell), overwrite, tell)
+                say("\n".join(choice_lines(choice)))
+                config = choice.proposal.config
             opened = new_run(config, overwrite=overwrite, say=tell)
         with opened as training, interrupts() as caught:
             training.stop = lambda: bool(caught)

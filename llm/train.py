@@ -96,12 +96,13 @@ def train(run: LiveRun) -> Iterator[Event]:
                 if logs:
                     yield from log_step(run, step)
                 if evaluates:
-                    yield from keep_deadline(run)
                     yield from evaluate_run(run)
 
                 run.reason = limit or run.stop_requested()
                 if run.reason or save_is_due(run, evaluates):
                     yield from save(run, wait=run.reason is not None)
+                if evaluates and run.reason is None:
+                    yield from keep_deadline(run)
             except NotFinite as error:  # several batches in a row, or a weight
                 yield from roll_back(run, error)
     finally:

@@ -37,9 +37,6 @@ def evaluate_run(run: LiveRun) -> Iterator[Line | Notice]:
         seconds = round(run.seconds, 3)
         if averaged is not None:
             facts["val_loss_ema"] = averaged
-        if run.shortened is not None:
-            facts["max_steps"] = run.shortened
-            run.shortened = None
         run.record.add(split="val", loss=found.loss, bits_per_byte=found.bits_per_byte, seconds=seconds, **facts)
         sample = draw_sample(parts, run.prompt) if math.isfinite(found.loss) else ""
         if sample:

@@ -30,7 +30,6 @@ class LiveRun:
         self.prompt = prompt
         self.stop: Callable[[], bool] = lambda: False
         self.deadline: float | None = None  # of a run for a given time, as `time.perf_counter` counts
-        self.shortened: int | None = None  # the new max_steps, until it is recorded
         self.reason: str | None = None
         self.unsaved: str | None = None
         self.failed_saves = 0

@@ -1,0 +1,524 @@
+"""A run for a given time: the rule in closed form with paces that are given, and short real runs."""
+
+import dataclasses
+import json
+import re
+import time
+
+import pytest
+from conftest import SMALL, words
+
+import llm
+from llm.config import from_settings, read_toml, to_settings
+from llm.config.counts import flops_per_token
+from llm.errors import UserError
+from llm.plan import autopilot, proposal, rule, timing
+from llm.plan.expected_loss import expected_loss
+from llm.plan.request import read_request
+from llm.plan.text_size import Text, with_vocabulary
+from llm.plan.timing import Pace
+from llm.schedule import lr_at, muon_momentum_at
+from llm.start.new_run import new_run
+from llm.start.resume_run import resume_run
+from llm.train import train
+from llm.training import shorten
+from llm.training.events import Notice
+
+LINES = ("text", "machine", "model", "steps")
+
+
+def machine(flops_per_second=2e11, growth=1.0):
+    """Return the paces of a machine: seconds of a step as FLOPs to the power `growth`."""
+
+    def pace(config):
+        flops = flops_per_token(config.model) * config.tokens_per_step
+        return Pace(1e9 / flops_per_second * (flops / 1e9) ** growth, 1e-6, 1e-3)
+
+    return pace
+
+
+def proposed(text, seconds, measure=None, preset=None, **typed):
+    request = read_request(str(seconds), preset or {}, typed)
+    request = dataclasses.replace(request, config=with_vocabulary(request.config, text.vocabulary))
+    return proposal.propose(request, text, measure or machine())
+
+
+# ---- the rule
+
+
+@pytest.mark.parametrize(
+    ("size", "per_character", "given", "expected"),
+    [
+        (19_999, 1.0, {}, ("byte", None)),
+        (20_000, 1.0, {}, ("bpe", 512)),
+        (200_000, 1.0, {}, ("bpe", 1024)),
+        (5_000_000, 1.0, {}, ("bpe", 2048)),
+        (10**9, 1.0, {}, ("bpe", 4096)),
+        (10_000, 3.0, {}, ("bpe", 512)),  # a script of many bytes a character: the next row
+        (10**9, 3.0, {}, ("bpe", 4096)),
+        (10**6, 1.0, {"tokenizer": "char"}, ("char", None)),
+        (10_000, 1.0, {"tokenizer": "bpe"}, ("bpe", 512)),
+        (10_000, 1.0, {"vocab_size": 300}, ("bpe", 300)),
+    ],
+)
+def test_the_tokenizer_follows_from_the_size_of_the_text(size, per_character, given, expected):
+    found = rule.tokenizer(size, per_character, given)
+    assert (found["tokenizer"], found.get("vocab_size")) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "given", "expected"),
+    [
+        (64, {}, 2),
+        (224, {}, 7),
+        (256, {}, 4),
+        (512, {}, 8),
+        (100, {}, 2),  # of 50 channels: 3 heads do not divide it
+        (34, {}, 1),
+        (192, {"n_kv_head": 3}, 6),
+        (64, {"n_kv_head": 4}, 4),
+    ],
+)
+def test_heads_divide_the_width(width, given, expected):
+    assert rule.heads(width, given) == expected
+    assert width % (2 * expected) == 0
+
+
+def test_every_shape_is_possible_beside_given_heads():
+    for given in ({"n_head": 5}, {"n_kv_head": 3}, {"n_layer": 7}, {"n_embd": 90}, {}):
+        for row in rule.SHAPES:
+            shape = rule.shape(row, given)
+            config = from_settings({"arch": "llama"} | shape | given)
+            assert {name: getattr(config.model, name) for name in given} == given
+
+
+def test_a_small_text_gets_short_windows_and_few_of_them():
+    assert rule.block_size(60, 10**6) == 128
+    assert rule.block_size(300, 10**6) == 256
+    assert rule.block_size(300, 20 * 256 - 1) == 128
+    assert rule.block_size(300, 100) == 16
+    assert rule.windows(128, 10**6) == 16
+    tokens = 128 * 16 * rule.USEFUL_STEPS // rule.MOST_EPOCHS
+    assert (rule.windows(128, tokens), rule.windows(128, tokens - 1), rule.windows(16, 10)) == (16, 8, 1)
+
+
+def test_dropout_and_cooldown_follow_from_the_epochs():
+    assert rule.regularisation(7.9, "wsd") == {"dropout": 0.0, "decay_fraction": 0.4}
+    assert rule.regularisation(8, "wsd") == {"dropout": 0.1, "decay_fraction": 0.4}
+    assert rule.regularisation(30, "wsd") == {"dropout": 0.2, "decay_fraction": 0.7}
+    assert rule.regularisation(30, "cosine") == {"dropout": 0.2}
+
+
+def test_a_short_time_measures_fewer_shapes():
+    assert [rule.probes(seconds) for seconds in (1, 10, 20, 39, 40, 10**6)] == [1, 1, 2, 3, 4, 4]
+
+
+def test_repeated_tokens_and_a_model_too_large_for_the_text_promise_less():
+    fresh = expected_loss(1e6, 4e6, 4e6)
+    assert fresh < expected_loss(1e6, 4e6, 1e6) < expected_loss(1e6, 1e6, 1e6)
+    assert expected_loss(1e6, 4e9, 1e6) == pytest.approx(expected_loss(1e6, 1e9, 1e6), rel=1e-6)
+    # the optimum of the law itself: about 20 tokens per parameter
+    flops, sizes = 6e15, [10 ** (exponent / 100) for exponent in range(500, 800)]
+    best = min(sizes, key=lambda size: expected_loss(size, flops / 6 / size, 1e12))
+    assert flops / 6 / best**2 == pytest.approx(20, rel=0.1)
+
+
+# ---- the proposal
+
+
+@pytest.mark.parametrize("growth", [0.8, 1.0])
+def test_more_time_or_more_text_never_gives_a_smaller_model(growth):
+    measure = machine(2e10, growth)
+    sizes = [
+        [flops_per_token(proposed(Text(tokens, 1024), seconds, measure, block_size=128).config.model)
+         for seconds in (60, 120, 300, 600, 1800, 3600, 36_000)]
+        for tokens in (10**5, 10**6, 10**7, 10**8, 10**9)
+    ]  # fmt: skip
+    for row in sizes + [list(column) for column in zip(*sizes, strict=True)]:
+        assert row == sorted(row)
+    assert sizes[0][0] < sizes[-1][-1]
+
+
+@pytest.mark.parametrize("seconds", [30, 600, 36_000])
+@pytest.mark.parametrize("tokens", [3000, 300_000, 10**9])
+def test_a_proposal_fills_its_time_and_reads_the_text_a_bounded_number_of_times(seconds, tokens):
+    text = Text(tokens, 512, preparation=2.0)
+    found = proposed(text, seconds)
+    config = found.config
+    took = sum(timing.run_seconds(config, text, found.pace).values()) + found.probes * rule.PROBE_SECONDS
+    assert took <= rule.FILL * seconds + 0.5  # a run may save once more
+    trained = config.max_steps * config.tokens_per_step
+    assert trained <= max(rule.MOST_EPOCHS * tokens, rule.LEAST_STEPS * config.tokens_per_step)
+    if trained < (rule.MOST_EPOCHS - 1) * tokens:
+        assert took > (rule.FILL - 0.01) * seconds - 1
+    assert found.pace == machine()(config)
+    assert config.max_time == seconds
+    assert (config.optimizer, config.schedule, config.order, config.model.arch) == ("muon", "wsd", "epochs", "llama")
+    assert (config.muon_lr, config.max_lr, config.min_lr) == (rule.MUON_LR, rule.MUON_MAX_LR, 0.0)
+
+
+@pytest.mark.parametrize("seconds", [60, 600, 3600])
+def test_evaluations_take_at_most_their_share_of_the_time(seconds):
+    text, slow = Text(10**8, 512), Pace(0.05, 2e-5, 2e-3)
+    config = proposed(text, seconds, lambda config: slow).config
+    parts = timing.run_seconds(config, text, slow)
+    spent = parts["evaluation"] + parts["samples"] + parts["pictures"] + parts["saving"]
+    assert spent <= rule.EVALUATION_SHARE * seconds + 2 * rule.LEAST_EVAL_TOKENS * slow.evaluated_token
+
+
+def test_the_best_shape_is_measured_and_no_more_than_the_time_allows():
+    seen = []
+
+    def measure(config):
+        seen.append(config.model)
+        return machine()(config)
+
+    found = proposed(Text(10**8, 1024), 600, measure)
+    assert len(seen) == len(set(seen)) == found.probes <= rule.MOST_PROBES
+    assert dataclasses.replace(found.config.model, dropout=0.0) in seen
+    seen.clear()
+    assert proposed(Text(10**8, 1024), 12, measure).config.model == seen[0]
+    assert len(seen) == 1
+
+
+def test_dropout_is_measured_because_it_takes_time():
+    def measure(config):
+        pace = machine(1e10)(config)
+        return dataclasses.replace(pace, step=pace.step * (2 if config.model.dropout else 1))
+
+    text = Text(200_000, 512)
+    found = proposed(text, 600, measure, n_layer=2, n_embd=64)
+    assert found.config.model.dropout > 0
+    assert found.pace == measure(found.config)
+    assert (found.measured, found.probes) == (1, 2)
+    epochs = found.config.max_steps * found.config.tokens_per_step / text.tokens
+    assert found.config.model.dropout == rule.regularisation(max(epochs, 8), "wsd")["dropout"]
+
+
+# ---- given settings
+
+GIVEN = [
+    {"n_layer": 6},
+    {"n_embd": 90},
+    {"n_embd": 100, "n_layer": 1},
+    {"n_head": 3},
+    {"n_kv_head": 2},
+    {"ffn_dim": 200},
+    {"arch": "gpt2"},
+    {"bias": True},
+    {"optimizer": "adamw"},
+    {"optimizer": "adamw", "arch": "gpt2", "n_embd": 256},
+    {"muon_lr": 0.01},
+    {"max_lr": 1e-3},
+    {"min_lr": 4e-3},
+    {"schedule": "cosine"},
+    {"decay_fraction": 0.2},
+    {"order": "replacement"},
+    {"dropout": 0.3},
+    {"block_size": 48},
+    {"batch_size": 5},
+    {"gradient_accumulation_steps": 4},
+    {"warmup_steps": 30},
+    {"eval_every": 17},
+    {"eval_tokens": 500},
+    {"ema": 0.99},
+    {"max_time": 700.0},
+    {"weight_decay": 0.0, "patience": 4, "seed": 5},
+]
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=lambda given: "-".join(given))
+def test_given_settings_never_change(given):
+    for tokens, seconds in ((2000, 30), (10**6, 600)):
+        settings = to_settings(proposed(Text(tokens, 300), seconds, **given).config)
+        assert {name: settings[name] for name in given} == given
+
+
+def test_the_rest_is_chosen_around_the_given_settings():
+    text = Text(10**6, 1024)
+    assert proposed(text, 600, bias=True).config.model.arch == "gpt2"
+    assert proposed(text, 600, n_embd=100).config.model.n_head == 2
+    assert proposed(text, 600, n_head=3).config.model.n_embd % 6 == 0
+    assert proposed(text, 600, gradient_accumulation_steps=4).config.windows_per_step == 16
+    assert proposed(text, 600, optimizer="adamw", n_embd=512).config.max_lr == pytest.approx(7.5e-4)
+    assert proposed(text, 600, min_lr=4e-3).config.max_lr == 4e-3
+    given_rows = proposed(text, 600, eval_every=1)
+    assert sum(timing.run_seconds(given_rows.config, text, given_rows.pace).values()) < 600
+
+
+@pytest.mark.parametrize("preset", ["shakespeare-char", "shakespeare-char-cpu", "gpt2-124m"])
+def test_the_values_of_a_preset_count_as_given(preset):
+    said = []
+    base = read_toml(preset)
+    request = read_request("10h", base, {}, said.append)
+    text = Text(10**6, 65)
+    request = dataclasses.replace(request, config=with_vocabulary(request.config, text.vocabulary))
+    settings = to_settings(proposal.propose(request, text, machine(1e12)).config)
+    decided = {"max_steps", "warmup_steps", "eval_every"}
+    assert {name: settings[name] for name in base.keys() - decided} == {
+        name: base[name] for name in base.keys() - decided
+    }
+    assert settings["max_steps"] != base["max_steps"]
+    assert said == [f"max_steps = {base['max_steps']}, warmup_steps = {base['warmup_steps']}, eval_every = "
+                    f"{base['eval_every']} of the preset is ignored: --time decides the steps"]  # fmt: skip
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("--time soon", "time = 'soon': expected a duration"),
+        ("--time 0", "time = '0': expected a duration"),
+        ("--time -5", "time = '-5': expected a duration"),
+        ("--time 10m --max_steps 50", "max_steps = 50: --time decides the steps; leave one of the two out"),
+        ("--time 10m --max_time 5m", "max_time = 300 s: is below time = 600 s; leave --max_time out"),
+        ("--time 10m --text -", "write it to a file"),
+        ("--time 10m --text tiny.txt", "90 bytes to train on are too few, a run needs 1,000; give more text"),
+        ("--time 10m --text nowhere.txt", "nowhere.txt: there is no such file"),
+        ("--time 10m --init_from nowhere", "nowhere"),
+        ("--time 10m --n_head 3 --n_embd 64", "n_embd = 64 is not divisible by n_head = 3"),
+        ("--time 5s --warmup_steps 100000 --text text.txt", "warmup_steps = 100000: only "),
+    ],
+)
+def test_a_mistake_is_one_line(here, losscurve, command, typed, message, monkeypatch):
+    monkeypatch.setattr(proposal, "short_probe", machine(1e10))
+    (here / "tiny.txt").write_text("0123456789" * 10, encoding="utf-8")
+    code, out, err = losscurve(f"{command} {typed}")
+    assert (code, out) == (2, "")
+    line = err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (here / "checkpoints").exists()
+
+
+def test_too_little_time_says_how_much_it_needs(here, losscurve, monkeypatch):
+    monkeypatch.setattr(proposal, "short_probe", lambda config: Pace(1.0, 1e-6, 1e-3))
+    code, _, err = losscurve("plan --text text.txt --time 4s")
+    assert code == 2
+    needed = re.search(r"20 steps of the smallest model here \(2 layers x 64\) need about (\d+) s.*--time (\d+)s", err)
+    assert needed[1] == needed[2]
+    assert 23 < int(needed[1]) < 40
+    assert losscurve(f"plan --text text.txt --time {needed[1]}s")[0] == 0
+    assert losscurve(f"plan --text text.txt --time {int(needed[1]) - 5}s")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("--resume", "--time is for a new run"),
+        ("--nproc 2", "--time works with one process"),
+    ],
+)
+def test_time_is_for_a_new_run_of_one_process(here, losscurve, typed, message):
+    code, _, err = losscurve(f"train --time 10m {typed}")
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_an_existing_run_is_refused_before_any_work(here, losscurve, monkeypatch):
+    (here / "checkpoints").mkdir()
+    (here / "checkpoints" / "config.toml").touch()
+    monkeypatch.setattr(autopilot, "choose_run", None)
+    code, _, err = losscurve("train --text text.txt --time 10m")
+    assert code == 2
+    assert "--overwrite" in err
+
+
+# ---- the whole
+
+
+def test_plan_and_train_choose_the_same(here, losscurve, monkeypatch):
+    monkeypatch.setattr(proposal, "short_probe", machine(1e9))
+    assert losscurve("prepare text.txt --data_dir data/text-byte --tokenizer byte")[0] == 0
+    typed = "--text text.txt --time 7s --sample_tokens 2 --n_embd 32"
+    code, planned, err = losscurve(f"plan {typed} --out found.toml")
+    assert code == 0, err
+    monkeypatch.setattr(shorten, "keep_deadline", lambda run: iter(()))
+    monkeypatch.setattr("llm.train.keep_deadline", lambda run: iter(()))
+    code, out, err = losscurve(f"train {typed}")
+    assert code == 0, err
+    assert out.splitlines()[:4] == planned.splitlines()[:4]
+    found, trained = from_settings(read_toml("found.toml")), from_settings(read_toml("checkpoints/config.toml"))
+    changed = {name for name, value in to_settings(trained).items() if to_settings(found).get(name) != value}
+    assert changed == {"data_dir", "vocab_size", "dtype", "warmup_steps", "sample_prompt"}  # automatic in a plan
+
+
+def test_a_plan_is_written_as_train_reads_it(here, losscurve, monkeypatch):
+    monkeypatch.setattr(proposal, "short_probe", machine())
+    (here / "text.txt").write_text(words(9000), encoding="utf-8")
+    code, out, err = losscurve("plan --text text.txt --time 60s --out found.toml")
+    assert code == 0, err
+    assert [line.split()[0] for line in out.splitlines()[:4]] == list(LINES)
+    assert "bytes to train on, 12 distinct characters: bpe tokens of 512" in out
+    assert "(estimated)" in out
+    assert not (here / "data").exists()
+    assert read_toml("found.toml")["vocab_size"] == 512
+    assert losscurve("plan --text text.txt --time 60s --out found.toml")[0] == 2
+    code, out, err = losscurve("train --preset found.toml --max_steps 2 --eval_tokens 100")
+    assert code == 0, err
+    assert "step     2" in out
+
+
+def test_plan_counts_in_json(here, losscurve, monkeypatch):
+    monkeypatch.setattr(proposal, "short_probe", machine())
+    code, out, err = losscurve("plan --text text.txt --time 60s --json")
+    assert code == 0, err
+    assert sum(json.loads(out)["seconds"].values()) < 60
+
+
+def test_a_run_ends_in_its_time_and_resumes(here, losscurve):
+    start = time.perf_counter()
+    code, out, err = losscurve("train --text text.txt --time 8s --out_dir run")
+    assert code == 0, err
+    assert time.perf_counter() - start < 12
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == list(LINES)
+    assert lines[-1].startswith("saved run")
+    assert (here / "run" / "best.pt").exists()
+    assert (here / "run" / "loss_curve.png").exists()
+    config = from_settings(read_toml("run/config.toml"))
+    assert config.max_time == 8
+    assert config.max_steps >= rule.LEAST_STEPS
+    code, _, err = losscurve("train --out_dir run --resume")
+    assert code == 2
+    assert "complete at step" in err
+    code, out, err = losscurve(f"train --out_dir run --resume --max_steps {config.max_steps + 5} --max_time 1h")
+    assert code == 0, err
+    assert f"step {config.max_steps + 5:5d}" in out
+
+
+def test_weights_keep_their_shape_and_their_tokens(here, losscurve, monkeypatch):
+    monkeypatch.setattr(proposal, "short_probe", machine(1e9))
+    typed = " ".join(f"--{name} {value}" for name, value in (SMALL | {"n_embd": 32}).items())
+    assert losscurve(f"train --text text.txt --out_dir base {typed}")[0] == 0
+    code, out, err = losscurve("train --text text.txt --init_from base --time 6s --out_dir tuned --sample_tokens 2")
+    assert code == 0, err
+    config = from_settings(read_toml("tuned/config.toml"))
+    assert (config.model.arch, config.model.n_embd, config.model.block_size, config.tokenizer) == (
+        "gpt2",
+        32,
+        16,
+        "char",
+    )
+    assert config.muon_lr == pytest.approx(rule.FINE_TUNING * rule.MUON_LR)
+    assert "the weights of base" in out
+
+
+def test_token_files_keep_their_tokens(here, losscurve, monkeypatch):
+    monkeypatch.setattr(proposal, "short_probe", machine())
+    assert losscurve("prepare text.txt --data_dir data --tokenizer char")[0] == 0
+    code, out, err = losscurve("plan --time 60s")
+    assert code == 0, err
+    assert "vocabulary 12, as its token files have them" in out
+
+
+def test_fit_takes_a_time(here):
+    said = []
+    run = llm.fit("text.txt", time="8s", out_dir="run", say=said.append)
+    assert [line.split()[0] for line in said[0].splitlines()] == list(LINES)
+    assert run.config.max_time == 8
+    with pytest.raises(UserError, match="new run"):
+        llm.fit("text.txt", time="8s", out_dir="run", resume=True)
+
+
+# ---- shorten
+
+
+def slow_config(here, **changes):
+    settings = {"schedule": "wsd", "max_steps": 100, "eval_every": 10, "warmup_steps": 4, "optimizer": "muon"}
+    place = {"text": str(here / "text.txt"), "data_dir": str(here / "data"), "out_dir": str(here / "run")}
+    return from_settings(SMALL | settings | place | {"keep": 20} | changes)
+
+
+def test_the_steps_that_fit_keep_the_schedule_so_far(here):
+    config = slow_config(here)
+    assert shorten.shorter(config, 20, 8.0, 0.1) == 100  # 80 steps in 8 s
+    assert shorten.shorter(config, 20, 7.7, 0.1) == 100  # 4 % late
+    assert shorten.shorter(config, 20, 5.0, 0.1) == 70
+    assert shorten.shorter(config, 50, 1.0, 0.1) == 83  # 60 would have begun to cool down at 36
+    assert shorten.shorter(config, 50, -1.0, 0.1) == 83
+    warm = shorten.warmed_up(config)
+    assert warm == 10  # of the momentum
+    for step in range(warm, 61):
+        for left in (-1.0, 0.5, 2.0, 4.0):
+            after = dataclasses.replace(config, max_steps=shorten.shorter(config, step, left, 0.1))
+            assert step < after.max_steps <= 100
+            for before in range(warm, step + 1):
+                assert lr_at(before, after) == lr_at(before, config)
+                assert muon_momentum_at(before, after) == muon_momentum_at(before, config)
+
+
+def final_weights(run_dir):
+    import torch
+
+    return torch.load(run_dir / "model.pt")
+
+
+def test_a_late_run_is_shortened_and_its_resume_repeats_it(here, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(shorten, "seconds_of_step", lambda run: 1.0)
+    with new_run(slow_config(here)) as run:
+        run.deadline = time.perf_counter() + 55  # at step 10 there is time for 55 of the 90 steps left
+        notices = [event.text for event in train(run) if isinstance(event, Notice)]
+    assert run.progress.step == 64
+    assert run.reason == "done"
+    assert len(notices) == 1
+    assert "from step 10 on, max_steps is 64 and no longer 100" in notices[0]
+    assert read_toml(str(here / "run" / "config.toml"))["max_steps"] == 64
+    rows = [json.loads(line) for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["split"], row["max_steps"]) for row in rows if "max_steps" in row] == [(10, "train", 64)]
+    assert rows[-1]["lr"] == pytest.approx(lr_at(64, dataclasses.replace(slow_config(here), max_steps=64)))
+
+    finished = final_weights(here / "run")
+    for state in (here / "run").glob("step-*"):  # as if it had been killed just after it was shortened
+        if state.name not in ("step-000000", "step-000010"):
+            for file in state.iterdir():
+                file.unlink()
+            state.rmdir()
+    with resume_run(here / "run", {}) as again:
+        assert (again.progress.step, again.parts.config.max_steps) == (10, 64)
+        list(train(again))
+    repeated = final_weights(here / "run")
+    assert all(torch.equal(finished[name], repeated[name]) for name in finished)
+
+
+@pytest.mark.parametrize("changes", [{"schedule": "cosine"}, {"decay_fraction": 1.0}])
+def test_a_run_without_a_stable_part_is_never_shortened(here, monkeypatch, changes):
+    monkeypatch.setattr(shorten, "seconds_of_step", lambda run: 1.0)
+    with new_run(slow_config(here, max_steps=20, **changes)) as run:
+        run.deadline = time.perf_counter() + 1
+        list(train(run))
+    assert run.progress.step == 20
+
+
+@pytest.mark.parametrize(
+    ("saved_step", "complaints"), [(10, ["config.toml could not be written, so the run is not shortened"]), (3, [])]
+)
+def test_a_full_disk_or_an_old_checkpoint_leaves_the_run_as_it_is(here, monkeypatch, saved_step, complaints):
+    monkeypatch.setattr(shorten, "seconds_of_step", lambda run: 1.0)
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    with new_run(slow_config(here, max_steps=30)) as run:
+        run.deadline = time.perf_counter() + 1
+        monkeypatch.setattr(shorten, "saved", lambda run, wait: iter(()))
+        monkeypatch.setattr(shorten.checkpoint, "saved_steps", lambda out_dir: [saved_step])
+        monkeypatch.setattr(shorten.storage, "write_text", full)
+        run.progress.step = 10
+        notices = [event.text for event in shorten.keep_deadline(run)]
+        assert run.parts.config.max_steps == 30
+    assert [line.partition(" (")[0] for line in notices] == complaints
+
+
+def test_a_step_counts_its_share_of_the_evaluations(here):
+    with new_run(slow_config(here)) as run:
+        run.progress.step, run.progress.bookkeeping = 20, 6.0
+        run._began = time.perf_counter() - 26.0
+        # 20 steps in 20 s; evaluations at 0 and 10 took 6 s, 3 s for each 10 steps
+        assert shorten.seconds_of_step(run) == pytest.approx(1.3, rel=0.01)

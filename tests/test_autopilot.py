@@ -13,7 +13,7 @@ from llm.config import from_settings, read_toml, to_settings
 from llm.config.counts import flops_per_token
 from llm.errors import UserError
 from llm.plan import autopilot, proposal, rule, timing
-from llm.plan.expected_loss import expected_loss
+from llm.plan.proposal import expected_loss
 from llm.plan.request import read_request
 from llm.plan.text_size import Text, with_vocabulary
 from llm.plan.timing import Pace

@@ -10,7 +10,6 @@ from llm.config import GPTConfig, TrainConfig, from_settings
 from llm.config.counts import count_parameters_by_part, flops_per_token
 from llm.errors import UserError
 from llm.plan import rule
-from llm.plan.expected_loss import expected_loss
 from llm.plan.request import Request
 from llm.plan.steps import affordable_steps, with_steps
 from llm.plan.text_size import Text
@@ -126,6 +125,25 @@ def promise(config: TrainConfig, request: Request, text: Text, pace: Pace) -> fl
         return math.inf
     blocks = count_parameters_by_part(config.model)["blocks"]
     return expected_loss(blocks, steps * config.tokens_per_step, text.tokens)
+
+
+def expected_loss(blocks: float, tokens: float, text: float) -> float:
+    """Return the loss that the scaling law of Muennighoff et al. (2023) predicts, in nats per token.
+
+    It is the part of the loss above the entropy of the text. The law was fitted to far larger models, on other texts
+    and tokens, so its level means nothing here: use it only to rank two models.
+
+    Args:
+        blocks: parameters of the blocks
+        tokens: tokens of training
+        text: distinct tokens of the text that they are drawn from
+    """
+    fresh = min(text, tokens)
+    optimal = min(blocks, 0.051 * fresh)  # the compute-optimal parameters for `fresh` tokens
+    # a repeated token is worth less than a new one, and so is a parameter beyond the optimal ones
+    effective_tokens = fresh * (1 + 15.4 * -math.expm1(-(tokens / fresh - 1) / 15.4))
+    effective_size = optimal * (1 + 5.3 * -math.expm1(-(blocks / optimal - 1) / 5.3))
+    return float(521 / effective_size**0.353 + 1488 / effective_tokens**0.353)
 
 
 def choose(losses: dict[GPTConfig, float]) -> GPTConfig:

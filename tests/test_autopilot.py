@@ -176,9 +176,12 @@ def test_the_best_shape_is_measured_and_no_more_than_the_time_allows():
     found = proposed(Text(10**8, 1024), 600, measure)
     assert len(seen) == len(set(seen)) == found.probes <= rule.MOST_PROBES
     assert dataclasses.replace(found.config.model, dropout=0.0) in seen
-    seen.clear()
-    assert proposed(Text(10**8, 1024), 12, measure).config.model == seen[0]
-    assert len(seen) == 1
+    assert proposed(Text(10**8, 1024), 30, machine(1e13)).config.model.n_embd > 64
+    for seconds, count in ((12, 1), (25, 2)):
+        seen.clear()
+        found = proposed(Text(10**8, 1024), seconds, lambda config: seen.append(config.model) or machine(1e13)(config))
+        assert len(seen) == found.measured == count
+        assert found.config.model in seen
 
 
 def test_dropout_is_measured_because_it_takes_time():
@@ -377,6 +380,7 @@ def test_a_run_ends_in_its_time_and_resumes(here, losscurve):
     assert time.perf_counter() - start < 12
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[:4]] == list(LINES)
+    assert "estimated" not in lines[0]  # the text was prepared before
     assert lines[-1].startswith("saved run")
     assert (here / "run" / "best.pt").exists()
     assert (here / "run" / "loss_curve.png").exists()

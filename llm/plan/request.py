@@ -34,7 +34,7 @@ def read_request(
     kept = {name: value for name, value in preset.items() if name not in DECIDED}
     settings, notices = merged(kept, typed)
     given = {name: value for name, value in settings.items() if value is not None}
-    config = from_settings(rule.recipe(given) | given)
+    config = from_settings(rule.recipe(given))
     if ignored:
         notices.append(f"{', '.join(ignored)} of the preset is ignored: --time decides the steps")
     for notice in notices:

@@ -64,7 +64,7 @@ def row_for(table: tuple[tuple[Any, ...], ...], value: float) -> tuple[Any, ...]
 
 
 def recipe(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that do not depend on text, time and machine, around those that are `given`.
+    """Return the `given` settings with those that do not depend on text, time and machine.
 
     Shape, rates and steps are provisional: they only have to be possible beside the given settings.
     """
@@ -82,7 +82,7 @@ def recipe(given: dict[str, Any]) -> dict[str, Any]:
     if "init_from" not in given:
         chosen["arch"] = "gpt2" if "gpt2" in archs and given.get("arch") != "llama" else "llama"
         chosen |= shape(SHAPES[0], given)
-    return {name: value for name, value in chosen.items() if name not in given}
+    return chosen | given
 
 
 def tokenizer(text_bytes: float, bytes_per_character: float, given: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def keep_deadline(run: LiveRun) -> Iterator[Notice | Saved]:
     config.toml has the new number at once. A training row without a loss records from which step on it counts.
     """
     config, step = run.parts.config, run.progress.step
-    if run.deadline is None or config.schedule != "wsd" or not warmed_up(config) <= step <= decay_start(config):
+    if run.deadline is None or step > decay_start(config):
         return
     steps = shorter(config, step, run.deadline - time.perf_counter(), seconds_of_step(run))
     if steps >= config.max_steps:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llm.machine.kernel import call, load_kernel
+from llm.machine.kernel import call, load_block_kernel
 
-PARTS = 16  # partial sums of the gradient of a norm's weight, as in kernel.c
+PARTS = 16  # partial sums of the gradient of a norm's weight, as in block.c
 LONGEST = 1024  # positions up to which a matrix (T, T) of each head is faster than fused attention
 
 
@@ -62,7 +62,7 @@ def is_possible(x: Tensor) -> bool:
         return False
     if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return False
-    return load_kernel() is not None
+    return load_block_kernel() is not None
 
 
 def fused_block(

@@ -1,11 +1,12 @@
 """The C code of a training step: what PyTorch is slow at on a CPU.
 
-Exponentials and their row sums (`exp_sum`, for the loss): PyTorch makes three passes over the numbers. `kernel.c` makes
-one, in half the time in bfloat16 and a third in float32 (docs/performance.md). And the parts of a llama's block between
-its matrix products (`call`, for llm/fused.py).
+`kernel.c` computes exponentials and their row sums for the loss (`exp_sum`). PyTorch makes three passes over the
+numbers; the C code makes one, in half the time in bfloat16 and a third in float32 (docs/performance.md). `block.c`
+computes the parts of a llama's block between its matrix products, for llm/fused.py (`call`).
 
-Where there is a C compiler, the code is compiled at run time for this CPU, in half a second, and the result is not
-stored. Without a compiler, and for other dtypes, PyTorch computes the same.
+Where there is a C compiler, a file is compiled at run time for this CPU, when it is first needed: the first in a tenth
+of a second, the other in less than one. The result is not stored. Without a compiler, and for other dtypes, PyTorch
+computes the same.
 """
 
 import ctypes
@@ -74,8 +75,8 @@ def _exp_sum_in_pytorch(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def call(name: str, *arguments: Tensor | float | None) -> None:
-    """Call a function of `kernel.c`: tensors, which must be contiguous, are passed as pointers, None as a null one."""
-    getattr(load_kernel(), name)(*map(_for_c, arguments))
+    """Call a function of `block.c`: tensors, which must be contiguous, are passed as pointers, None as a null one."""
+    getattr(load_block_kernel(), name)(*map(_for_c, arguments))
 
 
 def _for_c(argument: Tensor | float | None) -> Any:
@@ -93,14 +94,33 @@ def find_compiler() -> str | None:
 
 @functools.cache
 def load_kernel() -> Any:
-    """Compile and load the functions of `kernel.c`; return None where that is impossible.
+    """Compile and load the functions of `kernel.c`; return None where that is impossible."""
+    library = _compile("kernel.c")
+    if library is not None:
+        pointers = [ctypes.c_void_p] * 3
+        integers = [ctypes.c_int64] * 3
+        library.exp_sum.argtypes = [*pointers, *integers]
+        library.exp_sum.restype = None
+        library.exp_sum_columns.argtypes = [*pointers, *integers[1:]]
+        library.exp_sum_columns.restype = None
+    return library
+
+
+@functools.cache
+def load_block_kernel() -> Any:
+    """Compile and load the functions of `block.c`; return None where that is impossible."""
+    return _compile("block.c")
+
+
+def _compile(name: str) -> Any:
+    """Return the library of a C file of this folder; None where it cannot be compiled.
 
     The library shares PyTorch's threads: it is linked without an OpenMP library, so it uses the one already loaded.
     """
     compiler = find_compiler()
     if compiler is None:
         return None
-    c_file = resources.files("llm.machine") / "kernel.c"
+    c_file = resources.files("llm.machine") / name
     with resources.as_file(c_file) as source, tempfile.TemporaryDirectory() as folder:
         object_file = Path(folder, "kernel.o")
         library_file = Path(folder, "kernel.so")
@@ -110,16 +130,9 @@ def load_kernel() -> Any:
         try:
             _run([compiler, *flags, "-c", str(source), "-o", str(object_file)])
             _run([compiler, "-shared", str(object_file), "-o", str(library_file)])
-            library = ctypes.CDLL(str(library_file))
+            return ctypes.CDLL(str(library_file))
         except (OSError, subprocess.SubprocessError):  # for example, the OpenMP library of another compiler is missing
             return None
-    pointers = [ctypes.c_void_p] * 3
-    integers = [ctypes.c_int64] * 3
-    library.exp_sum.argtypes = [*pointers, *integers]
-    library.exp_sum.restype = None
-    library.exp_sum_columns.argtypes = [*pointers, *integers[1:]]
-    library.exp_sum_columns.restype = None
-    return library
 
 
 def _run(command: list[str]) -> None:

@@ -21,7 +21,7 @@ from llm.config.counts import (
 from llm.fused import LONGEST
 from llm.loss import chunk_rows
 from llm.machine.device import choose_device, choose_dtype
-from llm.machine.kernel import load_kernel
+from llm.machine.kernel import load_block_kernel
 from llm.model import SHORT
 
 MIB = 2**20
@@ -153,7 +153,7 @@ def _is_fused(config: TrainConfig, on_cpu: bool, itemsize: int) -> bool:
     """Whether a llama's blocks are computed by llm.fused."""
     model = config.model
     fits = model.arch == "llama" and config.parallel == "ddp" and model.block_size <= LONGEST
-    return fits and on_cpu and itemsize == 2 and load_kernel() is not None
+    return fits and on_cpu and itemsize == 2 and load_block_kernel() is not None
 
 
 def _fused_block_bytes(model: GPTConfig) -> int:

@@ -103,8 +103,8 @@ def test_a_small_text_gets_short_windows_and_few_of_them():
 
 
 def test_dropout_and_cooldown_follow_from_the_epochs():
-    assert rule.regularisation(7.9, "wsd") == {"dropout": 0.0, "decay_fraction": 0.4}
-    assert rule.regularisation(8, "wsd") == {"dropout": 0.1, "decay_fraction": 0.4}
+    assert rule.regularisation(9.9, "wsd") == {"dropout": 0.0, "decay_fraction": 0.6}
+    assert rule.regularisation(10, "wsd") == {"dropout": 0.1, "decay_fraction": 0.6}
     assert rule.regularisation(30, "wsd") == {"dropout": 0.2, "decay_fraction": 0.7}
     assert rule.regularisation(30, "cosine") == {"dropout": 0.2}
 
@@ -242,7 +242,7 @@ def test_the_rest_is_chosen_around_the_given_settings():
     assert proposed(text, 600, bias=True).config.model.arch == "gpt2"
     assert proposed(text, 600, n_embd=100).config.model.n_head == 2
     assert proposed(text, 600, n_head=3).config.model.n_embd % 6 == 0
-    assert proposed(text, 600, gradient_accumulation_steps=4).config.windows_per_step == 16
+    assert proposed(text, 600, gradient_accumulation_steps=4).config.windows_per_step == 12
     assert proposed(text, 600, optimizer="adamw", n_embd=512).config.max_lr == pytest.approx(7.5e-4)
     assert proposed(text, 600, min_lr=4e-3).config.max_lr == 4e-3
     given_rows = proposed(text, 600, eval_every=1)

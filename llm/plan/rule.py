@@ -29,17 +29,17 @@ SHAPES = (  # (n_layer, n_embd), from small to large
 HEAD_SIZES = ((0, 32), (256, 64))  # (width from which a row counts, channels of a head)
 GAIN = 0.01  # a larger shape has to promise a loss lower by this share
 
-BLOCK_SIZES = ((0, 128), (300, 256))  # (seconds from which a row counts, block_size)
+BLOCK_SIZES = ((0, 128), (120, 256))  # (seconds from which a row counts, block_size)
 SMALLEST_BLOCK = 16
 LEAST_WINDOWS = 20  # that fit the training split; a smaller text gets a smaller block_size
-WINDOWS = 16  # in a step
+WINDOWS = ((0, 16), (256, 12))  # (block_size from which a row counts, windows in a step)
 USEFUL_STEPS = 1000  # a text that MOST_EPOCHS would read in fewer steps gets fewer windows in a step
 
 MOST_EPOCHS = 40  # more passes over the text gain little
-REGULARISATION = ((0, 0.0, 0.4), (8, 0.1, 0.4), (30, 0.2, 0.7))  # (epochs from which a row counts, dropout, cool-down)
+REGULARISATION = ((0, 0.0, 0.6), (10, 0.1, 0.6), (30, 0.2, 0.7))  # (epochs from which a row counts, dropout, cool-down)
 WEIGHT_DECAY = 0.1
 
-MUON_LR = 0.02
+MUON_LR = 0.03
 MUON_MAX_LR = 3e-3  # of AdamW's share of the parameters
 ADAMW_MAX_LR = 3e-3  # the lower of this and ADAMW_LR_WIDTH / n_embd
 ADAMW_LR_WIDTH = 0.384
@@ -126,7 +126,7 @@ def block_size(seconds: float, train_tokens: int) -> int:
 
 def windows(block_size: int, train_tokens: int) -> int:
     """Return the windows of a step: fewer for a text that MOST_EPOCHS would read in less than USEFUL_STEPS."""
-    count = WINDOWS
+    count = int(row_for(WINDOWS, block_size)[1])
     while count > 1 and MOST_EPOCHS * train_tokens < USEFUL_STEPS * count * block_size:
         count //= 2
     return count

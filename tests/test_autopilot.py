@@ -395,6 +395,16 @@ def test_a_run_ends_in_its_time_and_resumes(here, losscurve):
     assert f"step {config.max_steps + 5:5d}" in out
 
 
+def test_a_late_command_shortens_its_run(here, losscurve, monkeypatch):
+    monkeypatch.setattr(proposal, "short_probe", machine(1e9))
+    monkeypatch.setattr(shorten, "seconds_of_step", lambda run: 1.0)
+    code, out, err = losscurve("train --text text.txt --time 7s --n_embd 32 --sample_tokens 2")
+    assert code == 0, err
+    assert "warning: slower than measured: from step " in err
+    steps = read_toml("checkpoints/config.toml")["max_steps"]
+    assert f"step {steps:5d} | lr 0.00000" in out
+
+
 def test_weights_keep_their_shape_and_their_tokens(here, losscurve, monkeypatch):
     monkeypatch.setattr(proposal, "short_probe", machine(1e9))
     typed = " ".join(f"--{name} {value}" for name, value in (SMALL | {"n_embd": 32}).items())
@@ -420,11 +430,14 @@ def test_token_files_keep_their_tokens(here, losscurve, monkeypatch):
     assert "vocabulary 12, as its token files have them" in out
 
 
-def test_fit_takes_a_time(here):
+def test_fit_takes_a_time(here, monkeypatch):
+    monkeypatch.setattr(proposal, "short_probe", machine(1e9))
+    monkeypatch.setattr(shorten, "seconds_of_step", lambda run: 1.0)
     said = []
-    run = llm.fit("text.txt", time="8s", out_dir="run", say=said.append)
+    run = llm.fit("text.txt", time="7s", out_dir="run", n_embd=32, sample_tokens=2, say=said.append)
     assert [line.split()[0] for line in said[0].splitlines()] == list(LINES)
-    assert run.config.max_time == 8
+    assert run.config.max_time == 7
+    assert any(line.startswith("warning: slower than measured") for line in said)
     with pytest.raises(UserError, match="new run"):
         llm.fit("text.txt", time="8s", out_dir="run", resume=True)
 

@@ -13,7 +13,7 @@ from llm.config import from_settings, read_toml, to_settings
 from llm.config.counts import flops_per_token
 from llm.errors import UserError
 from llm.plan import autopilot, proposal, rule, timing
-from llm.plan.proposal import expected_loss
+from llm.plan.proposal import suits
 from llm.plan.request import read_request
 from llm.plan.text_size import Text, with_vocabulary
 from llm.plan.timing import Pace
@@ -113,14 +113,17 @@ def test_a_short_time_measures_fewer_shapes():
     assert [rule.probes(seconds) for seconds in (1, 10, 20, 39, 40, 10**6)] == [1, 1, 2, 3, 4, 4]
 
 
-def test_repeated_tokens_and_a_model_too_large_for_the_text_promise_less():
-    fresh = expected_loss(1e6, 4e6, 4e6)
-    assert fresh < expected_loss(1e6, 4e6, 1e6) < expected_loss(1e6, 1e6, 1e6)
-    assert expected_loss(1e6, 4e9, 1e6) == pytest.approx(expected_loss(1e6, 1e9, 1e6), rel=1e-6)
-    # the optimum of the law itself: about 20 tokens per parameter
-    flops, sizes = 6e15, [10 ** (exponent / 100) for exponent in range(500, 800)]
-    best = min(sizes, key=lambda size: expected_loss(size, flops / 6 / size, 1e12))
-    assert flops / 6 / best**2 == pytest.approx(20, rel=0.1)
+def test_a_shape_suits_that_gets_enough_steps_and_is_not_too_large_for_the_text():
+    pace = Pace(0.05, 1e-7, 1e-5)
+
+    def check(width, seconds, tokens):
+        request = read_request(str(seconds), {}, {"n_layer": 4, "n_embd": width})
+        return suits(request.config, request, Text(tokens, 1024), pace)
+
+    assert check(64, 60, 10**8)
+    assert not check(64, 30, 10**8)  # 570 steps at most
+    assert check(512, 100, 11 * 10**5)
+    assert not check(512, 100, 10**6)  # 12.7 M parameters in the blocks
 
 
 # ---- the proposal
@@ -160,7 +163,7 @@ def test_a_proposal_fills_its_time_and_reads_the_text_a_bounded_number_of_times(
 @pytest.mark.parametrize("seconds", [60, 600, 3600])
 def test_evaluations_take_at_most_their_share_of_the_time(seconds):
     text, slow = Text(10**8, 512), Pace(0.05, 2e-5, 2e-3)
-    config = proposed(text, seconds, lambda config: slow).config
+    config = proposed(text, seconds, lambda config: slow, n_layer=4, n_embd=128).config
     parts = timing.run_seconds(config, text, slow)
     spent = parts["evaluation"] + parts["samples"] + parts["pictures"] + parts["saving"]
     assert spent <= rule.EVALUATION_SHARE * seconds + 2 * rule.LEAST_EVAL_TOKENS * slow.evaluated_token
@@ -398,7 +401,7 @@ def test_a_run_ends_in_its_time_and_resumes(here, losscurve):
 def test_a_late_command_shortens_its_run(here, losscurve, monkeypatch):
     monkeypatch.setattr(proposal, "short_probe", machine(1e9))
     monkeypatch.setattr(shorten, "seconds_of_step", lambda run: 1.0)
-    code, out, err = losscurve("train --text text.txt --time 7s --n_embd 32 --sample_tokens 2")
+    code, out, err = losscurve("train --text text.txt --time 7s --n_embd 32 --sample_tokens 2 --decay_fraction 0.4")
     assert code == 0, err
     assert "warning: slower than measured: from step " in err
     steps = read_toml("checkpoints/config.toml")["max_steps"]
@@ -434,7 +437,7 @@ def test_fit_takes_a_time(here, monkeypatch):
     monkeypatch.setattr(proposal, "short_probe", machine(1e9))
     monkeypatch.setattr(shorten, "seconds_of_step", lambda run: 1.0)
     said = []
-    run = llm.fit("text.txt", time="7s", out_dir="run", n_embd=32, sample_tokens=2, say=said.append)
+    run = llm.fit("text.txt", time="7s", out_dir="run", n_embd=32, sample_tokens=2, decay_fraction=0.4, say=said.append)
     assert [line.split()[0] for line in said[0].splitlines()] == list(LINES)
     assert run.config.max_time == 7
     assert any(line.startswith("warning: slower than measured") for line in said)

@@ -43,7 +43,7 @@ def _machine(choice: Choice) -> str:
 
 
 def _model(choice: Choice) -> str:
-    config, losses = choice.proposal.config, choice.proposal.losses
+    config, shapes = choice.proposal.config, choice.proposal.shapes
     model = config.model
     named = (
         f"{model.arch} {_shape(model)}, n_head {model.n_head}, block_size {model.block_size}, "
@@ -51,10 +51,9 @@ def _model(choice: Choice) -> str:
     )
     if config.init_from:
         return f"{named}: the weights of {config.init_from}"
-    if len(losses) == 1:
+    if len(shapes) == 1:
         return f"{named}: its shape is given"
-    largest = _shape(list(losses)[-1])
-    return f"{named}: of {_shape(next(iter(losses)))} to {largest} it promises most in this time"
+    return f"{named}: of {_shape(shapes[0])} to {_shape(shapes[-1])} the largest that suits this time and this text"
 
 
 def _shape(model: GPTConfig) -> str:

@@ -11,7 +11,7 @@ from llm.config.counts import count_parameters_by_part, flops_per_token
 from llm.errors import UserError
 from llm.plan import rule
 from llm.plan.request import Request
-from llm.plan.steps import affordable_steps, with_steps
+from llm.plan.steps import affordable_steps, useful_steps, with_steps
 from llm.plan.text_size import Text
 from llm.plan.timing import Pace, fits, probe
 
@@ -26,7 +26,7 @@ class Proposal:
     config: TrainConfig
     text: Text
     pace: Pace
-    losses: dict[GPTConfig, float]  # what each possible shape promises, at a measured or an estimated pace
+    shapes: tuple[GPTConfig, ...]  # from small to large
     measured: int  # shapes
     probes: int  # of shapes, and of dropout
 
@@ -39,8 +39,8 @@ def short_probe(config: TrainConfig) -> Pace:
 def propose(request: Request, text: Text, measure: Measure) -> Proposal:
     """Return a run for the time of `request`, around its given settings. `request.config` knows the vocabulary.
 
-    From the pace of the smallest shape it estimates what every shape promises. Then it measures the shape that promises
-    most and estimates the others again, until the best one has been measured.
+    From the pace of the smallest shape it estimates the steps of every shape. Then it measures the shape that it would
+    choose and estimates the others again, until the chosen one has been measured.
 
     Raises UserError if not even LEAST_STEPS steps of the smallest shape fit.
     """
@@ -48,17 +48,22 @@ def propose(request: Request, text: Text, measure: Measure) -> Proposal:
     if not shapes:
         raise UserError("memory: not even the smallest model fits in the memory here; give a smaller --batch_size")
     paces: dict[GPTConfig, Pace] = {}
-    losses: dict[GPTConfig, float] = {}
     best = next(iter(shapes))
     while best not in paces and len(paces) < rule.probes(request.seconds):
         paces[best] = measure(shapes[best])
         if len(paces) == 1:
             check_time(shapes[best], request, text, paces[best])
-        losses = {model: promise(trial, request, text, estimate(model, paces)) for model, trial in shapes.items()}
-        best = choose(losses)
+        best = choose(shapes, request, text, {model: estimate(model, paces) for model in shapes})
     if best not in paces:
-        best = choose({model: loss for model, loss in losses.items() if model in paces})
-    return finish(shapes[best], request, text, paces, losses, measure)
+        best = choose(shapes, request, text, paces)
+    return finish(shapes[best], request, text, paces, tuple(shapes), measure)
+
+
+def choose(shapes: Shapes, request: Request, text: Text, paces: dict[GPTConfig, Pace]) -> GPTConfig:
+    """Return the largest shape with a pace that gets GOOD_STEPS and suits the text; if there is none, the smallest."""
+    possible = [model for model in shapes if model in paces]
+    suitable = [model for model in possible if suits(shapes[model], request, text, paces[model])]
+    return suitable[-1] if suitable else possible[0]
 
 
 def finish(
@@ -66,7 +71,7 @@ def finish(
     request: Request,
     text: Text,
     paces: dict[GPTConfig, Pace],
-    losses: dict[GPTConfig, float],
+    shapes: tuple[GPTConfig, ...],
     measure: Measure,
 ) -> Proposal:
     """Return the run of the chosen shape, with the regularisation that its epochs call for."""
@@ -77,7 +82,7 @@ def finish(
         pace = measure(config)
         probes += 1
         config = with_chosen(config, request, regularisation(config, request, text, pace, probes))
-    return Proposal(with_steps(config, request, text, pace, probes), text, pace, losses, len(paces), probes)
+    return Proposal(with_steps(config, request, text, pace, probes), text, pace, shapes, len(paces), probes)
 
 
 def regularisation(config: TrainConfig, request: Request, text: Text, pace: Pace, probes: int) -> dict[str, float]:
@@ -118,38 +123,13 @@ def estimate(model: GPTConfig, paces: dict[GPTConfig, Pace]) -> Pace:
     return Pace(pace.step * growth, pace.evaluated_token * growth, sampled)
 
 
-def promise(config: TrainConfig, request: Request, text: Text, pace: Pace) -> float:
-    """Return the loss that a shape promises at a pace; infinity if too few steps fit."""
-    steps = affordable_steps(config, request, text, pace, rule.probes(request.seconds))
-    if steps < rule.LEAST_STEPS:
-        return math.inf
+def suits(config: TrainConfig, request: Request, text: Text, pace: Pace) -> bool:
+    """Return whether a shape gets GOOD_STEPS at a pace, and is not so large that it memorises the text."""
     blocks = count_parameters_by_part(config.model)["blocks"]
-    return expected_loss(blocks, steps * config.tokens_per_step, text.tokens)
-
-
-def expected_loss(blocks: float, tokens: float, text: float) -> float:
-    """Return the loss that the scaling law of Muennighoff et al. (2023) predicts, in nats per token.
-
-    It is the part of the loss above the entropy of the text. The law was fitted to far larger models, on other texts
-    and tokens, so its level means nothing here: use it only to rank two models.
-
-    Args:
-        blocks: parameters of the blocks
-        tokens: tokens of training
-        text: distinct tokens of the text that they are drawn from
-    """
-    fresh = min(text, tokens)
-    optimal = min(blocks, 0.051 * fresh)  # the compute-optimal parameters for `fresh` tokens
-    # a repeated token is worth less than a new one, and so is a parameter beyond the optimal ones
-    effective_tokens = fresh * (1 + 15.4 * -math.expm1(-(tokens / fresh - 1) / 15.4))
-    effective_size = optimal * (1 + 5.3 * -math.expm1(-(blocks / optimal - 1) / 5.3))
-    return float(521 / effective_size**0.353 + 1488 / effective_tokens**0.353)
-
-
-def choose(losses: dict[GPTConfig, float]) -> GPTConfig:
-    """Return the smallest shape that promises about as much as the best one. `losses` is from small to large."""
-    lowest = min(losses.values())
-    return next(model for model, loss in losses.items() if loss <= (1 + rule.GAIN) * lowest)
+    if blocks > rule.PARAMETERS_PER_TOKEN * text.tokens:
+        return False
+    steps = affordable_steps(config, request, text, pace, rule.probes(request.seconds))
+    return steps >= min(rule.GOOD_STEPS, int(useful_steps(config, text)))
 
 
 def check_time(config: TrainConfig, request: Request, text: Text, pace: Pace) -> None:

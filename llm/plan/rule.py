@@ -27,7 +27,8 @@ SHAPES = (  # (n_layer, n_embd), from small to large
     *((6, 192), (6, 256), (8, 320), (8, 384), (10, 512)),
 )
 HEAD_SIZES = ((0, 32), (256, 64))  # (width from which a row counts, channels of a head)
-GAIN = 0.01  # a larger shape has to promise a loss lower by this share
+GOOD_STEPS = 900  # the largest shape that gets so many steps is taken,
+PARAMETERS_PER_TOKEN = 12  # unless its blocks have more parameters for each training token than these
 
 BLOCK_SIZES = ((0, 128), (120, 256))  # (seconds from which a row counts, block_size)
 SMALLEST_BLOCK = 16

@@ -30,8 +30,12 @@ def affordable_steps(config: TrainConfig, request: Request, text: Text, pace: Pa
         step += evaluation / request.given["eval_every"]
     else:
         seconds -= evaluation * count_evaluations(config, request, pace)
-    useful = max(rule.LEAST_STEPS, rule.MOST_EPOCHS * text.tokens / config.tokens_per_step)
-    return max(0, int(min(seconds / step, useful, 1e9)))
+    return max(0, int(min(seconds / step, useful_steps(config, text), 1e9)))
+
+
+def useful_steps(config: TrainConfig, text: Text) -> float:
+    """Return the steps of MOST_EPOCHS passes over the text."""
+    return max(rule.LEAST_STEPS, rule.MOST_EPOCHS * text.tokens / config.tokens_per_step)
 
 
 def count_evaluations(config: TrainConfig, request: Request, pace: Pace) -> int:

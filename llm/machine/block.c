@@ -1,4 +1,4 @@
-/* The parts of a block between its matrix products: see llm/fused.py. Sums are in float32; bf16 is bfloat16.
+/* The parts of a block between its matrix products: see llm/machine/fused_block.py. Sums are in float32; bf16 is bfloat16.
 
    Gradients of weights are summed over PARTS ranges of rows, then over these, so that they do not depend on the number
    of threads. */

@@ -18,9 +18,9 @@ from llm.config.counts import (
     count_parameters_by_part,
     flops_per_token,
 )
-from llm.fused import LONGEST
 from llm.loss import chunk_rows
 from llm.machine.device import choose_device, choose_dtype
+from llm.machine.fused_block import LONGEST
 from llm.machine.kernel import load_block_kernel
 from llm.model import SHORT
 
@@ -150,14 +150,14 @@ def _activation_bytes(config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
 
 
 def _is_fused(config: TrainConfig, on_cpu: bool, itemsize: int) -> bool:
-    """Whether a llama's blocks are computed by llm.fused."""
+    """Whether a llama's blocks are computed by llm.machine.fused_block."""
     model = config.model
     fits = model.arch == "llama" and config.parallel == "ddp" and model.block_size <= LONGEST
     return fits and on_cpu and itemsize == 2 and load_block_kernel() is not None
 
 
 def _fused_block_bytes(model: GPTConfig) -> int:
-    """What `llm.fused` keeps of a block for each token; the names are those of its tensors."""
+    """What `llm.machine.fused_block` keeps of a block for each token; the names are those of its tensors."""
     joined = (model.n_head + 2 * model.kv_heads) * model.head_size
     x_and_middle = 2 * 4 * model.n_embd
     y_1_y_2_and_merged = 3 * 2 * model.n_embd

@@ -93,6 +93,6 @@ def test_a_number_that_is_not_finite_stays_so(monkeypatch):
 def test_without_a_compiler_plain_operations_take_its_place(monkeypatch):
     model, ids = model_of(CASES[0])
     expected = in_bfloat16(model, ids, monkeypatch, False)
-    monkeypatch.setattr("llm.fused.load_block_kernel", lambda: None)
+    monkeypatch.setattr("llm.machine.fused_block.load_block_kernel", lambda: None)
     found = in_bfloat16(model, ids, monkeypatch, True)
     assert all(torch.equal(found[name], expected[name]) for name in expected)

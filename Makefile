@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-# Many tests wait for processes that they started, so there are two more at work than there are cores.
-TESTERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 2)
+# Many tests wait for processes that they started, so there is one more at work than there are cores.
+TESTERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 # Beside a folder of shared caches (development and CI), tests and training read from it.
 ifneq ($(wildcard ../shared/data),)

@@ -28,6 +28,14 @@ from llm.training.live import LiveRun
 for number in (signal.SIGINT, signal.SIGHUP):  # ignored below `nohup` or a shell's `&`, and by all that we would start
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
+# The files that take longest, each on one tester: they start first, so that none of them is left alone at the end.
+LONGEST = ("test_readme", "test_torchrun", "test_ranks", "test_rehearse", "test_distributed", "test_runs", "test_hosts")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
 ROOT = Path(__file__).parent.parent
 CACHE = os.environ.get("LOSSCURVE_CACHE", "")

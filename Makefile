@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 # Many tests wait for processes that they started, so there is one more at work than there are cores.
+# With a thread each: two threads of a program wait for each other in every product, the longer the busier the cores.
 TESTERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 # Beside a folder of shared caches (development and CI), tests and training read from it.
@@ -27,7 +28,7 @@ train: setup
 	$(BIN)/python -m scripts.sample
 
 test: setup
-	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 torture: setup
 	-$(BIN)/pip install --quiet --disable-pip-version-check "atheris>=2.3"

@@ -135,12 +135,17 @@ def write_state(
     Raises OSError.
     """
     record.flush(rows)
-    for name, tensors in (("model.pt", weights), ("best.pt", best)):
-        if tensors is not None:
-            content = io.BytesIO()  # PyTorch's own writer raises RuntimeError on a full disk, not always OSError
-            torch.save(tensors, content)
+    files = [(weights, ["model.pt"])]
+    if best is weights:  # serialised once
+        files[0][1].append("best.pt")
+    elif best is not None:
+        files.append((best, ["best.pt"]))
+    for tensors, names in files:
+        content = io.BytesIO()  # PyTorch's own writer raises RuntimeError on a full disk, not always OSError
+        torch.save(tensors, content)
+        for name in names:
             storage.write_bytes(out_dir / name, content.getbuffer())
-            del content
+        del content
     return checkpoint.save_state(out_dir, step, groups, facts, keep, is_best=best is not None)
 
 

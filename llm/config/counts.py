@@ -3,30 +3,31 @@
 from llm.config.recipe import GPTConfig
 
 
+def _attention_weights(config: GPTConfig) -> int:
+    """Return the weights of queries, keys and values, and of the projection of the output, in one block."""
+    return 2 * config.n_embd * (config.n_embd + config.kv_heads * config.head_size)
+
+
+def _feed_forward_weights(config: GPTConfig) -> int:
+    """Return the weights of the feed-forward linears of one block: up and down, and a llama's gate."""
+    return (3 if config.arch == "llama" else 2) * config.n_embd * config.ffn_width
+
+
 def count_attention_parameters(config: GPTConfig) -> int:
     """Return the parameters of the attention linears of one block, without its norms."""
-    keys_and_values = 2 * config.kv_heads * config.head_size
-    outputs = config.n_embd + keys_and_values  # of the linear of queries, keys and values
-    weights = config.n_embd * (outputs + config.n_embd)
-    biases = outputs + config.n_embd if config.bias else 0
-    return weights + biases
+    biases = 2 * (config.n_embd + config.kv_heads * config.head_size) if config.bias else 0
+    return _attention_weights(config) + biases
 
 
 def count_feed_forward_parameters(config: GPTConfig) -> int:
     """Return the parameters of the feed-forward linears of one block, without its norm."""
-    if config.arch == "llama":  # gate, up and down
-        return 3 * config.n_embd * config.ffn_width
-    weights = 2 * config.n_embd * config.ffn_width
-    biases = config.ffn_width + config.n_embd
-    return weights + biases
+    biases = 0 if config.arch == "llama" else config.ffn_width + config.n_embd
+    return _feed_forward_weights(config) + biases
 
 
 def count_hidden_matrices(config: GPTConfig) -> int:
     """Return the parameters of the matrices of all blocks."""
-    width = config.n_embd
-    attention = 2 * width * (width + config.kv_heads * config.head_size)
-    feed_forward = (3 if config.arch == "llama" else 2) * width * config.ffn_width
-    return config.n_layer * (attention + feed_forward)
+    return config.n_layer * (_attention_weights(config) + _feed_forward_weights(config))
 
 
 def count_parameters_by_part(config: GPTConfig) -> dict[str, int]:

@@ -27,6 +27,7 @@ from llm.training.events import Step
 from llm.weights import run_config
 
 ROOT = Path(__file__).parent.parent
+TORTURE = bool(os.environ.get("LOSSCURVE_TORTURE"))
 KEPT = (
     *("parallel", "activation_checkpointing", "cpu_offload", "dtype", "dropout", "n_head", "bias", "tied_lm_head"),
     *("gelu", "ffn_mult", "vocab_size", "text", "tokenizer", "val_fraction", "schedule", "max_lr", "grad_clip"),
@@ -125,7 +126,7 @@ def test_a_run_that_works_passes_and_leaves_nothing(here, losscurve):
     assert not left_over()
 
 
-@pytest.mark.skipif(not os.environ.get("LOSSCURVE_TORTURE"), reason="one kind is enough: in make torture")
+@pytest.mark.skipif(not TORTURE, reason="one kind is enough: in make torture")
 def test_fsdp_passes_too_on_existing_token_files(here, losscurve):
     assert losscurve("prepare text.txt --tokenizer char")[0] == 0
     more = "--parallel fsdp --cpu_offload --activation_checkpointing --tied_lm_head --data_dir data"
@@ -141,6 +142,7 @@ def test_fsdp_passes_too_on_existing_token_files(here, losscurve):
     assert not Path("checkpoints").exists()
 
 
+@pytest.mark.skipif(not TORTURE, reason="takes a whole rehearsal: in make torture")
 def test_a_resume_that_forgets_the_optimizer_fails_in_one_line(here, losscurve, monkeypatch):
     """The fault is in the processes of the rehearsal: Python runs a sitecustomize.py before anything else."""
     (here / "broken").mkdir()

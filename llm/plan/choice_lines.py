@@ -69,7 +69,8 @@ def _steps(choice: Choice) -> str:
     reason = f"; more than {rule.MOST_EPOCHS} passes over a text gain little" if is_capped else ""
     return (
         f"{config.max_steps:,} of {config.windows_per_step} windows, {short(trained / text.tokens)} epochs, so dropout "
-        f"{config.model.dropout:g}; about {spoken(seconds)} of {spoken(choice.request.seconds)}{reason}{_prediction(choice)}"
+        f"{config.model.dropout:g}; about {spoken(seconds)} of {spoken(choice.request.seconds)}{reason}"
+        f"{_prediction(choice)}"
     )
 
 

@@ -56,8 +56,8 @@ PROBING_SHARE = 0.1  # of the time, for these probes; one is always made
 PROBE_SECONDS = 1.0  # that one probe takes, about
 STEP_GROWTH = 0.85  # the time of a step grows with its FLOPs to this power, until it is measured
 
-# Bits per byte at the end, as a share of what bzip2 makes of the text: a constant, and what a factor of ten in FLOPs and
-# in bytes of text adds. The last figure is the standard deviation of the runs of benchmarks/budgets.csv around it.
+# Bits per byte at the end, as a share of what bzip2 makes of the text: a constant, and what a factor of ten in FLOPs
+# and in bytes of text adds. The last figure is the standard deviation of the runs of benchmarks/budgets.csv around it.
 PREDICTION = (0.0, 0.0, 0.0, 0.0)
 
 # ---- the rule

@@ -3,7 +3,7 @@
 Trains them one after the other on the same text, prints where each ended, and draws the curves. A run of `--time` is
 made for each time given; the others run once, for the longest.
 
-    python -m benchmarks.minutes [--text shakespeare] [--times 30s 1m 150s] [--out docs/minutes.png] [--runs runs/minutes]
+    python -m benchmarks.minutes [--text shakespeare] [--times 30s 1m 150s] [--out docs/minutes.png]
 
 Runs that are there already are only drawn.
 """
@@ -44,9 +44,7 @@ def main() -> None:
         curves[name] = curve(args.runs / preset, args.text, "--preset", preset, *limits)
     for name, points in curves.items():
         minutes, bits = min(points, key=lambda point: point[1])
-        print(
-            f"{name:<24} lowest {bits:.3f} bits per byte after {60 * minutes:.0f} s; ended at {60 * points[-1][0]:.0f} s"
-        )
+        print(f"{name:<24} lowest {bits:.3f} bits per byte after {60 * minutes:.0f} s of {60 * points[-1][0]:.0f}")
     save_figure(lambda: picture(curves, Path(args.text).name, parse_duration(longest) / 60), args.out)
 
 

@@ -34,7 +34,7 @@ from llm.generate import continue_text
 from llm.machine.device import choose_device
 from llm.plan.autopilot import choose_new_run
 from llm.plan.choice_lines import choice_lines
-from llm.plan.request import parse_time, read_request
+from llm.plan.request import read_request
 from llm.record import metrics
 from llm.record.chart_style import plain
 from llm.record.plot import draw, plot_runs
@@ -184,7 +184,7 @@ def fit(
         say(in_python(line))
 
     with words_of_python():
-        deadline = None if time is None else perf_counter() + parse_time(time)
+        began, deadline = perf_counter(), None
         if resume and time is not None:
             raise UserError("time is for a new run; to continue one, leave it out")
         if resume:
@@ -197,6 +197,7 @@ def fit(
                 choice = choose_new_run(read_request(time, base, given, tell), overwrite, tell)
                 say("\n".join(choice_lines(choice)))
                 config = choice.proposal.config
+                deadline = choice.deadline(began)
             opened = new_run(config, overwrite=overwrite, say=tell)
         with opened as training, interrupts() as caught:
             training.stop = lambda: bool(caught)

@@ -16,13 +16,13 @@ from llm.optim import clip_gradients
 from llm.schedule import lr_at, muon_momentum_at
 from llm.training.evaluating import evaluate_run
 from llm.training.events import Event, Step
+from llm.training.keep_time import keep_time
 from llm.training.live import LiveRun
 from llm.training.parts import Parts
 from llm.training.recording import READ_EVERY, check_losses, log_step, read_losses
 from llm.training.refused import NotFinite
 from llm.training.rollback import roll_back
 from llm.training.saving import save, save_is_due, saved
-from llm.training.shorten import keep_deadline
 
 
 def train_step(parts: Parts, step: int) -> Step:
@@ -101,8 +101,8 @@ def train(run: LiveRun) -> Iterator[Event]:
                 run.reason = limit or run.stop_requested()
                 if run.reason or save_is_due(run, evaluates):
                     yield from save(run, wait=run.reason is not None)
-                if evaluates and run.reason is None:
-                    yield from keep_deadline(run)
+                if run.reason is None:
+                    yield from keep_time(run, evaluates)
             except NotFinite as error:  # several batches in a row, or a weight
                 yield from roll_back(run, error)
     finally:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import time
+import types
 
 import pytest
 from conftest import SMALL, words
@@ -21,8 +22,9 @@ from llm.schedule import lr_at, muon_momentum_at
 from llm.start.new_run import new_run
 from llm.start.resume_run import resume_run
 from llm.train import train
-from llm.training import shorten
+from llm.training import keep_time
 from llm.training.events import Notice
+from llm.training.live import Deadline
 
 LINES = ("text", "machine", "model", "steps")
 
@@ -343,8 +345,7 @@ def test_plan_and_train_choose_the_same(here, losscurve, monkeypatch):
     typed = "--text text.txt --time 7s --sample_tokens 2 --n_embd 32"
     code, planned, err = losscurve(f"plan {typed} --out found.toml")
     assert code == 0, err
-    monkeypatch.setattr(shorten, "keep_deadline", lambda run: iter(()))
-    monkeypatch.setattr("llm.train.keep_deadline", lambda run: iter(()))
+    monkeypatch.setattr("llm.train.keep_time", lambda *_: iter(()))
     code, out, err = losscurve(f"train {typed}")
     assert code == 0, err
     assert out.splitlines()[:4] == planned.splitlines()[:4]
@@ -400,7 +401,7 @@ def test_a_run_ends_in_its_time_and_resumes(here, losscurve):
 
 def test_a_late_command_shortens_its_run(here, losscurve, monkeypatch):
     monkeypatch.setattr(proposal, "short_probe", machine(1e9))
-    monkeypatch.setattr(shorten, "seconds_of_step", lambda run: 1.0)
+    monkeypatch.setattr(keep_time, "seconds_of_step", lambda run: 1.0)
     code, out, err = losscurve("train --text text.txt --time 7s --n_embd 32 --sample_tokens 2 --decay_fraction 0.4")
     assert code == 0, err
     assert "warning: slower than measured: from step " in err
@@ -435,7 +436,7 @@ def test_token_files_keep_their_tokens(here, losscurve, monkeypatch):
 
 def test_fit_takes_a_time(here, monkeypatch):
     monkeypatch.setattr(proposal, "short_probe", machine(1e9))
-    monkeypatch.setattr(shorten, "seconds_of_step", lambda run: 1.0)
+    monkeypatch.setattr(keep_time, "seconds_of_step", lambda run: 1.0)
     said = []
     run = llm.fit("text.txt", time="7s", out_dir="run", n_embd=32, sample_tokens=2, decay_fraction=0.4, say=said.append)
     assert [line.split()[0] for line in said[0].splitlines()] == list(LINES)
@@ -445,7 +446,7 @@ def test_fit_takes_a_time(here, monkeypatch):
         llm.fit("text.txt", time="8s", out_dir="run", resume=True)
 
 
-# ---- shorten
+# ---- fit the steps to the time
 
 
 def slow_config(here, **changes):
@@ -454,20 +455,28 @@ def slow_config(here, **changes):
     return from_settings(SMALL | settings | place | {"keep": 20} | changes)
 
 
+def fitting(config, step, left, most=1000):
+    return keep_time.fitting_steps(config, step, Deadline(time.perf_counter() + left, most), 0.1)
+
+
 def test_the_steps_that_fit_keep_the_schedule_so_far(here):
     config = slow_config(here)
-    assert shorten.shorter(config, 20, 8.0, 0.1) == 100  # 80 steps in 8 s
-    assert shorten.shorter(config, 20, 7.7, 0.1) == 100  # 4 % late
-    assert shorten.shorter(config, 20, 5.0, 0.1) == 70
-    assert shorten.shorter(config, 50, 1.0, 0.1) == 83  # 60 would have begun to cool down at 36
-    assert shorten.shorter(config, 50, -1.0, 0.1) == 83
-    warm = shorten.warmed_up(config)
+    assert fitting(config, 20, 8.05) == 100  # 80 steps in 8 s
+    assert fitting(config, 20, 7.7) == 100  # 4 % late
+    assert fitting(config, 20, 8.5) == 100  # 6 % early
+    assert fitting(config, 20, 5.01) == 70
+    assert fitting(config, 50, 1.01) == 83  # 60 would have begun to cool down at 36
+    assert fitting(config, 50, -1.0) == 83
+    assert fitting(config, 20, 20.01) == 20 + 194
+    assert fitting(config, 20, 20.01, most=150) == 150
+    assert fitting(config, 20, 20.01, most=90) == 100
+    warm = keep_time.warmed_up(config)
     assert warm == 10  # of the momentum
     for step in range(warm, 61):
-        for left in (-1.0, 0.5, 2.0, 4.0):
-            after = dataclasses.replace(config, max_steps=shorten.shorter(config, step, left, 0.1))
-            assert step < after.max_steps <= 100
-            for before in range(warm, step + 1):
+        for left in (-1.0, 0.5, 2.0, 4.0, 9.0, 50.0):
+            after = dataclasses.replace(config, max_steps=fitting(config, step, left))
+            assert step < after.max_steps
+            for before in range(max(warm, keep_time.warmed_up(after)), step + 1):
                 assert lr_at(before, after) == lr_at(before, config)
                 assert muon_momentum_at(before, after) == muon_momentum_at(before, config)
 
@@ -478,30 +487,38 @@ def final_weights(run_dir):
     return torch.load(run_dir / "model.pt")
 
 
-def test_a_late_run_is_shortened_and_its_resume_repeats_it(here, monkeypatch):
+@pytest.mark.parametrize(
+    ("every", "end", "at", "steps", "pace"),
+    [(10, 65, 10, 65, "slower"), (70, 220, 60, 215, "faster")],  # no checkpoint before the cool-down at step 60
+)
+def test_a_run_is_fitted_to_its_time_and_its_resume_repeats_it(here, monkeypatch, every, end, at, steps, pace):
     import torch
 
-    monkeypatch.setattr(shorten, "seconds_of_step", lambda run: 1.0)
-    with new_run(slow_config(here)) as run:
-        run.deadline = time.perf_counter() + 55  # at step 10 there is time for 55 of the 90 steps left
+    config = slow_config(here, eval_every=every)
+    with new_run(config) as run:
+        clock = types.SimpleNamespace(perf_counter=lambda: float(run.progress.step))  # a step takes a second
+        monkeypatch.setattr(keep_time, "time", clock)
+        monkeypatch.setattr(keep_time, "seconds_of_step", lambda run: 1.0)
+        run.deadline = Deadline(end, 1000)
         notices = [event.text for event in train(run) if isinstance(event, Notice)]
-    assert run.progress.step == 64
+    assert run.progress.step == steps
     assert run.reason == "done"
     assert len(notices) == 1
-    assert "from step 10 on, max_steps is 64 and no longer 100" in notices[0]
-    assert read_toml(str(here / "run" / "config.toml"))["max_steps"] == 64
+    assert f"{pace} than measured: from step {at} on, max_steps is {steps} and no longer 100" in notices[0]
+    assert read_toml(str(here / "run" / "config.toml"))["max_steps"] == steps
     rows = [json.loads(line) for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["split"], row["max_steps"]) for row in rows if "max_steps" in row] == [(10, "train", 64)]
-    assert rows[-1]["lr"] == pytest.approx(lr_at(64, dataclasses.replace(slow_config(here), max_steps=64)))
+    fitted = [(row["step"], row["split"], row["max_steps"]) for row in rows if "max_steps" in row]
+    assert fitted == [(at, "train", steps)]
+    assert rows[-1]["lr"] == pytest.approx(lr_at(steps, dataclasses.replace(config, max_steps=steps)))
 
     finished = final_weights(here / "run")
-    for state in (here / "run").glob("step-*"):  # as if it had been killed just after it was shortened
-        if state.name not in ("step-000000", "step-000010"):
+    for state in (here / "run").glob("step-*"):  # as if it had been killed just after its steps were changed
+        if state.name not in ("step-000000", f"step-{at:06d}"):
             for file in state.iterdir():
                 file.unlink()
             state.rmdir()
     with resume_run(here / "run", {}) as again:
-        assert (again.progress.step, again.parts.config.max_steps) == (10, 64)
+        assert (again.progress.step, again.parts.config.max_steps) == (at, steps)
         list(train(again))
     repeated = final_weights(here / "run")
     assert all(torch.equal(finished[name], repeated[name]) for name in finished)
@@ -509,29 +526,30 @@ def test_a_late_run_is_shortened_and_its_resume_repeats_it(here, monkeypatch):
 
 @pytest.mark.parametrize("changes", [{"schedule": "cosine"}, {"decay_fraction": 1.0}])
 def test_a_run_without_a_stable_part_is_never_shortened(here, monkeypatch, changes):
-    monkeypatch.setattr(shorten, "seconds_of_step", lambda run: 1.0)
+    monkeypatch.setattr(keep_time, "seconds_of_step", lambda run: 1.0)
     with new_run(slow_config(here, max_steps=20, **changes)) as run:
-        run.deadline = time.perf_counter() + 1
+        run.deadline = Deadline(time.perf_counter() + 1, 1000)
         list(train(run))
     assert run.progress.step == 20
 
 
 @pytest.mark.parametrize(
-    ("saved_step", "complaints"), [(10, ["config.toml could not be written, so the run is not shortened"]), (3, [])]
+    ("step", "complaints"),
+    [(10, ["config.toml could not be written, so the steps of the run stay as they are"]), (3, [])],
 )
-def test_a_full_disk_or_an_old_checkpoint_leaves_the_run_as_it_is(here, monkeypatch, saved_step, complaints):
-    monkeypatch.setattr(shorten, "seconds_of_step", lambda run: 1.0)
+def test_a_full_disk_or_an_old_checkpoint_leaves_the_run_as_it_is(here, monkeypatch, step, complaints):
+    monkeypatch.setattr(keep_time, "seconds_of_step", lambda run: 1.0)
 
     def full(path, text):
         raise OSError(28, "No space left on device")
 
     with new_run(slow_config(here, max_steps=30)) as run:
-        run.deadline = time.perf_counter() + 1
-        monkeypatch.setattr(shorten, "saved", lambda run, wait: iter(()))
-        monkeypatch.setattr(shorten.checkpoint, "saved_steps", lambda out_dir: [saved_step])
-        monkeypatch.setattr(shorten.storage, "write_text", full)
-        run.progress.step = 10
-        notices = [event.text for event in shorten.keep_deadline(run)]
+        run.deadline = Deadline(time.perf_counter() + 1, 1000)
+        monkeypatch.setattr(keep_time, "saved", lambda run, wait: iter(()))
+        monkeypatch.setattr(keep_time.checkpoint, "saved_steps", lambda out_dir: [step])
+        monkeypatch.setattr(keep_time.storage, "write_text", full)
+        run.progress.step = step
+        notices = [event.text for event in keep_time.keep_time(run, True)]
         assert run.parts.config.max_steps == 30
     assert [line.partition(" (")[0] for line in notices] == complaints
 
@@ -541,4 +559,4 @@ def test_a_step_counts_its_share_of_the_evaluations(here):
         run.progress.step, run.progress.bookkeeping = 20, 6.0
         run._began = time.perf_counter() - 26.0
         # 20 steps in 20 s; evaluations at 0 and 10 took 6 s, 3 s for each 10 steps
-        assert shorten.seconds_of_step(run) == pytest.approx(1.3, rel=0.01)
+        assert keep_time.seconds_of_step(run) == pytest.approx(1.3, rel=0.01)

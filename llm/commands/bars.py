@@ -110,7 +110,7 @@ class StepBar:
         self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, step: int, total: int) -> None:
-        """Move the bar to `step` completed steps of `total`, which is lower once a run has been shortened."""
+        """Move the bar to `step` completed steps of `total`, which a run for a given time may change."""
         if self.bar:
             tokens_per_second = (self.bar.tasks[0].speed or 0) * self.tokens_per_step  # over the last half minute
             self.bar.update(self.task, completed=step, total=total, description=f"{tokens_per_second:,.0f} tokens/s")

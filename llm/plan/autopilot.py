@@ -11,6 +11,7 @@ from llm.machine.device import choose_device
 from llm.plan import proposal, rule
 from llm.plan.proposal import Proposal
 from llm.plan.request import Request
+from llm.plan.steps import useful_steps
 from llm.plan.text_facts import TextFacts, look_at
 from llm.plan.text_size import text_of, with_vocabulary
 from llm.prepare.reuse import default_folder, ensure
@@ -19,6 +20,7 @@ from llm.start.init_from import starting_point
 from llm.start.run_folder import refuse_existing
 from llm.tokens.token_files import has_tokens
 from llm.tokens.tokenizer import Tokenizer
+from llm.training.live import Deadline
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Choice:
     request: Request
     facts: TextFacts | None  # None: only the tokens of the text are known
     proposal: Proposal
+
+    def deadline(self, began: float) -> Deadline:
+        """Return when the run has to end if its time began at `began`, as `time.perf_counter` counts."""
+        steps = useful_steps(self.proposal.config, self.proposal.text)
+        return Deadline(began + self.request.seconds, int(min(steps, 1e9)))
 
 
 def choose_new_run(

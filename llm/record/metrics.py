@@ -14,7 +14,7 @@ Every row has `step` (completed steps) and `split` ("train" or "val"). Where the
 - `data_seconds`: seconds spent on making batches since the previous training row
 - `val_loss_ema`: mean cross-entropy of the average of the weights, in nats per token (validation rows of a run with
   `ema` only)
-- `max_steps`: the steps of the run from here on (only where a run for a given time was shortened, in a training row
+- `max_steps`: the steps of the run from here on (only where a run for a given time got other steps, in a training row
   without a loss)
 - `refused`: steps without an update, because their loss or gradient was not finite (only if there are any)
 - `spikes`: steps whose loss spiked (only if there are any)

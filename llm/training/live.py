@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from llm.machine.device import matrix_rate
@@ -13,6 +14,14 @@ from llm.training.events import Notice, Step
 from llm.training.parts import Parts
 from llm.training.saver import Saver
 from llm.training.state import Progress
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When a run for a given time has to end."""
+
+    at: float  # as `time.perf_counter` counts
+    most_steps: int  # more would gain little
 
 
 class LiveRun:
@@ -29,7 +38,7 @@ class LiveRun:
         self.progress = progress
         self.prompt = prompt
         self.stop: Callable[[], bool] = lambda: False
-        self.deadline: float | None = None  # of a run for a given time, as `time.perf_counter` counts
+        self.deadline: Deadline | None = None  # of a run for a given time
         self.reason: str | None = None
         self.unsaved: str | None = None
         self.failed_saves = 0

@@ -22,8 +22,8 @@ class TextFacts:
     bytes_per_character: float
 
 
-def look_at(config: TrainConfig) -> TextFacts:
-    """Return the facts of the text of `config`. A text with a name is not downloaded.
+def look_at(config: TrainConfig, say: corpus.Say = lambda line: None) -> TextFacts:
+    """Return the facts of the text of `config`. A text with a name is not downloaded. `say` gets a line for a folder.
 
     Raises UserError for a text that does not exist, cannot be read, or is too small.
     """
@@ -35,7 +35,7 @@ def look_at(config: TrainConfig) -> TextFacts:
     characters = sampled_bytes = 0
     if files:
         _refuse_pipes(files)
-        with corpus.opened(files, text_field=config.text_field) as source:
+        with corpus.opened(files, say=say, text_field=config.text_field) as source:
             size += sum(file.text_bytes() for file in source.files)
             for piece in (piece for file in source.files for piece in file.read()):
                 alphabet.update(piece)

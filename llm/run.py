@@ -41,13 +41,14 @@ from llm.record.plot import draw, plot_runs
 from llm.record.samples import Sample, read_samples
 from llm.start.new_run import new_run
 from llm.start.resume_run import resume_run
-from llm.start.run_folder import Say
+from llm.start.run_folder import Say, once
 from llm.storage.lines import Row
 from llm.tokens.bpe import gpt2
 from llm.tokens.saved_tokenizer import load_tokenizer
 from llm.tokens.tokenizer import Tokenizer
 from llm.train import train
 from llm.training.events import Line, Notice
+from llm.training.live import Deadline
 from llm.weights import load_model, run_config
 
 if TYPE_CHECKING:
@@ -173,9 +174,8 @@ def fit(
     """Train on a text (a path, several, or "shakespeare") and return the run; for notebooks.
 
     `settings` are the fields of `TrainConfig` and `GPTConfig`; `say` gets a line for each evaluation. With `time`, such
-    as "10m", the run is chosen for that time, around the given settings. After an
-    interrupt the run saves and ends; `resume=True` continues it. Raises UserError for settings that cannot work, and
-    Failure if training cannot continue or the last checkpoint could not be saved.
+    as "10m", the run is chosen for that time, around the given settings. After an interrupt the run saves and ends;
+    `resume=True` continues it. Raises UserError for settings that cannot work, Failure if it cannot go on or be saved.
     """
     out_dir = expanded(str(out_dir))
     given = settings | ({} if text is None else {"text": text}) | {"out_dir": out_dir}
@@ -183,8 +183,10 @@ def fit(
     def tell(line: str) -> None:
         say(in_python(line))
 
+    tell_once = once(tell)
     with words_of_python():
-        began, deadline = perf_counter(), None
+        began = perf_counter()
+        deadline: Deadline | None = None
         if resume and time is not None:
             raise UserError("time is for a new run; to continue one, leave it out")
         if resume:
@@ -194,11 +196,11 @@ def fit(
             if time is None:
                 config = over_preset(base, given, tell)
             else:
-                choice = choose_new_run(read_request(time, base, given, tell), overwrite, tell)
+                choice = choose_new_run(read_request(time, base, given, tell), overwrite, tell_once)
                 say("\n".join(choice_lines(choice)))
                 config = choice.proposal.config
                 deadline = choice.deadline(began)
-            opened = new_run(config, overwrite=overwrite, say=tell)
+            opened = new_run(config, overwrite=overwrite, say=tell_once)
         with opened as training, interrupts() as caught:
             training.stop = lambda: bool(caught)
             training.deadline = deadline

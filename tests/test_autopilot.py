@@ -64,7 +64,7 @@ def proposed(text, seconds, measure=None, preset=None, **typed):
     ],
 )
 def test_the_tokenizer_follows_from_the_size_of_the_text(size, per_character, given, expected):
-    found = rule.tokenizer(size, per_character, given)
+    found = rule.tokenizer(size, per_character, 65, given)
     assert (found["tokenizer"], found.get("vocab_size")) == expected
 
 
@@ -439,7 +439,7 @@ def test_fit_takes_a_time(here, monkeypatch):
     monkeypatch.setattr(keep_time, "seconds_of_step", lambda run: 1.0)
     said = []
     run = llm.fit("text.txt", time="7s", out_dir="run", n_embd=32, sample_tokens=2, decay_fraction=0.4, say=said.append)
-    assert [line.split()[0] for line in said[0].splitlines()] == list(LINES)
+    assert [line.split()[0] for line in said[1].splitlines()] == list(LINES)
     assert run.config.max_time == 7
     assert any(line.startswith("warning: slower than measured") for line in said)
     with pytest.raises(UserError, match="new run"):

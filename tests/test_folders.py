@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,20 @@ def test_folders_that_cannot_be_read_are_named(place, monkeypatch):
 def test_of_many_files_the_first_are_named(place):
     made(*(f"{n:02}.txt" for n in range(12)))
     assert read(".")[1] == [".: reading 12 texts: 00.txt, 01.txt, 02.txt and 9 more"]
+
+
+def test_a_folder_of_other_files_says_how_to_read_them(place):
+    made("a b/one.py", "a b/x/two.py", "a b/x/three.c", "a b/README.md")
+    (place / "a b" / "picture.png").write_bytes(b"\x89PNG\0\xff")
+    command = "find 'a b' -name '*.py' -exec cat {} + > 'a b.py.txt'"
+    (line,) = read("a b")[1]
+    assert line == f"a b: reading 1 text: README.md; not read: 2 .py; to read them, join them: {command}"
+    subprocess.run(command, shell=True, check=True)
+    joined = Path("a b.py.txt").read_text(encoding="utf-8").splitlines()
+    assert sorted(joined) == ["text of a b/one.py", "text of a b/x/two.py"]
+    made("a b/c.txt")
+    assert "not read" not in read("a b")[1][0]  # no more than the texts
+    os.remove("a b/c.txt")
+    os.remove("a b/README.md")
+    with pytest.raises(UserError, match=r"name the files themselves; not read: 2 \.py; to read them, join them: find"):
+        read("a b")

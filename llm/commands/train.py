@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llm.commands.flags import Parser, add_settings, config_from, typed_settings, warn
-from llm.commands.train_time import choose, deadline, read_time_config
+from llm.commands.train_time import choose, read_time_config
 from llm.config import FIELDS, PRESETS, TrainConfig
 from llm.errors import Failure, UserError
 from llm.machine.interpreter import child_environment
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llm.plan.forecast import Forecast
     from llm.record.explain import News
     from llm.record.tracker import Start
-    from llm.training.live import LiveRun
+    from llm.training.live import Deadline, LiveRun
 
 DESCRIPTION = "Train a small GPT from scratch. With no flags: the chapter's recipe on tiny Shakespeare."
 
@@ -100,17 +100,22 @@ def run_process(argv: list[str], world: "World", began: float) -> int:
     from llm.plan.forecast import Forecast
     from llm.record.trackers import starts
     from llm.run import interrupts
+    from llm.start.run_folder import once
     from llm.train import train
 
     with world.together():
         say = warn if world.leads else lambda line: None
+        deadline: Deadline | None = None
         args = parse_flags(argv)
         config = read_config(args, say)
         if world.started and args.nproc is not None:
             raise UserError(f"nproc = {args.nproc}: torchrun has already started the processes; leave --nproc out")
         trackers = starts(args.track, warn) if world.leads else {}
         if args.time is not None:
-            config = choose(args, world, say)
+            say = once(say)
+            choice = choose(args, world, say)
+            config = choice.proposal.config
+            deadline = choice.deadline(began)
 
     # torchrun --max-restarts restarted the processes: resume this job's run, however its first start began
     out_dir = Path(config.out_dir)
@@ -124,7 +129,7 @@ def run_process(argv: list[str], world: "World", began: float) -> int:
         run = open_run(stack, args, config, world, resumes=args.resume or left is not None, say=say)
         caught = stack.enter_context(interrupts())
         run.stop = lambda: bool(caught)
-        run.deadline = deadline(args, began)
+        run.deadline = deadline
         if not world.leads:
             for _ in train(run):
                 pass

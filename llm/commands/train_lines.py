@@ -33,6 +33,8 @@ def print_start(run: "LiveRun") -> None:
 
 def start_lines(run: "LiveRun") -> str:
     """Return three lines: the model, the data, the steps."""
+    from llm.plan.forecast import counted
+
     parts = run.parts
     config = parts.config
     parameters = sum(p.numel() for p in parts.model.parameters())
@@ -40,7 +42,7 @@ def start_lines(run: "LiveRun") -> str:
     predicted = len(parts.data.val) - 1  # tokens of the validation split, except the first
     validated = f"all {predicted:,}" if predicted <= config.eval_tokens else f"{config.eval_tokens:,} of {predicted:,}"
     begin = f"resuming from step {run.progress.step}" if run.progress.step else "starting"
-    windows = f"{config.windows_per_step} windows"
+    windows = counted(config.windows_per_step, "window")
     processes = parts.world.size
     if processes > 1:
         share, micro_batches = config.share(processes)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from llm.commands.flags import request_from
 from llm.errors import UserError
-from llm.plan.request import parse_time
 
 if TYPE_CHECKING:
     from llm.config import TrainConfig
     from llm.machine.world import World
+    from llm.plan.autopilot import Choice
 
 Say = Callable[[str], None]
 
@@ -27,8 +27,8 @@ def read_time_config(args: argparse.Namespace, say: Say) -> "TrainConfig":
     return request_from(args, say).config
 
 
-def choose(args: argparse.Namespace, world: "World", say: Say) -> "TrainConfig":
-    """Prepare the text, choose the run for `--time`, print why, and return its config. Raises UserError."""
+def choose(args: argparse.Namespace, world: "World", say: Say) -> "Choice":
+    """Prepare the text, choose the run for `--time`, print why, and return it. Raises UserError."""
     from llm.commands.bars import print_best_effort, tokenizing_bar
     from llm.plan.autopilot import choose_new_run
     from llm.plan.choice_lines import choice_lines
@@ -39,9 +39,4 @@ def choose(args: argparse.Namespace, world: "World", say: Say) -> "TrainConfig":
         choice = choose_new_run(request_from(args, lambda line: None), args.overwrite, say, progress)
     for line in choice_lines(choice):
         print_best_effort(line)
-    return choice.proposal.config
-
-
-def deadline(args: argparse.Namespace, began: float) -> float | None:
-    """Return when a run for `--time` has to end, as `time.perf_counter` counts; None without `--time`."""
-    return None if args.time is None else began + parse_time(args.time)
+    return choice

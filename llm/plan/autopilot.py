@@ -6,14 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm.config import MODEL_FIELDS, from_settings
+from llm.config import MODEL_FIELDS, TrainConfig, from_settings
 from llm.machine.device import choose_device
 from llm.plan import proposal, rule
+from llm.plan.forecast import spoken
 from llm.plan.proposal import Proposal
 from llm.plan.request import Request
 from llm.plan.steps import useful_steps
 from llm.plan.text_facts import TextFacts, look_at
-from llm.plan.text_size import text_of, with_vocabulary
+from llm.plan.text_size import Text, text_of, with_vocabulary
+from llm.plan.timing import TOKENIZING_RATE, preparing_seconds
 from llm.prepare.reuse import default_folder, ensure
 from llm.prepare.shards import Progress
 from llm.start.init_from import starting_point
@@ -21,6 +23,8 @@ from llm.start.run_folder import refuse_existing
 from llm.tokens.token_files import has_tokens
 from llm.tokens.tokenizer import Tokenizer
 from llm.training.live import Deadline
+
+LARGE = 20_000_000  # bytes of a text from which the time to prepare it is announced
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,15 @@ class Choice:
     facts: TextFacts | None  # None: only the tokens of the text are known
     proposal: Proposal
 
+    @property
+    def seconds(self) -> float:
+        """The seconds of the whole command: the given time, and what preparing the text takes beyond its share."""
+        return self.request.seconds + self.proposal.text.uncounted
+
     def deadline(self, began: float) -> Deadline:
         """Return when the run has to end if its time began at `began`, as `time.perf_counter` counts."""
         steps = useful_steps(self.proposal.config, self.proposal.text)
-        return Deadline(began + self.request.seconds, int(min(steps, 1e9)))
+        return Deadline(began + self.seconds, int(min(steps, 1e9)))
 
 
 def choose_new_run(
@@ -57,15 +66,30 @@ def choose_run(
         request, weights_tokenizer = with_weights(request, say)
     facts = None
     if not has_own_tokens(request):
-        facts = look_at(request.config)
+        facts = look_at(request.config, say)
+        if facts.train_bytes < rule.SMALL_TEXT:
+            say(small_text(facts, request.config))
     if facts and not request.config.init_from:
-        chosen = rule.tokenizer(facts.train_bytes, facts.bytes_per_character, request.given)
+        chosen = rule.tokenizer(facts.train_bytes, facts.bytes_per_character, facts.distinct, request.given)
         request = dataclasses.replace(request, config=from_settings(chosen, request.config))
-    preparation = prepare_text(request, say, progress, weights_tokenizer) if prepares else 0.0
+    preparation = prepare_text(request, facts, say, progress, weights_tokenizer) if prepares else 0.0
     text = dataclasses.replace(text_of(request.config), preparation=preparation)
+    text = with_uncounted(text, request.seconds)
     if not request.config.init_from:
         request = dataclasses.replace(request, config=with_vocabulary(request.config, text.vocabulary))
     return Choice(request, facts, proposal.propose(request, text, proposal.short_probe))
+
+
+def small_text(facts: TextFacts, config: TrainConfig) -> str:
+    """Return a line for a text of less than SMALL_TEXT: what to expect of it, and what would help."""
+    validated = facts.train_bytes * config.val_fraction / (1 - config.val_fraction)
+    remedies = "more text helps most (--text takes several files and folders)"
+    if not config.init_from:
+        remedies += ", then the weights of a run on a longer text like it (--init_from RUN)"
+    return (
+        f"{facts.train_bytes:,} bytes to train on are little to learn a language from, and a loss on {validated:,.0f} "
+        f"bytes is a rough measure; {remedies}"
+    )
 
 
 def with_weights(request: Request, say: Callable[[str], None]) -> tuple[Request, Tokenizer | None]:
@@ -82,12 +106,24 @@ def has_own_tokens(request: Request) -> bool:
     return (not config.text or config.data_dir is not None) and has_tokens(Path(config.data_dir or "data"))
 
 
+def with_uncounted(text: Text, seconds: float) -> Text:
+    """Return the text with the seconds that preparing it takes beyond PREPARING_SHARE of the time as `uncounted`."""
+    return dataclasses.replace(text, uncounted=max(0.0, preparing_seconds(text) - rule.PREPARING_SHARE * seconds))
+
+
 def prepare_text(
-    request: Request, say: Callable[[str], None], progress: Progress | None, tokenizer: Tokenizer | None
+    request: Request,
+    facts: TextFacts | None,
+    say: Callable[[str], None],
+    progress: Progress | None,
+    tokenizer: Tokenizer | None,
 ) -> float:
     """Tokenize the text if that has not been done; return the seconds that it took."""
     if has_tokens(Path(request.config.data_dir or default_folder(request.config))):
         return 0.0
+    size = facts.train_bytes / (1 - request.config.val_fraction) if facts else 0.0
+    if size > LARGE:
+        say(f"preparing {size / 1e6:,.0f} MB of text takes at least {spoken(size / TOKENIZING_RATE)}, once")
     start = time.perf_counter()
     ensure(request.config, progress=progress, say=say, given=tokenizer)
     return time.perf_counter() - start

@@ -8,8 +8,10 @@ from llm.machine.device import choose_device, choose_dtype, describe_device
 from llm.plan import rule
 from llm.plan.arithmetic import run_flops
 from llm.plan.autopilot import Choice
-from llm.plan.forecast import short, spoken
-from llm.plan.timing import run_seconds
+from llm.plan.forecast import counted, short, spoken
+from llm.plan.timing import preparing_seconds, run_seconds
+
+SHORT_PREPARATION = 0.1  # of the time: a preparation that takes less is not mentioned
 
 
 def choice_lines(choice: Choice) -> Iterator[str]:
@@ -25,18 +27,35 @@ def _text(choice: Choice) -> str:
     tokens = f"{text.tokens:,} training tokens" + (" (estimated)" if text.unprepared else "")
     if facts is None:
         return f"{tokens}, vocabulary {text.vocabulary:,}, as its token files have them"
-    distinct = "" if facts.distinct is None else f", {facts.distinct:,} distinct characters"
+    distinct = "" if facts.distinct is None else f", {counted(facts.distinct, 'distinct character')}"
     if facts.bytes_per_character >= rule.MANY_BYTES:
         distinct += f" of {facts.bytes_per_character:.1f} bytes each"
     size = f" of {config.vocab_size:,}" if config.tokenizer == "bpe" and config.vocab_size else ""
-    return f"{facts.train_bytes:,} bytes to train on{distinct}: {config.tokenizer} tokens{size}, {tokens}"
+    return (
+        f"{facts.train_bytes:,} bytes to train on{distinct}: {config.tokenizer} tokens{size}, {tokens}"
+        f"{_preparation(choice)}"
+    )
+
+
+def _preparation(choice: Choice) -> str:
+    """Return how long preparing the text takes, "" if that does not matter."""
+    text, request = choice.proposal.text, choice.request
+    seconds = preparing_seconds(text)
+    if seconds < SHORT_PREPARATION * request.seconds:
+        return ""
+    words = (
+        f"; preparing it takes at least {spoken(seconds)}" if text.unprepared else f"; prepared in {spoken(seconds)}"
+    )
+    if not text.uncounted:
+        return words
+    return f"{words}, so the command takes {spoken(choice.seconds)} instead of {spoken(request.seconds)}"
 
 
 def _machine(choice: Choice) -> str:
     config, pace, count = choice.proposal.config, choice.proposal.pace, choice.proposal.measured
     device = choose_device(config.device)
     rate = flops_per_token(config.model) * config.tokens_per_step / pace.step
-    shapes = "1 shape" if count == 1 else f"{count} shapes"
+    shapes = counted(count, "shape")
     return (
         f"{describe_device(device, choose_dtype(config.dtype, device))}: {rate / 1e9:,.0f} GFLOP/s in training, "
         f"{pace.step:.2g} s a step; {shapes} measured"
@@ -65,11 +84,11 @@ def _steps(choice: Choice) -> str:
     config, text, pace = choice.proposal.config, choice.proposal.text, choice.proposal.pace
     trained = config.max_steps * config.tokens_per_step
     seconds = sum(run_seconds(config, text, pace).values()) + choice.proposal.probes * rule.PROBE_SECONDS
-    is_capped = seconds < 0.9 * rule.FILL * choice.request.seconds
+    is_capped = seconds - text.uncounted < 0.9 * rule.FILL * choice.request.seconds
     reason = f"; more than {rule.MOST_EPOCHS} passes over a text gain little" if is_capped else ""
     return (
-        f"{config.max_steps:,} of {config.windows_per_step} windows, {short(trained / text.tokens)} epochs, so dropout "
-        f"{config.model.dropout:g}; about {spoken(seconds)} of {spoken(choice.request.seconds)}{reason}"
+        f"{config.max_steps:,} of {counted(config.windows_per_step, 'window')}, {short(trained / text.tokens)} epochs, "
+        f"so dropout {config.model.dropout:g}; about {spoken(seconds)} of {spoken(choice.seconds)}{reason}"
         f"{_prediction(choice)}"
     )
 

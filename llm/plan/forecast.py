@@ -12,6 +12,11 @@ def short(number: float) -> str:
     return f"{float(f'{number:.3g}'):,g}"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return "1 window" or "2 windows"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def spoken(seconds: float) -> str:
     """Return a duration as '48 s', '16.5 min', '3.4 h' or '12.1 days'."""
     for unit, size, limit in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):

@@ -13,7 +13,7 @@ from llm.plan import rule
 from llm.plan.request import Request
 from llm.plan.steps import affordable_steps, useful_steps, with_steps
 from llm.plan.text_size import Text
-from llm.plan.timing import Pace, fits, probe
+from llm.plan.timing import Pace, fits, preparing_seconds, probe
 
 Measure = Callable[[TrainConfig], Pace]
 Shapes = dict[GPTConfig, TrainConfig]
@@ -102,7 +102,7 @@ def candidates(request: Request, text: Text) -> list[TrainConfig]:
     given = request.given
     config = with_chosen(request.config, request, {"block_size": rule.block_size(request.seconds, text.tokens)})
     config = from_settings(rule.batch(given, config.model.block_size, text.tokens), config)
-    config = with_chosen(config, request, {"max_time": request.seconds})
+    config = with_chosen(config, request, {"max_time": request.seconds + text.uncounted})
     if config.init_from:
         return [with_chosen(config, request, rule.rates(config, given))]
     found: Shapes = {}
@@ -137,9 +137,12 @@ def check_time(config: TrainConfig, request: Request, text: Text, pace: Pace) ->
     steps = affordable_steps(config, request, text, pace, 1)
     if steps >= rule.LEAST_STEPS:
         return
-    needed = request.seconds
-    while affordable_steps(config, dataclasses.replace(request, seconds=needed), text, pace, 1) < rule.LEAST_STEPS:
+    prepared = dataclasses.replace(text, unprepared=0, preparation=0.0, uncounted=0.0)
+    needed = math.ceil(rule.PREPARING_SHARE * request.seconds)  # first without the preparation
+    while affordable_steps(config, dataclasses.replace(request, seconds=needed), prepared, pace, 1) < rule.LEAST_STEPS:
         needed = math.ceil(1.1 * needed + 1)
+    bounded = rule.FILL * needed / (rule.FILL - rule.PREPARING_SHARE)  # the preparation uses its whole share
+    needed = math.ceil(min(needed + preparing_seconds(text) / rule.FILL, bounded))
     shape = f"{config.model.n_layer} layers x {config.model.n_embd}"
     raise UserError(
         f"time = {request.seconds:g} s: too short; {rule.LEAST_STEPS} steps of the smallest model here ({shape}) need "

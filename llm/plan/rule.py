@@ -19,8 +19,11 @@ TOKENIZERS = (
     (5_000_000, "bpe", 2048),
     (50_000_000, "bpe", 4096),
 )
+FEW_CHARACTERS = 20  # distinct ones: such a text (DNA, numbers) gets a BPE of FEW_VOCABULARY at most
+FEW_VOCABULARY = 512
 MANY_BYTES = 1.5  # bytes per character from which a script needs the next row of TOKENIZERS
 LEAST_BYTES = 1000  # of the training text
+SMALL_TEXT = 100_000  # bytes of a training text below which the autopilot says that there is little to learn from
 
 SHAPES = (  # (n_layer, n_embd), from small to large
     *((2, 64), (3, 96), (3, 128), (4, 128), (5, 160)),
@@ -46,6 +49,7 @@ ADAMW_MAX_LR = 3e-3  # the lower of this and ADAMW_LR_WIDTH / n_embd
 ADAMW_LR_WIDTH = 0.384
 FINE_TUNING = 0.3  # of these rates, for the weights of init_from
 
+PREPARING_SHARE = 0.5  # of the time, for preparing the text; what that takes beyond this does not count
 EVALUATION_SHARE = 0.05  # of the time, for evaluations, samples, pictures and checkpoints
 EVALUATIONS = (2, 20)  # besides the one at the start: at least, at most
 LEAST_EVAL_TOKENS = 8192
@@ -90,12 +94,19 @@ def recipe(given: dict[str, Any]) -> dict[str, Any]:
     return chosen | given
 
 
-def tokenizer(text_bytes: float, bytes_per_character: float, given: dict[str, Any]) -> dict[str, Any]:
-    """Return `tokenizer` and `vocab_size` for a training text of so many bytes, around the given ones."""
+def tokenizer(
+    text_bytes: float, bytes_per_character: float, distinct: int | None, given: dict[str, Any]
+) -> dict[str, Any]:
+    """Return `tokenizer` and `vocab_size` for a training text of so many bytes, around the given ones.
+
+    `distinct`: its distinct characters, if they are known.
+    """
     row = TOKENIZERS.index(row_for(TOKENIZERS, text_bytes))
     if bytes_per_character >= MANY_BYTES:
         row = min(row + 1, len(TOKENIZERS) - 1)
     kind, size = TOKENIZERS[row][1:]
+    if size and distinct is not None and distinct <= FEW_CHARACTERS:
+        size = min(size, FEW_VOCABULARY)
     if "vocab_size" in given or given.get("tokenizer") == "bpe":
         kind = "bpe"
     kind = given.get("tokenizer", kind)

@@ -24,7 +24,8 @@ def with_steps(config: TrainConfig, request: Request, text: Text, pace: Pace, pr
 def affordable_steps(config: TrainConfig, request: Request, text: Text, pace: Pace, probes: int) -> int:
     """Return the steps that fit after `probes`, at most those of MOST_EPOCHS passes over the text."""
     evaluation = _other_seconds(config, pace) + _validation_seconds(config, request, text, pace)
-    seconds = rule.FILL * request.seconds - starting_seconds(text) - probes * rule.PROBE_SECONDS - evaluation
+    starting = starting_seconds(text) - text.uncounted
+    seconds = rule.FILL * request.seconds - starting - probes * rule.PROBE_SECONDS - evaluation
     step = pace.step
     if "eval_every" in request.given:
         step += evaluation / request.given["eval_every"]

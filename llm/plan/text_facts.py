@@ -26,8 +26,8 @@ class TextFacts:
     compressed: float | None  # bits per byte by bzip2, of its first COMPRESSED bytes; None: it is not here yet
 
 
-def look_at(config: TrainConfig) -> TextFacts:
-    """Return the facts of the text of `config`. A text with a name is not downloaded.
+def look_at(config: TrainConfig, say: corpus.Say = lambda line: None) -> TextFacts:
+    """Return the facts of the text of `config`. A text with a name is not downloaded. `say` gets a line for a folder.
 
     Raises UserError for a text that does not exist, cannot be read, or is too small.
     """
@@ -40,7 +40,7 @@ def look_at(config: TrainConfig) -> TextFacts:
     start = bytearray()
     if files:
         _refuse_pipes(files)
-        with corpus.opened(files, text_field=config.text_field) as source:
+        with corpus.opened(files, say=say, text_field=config.text_field) as source:
             size += sum(file.text_bytes() for file in source.files)
             for piece in (piece for file in source.files for piece in file.read()):
                 alphabet.update(piece)

@@ -32,7 +32,8 @@ class Text:
     tokens: int  # of the training split
     vocabulary: int
     unprepared: int = 0  # bytes still to be tokenized, so that `tokens` is an estimate; 0: the tokens were counted
-    preparation: float = 0.0  # seconds of a given time that its preparation has used
+    preparation: float = 0.0  # seconds that its preparation has taken after the start of a given time
+    uncounted: float = 0.0  # seconds of its preparation, taken or estimated, that are added to a given time
 
 
 def text_of(config: TrainConfig) -> Text:

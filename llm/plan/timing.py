@@ -169,7 +169,12 @@ def run_seconds(config: TrainConfig, text: Text, pace: Pace) -> dict[str, float]
 
 def starting_seconds(text: Text) -> float:
     """Return the seconds before the first step: importing, preparing the text, set-up."""
-    return STARTING_SECONDS + text.preparation + text.unprepared / TOKENIZING_RATE
+    return STARTING_SECONDS + preparing_seconds(text)
+
+
+def preparing_seconds(text: Text) -> float:
+    """Return the seconds that preparing the text took or, estimated, will take."""
+    return text.preparation + text.unprepared / TOKENIZING_RATE
 
 
 def validated_tokens(config: TrainConfig, text: Text) -> float:

@@ -22,6 +22,18 @@ OURS = (
 WEIGHTS = ("model.pt", "best.pt")
 
 
+def once(say: Say) -> Say:
+    """Return `say` without the lines that it was given before: a text that is opened again is described once."""
+    said: set[str] = set()
+
+    def say_new(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            say(line)
+
+    return say_new
+
+
 def say_limits(say: Say) -> None:
     """Say which operations the file systems of this run lack."""
     for limit in storage.limits():

@@ -1,13 +1,16 @@
 """The texts below a folder: which files are read, and which are skipped because they are not the user's text."""
 
+import codecs
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm.errors import UserError
 from llm.text import compressed, rows
-from llm.text.conversion import converted_name
+from llm.text.conversion import converted_name, quote_name
+from llm.text.recognise import HEAD
 
 TEXT_SUFFIXES = tuple(suffix + packed for packed in ("", *compressed.SUFFIXES) for suffix in (".txt", ".md"))
 
@@ -57,17 +60,33 @@ class Found:
     left_out: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     dead_links: list[str] = field(default_factory=list)
+    others: dict[str, list[Path]] = field(default_factory=dict)  # files that no ending makes a text, by their ending
 
     def summary(self) -> str:
         """Return one line: how many texts are read, the first names, and what is not read."""
         names = [str(text.relative_to(self.folder)) for text in self.texts]
         noun = "text" if len(names) == 1 else "texts"
-        return f"{self.folder}: reading {len(names):,} {noun}: {_list_first(names)}{self.describe_rest()}"
+        return f"{self.folder}: reading {len(names):,} {noun}: {_list_first(names)}{self.describe_rest()}{self.hint()}"
 
     def describe_rest(self) -> str:
         """Return what is not read, "" if nothing."""
         lists = {"left out": self.left_out, "cannot be read": self.unreadable, "dead links": self.dead_links}
         return "".join(f"; {title}: {_list_first(names)}" for title, names in lists.items() if names)
+
+    def hint(self) -> str:
+        """Return how to read files of the commonest other ending that hold text; "" if they are fewer than the texts.
+
+        So a folder of source code is not trained on by its README alone.
+        """
+        kinds = {suffix: files for suffix, files in self.others.items() if suffix and _is_text(min(files))}
+        suffix = max(sorted(kinds), key=lambda kind: len(kinds[kind]), default="")
+        if not suffix or len(kinds[suffix]) <= len(self.texts):
+            return ""
+        target = shlex.quote(f"{self.folder.resolve().name or 'all'}{suffix}.txt")
+        return (
+            f"; not read: {len(kinds[suffix]):,} {suffix}; to read them, join them: "
+            f"find {quote_name(str(self.folder))} -name {shlex.quote('*' + suffix)} -exec cat {{}} + > {target}"
+        )
 
 
 def search(folder: Path) -> Found:
@@ -88,7 +107,7 @@ def search(folder: Path) -> Found:
         raise UserError(
             f"{folder}: no file that ends in {suffixes} in it "
             f"(text and lines also with {' or '.join(compressed.SUFFIXES)})"
-            f"{found.describe_rest()}; name the files themselves"
+            f"{found.describe_rest()}; name the files themselves{found.hint()}"
         )
     return found
 
@@ -105,7 +124,9 @@ def _sort_file(found: Found, path: Path, names: set[str]) -> None:
         found.texts.append(path)
     elif reason == DEAD_LINK:
         found.dead_links.append(label)
-    elif reason != NOT_A_TEXT:
+    elif reason == NOT_A_TEXT:
+        found.others.setdefault(path.suffix, []).append(path)
+    else:
         found.left_out.append(f"{label} ({reason})")
 
 
@@ -183,6 +204,17 @@ def _other_form(name: str, names: set[str]) -> str:
         if other != name and other in names:
             return other
     return ""
+
+
+def _is_text(path: Path) -> bool:
+    """Return whether a file begins with UTF-8 text."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except (OSError, UnicodeDecodeError):
+        return False
+    return bool(head) and b"\0" not in head
 
 
 def _is_report(path: Path) -> bool:

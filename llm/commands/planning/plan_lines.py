@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm.config import TrainConfig
 from llm.plan.arithmetic import MIB, TOKENS_PER_PARAMETER, optimal_parameters
-from llm.plan.forecast import short, spoken
+from llm.plan.forecast import counted, short, spoken
 
 if TYPE_CHECKING:
     from llm.plan.text_size import Text
@@ -17,7 +17,7 @@ def plan_lines(config: TrainConfig, facts: dict[str, Any], text: "Text", budget_
     yield _line(
         "run",
         f"n_layer {model.n_layer}, n_embd {model.n_embd}, n_head {model.n_head}, block_size {model.block_size}, "
-        f"vocabulary {model.vocab_size:,}; {config.max_steps:,} steps of {config.windows_per_step} windows, "
+        f"vocabulary {model.vocab_size:,}; {config.max_steps:,} steps of {counted(config.windows_per_step, 'window')}, "
         f"max_lr {config.max_lr:g}",
     )
     epochs = config.max_steps * config.tokens_per_step / text.tokens

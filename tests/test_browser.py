@@ -288,6 +288,35 @@ def test_the_page_is_used_by_keys_on_a_narrow_dark_screen(browser, tmp_path):
         assert "3.4500" in page.locator("#evaluations-table tbody tr").last.inner_text()
 
 
+def test_the_average_of_the_weights_stands_beside_them_in_both_units(browser, tmp_path):
+    (tmp_path / "config.toml").write_text(
+        'vocab_size = 100\nmax_steps = 100\nema = 0.9\nmax_lr = 0.001\noptimizer = "muon"\nmuon_lr = 0.02\n'
+    )
+    for step, average in ((0, 4.0), (5, 3.0), (10, 2.0)):
+        append(tmp_path, **row(step))
+        append(
+            tmp_path, **row(step, "val", 4.0 - step / 100), bits_per_byte=(4.0 - step / 100) / 2, val_loss_ema=average
+        )
+    heights = "name => document.getElementById('loss-chart').data.find(trace => trace.name === name).y.map(Number)"
+    with opened(browser, tmp_path) as page:
+        until(lambda: trace(page, "average"), [0, 5, 10], "the average")
+        assert page.evaluate(heights, "average") == [4, 3, 2]
+        assert "of these weights\ntheir average" in page.locator(".run").inner_text()
+        page.select_option("#measure", "bits")
+        until(lambda: page.evaluate(heights, "average"), pytest.approx([2, 1.5, 1]), "its bits per byte")
+        assert page.evaluate(heights, "validation") == pytest.approx([2, 1.975, 1.95])
+        words = "lowest validation bits per byte 1.000 at step 10 by the average of the weights"
+        assert words in page.locator("#loss-words").inner_text()
+        page.locator("#evaluations summary").click()
+        cells = page.locator("#evaluations-table tr").last.locator("td")
+        until(cells.count, 8, "the table of evaluations")
+        assert cells.all_inner_texts()[4:] == ["3.9000", "1.9500", "2.0000", "1.0000"]
+        assert "--muon_lr 0.02" in page.locator("#muon-words").inner_text()
+        shown = "document.getElementById('lr-chart').data.map(trace => [trace.hovertemplate, trace.text.at(0)])"
+        assert all("Muon %{text}" in hover for hover, _ in page.evaluate(shown))
+        assert page.evaluate(shown)[1][1] == "2.000e-2"  # where the record has 1e-3
+
+
 def test_the_page_says_that_its_server_has_ended_and_keeps_the_curve(browser, tmp_path):
     fill(tmp_path, range(6))
     with opened(browser, tmp_path) as page:

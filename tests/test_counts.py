@@ -11,7 +11,10 @@ from llm.config.counts import (
     count_parameters,
     count_parameters_by_part,
     flops_per_token,
+    matrix_shapes,
+    muon_flops,
 )
+from llm.muon import hidden_matrices, orthogonalize_all
 
 SHAPES = (
     {},
@@ -57,3 +60,16 @@ def test_flops_are_six_a_weight_and_twelve_a_channel_and_position(shape):
     weights = sum(p.numel() for p in model.h.parameters() if p.dim() == 2) + model.lm_head.weight.numel()
     expected = 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
     assert flops_per_token(config) == model.flops_per_token() == expected
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matrices_and_the_work_of_muon_are_those_of_its_own_code(shape):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = GPTConfig(**shape)
+    found = hidden_matrices(model_of(config))
+    matrices = [piece for p, rows in found.items() for piece in p.detach().split(rows)]
+    assert sorted(map(tuple, (m.shape for m in matrices))) == sorted(config.n_layer * matrix_shapes(config))
+    with FlopCounterMode(display=False) as counted:
+        orthogonalize_all(matrices)
+    assert muon_flops(config) == counted.get_total_flops()

@@ -3,6 +3,9 @@
 import itertools
 import json
 import math
+import os
+import platform
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -182,6 +185,21 @@ def test_keeping_memory_breaks_nothing(monkeypatch):
     monkeypatch.setattr(device.sys, "platform", "linux")
     monkeypatch.setattr(device.platform, "libc_ver", lambda: ("", ""))  # musl
     keep_memory()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_what_was_freed_before_a_run_goes_back_to_the_system():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    keep_memory()
+    blocks = [bytes(5000) for _ in range(20_000)]
+    last = bytes(5000)  # keeps the heap from shrinking at its end
+    del blocks
+    before = resident()
+    keep_memory()
+    assert before - resident() > 80_000_000
+    assert last
 
 
 def test_the_device_in_words(monkeypatch):

@@ -15,18 +15,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llm import llama
 from llm.checks import doctor, hardware, reachable
 from llm.checks import one_step as stepping
 from llm.checks.check import Check
 from llm.checks.doctor import bounded
-from llm.checks.one_step import Outcome, differences, one_step, parity
+from llm.checks.one_step import Outcome, differences, one_step, parity, tiny_model
 from llm.checks.reachable import cached, connection_error
 from llm.commands.check.doctor import MARKS
 from llm.commands.main import main
 from llm.config import from_settings
 from llm.data import batch_at
 from llm.errors import Failure
-from llm.model import GPT
 from llm.storage import download
 from llm.tokens import bpe
 from llm.train import train_step
@@ -82,12 +82,14 @@ def test_versions_are_compared_as_numbers():
     assert doctor.numbers("2.6") <= doctor.numbers("2.13.0a0")
 
 
-def reference_step(dropout: float) -> Outcome:
+def reference_step(arch: str, dropout: float) -> Outcome:
     """Compute the same update in float64, from logits, torch's cross-entropy and AdamW's formula."""
     shape = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 64, "dropout": dropout}
+    if arch == "llama":
+        shape |= {"arch": "llama", "n_kv_head": 1}
     config = from_settings(shape)
     torch.manual_seed(config.seed)
-    model = GPT(config.model).double().train()
+    model = tiny_model(config.model).double().train()
     tokens = doctor_tokens()
     batch = batch_at(tokens, config.seed, 0, 8, 32)
     x, y, seeds = (torch.from_numpy(part) for part in (batch.x, batch.y, batch.seeds))
@@ -108,8 +110,9 @@ def doctor_tokens():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_step_is_that_of_an_independent_reference_well_within_the_tolerances(dropout):
-    found = differences(reference_step(dropout), one_step(CPU, dropout))
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_a_step_is_that_of_an_independent_reference_well_within_the_tolerances(arch, dropout):
+    found = differences(reference_step(arch, dropout), one_step(CPU, arch, dropout))
     assert found[0] < stepping.LOSS_TOLERANCE / 10
     assert found[1] < stepping.GRADIENT_TOLERANCE / 10
     assert found[2] < stepping.UPDATE_TOLERANCE / 2
@@ -119,6 +122,13 @@ def test_the_same_step_twice_is_the_same():
     before = torch.random.get_rng_state()
     assert differences(one_step(CPU), one_step(CPU)) == (0.0, 0.0, 0.0)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_every_matrix_has_a_gradient_that_a_wrong_device_could_get_wrong(arch):
+    config = from_settings({"vocab_size": 257, "block_size": 32} | stepping.SHAPES[arch])
+    sizes = [p.numel() for p in tiny_model(config.model).parameters()]
+    assert all(gradient.any() for gradient in one_step(CPU, arch).gradient.split(sizes))
 
 
 def gelu_of_another(monkeypatch):
@@ -157,31 +167,47 @@ def a_loss_that_is_no_number(monkeypatch):
     monkeypatch.setattr("llm.model.linear_cross_entropy", lambda x, w, y: (x.sum() + w.sum()) * float("nan"))
 
 
-BREAKS = (
-    gelu_of_another,
-    attention_that_sees_ahead,
-    half_a_gradient,
-    another_rate,
-    one_weight_not_updated,
-    a_loss_that_is_no_number,
-)
+def rotation_of_another(monkeypatch):
+    whole = llama.Rotation.__init__
+    monkeypatch.setattr(
+        "llm.llama.Rotation.__init__", lambda self, first, T, D, theta, on: whole(self, first, T, D, 2 * theta, on)
+    )
 
 
-@pytest.mark.parametrize("broken", BREAKS)
-def test_a_deliberately_broken_step_is_detected(broken, monkeypatch):
-    right = {dropout: one_step(CPU, dropout) for dropout in (0.0, 0.1)}
+BREAKS = {
+    gelu_of_another: "gpt2",
+    rotation_of_another: "llama",
+    attention_that_sees_ahead: "gpt2 and llama",
+    half_a_gradient: "gpt2 and llama",
+    another_rate: "gpt2 and llama",
+    one_weight_not_updated: "gpt2 and llama",
+    a_loss_that_is_no_number: "gpt2",
+}
+
+
+def all_steps():
+    return {(arch, dropout): one_step(CPU, arch, dropout) for arch in ("gpt2", "llama") for dropout in (0.0, 0.1)}
+
+
+@pytest.mark.parametrize(("broken", "names"), BREAKS.items())
+def test_a_deliberately_broken_step_is_detected(broken, names, monkeypatch):
+    right = all_steps()
     with monkeypatch.context() as patch:
         broken(patch)
-        wrong = {dropout: one_step(CPU, dropout) for dropout in (0.0, 0.1)}
-    found = differences(right[0.0], wrong[0.0])
-    assert not all(value <= limit for value, limit in zip(found, LIMITS, strict=True)), found
+        wrong = all_steps()
+    for arch in names.split(" and "):
+        found = differences(right[arch, 0.0], wrong[arch, 0.0])
+        assert not all(value <= limit for value, limit in zip(found, LIMITS, strict=True)), found
     monkeypatch.setattr(
         "llm.machine.device.choose_device", lambda name: torch.device("cuda")
     )  # `parity` tells the devices apart by their type only
-    monkeypatch.setattr(stepping, "one_step", lambda on, dropout: (right if on.type == "cpu" else wrong)[dropout])
+    monkeypatch.setattr(
+        stepping, "one_step", lambda on, arch, dropout: (right if on.type == "cpu" else wrong)[arch, dropout]
+    )
     check = parity()
     assert check.good is False
     assert check.remedy == "losscurve train --device cpu"
+    assert check.message.startswith(f"{names} on cuda and on the cpu: loss differs")
     assert "at most 0.0001, 0.001, 0.02 is rounding" in check.message
 
 

@@ -457,6 +457,32 @@ def test_the_command_repeats_the_run(run):
     assert made.config.model.n_embd == again.model.n_embd == 16
 
 
+def test_the_command_repeats_a_run_of_a_llama_and_its_bpe(run):
+    made = gather(run, memorised=False)
+    llama = {"arch": "llama", "optimizer": "muon", "muon_lr": 0.03, "tokenizer": "bpe", "vocab_size": 512}
+    config = from_settings(llama | {"max_steps": 12, "warmup_steps": 0})
+    flags_given = replace(made, config=config).command().split("--")[1:]
+    assert sorted(flag.split()[0] for flag in flags_given) == sorted([*llama, "max_steps"])  # no default is repeated
+    assert "vocab_size" not in replace(made, config=from_settings({"tokenizer": "gpt2"})).command()
+
+
+def test_the_loss_of_an_average_says_so(tmp_path, losscurve):
+    folder = make_run(tmp_path / "run", steps=250, ema=0.9, optimizer="muon", muon_lr=0.015)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for number in range(70):  # so many that the table leaves some out, but not the best
+        loss = {"loss": 9.0 - number / 100, "bits_per_byte": 3.0, "val_loss_ema": 2.0 if number == 3 else 9.5}
+        lines.append({"split": "val", "step": 251 + number, **loss})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = read(folder, memorised=False)
+    assert "2.0000nats per token at best, step 254, by the average of the weights" in shown.text
+    assert "loss of the average" in shown.text
+    assert re.search(r"254\s*best\D*8\.9700\s*3\.000\s*2\.0000", shown.text)
+    assert "Learning rate of AdamW; Muon's is 50 times that" in shown.text
+    assert losscurve(f"report {folder} --format md --no_memorised")[0] == 0
+    written = (folder / "report" / "report.md").read_text()
+    assert "2.0000 nats per token, at step 254, by the average of the weights" in written
+
+
 def test_the_command_keeps_a_name_that_begins_with_a_dash(run):
     made = gather(run, memorised=False)
     odd = replace(made, config=replace(made.config, text=("a b.txt", "-x.txt")))

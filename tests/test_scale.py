@@ -158,6 +158,50 @@ def test_the_update_is_whole_on_each_rank_of_ddp_and_shared_by_fsdp():
     assert tiny.update == pytest.approx(4 * 16 / 1e12 / 2)  # half of a step
 
 
+def llama_with_muon(**changes):
+    """A block has 4 matrices of 512 x 512 and 3 of 512 x 1408: 3,211,264 numbers."""
+    shape = {"arch": "llama", "n_layer": 8, "n_embd": 512, "n_head": 8, "block_size": 256, "vocab_size": 4096}
+    return from_settings(shape | {"batch_size": 8, "gradient_accumulation_steps": 8, "optimizer": "muon"} | changes)
+
+
+def test_muon_has_one_moment_and_products_that_every_rank_makes():
+    config, h100 = llama_with_muon(), ACCELERATORS["h100"]
+    hidden, others = 8 * 3_211_264, 2 * 4096 * 512 + 8 * (2 * 512 + 2 * 64) + 512
+    ddp, fsdp = (clusters.rank_memory(config, 8, way) for way in WAYS)
+    assert ddp["optimizer state"] == 4 * (hidden + 2 * others) == 8 * fsdp["optimizer state"]
+    speed = clusters.speed_of(config, 500_000.0, h100)
+    assert speed.update == pytest.approx((20 * hidden + 28 * others) / 3.35e12)
+    products = 5 * 8 * (4 * 6 * 512**3 + 3 * (4 * 512 * 512 * 1408 + 2 * 512**3))
+    tokens = 64 * 256
+    share = products / (products + flops_per_token(config.model) * tokens)
+    assert speed.muon == pytest.approx(share * (tokens / 500_000 - speed.update))
+    assert speed.token * tokens + speed.update + speed.muon == pytest.approx(tokens / 500_000)
+    rate = clusters.assumed_rate(config, h100)
+    assert rate * (flops_per_token(config.model) * tokens + products) / tokens == pytest.approx(0.4 * 989e12)
+    whole, shared = (clusters.predicted(config, 8, way, h100, speed) for way in WAYS)
+    assert whole.update == pytest.approx(speed.update + speed.muon)
+    assert shared.update == pytest.approx(speed.update / 8 + speed.muon)
+
+
+def test_fsdp_gathers_the_matrices_for_muon():
+    muon, adamw = (
+        clusters.predicted(llama_with_muon(optimizer=name), 8, "fsdp", EIGHT, ALONE) for name in ("muon", "adamw")
+    )
+    by_hand = 8 * 7 * (4 * 1e-6 + 2 * 3_211_264 / 8 / 100e9)  # a block's four parameters in bfloat16, 7 hops each
+    assert muon.messages - adamw.messages == pytest.approx(by_hand)
+    assert muon.waiting - adamw.waiting == pytest.approx(by_hand)
+
+
+def test_muons_update_counts_where_the_activations_are_smaller():
+    one_window = {"batch_size": 1, "block_size": 64, "gradient_accumulation_steps": 64}
+    few, many = (clusters.rank_memory(llama_with_muon(**changes), 8, "fsdp") for changes in (one_window, {}))
+    groups, square = 8 * 3 * 512 * 1408, 8 * 4 * 512 * 512
+    numbers = 2 * (groups + square) + 2 * groups * (1 + 512 / 1408)
+    freed = ("low-precision copies", "loss", "activations", "gathered root", "gathered groups")
+    assert few["Muon's update"] == pytest.approx(2 * numbers - sum(few[part] for part in freed), abs=1)
+    assert many["Muon's update"] == 0
+
+
 @pytest.mark.parametrize("name", ACCELERATORS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("growing", [False, True])

@@ -30,6 +30,24 @@ def count_hidden_matrices(config: GPTConfig) -> int:
     return config.n_layer * (_attention_weights(config) + _feed_forward_weights(config))
 
 
+def matrix_shapes(config: GPTConfig) -> list[tuple[int, int]]:
+    """Return (rows, columns) of the matrices of one block: queries, keys, values, and gate and up, each by itself."""
+    width, keys = config.n_embd, config.kv_heads * config.head_size
+    attention = [(width, width), (keys, width), (keys, width), (width, width)]
+    into_feed_forward = [(config.ffn_width, width)] * (2 if config.arch == "llama" else 1)
+    return [*attention, *into_feed_forward, (width, config.ffn_width)]
+
+
+def muon_flops(config: GPTConfig) -> float:
+    """Return the floating-point operations of one update of all hidden matrices by Muon.
+
+    Each of its five iterations makes three products for a matrix of r rows and c >= r columns: 2 r r c for its Gram
+    matrix, 2 r r r for the square of that, 2 r r c for the new matrix.
+    """
+    sides = [sorted(shape) for shape in matrix_shapes(config)]
+    return 5.0 * config.n_layer * sum(4 * r * r * c + 2 * r**3 for r, c in sides)
+
+
 def count_parameters_by_part(config: GPTConfig) -> dict[str, int]:
     """Return the parameters of each part of the model. The final norm counts with the blocks.
 

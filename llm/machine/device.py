@@ -168,11 +168,14 @@ def onto(device: torch.device, array: npt.NDArray[Any]) -> Tensor:
 def keep_memory() -> None:
     """Make the C allocator reuse freed memory in the next step instead of returning it to the system.
 
-    Mapping fresh pages costs more than the arithmetic done in them. Only glibc has this setting; other allocators are
-    left unchanged. Constants: M_MMAP_THRESHOLD = -3 (at most 32 MiB), M_TRIM_THRESHOLD = -1.
+    Mapping fresh pages costs more than the arithmetic done in them. What was freed before, as by the preparation of the
+    text, goes back to the system first: its pieces are too small for tensors, and a run would hold them to its end.
+    Only glibc has these settings; other allocators are left unchanged. Constants: M_MMAP_THRESHOLD = -3 (at most
+    32 MiB), M_TRIM_THRESHOLD = -1.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)
         libc.mallopt(-3, 32 * 2**20)
         libc.mallopt(-1, 2**31 - 1)
 

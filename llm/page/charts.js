@@ -121,8 +121,8 @@ function addLosses(run, i, chart) { // adds the curves of a run
     traces.push(...training(train, label, several ? line : { ...line, color: colour(1) }, several));
     words.push(`${prefix}training loss ${number(train[COLUMN.loss].at(-1))}`);
   }
-  const val = turned(facts.val, 6), averaged = val[5]; // nats per token of the average of the weights, if any
-  const y = val[bits ? 4 : 3];
+  const val = turned(facts.val, 7);
+  const [y, averaged] = bits ? [val[4], val[6]] : [val[3], val[5]]; // of the weights, and of their average, if any
   if (!y.length) return;
   const x = along(val);
   traces.push({
@@ -131,19 +131,20 @@ function addLosses(run, i, chart) { // adds the curves of a run
     hovertemplate: `${label}validation<br>step %{customdata:,}<br>${unit} %{y:.4f}<extra></extra>`,
   });
   chart.losses.push(...y.filter((value) => value !== null));
-  if (!bits && averaged.some((loss) => loss !== null)) {
-    const hovertemplate = `${label}average of the weights<br>step %{customdata:,}<br>loss %{y:.4f}<extra></extra>`;
+  if (averaged.some((value) => value !== null)) {
+    const hovertemplate = `${label}average of the weights<br>step %{customdata:,}<br>${unit} %{y:.4f}<extra></extra>`;
     const thin = { ...line, width: 1.4, color: several ? line.color : colour(2), dash: "dot" };
     traces.push({
       x, y: averaged, customdata: val[0], name: `${label}average`, showlegend: true, mode: "lines", line: thin, hovertemplate,
     });
-    chart.losses.push(...averaged.filter((loss) => loss !== null));
+    chart.losses.push(...averaged.filter((value) => value !== null));
   }
   const best = facts.val.findIndex((row) => row[0] === facts.best);
   if (best >= 0 && y[best] !== null) {
     const lowest = facts.lowest[bits ? 1 : 0];
     traces.push(star(x[best], lowest, facts.best, label, line.color));
-    words.push(`${prefix}lowest validation ${unit} ${number(lowest)} at step ${integer(facts.best)}`);
+    const whose = facts.lowest_is_average ? " by the average of the weights" : "";
+    words.push(`${prefix}lowest validation ${unit} ${number(lowest)} at step ${integer(facts.best)}${whose}`);
   }
   if (facts.overfits_since !== null) {
     words.push(`${prefix}overfits since step ${integer(facts.overfits_since)}`);
@@ -224,8 +225,11 @@ function drawRate(common) { // the past thick, the future thin, and a marker at 
   const traces = [], words = [];
   knownRuns().forEach((run, i) => {
     const { facts, pace } = run, past = run.curves.loss, line = { color: colour(i), dash: DASHES[i % DASHES.length] };
-    const hover = `${escapeForPlotly(facts.name)}<br>step %{customdata:,}<br>learning rate %{y:.3e}<extra></extra>`;
-    const add = (x, y, steps, look) => traces.push({ x, y, customdata: steps, hovertemplate: hover, ...look });
+    const muon = facts.muon_ratio; // Muon's rate is that many times AdamW's, which the curve shows
+    const shown = muon ? "AdamW %{y:.3e}<br>Muon %{text}" : "learning rate %{y:.3e}";
+    const hovertemplate = `${escapeForPlotly(facts.name)}<br>step %{customdata:,}<br>${shown}<extra></extra>`;
+    const text = (y) => (muon ? y.map((lr) => (muon * lr).toExponential(3)) : undefined);
+    const add = (x, y, steps, look) => traces.push({ x, y, customdata: steps, text: text(y), hovertemplate, ...look });
     const [steps, rates] = turned(facts.schedule.filter(([step]) => step >= (pace.step || 0)), 2);
     add(steps.map((step) => place(run, step)), rates, steps, { mode: "lines", line: { ...line, width: 1 } });
     if (!past || !past[0].length) return;

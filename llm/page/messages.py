@@ -10,7 +10,7 @@ from typing import Any
 from llm.config import TrainConfig, to_settings
 from llm.page.follow import RECENT, Follower
 from llm.page.thin import columns
-from llm.record.metrics import best, overfits_since
+from llm.record.metrics import averaged_bits, best, overfits_since
 from llm.record.plot import landmark_losses
 from llm.record.points import MAX_POINTS, pick_evenly
 from llm.record.runs import run_state
@@ -102,10 +102,12 @@ def facts(run: Follower) -> dict[str, Any]:
         "prompt": config.sample_prompt if config else None,
         "landmarks": landmarks(config.model.vocab_size) if config else [],
         "schedule": schedule_points(config) if config else [],
-        "val": [[row[key] for key in EVALUATION] for row in thin_evaluations(run.val)],
+        "val": [[*(row[key] for key in EVALUATION), averaged_bits(row)] for row in thin_evaluations(run.val)],
         "band": [list(band.steps), list(band.mean), list(band.half_width)] if band else None,
         "best": lowest["step"] if lowest else None,
         "lowest": [lowest["loss"], lowest["bits_per_byte"]] if lowest else None,
+        "lowest_is_average": lowest is not None and "is_average" in lowest,
+        "muon_ratio": config.muon_lr / config.max_lr if config and config.optimizer == "muon" else None,
         "overfits_since": overfits_since(run.rows()),
         "verdicts": run.verdicts,
         "samples": run.samples,
@@ -130,6 +132,7 @@ def _schedule_knobs(config: TrainConfig) -> dict[str, Any]:
         "total": config.max_steps,
         "shape": config.schedule,
         "cooldown": config.cooldown,
+        "muon_lr": config.muon_lr if config.optimizer == "muon" else None,
     }
 
 

@@ -32,6 +32,7 @@ function drawRuns() {
     const lines = [
       ["step", `${integer(pace.step)} of ${integer(facts.max_steps)}`],
       ["best validation loss", low ? `${number(low[0])} at ${integer(facts.best)}` : "–"],
+      ...(facts.lowest_is_average ? [["of these weights", "their average"]] : []),
       ["bits per byte there", low ? number(low[1]) : "–"],
       ["tokens per second", integer(pace.tokens_per_second)],
       state === "training" ? ["time left", duration(pace.seconds_left)] : ["trained for", duration(pace.seconds)],
@@ -64,8 +65,15 @@ function drawVerdicts() {
 }
 function drawEvaluations() { // exact values, as a table
   if (!$("evaluations").open) return;
-  const rows = knownRuns().flatMap((run) => run.facts.val.map(([step, tokens, seconds, loss, bits]) =>
-    tableRow([run.facts.name, integer(step), integer(tokens), duration(seconds), number(loss, 4), number(bits, 4)])));
+  const all = knownRuns().flatMap(({ facts }) => facts.val.map((row) => [facts.name, ...row]));
+  const averages = all.some((row) => row[6] !== null); // of the weights, in at least one run
+  const heads = ["run", "step", "tokens", "time", "validation loss", "bits per byte"];
+  if (averages) heads.push("loss of the average", "its bits per byte");
+  const rows = all.map(([name, step, tokens, seconds, ...losses]) => tableRow([
+    name, integer(step), integer(tokens), duration(seconds),
+    ...losses.slice(0, averages ? 4 : 2).map((value) => number(value, 4)),
+  ]));
+  $("evaluations-table").tHead.replaceChildren(tableRow(heads, heads.length));
   $("evaluations-table").tBodies[0].replaceChildren(...rows);
 }
 

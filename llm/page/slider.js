@@ -30,6 +30,9 @@ export function setSlider(knobs) { // sets the sliders to a run's schedule
   $("warmup").value = Math.round((500 * knobs.warmup) / knobs.total);
   $("floor").value = Math.round((100 * knobs.floor) / knobs.peak);
   $("cooldown").value = Math.round(100 * knobs.cooldown);
+  $("muon-words").textContent = knobs.muon_lr
+    ? `This is AdamW’s rate. The matrices that Muon updates follow the same curve up to their own peak, --muon_lr ${knobs.muon_lr}.`
+    : "";
   drawSlider();
 }
 

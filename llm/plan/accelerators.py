@@ -1,5 +1,6 @@
 """Data sheets of accelerators and links, as their vendors publish them."""
 
+import dataclasses
 from dataclasses import dataclass
 
 GB = 1e9
@@ -91,3 +92,29 @@ def this_machine(memory: float, memory_bandwidth: float) -> Accelerator:
         overlap=0.0,
         is_cpu=True,
     )
+
+
+def describe_link(link: Link) -> str:
+    """Return '450 GB/s and 3.4 us a hop'."""
+    return f"{link.bandwidth / GB:g} GB/s and {link.latency * 1e6:g} us a hop"
+
+
+def with_links(
+    accelerator: Accelerator,
+    bandwidth: float | None = None,
+    network_bandwidth: float | None = None,
+    per_node: int | None = None,
+) -> Accelerator:
+    """Return the accelerator with the user's own figures where given.
+
+    Bandwidths are GB/s of a rank in one direction. per_node: ranks of a node.
+    """
+    if bandwidth is not None:
+        link = Link(bandwidth * GB, accelerator.link.latency)
+        accelerator = dataclasses.replace(accelerator, link=link)
+    if network_bandwidth is not None:
+        network = Link(network_bandwidth * GB, accelerator.network.latency)
+        accelerator = dataclasses.replace(accelerator, network=network, node="given")
+    if per_node is not None:
+        accelerator = dataclasses.replace(accelerator, per_node=per_node)
+    return accelerator

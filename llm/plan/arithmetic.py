@@ -17,20 +17,36 @@ from llm.config.counts import (
     count_parameters,
     count_parameters_by_part,
     flops_per_token,
+    matrix_shapes,
 )
 from llm.loss import chunk_rows
 from llm.machine.device import choose_device, choose_dtype
 from llm.machine.fused_block import LONGEST
 from llm.machine.kernel import load_block_kernel
 from llm.model import SHORT
+from llm.muon import BATCH
 
 MIB = 2**20
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal for text that is read once
 
-# Python, PyTorch, Matplotlib, the tokenizer and their scratch space; measured on the runs that benchmarks/plan.py calls
-# tuned
-PROCESS_BYTES = 350 * MIB
+# Python, PyTorch, Matplotlib, the tokenizer and their scratch space; and the code that PyTorch compiles for products in
+# bfloat16 on a CPU. Measured on a model of 2,000 parameters, see docs/plan.md
+PROCESS_BYTES = 365 * MIB
+BFLOAT16_BYTES = 20 * MIB
+
+# Share of a step's own tensors that lies in gaps between smaller ones, where no tensor of the next step fits. Autograd
+# keeps many tensors of many sizes, a fused block few of the same sizes. Measured, see docs/plan.md
+FRAGMENTATION = 0.2
+FRAGMENTATION_OF_FUSED = 0.05
+
+OF_A_STEP = (
+    "low-precision copies",
+    "loss",
+    "activations",
+    "gathered root",
+    "gathered groups",
+)  # freed before the update
 
 
 def count_group_parameters(model: GPTConfig) -> dict[str, int]:
@@ -73,17 +89,35 @@ def memory_for(config: TrainConfig, on_cpu: bool, itemsize: int) -> dict[str, in
     }
     if config.ema:
         found["average of the weights"] = 4 * count
+    if config.optimizer == "muon":
+        found["Muon's update"] = muon_excess(found, config, on_cpu, itemsize)
     if on_cpu:
         found["copies being saved"] = bytes_copied_to_save(config)
-        found["process"] = PROCESS_BYTES
+        found["process"] = PROCESS_BYTES + (BFLOAT16_BYTES if itemsize == 2 else 0)
+        share = FRAGMENTATION_OF_FUSED if _is_fused(config, on_cpu, itemsize) else FRAGMENTATION
+        found["fragmentation"] = round(share * sum(found[part] for part in ("gradients", "loss", "activations")))
     return found
 
 
-def optimizer_bytes(config: TrainConfig) -> int:
-    """Return the bytes of the optimizer's state: two moments of each parameter, or one of those that Muon updates.
+def muon_excess(held: dict[str, int], config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
+    """Return the bytes that Muon's update takes beyond what a step has freed before it, which is in `held`.
 
-    Muon's products take more for a moment, after the activations are freed and mostly less than these.
+    Of each batch of matrices it holds the updates, the orthogonal matrices and, of the largest group of one shape, a
+    copy in one piece, the iteration before and after, and two Gram matrices. On a GPU they are in bfloat16.
     """
+    groups: dict[tuple[int, ...], int] = {}
+    for shape in matrix_shapes(config.model):
+        sides = tuple(sorted(shape))
+        groups[sides] = groups.get(sides, 0) + config.model.n_layer * math.prod(shape)
+    (rows, columns), largest = max(groups.items(), key=lambda group: group[1])
+    updates = min(sum(groups.values()), BATCH)
+    numbers = 2 * updates + 2 * min(largest, BATCH) * (1 + rows / columns)
+    update = (itemsize if on_cpu else 2) * numbers
+    return max(0, round(update) - sum(held.get(part, 0) for part in OF_A_STEP))
+
+
+def optimizer_bytes(config: TrainConfig) -> int:
+    """Return the bytes of the optimizer's state: two moments of each parameter, or one of those that Muon updates."""
     moments = 2 * count_parameters(config.model)
     if config.optimizer == "muon":
         moments -= count_hidden_matrices(config.model)

@@ -4,22 +4,24 @@ Pure functions of the settings, the accelerator and N; no machine is measured. `
 words, and docs/plan.md has the formulas. N: ranks, one process and one accelerator each.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 from llm.config import TrainConfig, from_settings
-from llm.config.counts import count_parameters, flops_per_token
+from llm.config.counts import count_hidden_matrices, count_parameters, flops_per_token, muon_flops
 from llm.errors import UserError
-from llm.plan.accelerators import GB, Accelerator, Link
-from llm.plan.arithmetic import count_group_parameters, count_validations, memory_for
+from llm.plan.accelerators import Accelerator, describe_link
+from llm.plan.arithmetic import count_group_parameters, count_validations, memory_for, muon_excess
 from llm.plan.messages import ddp_messages, fsdp_messages
 
 Parallel = Literal["ddp", "fsdp"]
 
 # bytes per parameter: AdamW reads weight, gradient and two moments, and writes all but the gradient
 UPDATE_BYTES = 28
+
+# and Muon one moment less, which it would read and write
+MUON_UPDATE_BYTES = 20
 
 # and with ema: reads weight and average, and writes the average
 AVERAGE_BYTES = 12
@@ -79,6 +81,7 @@ def rank_memory(
     - activation_checkpointing keeps only the float32 residual stream into each block, and the activations of one block
       (Chen et al. 2016).
     - cpu_offload moves the shards to the host's memory.
+    - Muon's momentum is sharded like the weights. Each rank gathers all matrices for the products of its update.
 
     One rank shards nothing.
     """
@@ -91,8 +94,18 @@ def rank_memory(
         one_block = memory_for(from_settings({"n_layer": 1}, of_rank), on_cpu, itemsize)["activations"]
         stream = 4 * of_rank.tokens_per_step * model.n_embd
         held["activations"] = min(held["activations"], one_block + model.n_layer * stream)
-    if parallel == "ddp" or ranks == 1:
-        return held
+    if parallel == "fsdp" and ranks > 1:
+        _shard(held, config, ranks, itemsize, on_cpu, cpu_offload)
+    if config.optimizer == "muon":
+        held["Muon's update"] = muon_excess(held, config, on_cpu, itemsize)
+    return held
+
+
+def _shard(
+    held: dict[str, int], config: TrainConfig, ranks: int, itemsize: int, on_cpu: bool, cpu_offload: bool
+) -> None:
+    """Replace the bytes of a whole model by those of one rank of fsdp."""
+    model = config.model
     groups = count_group_parameters(model)
     for part in held.keys() & {"weights", "gradients", "optimizer state", "average of the weights"}:
         held[part] = 0 if cpu_offload else math.ceil(held[part] / ranks)
@@ -100,7 +113,6 @@ def rank_memory(
     held["low-precision copies"] = itemsize * model.vocab_size * model.n_embd if casts_head else 0
     held["gathered root"] = 8 * groups["root"]
     held["gathered groups"] = 2 * max(groups["attention"], groups["feed-forward"]) * (2 * itemsize + 4)
-    return held
 
 
 def fits(held: dict[str, int], accelerator: Accelerator) -> bool | None:
@@ -118,25 +130,36 @@ class Speed:
     """Seconds that one accelerator takes by itself."""
 
     token: float  # forward and backward pass of one token
-    update: float  # AdamW, all parameters
+    update: float  # memory traffic of the optimizer, all parameters
+    muon: float = 0.0  # Muon's products: each rank computes them all
 
 
 def speed_of(config: TrainConfig, rate: float, accelerator: Accelerator) -> Speed:
     """Return the parts of a step that runs at `rate` tokens per second, over whole steps of `config`.
 
-    The update is computed from the memory bandwidth, a peak. It is at most half of a step, because very small models
-    wait for other things.
+    The traffic of the update is computed from the memory bandwidth, a peak. It is at most half of a step, because very
+    small models wait for other things. Muon's products take their share of the FLOPs in the rest.
     """
     step = config.tokens_per_step / rate
-    touched = UPDATE_BYTES + (AVERAGE_BYTES if config.ema else 0)
-    update = touched * count_parameters(config.model) / accelerator.memory_bandwidth
-    update = min(update, step / 2)
-    return Speed((step - update) / config.tokens_per_step, update)
+    count = count_parameters(config.model)
+    touched = (UPDATE_BYTES + (AVERAGE_BYTES if config.ema else 0)) * count
+    if config.optimizer == "muon":
+        touched -= (UPDATE_BYTES - MUON_UPDATE_BYTES) * count_hidden_matrices(config.model)
+    update = min(touched / accelerator.memory_bandwidth, step / 2)
+    of_tokens = flops_per_token(config.model) * config.tokens_per_step
+    of_muon = optimizer_flops(config)
+    muon = (step - update) * of_muon / (of_muon + of_tokens)
+    return Speed((step - update - muon) / config.tokens_per_step, update, muon)
+
+
+def optimizer_flops(config: TrainConfig) -> float:
+    """Return the FLOPs of the matrix products in one update: none with AdamW."""
+    return muon_flops(config.model) if config.optimizer == "muon" else 0.0
 
 
 def assumed_rate(config: TrainConfig, accelerator: Accelerator, share: float = MFU) -> float:
-    """Return the tokens per second of one accelerator at a share of its peak."""
-    return share * accelerator.peak / flops_per_token(config.model)
+    """Return the tokens per second of one accelerator at a share of its peak, over whole steps of `config`."""
+    return share * accelerator.peak / (flops_per_token(config.model) + optimizer_flops(config) / config.tokens_per_step)
 
 
 @dataclass(frozen=True)
@@ -147,7 +170,7 @@ class Prediction:
     tokens: int  # of all ranks in a step
     step: float
     computing: float  # forward and backward pass of a rank
-    update: float  # AdamW of a rank
+    update: float  # the optimizer of a rank
     messages: float  # all collectives
     waiting: float  # collectives that do not overlap with computing
     efficiency: float  # against N accelerators that share the work of a step evenly and send nothing
@@ -163,7 +186,8 @@ def predicted(
     """Return the prediction of a step of `config` on `ranks` accelerators of that speed.
 
     `itemsize`: bytes of a number in the matrix products. With ddp, each rank updates all parameters; with fsdp, those
-    of its shard. Raises UserError if the step cannot be split over `ranks`.
+    of its shard, but each rank makes Muon's products for all. Raises UserError if the step cannot be split over
+    `ranks`.
     """
     check(config, ranks, accelerator)
     windows, micro_batches = config.share(ranks)
@@ -177,9 +201,9 @@ def predicted(
         messages, waiting = ddp_messages(config, ranks, accelerator, backward)
     else:
         messages, waiting = fsdp_messages(config, ranks, accelerator, itemsize, forward, backward)
-    update = speed.update / ranks if parallel == "fsdp" else speed.update
+    update = speed.muon + (speed.update / ranks if parallel == "fsdp" else speed.update)
     step = computing + update + waiting
-    ideal = (ranks * computing + speed.update) / ranks
+    ideal = computing + (speed.update + speed.muon) / ranks
     return Prediction(
         ranks=ranks,
         tokens=config.tokens_per_step,
@@ -254,29 +278,3 @@ def assumptions(accelerator: Accelerator, parallel: Parallel) -> list[str]:
         "no rank waits for a slower one, no link is shared with other jobs, reading tokens takes no time",
         f"{1 - ROOM:.0%} of the memory is left to drivers, NCCL's buffers and fragmentation",
     ]
-
-
-def describe_link(link: Link) -> str:
-    """Return '450 GB/s and 3.4 us a hop'."""
-    return f"{link.bandwidth / GB:g} GB/s and {link.latency * 1e6:g} us a hop"
-
-
-def with_links(
-    accelerator: Accelerator,
-    bandwidth: float | None = None,
-    network_bandwidth: float | None = None,
-    per_node: int | None = None,
-) -> Accelerator:
-    """Return the accelerator with the user's own figures where given.
-
-    Bandwidths are GB/s of a rank in one direction. per_node: ranks of a node.
-    """
-    if bandwidth is not None:
-        link = Link(bandwidth * GB, accelerator.link.latency)
-        accelerator = dataclasses.replace(accelerator, link=link)
-    if network_bandwidth is not None:
-        network = Link(network_bandwidth * GB, accelerator.network.latency)
-        accelerator = dataclasses.replace(accelerator, network=network, node="given")
-    if per_node is not None:
-        accelerator = dataclasses.replace(accelerator, per_node=per_node)
-    return accelerator

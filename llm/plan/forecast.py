@@ -54,6 +54,7 @@ class Forecast:
         self.config = config
         self.first: tuple[int, float] | None = None  # the first step seen, and the seconds of steps until its end
         self.predicted: float | None = None  # seconds of the whole run
+        self.peak_before = peak_memory() or 0  # of preparing the text, for one, which the plan does not count
 
     def at(self, step: int, seconds: float, bookkeeping: float) -> str | None:
         """Return a line about the whole run as soon as the pace is known, and None before and after.
@@ -92,7 +93,11 @@ class Forecast:
         peak = peak_memory() if "process" in planned else None  # on a GPU, the plan is of the GPU's memory
         if peak:
             total = sum(planned.values())
-            line += f"; {total / MIB:,.0f} MiB, took {peak / MIB:,.0f} MiB: {_error(total, peak)}"
+            line += f"; {total / MIB:,.0f} MiB, "
+            if peak > self.peak_before:
+                line += f"took {peak / MIB:,.0f} MiB: {_error(total, peak)}"
+            else:
+                line += f"took less than the {peak / MIB:,.0f} MiB before the first step"
         return line
 
 

@@ -6,7 +6,7 @@ S: bytes of a message; N: ranks.
 import math
 
 from llm.config import TrainConfig
-from llm.config.counts import count_parameters_by_part
+from llm.config.counts import count_parameters_by_part, matrix_shapes
 from llm.plan.accelerators import Accelerator
 from llm.plan.arithmetic import count_group_parameters
 
@@ -73,7 +73,8 @@ def fsdp_messages(
 
     Each micro-batch gathers every group twice, in the precision of the matrix products, and the last one
     reduce-scatters the gradients in float32. These messages overlap with the pass that needs them, `forward` or
-    `backward` of a micro-batch, except those of the root.
+    `backward` of a micro-batch, except those of the root. Muon gathers each of its parameters once more, for the
+    update.
     """
     _, micro_batches = config.share(ranks)
     groups = count_group_parameters(config.model)
@@ -87,4 +88,12 @@ def fsdp_messages(
     late_backward = max(0.0, gather - backward)
     late_last_backward = max(0.0, gather + scatter - backward)
     waiting = micro_batches * (late_forward + late_backward + root) - late_backward + late_last_backward + root
-    return messages, waiting
+    muon = _muon_gather_seconds(config, ranks, accelerator, itemsize) if config.optimizer == "muon" else 0.0
+    return messages + muon, waiting + muon
+
+
+def _muon_gather_seconds(config: TrainConfig, ranks: int, accelerator: Accelerator, itemsize: int) -> float:
+    """Return the seconds of gathering the updates of the blocks' matrices, one parameter after the other."""
+    sizes = [rows * columns for rows, columns in matrix_shapes(config.model)]
+    stacked = [sum(sizes[:3]), sizes[3], sum(sizes[4:-1]), sizes[-1]]  # queries, keys and values; gate and up
+    return config.model.n_layer * sum(all_gather_seconds(itemsize * size, ranks, accelerator) for size in stacked)

@@ -117,7 +117,7 @@ def losses(rows: list[Row], split: str) -> list[tuple[int, float]]:
 def best(rows: list[Row]) -> Row | None:
     """Return the row of the lowest validation loss, the first one of a tie; None before the first evaluation.
 
-    If the average of the weights had it, `loss` and `bits_per_byte` are those of the average.
+    If the average of the weights had it, `loss` and `bits_per_byte` are those of the average, and `is_average` is true.
     """
     evaluations = [_lower(row) for row in rows if row["split"] == "val" and row["loss"] is not None]
     return min(evaluations, key=lambda row: float(row["loss"]), default=None)
@@ -125,10 +125,19 @@ def best(rows: list[Row]) -> Row | None:
 
 def _lower(row: Row) -> Row:
     """Return the row with the loss of the average of the weights, if it is lower."""
-    averaged, bits = row.get("val_loss_ema"), row.get("bits_per_byte")
+    averaged = row.get("val_loss_ema")
     if averaged is None or averaged >= row["loss"]:
         return row
-    return row | {"loss": averaged, "bits_per_byte": None if bits is None else bits * averaged / row["loss"]}
+    return row | {"loss": averaged, "bits_per_byte": averaged_bits(row), "is_average": True}
+
+
+def averaged_bits(row: Row) -> float | None:
+    """Return the bits per byte of the average of the weights at an evaluation; None if the row lacks a number for it.
+
+    The bytes are the same as for the weights themselves, so bits per byte are proportional to the loss.
+    """
+    averaged, bits, loss = row.get("val_loss_ema"), row.get("bits_per_byte"), row["loss"]
+    return None if averaged is None or bits is None or not loss else bits * averaged / loss
 
 
 def overfits_since(rows: list[Row]) -> int | None:

@@ -16,8 +16,15 @@ OTHERS = (  # name, title, key of the record
 def make_charts(report: Report) -> list[Chart]:
     """Return the charts of a run, as far as the record has their numbers: losses, then OTHERS."""
     charts = [make_loss_chart(report)]
-    charts += [make_line_chart(report, *other) for other in OTHERS]
+    charts += [make_line_chart(report, name, _title(report, name, title), key) for name, title, key in OTHERS]
     return [chart for chart in charts if chart is not None]
+
+
+def _title(report: Report, name: str, title: str) -> str:
+    config = report.config
+    if name != "lr" or config.optimizer != "muon":
+        return title
+    return f"{title} of AdamW; Muon's is {config.muon_lr / config.max_lr:.3g} times that"
 
 
 def make_loss_chart(report: Report) -> Chart | None:

@@ -37,6 +37,7 @@ class Evaluation(NamedTuple):
     train: float | None
     val: float
     bits_per_byte: float | None
+    averaged: float | None  # of the average of the weights
     seconds: float | None
 
 
@@ -118,6 +119,21 @@ class Report:
     def lowest(self) -> Row | None:
         """The evaluation with the lowest validation loss."""
         return best(self.rows)
+
+    @property
+    def whose(self) -> str:
+        """Words after that evaluation's loss that say if it is not of the weights themselves."""
+        return ", by the average of the weights" if self.lowest and "is_average" in self.lowest else ""
+
+    @property
+    def kind(self) -> str:
+        """What the model is called."""
+        return "llama" if self.config.model.arch == "llama" else "GPT"
+
+    @property
+    def has_average(self) -> bool:
+        """Whether the record has losses of an average of the weights."""
+        return any(evaluation.averaged is not None for evaluation in self.evaluations)
 
     @property
     def seconds(self) -> float | None:

@@ -146,12 +146,14 @@ def collect_evaluations(rows: list[Row]) -> list[Evaluation]:
                 train=math.fsum(since) / len(since) if since else None,
                 val=row["loss"],
                 bits_per_byte=row["bits_per_byte"],
+                averaged=row["val_loss_ema"],
                 seconds=row["seconds"],
             )
         )
     listed = {evaluation.step for evaluation in pick_evenly(evaluations, EVALUATIONS)}
-    if evaluations:
-        listed.add(min(evaluations, key=lambda evaluation: evaluation.val).step)
+    lowest = best(rows)
+    if lowest:
+        listed.add(lowest["step"])
     return [evaluation for evaluation in evaluations if evaluation.step in listed]
 
 

@@ -43,7 +43,8 @@ def show_controls(text: str) -> str:
 
 def settings_to_repeat(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that a command has to give for such a run, in addition to the chapter's recipe."""
-    return differing_settings(config, ignored=CHOSEN_BY_RUN)
+    repeated = {"vocab_size"} if config.tokenizer == "bpe" else set()  # the size to train a BPE of
+    return differing_settings(config, ignored=set(CHOSEN_BY_RUN) - repeated)
 
 
 def format_setting(name: str, value: Any) -> str:

@@ -46,7 +46,7 @@ def text(report: Report, curve: str, schedule: str) -> str:
     notable = [_sample(sample) for sample in report.samples if sample.notable]
     parts = [
         MARK + f"# {escape(report.name)}",
-        f"A GPT trained on {escape(report.text)} with losscurve.",
+        f"A {report.kind} trained on {escape(report.text)} with losscurve.",
         f"![Loss curve]({link_target(curve)})",
         table(("", ""), _results(report)),
         "\n".join(f"- {escape(line)}" for line in report.verdicts),
@@ -79,7 +79,8 @@ def _results(report: Report) -> list[tuple[str, str]]:
     ]
     lowest = report.lowest
     if lowest:
-        found.append(("best validation loss", f"{lowest['loss']:.4f} nats per token, at step {lowest['step']:,}"))
+        at = f"at step {lowest['step']:,}{report.whose}"
+        found.append(("best validation loss", f"{lowest['loss']:.4f} nats per token, {at}"))
         if lowest["bits_per_byte"] is not None:
             found.append(("bits per byte", f"{lowest['bits_per_byte']:.3f}"))
     if report.seconds is not None:

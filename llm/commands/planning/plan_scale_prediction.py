@@ -50,7 +50,7 @@ def make_plan(args: argparse.Namespace, config: TrainConfig) -> ScalePlan:
         number_size = 4 if config.dtype == "float32" else 2
     else:
         accelerator, number_size = describe_this_machine(config)
-    accelerator = clusters.with_links(accelerator, args.bandwidth, args.network_bandwidth, args.nproc_per_node)
+    accelerator = accelerators.with_links(accelerator, args.bandwidth, args.network_bandwidth, args.nproc_per_node)
     ranks = args.nproc or 1
     clusters.check(config, ranks, accelerator)
     rate, rate_source = rate_of_one(args, config, accelerator, number_size)

@@ -74,9 +74,9 @@ def _exp_sum_in_pytorch(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor
     return sums, shift
 
 
-def call(name: str, *arguments: Tensor | float | None) -> None:
-    """Call a function of `block.c`: tensors, which must be contiguous, are passed as pointers, None as a null one."""
-    getattr(load_block_kernel(), name)(*map(_for_c, arguments))
+def call(file: str, name: str, *arguments: Tensor | float | None) -> None:
+    """Call a function of a C file of the blocks: tensors are passed as pointers, None as a null one."""
+    getattr(load_block_kernel(file), name)(*map(_for_c, arguments))
 
 
 def _for_c(argument: Tensor | float | None) -> Any:
@@ -107,9 +107,9 @@ def load_kernel() -> Any:
 
 
 @functools.cache
-def load_block_kernel() -> Any:
-    """Compile and load the functions of `block.c`; return None where that is impossible."""
-    return _compile("block.c")
+def load_block_kernel(file: str) -> Any:
+    """Compile and load a C file of the blocks; return None where that is impossible."""
+    return _compile(file)
 
 
 def _compile(name: str) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 from llm.config import GPTConfig, counts
 from llm.errors import UserError
 from llm.loss import linear_cross_entropy
-from llm.machine import fused_block
+from llm.machine import fused_block, fused_llama
 from llm.model import Dropout, KVCache, attend
 
 EPS = 1e-6  # of the norms, as in Llama's and Qwen3's configurations
@@ -123,7 +123,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(self, x: Tensor, cache: KVCache | None, drop: Dropout | None, rotate: Rotation) -> Tensor:
-        if cache is None and self.may_fuse and fused_block.is_possible(x):
+        if cache is None and self.may_fuse and fused_block.is_possible(x, fused_llama.FILE):
             return self._fused(x, drop, rotate)
         keep = drop or (lambda y: y)
         x = x + keep(self.attn(self.ln_1(x), self.qk_norm, rotate, cache, drop))
@@ -136,7 +136,7 @@ class Block(nn.Module):
         drops = fused_block.Drops(drop.keys(3), drop.threshold, 1 / (1 - drop.p)) if drop is not None else None
         of_attention = (self.ln_1.weight, attn.c_attn.weight, q_norm, k_norm, attn.c_proj.weight)
         of_mlp = (self.ln_2.weight, mlp.c_fc.weight, mlp.c_proj.weight)
-        return fused_block.fused_block(x, sizes, drops, rotate.cos, rotate.sin, *of_attention, *of_mlp)
+        return fused_llama.fused_llama(x, sizes, drops, rotate.cos, rotate.sin, *of_attention, *of_mlp)
 
 
 class Llama(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor
 from llm.config import GPTConfig, counts
 from llm.errors import UserError
 from llm.loss import linear_cross_entropy
+from llm.machine import fused_block, fused_gpt2
 
 __all__ = ["GPT", "GPTConfig", "KVCache"]
 
@@ -145,6 +146,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm block: attention, then the feed-forward layer, each added to the residual stream."""
 
+    may_fuse = True  # parallel.shard_model sets it to False: its shards are gathered where attention and mlp are called
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -153,9 +156,20 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: KVCache | None, drop: Dropout | None) -> Tensor:
+        if cache is None and self.may_fuse and fused_block.is_possible(x, fused_gpt2.FILE):
+            return self._fused(x, drop)
         keep = drop or (lambda y: y)
         x = x + keep(self.attn(self.ln_1(x), cache, drop))
         return x + keep(self.mlp(self.ln_2(x)))
+
+    def _fused(self, x: Tensor, drop: Dropout | None) -> Tensor:
+        B, T, C = x.shape
+        H = self.attn.n_head
+        sizes = fused_block.Sizes(B, T, H, H, C // H, self.ln_1.eps)
+        drops = fused_block.Drops(drop.keys(3), drop.threshold, 1 / (1 - drop.p)) if drop is not None else None
+        layers = (self.ln_1, self.attn.c_attn, self.attn.c_proj, self.ln_2, self.mlp.c_fc, self.mlp.c_proj)
+        weights = (w for layer in layers for w in (layer.weight, layer.bias))
+        return fused_gpt2.fused_gpt2(x, sizes, drops, self.mlp.gelu.approximate == "tanh", *weights)
 
 
 class GPT(nn.Module):

@@ -60,6 +60,7 @@ def make_optimizer(
 def clip_gradients(model: nn.Module, grad_clip: float) -> Tensor:
     """Clip the gradients to a total norm of `grad_clip`, if it is above 0; return the norm before clipping."""
     norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
-    if grad_clip > 0:
+    is_short = norm.device.type == "cpu" and bool(grad_clip / (norm + 1e-6) >= 1)  # then PyTorch would multiply by 1
+    if grad_clip > 0 and not is_short:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
     return norm

@@ -1,22 +1,26 @@
-"""A llama's block as one autograd function, for bfloat16 on a CPU: matrix products, and C between them.
+"""What the fused blocks share: attention, dropout, and when a block may be fused.
 
-It computes what `llama.Block` computes, which is its reference in the tests and takes its place everywhere else. It
-saves autograd's work for 60 small operations, their passes over the memory, and copies from one layout to another.
+A fused block is one autograd function for bfloat16 on a CPU: matrix products, and C between them (`block.c`). It
+computes what `Block` of llm/model.py or llm/llama.py computes, which is its reference in the tests and takes its place
+everywhere else. It saves autograd's work for dozens of small operations, their passes over the memory, and copies from
+one layout to another.
 
 Shapes as in llama.py, with N = B T tokens and G = H / K heads of queries to a head of keys. A d before a name means its
 gradient.
 """
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from llm.machine.kernel import call, load_block_kernel
+from llm.machine import kernel
 
-PARTS = 16  # partial sums of the gradient of a norm's weight, as in block.c
+PARTS = 16  # partial sums of the gradient of a vector of weights, as in block.h
 LONGEST = 1024  # positions up to which a matrix (T, T) of each head is faster than fused attention
+
+call = partial(kernel.call, "block.c")
 
 
 class Sizes(NamedTuple):
@@ -51,10 +55,10 @@ class Drops(NamedTuple):
         return out
 
 
-def is_possible(x: Tensor) -> bool:
-    """Return whether `fused_block` can compute a block of x (B, T, C): the kernel is for bfloat16 on a CPU.
+def is_possible(x: Tensor, file: str) -> bool:
+    """Return whether a block can be fused for its input x (B, T, C): the kernels are for bfloat16 on a CPU.
 
-    torch.compile fuses the plain operations itself.
+    `file`: the C file of this kind of block. torch.compile fuses the plain operations itself.
     """
     if torch.compiler.is_compiling():
         return False
@@ -62,116 +66,43 @@ def is_possible(x: Tensor) -> bool:
         return False
     if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return False
-    return load_block_kernel() is not None
+    return can_compile(file)
 
 
-def fused_block(
-    x: Tensor, sizes: Sizes, drops: Drops | None, cos: Tensor, sin: Tensor, *weights: Tensor | None
-) -> Tensor:
-    """Return a block's output (B, T, C) for its input x (B, T, C).
+def can_compile(file: str) -> bool:
+    """Return whether the C code of a kind of block can be compiled here."""
+    return all(kernel.load_block_kernel(name) is not None for name in ("block.c", file))
 
-    cos, sin: (T, D / 2), float32. weights: of ln_1, c_attn, the queries' norm, the keys' norm, attention's c_proj,
-    ln_2, c_fc and the feed-forward layer's c_proj. Those of queries and keys are None if the model does not norm them.
+
+def attend(heads: Tensor, sizes: Sizes, drops: Drops | None) -> tuple[Tensor, Tensor]:
+    """Return causal attention (N, H D) of `heads`, laid out as in `Sizes.heads_of`, and its weights (B K, G T, T).
+
+    The weights are those before dropout, for `attend_backward`.
     """
-    return _Block.apply(x, sizes, drops, cos, sin, *weights)  # type: ignore[no-any-return, no-untyped-call]
+    B, T, H, _, D, _ = sizes
+    q, k, v = sizes.heads_of(heads)
+    weights = torch.bmm(q, k.transpose(1, 2))
+    call("softmax", weights, D**-0.5, B * H, T)
+    mixed = torch.bmm(drops(0, weights, torch.empty_like(weights)) if drops else weights, v)
+    merged = mixed.new_empty(B * T, H * D)
+    call("swap_axes", mixed, merged, B, H, T, D)
+    return merged, weights
 
 
-class _Block(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, sizes: Sizes, drops: Drops | None, cos: Tensor, sin: Tensor, *weights: Tensor
-    ) -> Tensor:
-        ln_1, c_attn, q_norm, k_norm, attn_proj, ln_2, c_fc, mlp_proj = weights
-        B, T, H, K, D, eps = sizes
-        x = x.contiguous().view(B * T, -1)
-        qk_norm = None if q_norm is None else torch.stack((q_norm, k_norm))
-        c_attn, attn_proj, c_fc, mlp_proj = (w.to(torch.bfloat16) for w in (c_attn, attn_proj, c_fc, mlp_proj))
-        # attention
-        _, y_1, scales_1 = _norm(x, None, ln_1, eps)
-        joined = y_1 @ c_attn.t()
-        heads, qk_scales = torch.empty_like(joined).view(-1), x.new_empty(B * T, H + K)
-        call("split_heads", joined, heads, qk_norm, qk_scales, cos, sin, eps, B, T, H, K, D)
-        q, k, v = sizes.heads_of(heads)
-        attention = torch.bmm(q, k.transpose(1, 2))
-        call("softmax", attention, D**-0.5, B * H, T)
-        kept = drops(0, attention, torch.empty_like(attention)) if drops else attention
-        mixed = torch.bmm(kept, v)
-        merged = mixed.new_empty(B * T, H * D)
-        call("swap_axes", mixed, merged, B, H, T, D)
-        added = merged @ attn_proj.t()
-        # the feed-forward layer
-        middle, y_2, scales_2 = _norm(x, drops(1, added) if drops else added, ln_2, eps)
-        gates = y_2 @ c_fc.t()
-        hidden = gates.new_empty(B * T, gates.size(1) // 2)
-        call("swiglu", gates, hidden, *hidden.shape)
-        added, out = hidden @ mlp_proj.t(), torch.empty_like(x)
-        call("add", middle, drops(2, added) if drops else added, out, x.numel())
-        ctx.sizes, ctx.drops = sizes, drops
-        ctx.save_for_backward(
-            *(x, y_1, scales_1, joined, qk_scales, heads, attention, merged, middle, y_2, scales_2, gates),
-            *(cos, sin, ln_1, c_attn, qk_norm, attn_proj, ln_2, c_fc, mlp_proj),
-        )
-        return out.view(B, T, -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, y_1, scales_1, joined, qk_scales, heads, attention, merged, middle, y_2, scales_2, gates = ctx.saved_tensors[
-            :12
-        ]
-        cos, sin, ln_1, c_attn, qk_norm, attn_proj, ln_2, c_fc, mlp_proj = ctx.saved_tensors[12:]
-        (B, T, H, K, D, _), drops = ctx.sizes, ctx.drops
-        # the feed-forward layer
-        dout = dout.contiguous().view(B * T, -1)
-        dadded = torch.empty_like(y_2)
-        call("round_all", dout, dadded, dout.numel())
-        if drops:
-            drops(2, dadded)
-        dhidden = dadded @ mlp_proj
-        dgates, hidden = torch.empty_like(gates), torch.empty_like(dhidden)
-        call("swiglu_backward", gates, dhidden, dgates, hidden, *hidden.shape)
-        dmlp_proj, dc_fc = dadded.t() @ hidden, dgates.t() @ y_2
-        dmiddle, dadded, dln_2 = _norm_backward(dgates @ c_fc, middle, ln_2, scales_2, dout)
-        # attention
-        if drops:
-            drops(1, dadded)
-        dattn_proj = dadded.t() @ merged
-        dmerged = dadded @ attn_proj
-        dmixed = torch.empty_like(dmerged).view(B * K, -1, D)
-        call("swap_axes", dmerged, dmixed, B, T, H, D)
-        q, k, v = ctx.sizes.heads_of(heads)
-        dheads = torch.empty_like(heads)
-        dq, dk, dv = ctx.sizes.heads_of(dheads)
-        kept = drops(0, attention, torch.empty_like(attention)) if drops else attention
-        torch.bmm(kept.transpose(1, 2), dmixed, out=dv)
-        dattention = torch.bmm(dmixed, v.transpose(1, 2))
-        if drops:
-            drops(0, dattention)
-        call("softmax_backward", attention, dattention, D**-0.5, B * H, T)
-        torch.bmm(dattention, k, out=dq)
-        torch.bmm(dattention.transpose(1, 2), q, out=dk)
-        djoined, dqk_norm = torch.empty_like(joined), x.new_empty(PARTS, 2, D)
-        call("split_heads_backward", dheads, joined, djoined, qk_norm, qk_scales, dqk_norm, cos, sin, B, T, H, K, D)
-        dc_attn = djoined.t() @ y_1
-        dx, _, dln_1 = _norm_backward(djoined @ c_attn, x, ln_1, scales_1, dmiddle)
-        dq_norm, dk_norm = (None, None) if qk_norm is None else dqk_norm.sum(0)
-        of_attention = (dln_1, dc_attn.float(), dq_norm, dk_norm, dattn_proj.float())
-        of_mlp = (dln_2, dc_fc.float(), dmlp_proj.float())
-        return dx.view(B, T, -1), None, None, None, None, *of_attention, *of_mlp
-
-
-def _norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x + added (N, C), its RMSNorm in bfloat16, and the scale of each row (N,)."""
-    total = x if added is None else torch.empty_like(x)
-    y, scales = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(len(x))
-    call("norm", x, added, total, weight, y, scales, eps, *x.shape)
-    return total, y, scales
-
-
-def _norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, scales: Tensor, passed: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of x: `passed` and what comes through the norm; the same in bfloat16; and the weight's."""
-    dx, dx_rounded, dweights = torch.empty_like(x), torch.empty_like(dy), x.new_empty(PARTS, x.size(1))
-    call("norm_backward", dy, x, weight, scales, passed, dx, dx_rounded, dweights, *x.shape)
-    return dx, dx_rounded, dweights.sum(0)
+def attend_backward(dmerged: Tensor, heads: Tensor, weights: Tensor, sizes: Sizes, drops: Drops | None) -> Tensor:
+    """Return the gradient of `heads`, laid out like them."""
+    B, T, H, K, D, _ = sizes
+    dmixed = torch.empty_like(dmerged).view(B * K, -1, D)
+    call("swap_axes", dmerged, dmixed, B, T, H, D)
+    q, k, v = sizes.heads_of(heads)
+    dheads = torch.empty_like(heads)
+    dq, dk, dv = sizes.heads_of(dheads)
+    kept = drops(0, weights, torch.empty_like(weights)) if drops else weights
+    torch.bmm(kept.transpose(1, 2), dmixed, out=dv)
+    dweights = torch.bmm(dmixed, v.transpose(1, 2))
+    if drops:
+        drops(0, dweights)
+    call("softmax_backward", weights, dweights, D**-0.5, B * H, T)
+    torch.bmm(dweights, k, out=dq)
+    torch.bmm(dweights.transpose(1, 2), q, out=dk)
+    return dheads

@@ -16,12 +16,17 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Sums in any order, so that they take whole vectors to their end; and no loop split in two, one of them not in vectors.
+# Not for kernel.c, whose exponential relies on the order of its operations.
+BLOCK_FLAGS = ("-fassociative-math", "-fno-signed-zeros", "-fno-split-loops")
 
 GROUPS = 8  # partial sums of a row that PyTorch rounds to bfloat16 before they are added up in float32
 
@@ -74,9 +79,9 @@ def _exp_sum_in_pytorch(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor
     return sums, shift
 
 
-def call(name: str, *arguments: Tensor | float | None) -> None:
-    """Call a function of `block.c`: tensors, which must be contiguous, are passed as pointers, None as a null one."""
-    getattr(load_block_kernel(), name)(*map(_for_c, arguments))
+def call(file: str, name: str, *arguments: Tensor | float | None) -> None:
+    """Call a function of a C file of the blocks: tensors are passed as pointers, None as a null one."""
+    getattr(load_block_kernel(file), name)(*map(_for_c, arguments))
 
 
 def _for_c(argument: Tensor | float | None) -> Any:
@@ -107,12 +112,12 @@ def load_kernel() -> Any:
 
 
 @functools.cache
-def load_block_kernel() -> Any:
-    """Compile and load the functions of `block.c`; return None where that is impossible."""
-    return _compile("block.c")
+def load_block_kernel(file: str) -> Any:
+    """Compile and load a C file of the blocks; return None where that is impossible."""
+    return _compile(file, BLOCK_FLAGS)
 
 
-def _compile(name: str) -> Any:
+def _compile(name: str, more_flags: Sequence[str] = ()) -> Any:
     """Return the library of a C file of this folder; None where it cannot be compiled.
 
     The library shares PyTorch's threads: it is linked without an OpenMP library, so it uses the one already loaded.
@@ -124,7 +129,7 @@ def _compile(name: str) -> Any:
     with resources.as_file(c_file) as source, tempfile.TemporaryDirectory() as folder:
         object_file = Path(folder, "kernel.o")
         library_file = Path(folder, "kernel.so")
-        flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
+        flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", *more_flags]
         if platform.machine().lower() in ("x86_64", "amd64"):
             flags.append("-mprefer-vector-width=512")  # gcc prefers 256 bits on Intel CPUs: 17 ms instead of 9
         try:

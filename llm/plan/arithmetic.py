@@ -20,9 +20,9 @@ from llm.config.counts import (
     matrix_shapes,
 )
 from llm.loss import chunk_rows
+from llm.machine import fused_gpt2, fused_llama
 from llm.machine.device import choose_device, choose_dtype
-from llm.machine.fused_block import LONGEST
-from llm.machine.kernel import load_block_kernel
+from llm.machine.fused_block import LONGEST, can_compile
 from llm.model import SHORT
 from llm.muon import BATCH
 
@@ -184,22 +184,28 @@ def _activation_bytes(config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
 
 
 def _is_fused(config: TrainConfig, on_cpu: bool, itemsize: int) -> bool:
-    """Whether a llama's blocks are computed by llm.machine.fused_block."""
-    model = config.model
-    fits = model.arch == "llama" and config.parallel == "ddp" and model.block_size <= LONGEST
-    return fits and on_cpu and itemsize == 2 and load_block_kernel() is not None
+    """Whether the blocks are computed by llm.machine.fused_gpt2 or llm.machine.fused_llama."""
+    file = fused_llama.FILE if config.model.arch == "llama" else fused_gpt2.FILE
+    fits = config.parallel == "ddp" and config.model.block_size <= LONGEST
+    return fits and on_cpu and itemsize == 2 and can_compile(file)
 
 
 def _fused_block_bytes(model: GPTConfig) -> int:
-    """What `llm.machine.fused_block` keeps of a block for each token; the names are those of its tensors."""
+    """What a fused block keeps for each token; the names are those of its tensors."""
     joined = (model.n_head + 2 * model.kv_heads) * model.head_size
     x_and_middle = 2 * 4 * model.n_embd
     y_1_y_2_and_merged = 3 * 2 * model.n_embd
-    joined_and_heads = 2 * 2 * joined
     attention = 2 * model.n_head * model.block_size
-    gates = 2 * 2 * model.ffn_width
-    scales = 4 * (2 + model.n_head + model.kv_heads)
-    return x_and_middle + y_1_y_2_and_merged + joined_and_heads + attention + gates + scales
+    both = x_and_middle + y_1_y_2_and_merged + attention
+    if model.arch == "llama":
+        joined_and_heads = 2 * 2 * joined
+        gates = 2 * 2 * model.ffn_width
+        scales = 4 * (2 + model.n_head + model.kv_heads)
+        return both + joined_and_heads + gates + scales
+    heads = 2 * joined
+    slopes_and_hidden = 2 * 2 * model.ffn_width
+    scales = 4 * 2 * 2
+    return both + heads + slopes_and_hidden + scales
 
 
 def _llama_block_bytes(model: GPTConfig, itemsize: int, by_plain_operations: bool) -> int:

@@ -78,13 +78,13 @@ def test_a_long_preparation_is_said_and_lengthens_the_command(here, losscurve, m
     prepare_text, deadlines = autopilot.prepare_text, []
     monkeypatch.setattr(autopilot, "LARGE", 1)
     monkeypatch.setattr(autopilot, "prepare_text", lambda *args: prepare_text(*args) // 60 + 38.5)
-    monkeypatch.setattr("llm.train.keep_time", lambda run: deadlines.append(run.deadline) or iter(()))
+    monkeypatch.setattr("llm.train.keep_time", lambda run, _: deadlines.append(run.deadline) or iter(()))
     start = time.perf_counter()
     code, out, err = losscurve("train --text text.txt --time 20s --n_embd 32 --sample_tokens 2")
     assert code == 0, err
     assert "MB of text takes at least 38.5 s, once" in err
     assert "; prepared in 38.5 s, so the command takes 48.5 s instead of 20 s" in out.splitlines()[0]
-    assert start + 48.5 - 0.1 < deadlines[0] < start + 49.5
+    assert start + 48.5 - 0.1 < deadlines[0].at < start + 49.5
 
 
 def test_a_small_text_is_told_once_what_would_help(here, losscurve, monkeypatch):

@@ -411,7 +411,7 @@ def test_a_late_command_shortens_its_run(here, losscurve, monkeypatch):
 
 def test_weights_keep_their_shape_and_their_tokens(here, losscurve, monkeypatch):
     monkeypatch.setattr(proposal, "short_probe", machine(1e9))
-    typed = " ".join(f"--{name} {value}" for name, value in (SMALL | {"n_embd": 32}).items())
+    typed = " ".join(f"--{name} {value}" for name, value in (SMALL | {"n_embd": 32, "block_size": 24}).items())
     assert losscurve(f"train --text text.txt --out_dir base {typed}")[0] == 0
     code, out, err = losscurve("train --text text.txt --init_from base --time 6s --out_dir tuned --sample_tokens 2")
     assert code == 0, err
@@ -419,7 +419,7 @@ def test_weights_keep_their_shape_and_their_tokens(here, losscurve, monkeypatch)
     assert (config.model.arch, config.model.n_embd, config.model.block_size, config.tokenizer) == (
         "gpt2",
         32,
-        16,
+        24,
         "char",
     )
     assert config.muon_lr == pytest.approx(rule.FINE_TUNING * rule.MUON_LR)

@@ -83,12 +83,12 @@ def recipe(given: dict[str, Any]) -> dict[str, Any]:
         "schedule": "wsd",
         "order": "epochs",
         "weight_decay": WEIGHT_DECAY,
-        "block_size": SMALLEST_BLOCK,
         "max_steps": 10**9,
         "min_lr": 0.0,
         "max_lr": max(MUON_MAX_LR, given.get("min_lr", 0.0)),
     }
-    if "init_from" not in given:
+    if "init_from" not in given:  # else they are those of the weights
+        chosen["block_size"] = SMALLEST_BLOCK
         chosen["arch"] = "gpt2" if "gpt2" in archs and given.get("arch") != "llama" else "llama"
         chosen |= shape(SHAPES[0], given)
     return chosen | given

@@ -29,7 +29,9 @@ SAFE = 60.0  # exp of numbers up to this size, and its sum over a row, stay in t
 def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the same as `linear_cross_entropy`, from all logits at once: the reference that tests compare with."""
     logits = hidden @ weight.T
-    return F.cross_entropy(logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
+    return F.cross_entropy(
+        logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten()
+    )
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compare whole steps by shape: the chapter's GPT, a llama of plain operations, and the same llama with fused blocks.
+"""Compare whole steps by shape: the chapter's GPT and a llama, both of plain operations and with fused blocks.
 
 Each round measures the matrix rate and then every side in turn, in this process. Prints medians in milliseconds, the
 GFLOP/s of the model's products, their share of the rate, and the optimizer's share of the step.
@@ -20,14 +20,15 @@ import torch
 from llm.config import from_settings
 from llm.config.counts import flops_per_token
 from llm.data import TokenData
-from llm.llama import Block
 from llm.machine.device import choose_dtype, matrix_rate
 from llm.start.build import build
 from llm.train import train_step
 
 SHAPES = "4x128x64x12x65,4x128x128x16x1024,5x160x256x12x1024,6x192x256x12x1024,6x384x256x12x1024"
 SIDES: dict[str, dict[str, Any]] = {
-    "gpt2, AdamW": {"arch": "gpt2"},
+    "gpt2, plain": {"arch": "gpt2"},
+    "gpt2, fused": {"arch": "gpt2"},
+    "gpt2, fused, dropout": {"arch": "gpt2", "dropout": 0.1},
     "llama, plain": {"arch": "llama"},
     "llama, fused": {"arch": "llama"},
     "llama, fused, Muon": {"arch": "llama", "optimizer": "muon"},
@@ -52,7 +53,7 @@ def main() -> None:
             matrix_rate.cache_clear()
             rates.append(matrix_rate(cpu, dtype))
             for name, parts in sides.items():
-                Block.may_fuse = name != "llama, plain"
+                type(parts.model.h[0]).may_fuse = "fused" in name
                 measured = [timed_step(parts, number * args.steps + step) for step in range(2 + args.steps)][2:]
                 times[name] += [whole for whole, _ in measured]
                 updates[name] += [update for _, update in measured]

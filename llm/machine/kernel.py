@@ -2,10 +2,11 @@
 
 `kernel.c` computes exponentials and their row sums for the loss (`exp_sum`). PyTorch makes three passes over the
 numbers; the C code makes one, in half the time in bfloat16 and a third in float32 (docs/performance.md). `block.c`
-computes the parts of a llama's block between its matrix products, for llm/machine/fused_block.py (`call`).
+computes the parts of a block between its matrix products, for llm/machine/fused_block.py (`call`); `block_llama.c` and
+`block_gpt2.c` are what only a llama's block or only GPT-2's needs.
 
-Where there is a C compiler, a file is compiled at run time for this CPU, when it is first needed: the first in a tenth
-of a second, the other in less than one. The result is not stored. Without a compiler, and for other dtypes, PyTorch
+Where there is a C compiler, a file is compiled at run time for this CPU, when it is first needed: `kernel.c` in a tenth
+of a second, the others in less than one. The result is not stored. Without a compiler, and for other dtypes, PyTorch
 computes the same.
 """
 

@@ -85,7 +85,7 @@ def _steps(choice: Choice) -> str:
     trained = config.max_steps * config.tokens_per_step
     seconds = sum(run_seconds(config, text, pace).values()) + choice.proposal.probes * rule.PROBE_SECONDS
     is_capped = seconds - text.uncounted < 0.9 * rule.FILL * choice.request.seconds
-    reason = f"; more than {rule.MOST_EPOCHS} passes over a text gain little" if is_capped else ""
+    reason = f"; more than {choice.request.most_epochs:g} passes over a text gain little" if is_capped else ""
     return (
         f"{config.max_steps:,} of {counted(config.windows_per_step, 'window')}, {short(trained / text.tokens)} epochs, "
         f"so dropout {config.model.dropout:g}; about {spoken(seconds)} of {spoken(choice.seconds)}{reason}"

@@ -105,8 +105,18 @@ def read_gguf(path: Path) -> tuple[Model, Tokenizer]:
         raise UserError(MISSING) from None
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a .gguf file")
+
+    class CheckedReader(GGUFReader):
+        """Beyond the end of a file, the package's reader finds empty values, as many as a damaged length says."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **orders: Any) -> Any:
+            part = super()._get(offset, dtype, count, *order, **orders)
+            if len(part) < int(count):
+                raise ValueError("it is cut off or damaged")
+            return part
+
     try:
-        reader = GGUFReader(path)
+        reader = CheckedReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
         weights = {tensor.name: quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
         config = _read_shape(fields, weights)

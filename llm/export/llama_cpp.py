@@ -12,7 +12,7 @@ import sys
 import tempfile
 import urllib.parse
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -46,6 +46,9 @@ class LlamaCpp:
         parts = urllib.parse.urlsplit(address)
         self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=WAIT)
 
+    def close(self) -> None:
+        self._connection.close()
+
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         self._connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         response = self._connection.getresponse()
@@ -55,8 +58,9 @@ class LlamaCpp:
         return content  # type: ignore[no-any-return]
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, in which `<|endoftext|>` is ordinary text."""
-        return self._post("/tokenize", {"content": text, "parse_special": False})["tokens"]  # type: ignore[no-any-return]
+        """Return the ids of `text`, in which `<|endoftext|>` is ordinary text; with what llama.cpp puts before it."""
+        body = {"content": text, "parse_special": False, "add_special": True}
+        return self._post("/tokenize", body)["tokens"]  # type: ignore[no-any-return]
 
     def next_tokens(self, ids: Sequence[int], count: int, forced: int) -> tuple[dict[int, float], float]:
         """Return the log-probabilities of the `count` likeliest tokens after `ids`, and that of the token `forced`.
@@ -91,7 +95,8 @@ def llama_cpp(path: Path) -> Iterator[LlamaCpp]:
             address = process.stdout.readline().strip()
             if not address:
                 raise UserError(f"llama.cpp does not load the file ({_cause(log)}); nothing was written")
-            yield LlamaCpp(address)
+            with closing(LlamaCpp(address)) as reader:
+                yield reader
         except (OSError, http.client.HTTPException) as error:
             raise Failure(f"llama.cpp stopped ({_cause(log) or error}); nothing was written") from None
         finally:

@@ -17,7 +17,9 @@ from llm.export import gguf_export, gguf_layout, llama_cpp
 from llm.export.gguf_export import BOUNDS, GELU_BOUND, export_gguf
 from llm.export.gguf_file import read_gguf, write_gguf
 from llm.export.source import Source
+from llm.tokens import huggingface
 from llm.tokens.bpe import gpt2, train_bpe
+from llm.tokens.huggingface import HuggingFace
 from llm.tokens.tokenizer import Bytes, Characters
 
 pytest.importorskip("gguf")
@@ -30,7 +32,7 @@ SHAPES = {
     "llama GQA": {"arch": "llama", "qk_norm": False, "n_kv_head": 2},
     "llama tied": {"arch": "llama", "qk_norm": False, "tied_lm_head": True, "rope_theta": 5e5, "ffn_dim": 100},
     "qwen3 GQA": {"arch": "llama", "n_kv_head": 1, "rope_theta": 1e6},
-    "qwen3 tied": {"arch": "llama", "tied_lm_head": True},
+    "qwen3 tied, wide heads": {"arch": "llama", "tied_lm_head": True, "head_dim": 24, "norm_eps": 1e-5},
 }
 UNUSUAL = (
     "I'M i'm I'LL i'll ''d ' d 's's x's\n's 're've DON'T don’t",
@@ -118,6 +120,7 @@ def test_llama_cpp_tokenizes_as_ours_does(tokenizer, padding):
     with llama_cpp.llama_cpp(Path("m.gguf")) as reader:
         for text in (*UNUSUAL, "".join(UNUSUAL), words(500) if tokenizer.kind != "char" else ""):
             assert reader.encode(text) == tokenizer.encode(text).tolist()
+            assert reader.decode(reader.encode(text)) == text
 
 
 @needs_gpt2
@@ -208,14 +211,17 @@ def test_without_llama_cpp_a_mismatch_is_refused(monkeypatch):
 def test_bad_input_is_refused_before_work(monkeypatch):
     monkeypatch.setattr(gguf_export, "write_gguf", lambda *_: pytest.fail("work began"))
     Path("m.gguf").write_text("mine")
-    with pytest.raises(UserError, match=r"m\.gguf: exists; give another --out, or --overwrite"):
-        export(source_of(random_model()))
+    with pytest.raises(UserError, match=r"m\.gguf: exists, and is no GGUF file; choose another --out"):
+        export(source_of(random_model()), overwrite=True)
+    Path("earlier.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"earlier\.gguf: exists; replace it with --overwrite"):
+        export(source_of(random_model()), out="earlier.gguf")
     with pytest.raises(UserError, match="block_size = 1"):
         export(source_of(random_model(block_size=1)), out="other.gguf")
     assert Path("m.gguf").read_text() == "mine"
 
 
-def test_weights_too_large_for_float16_and_vocabularies_too_small_are_refused():
+def test_what_the_format_cannot_hold_is_refused():
     model = random_model()
     with torch.no_grad():
         model.h[1].mlp.c_fc.weight[3, 4] = 7e4
@@ -223,6 +229,9 @@ def test_weights_too_large_for_float16_and_vocabularies_too_small_are_refused():
         export(source_of(model), "float16")
     with pytest.raises(UserError, match="200 tokens and its tokenizer 257"):
         export(source_of(random_model(vocab_size=200)))
+    foreign = HuggingFace(huggingface.write(Bytes()), None)
+    with pytest.raises(UserError, match="another program's, and llama.cpp knows those by name; export with --to hf"):
+        export(source_of(random_model(), foreign))
     assert list(Path().iterdir()) == []
 
 
@@ -230,9 +239,8 @@ def test_the_command(here, losscurve):
     trained(config_for(here, out_dir="run", arch="llama", max_steps=4))
     code, out, _ = losscurve("export run --to gguf")
     assert code == 0
-    lines = out.splitlines()
-    assert "the same token ids" in lines[0]
-    assert lines[-1].startswith(f"wrote run.gguf ({Path('run.gguf').stat().st_size:,} bytes)")
+    assert out.startswith("read back by llama.cpp" if llama_cpp.is_installed() else "read back by the package gguf")
+    assert out.endswith("wrote run.gguf (0.0 MiB)\nserve it with: llama-server -m run.gguf\n")
     code, _, err = losscurve("export run --to hf --dtype q8_0")
     assert (code, err) == (2, "error: dtype = q8_0: this is for --to gguf; give float32, bfloat16 or float16\n")
 

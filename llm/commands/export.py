@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm.commands.flags import Parser, path
@@ -52,6 +53,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         help="of the weights (default: float32); q8_0, 8 bits, is for gguf only",
     )
     parser.add_argument("--data_dir", metavar="DIR", type=expanded, help="the run's token files, if they have moved")
+    parser.add_argument("--push", metavar="NAME", help="hf: upload it too, as this private repository on the hub")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
     args = parser.read(argv)
     if args.dtype == "q8_0" and args.to != "gguf":
@@ -60,15 +62,26 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
 
 def to_huggingface(args: argparse.Namespace, source: "Source") -> int:
-    """Write the folder for transformers, and print the proof."""
-    raise UserError("to = hf: is being written")
+    """Write the folder for transformers, print the proof, and upload it if asked to."""
+    from llm.commands.bars import print_result
+    from llm.export.huggingface import export, push
+
+    out = args.out or Path(f"{args.run}-hf")
+    print_result(str(export(source, out, args.dtype, args.overwrite, args.push)))
+    size = sum(file.stat().st_size for file in out.iterdir())
+    print_result(f"wrote {out}/ ({size / 2**20:.1f} MiB)")
+    if args.push:
+        print_result(f"uploaded to {push(out, args.push)}")
+    return 0
 
 
 def to_gguf(args: argparse.Namespace, source: "Source") -> int:
     """Write the file for llama.cpp, and print the proof."""
+    from llm.commands.bars import print_result
     from llm.export.gguf_export import export_gguf
 
-    out = args.out or source.run.path.with_name(f"{source.run.path.resolve().name}.gguf")
-    export_gguf(source, out, args.dtype, args.overwrite, print)
-    print(f"wrote {out} ({out.stat().st_size:,} bytes); run it with: llama-server -m {shlex.quote(str(out))}")
+    out = args.out or Path(f"{args.run}.gguf")
+    export_gguf(source, out, args.dtype, args.overwrite, print_result)
+    print_result(f"wrote {out} ({out.stat().st_size / 2**20:.1f} MiB)")
+    print_result(f"serve it with: llama-server -m {shlex.quote(str(out))}")
     return 0

@@ -44,13 +44,23 @@ class GPTConfig:
         high=2**20,
         arch="llama",
     )
+    head_dim: int | None = setting(
+        None, "channels of a head (default: n_embd / n_head)", low=2, high=2**12, arch="llama"
+    )
     rope_theta: float = setting(1e4, "base of RoPE's wavelengths", low=1.0, high=1e9, arch="llama")
+    norm_eps: float = setting(
+        1e-6,
+        "added to the mean square in the norms: Qwen3's; Llama's models have 1e-5",
+        above=0.0,
+        high=1.0,
+        arch="llama",
+    )
     qk_norm: bool = setting(True, "norm queries and keys: Qwen3's shape; without it, Llama's", arch="llama")
 
     def __post_init__(self) -> None:
         validate(self)
         self._check_arch()
-        if self.n_embd % self.n_head:
+        if self.head_dim is None and self.n_embd % self.n_head:
             raise UserError(
                 f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}; "
                 f"try --n_embd {math.ceil(self.n_embd / self.n_head) * self.n_head}"
@@ -61,6 +71,11 @@ class GPTConfig:
                 f"try --n_kv_head {math.gcd(self.n_head, self.kv_heads)}"
             )
         if self.arch == "llama" and self.head_size % 2:
+            if self.head_dim is not None:
+                raise UserError(
+                    f"head_dim = {self.head_dim}: RoPE turns the channels of a head in pairs; try --head_dim "
+                    f"{self.head_dim + 1}"
+                )
             raise UserError(
                 f"n_embd / n_head = {self.head_size}, and RoPE turns the channels of a head in pairs; "
                 f"try --n_embd {(self.head_size + 1) * self.n_head}"
@@ -78,7 +93,7 @@ class GPTConfig:
     @property
     def head_size(self) -> int:
         """Channels of a head."""
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
 
     @property
     def kv_heads(self) -> int:

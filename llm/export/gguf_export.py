@@ -18,6 +18,7 @@ from llm.export.source import Source
 
 # Largest difference of a logit as a share of the largest: what the type's rounding of weights and activations can do
 BOUNDS = {"float32": FLOAT32_BOUND, "float16": 0.02, "bfloat16": 0.1, "q8_0": 0.2}
+MAGIC = b"GGUF"
 GELU_BOUND = 0.01  # of gpt2 in float32: llama.cpp computes GELU by tanh, from a table in float16
 
 
@@ -33,8 +34,7 @@ def export_gguf(source: Source, out: Path, dtype: str, overwrite: bool, say: Cal
         UserError: the file exists, the run cannot be said in this format, or what reads it back differs.
         Failure: the disk is full, or llama.cpp stopped.
     """
-    if out.exists() and not overwrite:
-        raise UserError(f"{out}: exists; give another --out, or --overwrite")
+    check_free(out, overwrite)
     if source.model.config.block_size < 2:
         raise UserError("block_size = 1: llama.cpp cannot run a context of one token; export a run with a longer one")
     storage.check_writable(out.parent)
@@ -46,6 +46,20 @@ def export_gguf(source: Source, out: Path, dtype: str, overwrite: bool, say: Cal
             raise Failure(f"{out}: cannot be written ({error.strerror or error}); free space and retry") from None
         _say_differences(source, instead, say)
         _say_proof(source, Path(file.name), dtype, say)
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raise UserError if `out` exists, unless it may be overwritten and is a GGUF file."""
+    if not out.exists() and not out.is_symlink():
+        return
+    is_gguf = False
+    if out.is_file():
+        with out.open("rb") as file:
+            is_gguf = file.read(len(MAGIC)) == MAGIC
+    if not is_gguf:
+        raise UserError(f"{out}: exists, and is no GGUF file; choose another --out")
+    if not overwrite:
+        raise UserError(f"{out}: exists; replace it with --overwrite, or choose another --out")
 
 
 def _say_differences(source: Source, instead: list[str], say: Callable[[str], None]) -> None:

@@ -15,7 +15,6 @@ from llm.config import GPTConfig
 from llm.errors import UserError
 from llm.export.gguf_layout import Weights, architecture, from_gguf, to_gguf
 from llm.export.gguf_tokens import add_tokenizer, read_tokenizer
-from llm.llama import EPS as RMS_EPS
 from llm.tokens.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def _add_shape(writer: "GGUFWriter", config: GPTConfig) -> None:
         writer.add_layer_norm_eps(LAYER_NORM_EPS)
         writer.add_string(OUR_GELU, config.gelu)
         return
-    writer.add_layer_norm_rms_eps(RMS_EPS)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_key_length(config.head_size)
     writer.add_value_length(config.head_size)
     writer.add_rope_dimension_count(config.head_size)
@@ -154,19 +153,26 @@ def _read_shape(fields: dict[str, Any], weights: Weights) -> GPTConfig:
         ]
         gelu = fields.get(OUR_GELU, "tanh")
         return GPTConfig(ffn_mult=ffn_width // C, bias=any(map(np.any, biases)), gelu=gelu, **shape)
-    _expect_value(fields, f"{arch}.attention.layer_norm_rms_epsilon", RMS_EPS)
-    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        _expect_value(fields, f"{arch}.{key}", C // shape["n_head"])
+    D = int(fields.get(f"{arch}.attention.key_length", C // shape["n_head"]))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        _expect_value(fields, f"{arch}.{key}", D)
     if scaled := [key for key in (*fields, *weights) if ".rope.scaling." in key or key.startswith("rope_")]:
         raise ValueError(f"it scales its RoPE ({scaled[0]})")
     return GPTConfig(
         arch="llama",
+        head_dim=None if D * shape["n_head"] == C else D,
+        norm_eps=_shortest(fields[f"{arch}.attention.layer_norm_rms_epsilon"]),
         n_kv_head=int(fields.get(f"{arch}.attention.head_count_kv", shape["n_head"])),
         ffn_dim=ffn_width,
-        rope_theta=float(fields.get(f"{arch}.rope.freq_base", 1e4)),
+        rope_theta=_shortest(fields.get(f"{arch}.rope.freq_base", 1e4)),
         qk_norm=arch == "qwen3",
         **shape,
     )
+
+
+def _shortest(number: float) -> float:
+    """Return the shortest decimal number that is this one in float32, in which the file has it: 1e-6, not 9.99…e-7."""
+    return float(str(np.float32(number)))
 
 
 def _expect_value(fields: dict[str, Any], key: str, expected: float) -> None:

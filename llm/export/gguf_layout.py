@@ -6,7 +6,7 @@ turns channel i with channel i + D/2, so the rows of queries and keys change pla
 linear, so that zeros stand for those that a model lacks. Its architecture `qwen3`, the one with a norm of queries and
 keys, turns channels as ours does.
 
-Shapes: C channels (n_embd), V vocabulary, H heads, K heads of keys and values, D = C / H.
+Shapes: C channels (n_embd), H heads, K heads of keys and values, D channels of a head.
 """
 
 import numpy as np

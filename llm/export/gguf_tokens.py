@@ -11,8 +11,8 @@ V is the vocabulary of the model, which may be padded: larger than the tokenizer
 from typing import TYPE_CHECKING, Any
 
 from llm.errors import UserError
-from llm.export.merges import merges
 from llm.tokens.bpe import BPE, from_printable, to_printable
+from llm.tokens.merges import merges
 from llm.tokens.saved_tokenizer import tokenizer_from_json
 from llm.tokens.tokenizer import END_OF_TEXT, Bytes, Characters, Tokenizer
 
@@ -26,7 +26,7 @@ NO_MERGES = ["no merges"]
 
 
 def add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer, V: int) -> None:
-    """Add the metadata of `tokenizer`. Raises UserError if V is smaller than its vocabulary."""
+    """Add the metadata of `tokenizer`. Raises UserError if it is another program's, or V below its vocabulary."""
     padding = V - tokenizer.vocab_size
     if padding < 0:
         raise UserError(
@@ -47,7 +47,10 @@ def add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer, V: int) -> None:
         writer.add_bos_token_id(len(names) - 1)  # without these, llama.cpp takes token 11
         writer.add_eos_token_id(len(names) - 1)
     else:
-        raise TypeError(type(tokenizer))
+        raise UserError(
+            "the tokenizer is another program's, and llama.cpp knows those by name; export with --to hf, and convert "
+            "that folder with llama.cpp's convert_hf_to_gguf.py"
+        )
     writer.add_token_list([*names, *(f"unused {number}" for number in range(padding))])
     writer.add_token_types([*types, *[UNUSED] * padding])
     writer.add_add_bos_token(False)

@@ -62,6 +62,10 @@ class LlamaCpp:
         body = {"content": text, "parse_special": False, "add_special": True}
         return self._post("/tokenize", body)["tokens"]  # type: ignore[no-any-return]
 
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of `ids`."""
+        return self._post("/detokenize", {"tokens": ids})["content"]  # type: ignore[no-any-return]
+
     def next_tokens(self, ids: Sequence[int], count: int, forced: int) -> tuple[dict[int, float], float]:
         """Return the log-probabilities of the `count` likeliest tokens after `ids`, and that of the token `forced`.
 
@@ -139,8 +143,8 @@ def prove_by_llama_cpp(source: Source, path: Path, bound: float) -> LlamaCppProo
     hostile = hostile_texts(tokenizer)
     with llama_cpp(path) as reader:
         text = validation_text(source)
-        validation_tokens = compare_ids(tokenizer, reader.encode, text) if text else 0
-        hostile_tokens = sum(compare_ids(tokenizer, reader.encode, words) for words in hostile)
+        validation_tokens = compare_ids(tokenizer, reader.encode, reader.decode, text) if text else 0
+        hostile_tokens = sum(compare_ids(tokenizer, reader.encode, reader.decode, words) for words in hostile)
         comparison = _Comparison(source, reader, bound)
         comparison.add_text(source.validation)
         losses = comparison.losses()

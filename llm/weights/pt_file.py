@@ -196,10 +196,10 @@ def _llama_sizes(weights: dict[str, Tensor], base: GPTConfig) -> dict[str, Any]:
     """Return the sizes that a llama's tensors show. Its context, heads and rope_theta are not among them."""
     if base.arch != "llama":
         raise UserError("has no wpe.weight, and only the config.toml of its run tells the sizes of a llama")
-    n_embd = weights["wte.weight"].shape[1]
+    head_size = base.head_dim or weights["wte.weight"].shape[1] // base.n_head
     rows = weights["h.0.attn.c_attn.weight"].shape[0]  # those of queries, keys and values
     return {
-        "n_kv_head": (rows - n_embd) // (2 * n_embd // base.n_head),
+        "n_kv_head": (rows // head_size - base.n_head) // 2,
         "ffn_dim": weights["h.0.mlp.c_fc.weight"].shape[0] // 2,
         "qk_norm": "h.0.qk_norm.q.weight" in weights,
     }

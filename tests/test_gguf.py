@@ -1,6 +1,7 @@
 """GGUF: llama.cpp itself tokenizes and continues as the run does; the file comes back as the same model."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import config_for, needs_gpt2, trained, words
+from conftest import ROOT, config_for, needs_gpt2, trained, words
 
 from llm.arch import make_model
 from llm.config import GPTConfig
@@ -17,12 +18,14 @@ from llm.export import gguf_export, gguf_layout, llama_cpp
 from llm.export.gguf_export import BOUNDS, GELU_BOUND, export_gguf
 from llm.export.gguf_file import read_gguf, write_gguf
 from llm.export.source import Source
+from llm.run import Run
 from llm.tokens import huggingface
 from llm.tokens.bpe import gpt2, train_bpe
 from llm.tokens.huggingface import HuggingFace
 from llm.tokens.tokenizer import Bytes, Characters
 
 pytest.importorskip("gguf")
+PAGE = (ROOT / "docs" / "elsewhere.md").read_text(encoding="utf-8")
 needs_llama_cpp = pytest.mark.skipif(not llama_cpp.is_installed(), reason="xllamacpp is not installed")
 
 SHAPES = {
@@ -230,19 +233,29 @@ def test_what_the_format_cannot_hold_is_refused():
     with pytest.raises(UserError, match="200 tokens and its tokenizer 257"):
         export(source_of(random_model(vocab_size=200)))
     foreign = HuggingFace(huggingface.write(Bytes()), None)
-    with pytest.raises(UserError, match="another program's, and llama.cpp knows those by name; export with --to hf"):
+    with pytest.raises(UserError, match=r"another program's, .* export with --to hf"):
         export(source_of(random_model(), foreign))
     assert list(Path().iterdir()) == []
 
 
-def test_the_command(here, losscurve):
-    trained(config_for(here, out_dir="run", arch="llama", max_steps=4))
-    code, out, _ = losscurve("export run --to gguf")
+def test_the_commands_of_the_page(here, losscurve):
+    """docs/elsewhere.md: the run is exported, and llama.cpp's server answers the request as the run would."""
+    trained(config_for(here, out_dir="runs/mine", arch="llama", max_steps=4, tokenizer="byte", block_size=32))
+    commands = re.search(r"```sh\n(losscurve export .*?)```", PAGE, re.DOTALL)[1]
+    line = commands.splitlines()[0].partition("#")[0].strip().removeprefix("losscurve ")
+    code, out, _ = losscurve(line)
     assert code == 0
-    assert out.startswith("read back by llama.cpp" if llama_cpp.is_installed() else "read back by the package gguf")
-    assert out.endswith("wrote run.gguf (0.0 MiB)\nserve it with: llama-server -m run.gguf\n")
-    code, _, err = losscurve("export run --to hf --dtype q8_0")
+    assert out.endswith("wrote runs/mine.gguf (0.1 MiB)\nserve it with: llama-server -m runs/mine.gguf\n")
+    code, _, err = losscurve("export runs/mine --to hf --dtype q8_0")
     assert (code, err) == (2, "error: dtype = q8_0: this is for --to gguf; give float32, bfloat16 or float16\n")
+    if not llama_cpp.is_installed():
+        return
+    request = json.loads(re.search(r"/completion -d '(.*)'", commands)[1]) | {"n_predict": 20}
+    with llama_cpp.llama_cpp(Path("runs/mine.gguf")) as reader:
+        found = reader.ask("/completion", request)["content"]
+    assert request["prompt"] + found == Run.open("runs/mine").sample(
+        request["prompt"], 20, temperature=0, weights="best"
+    )
 
 
 # ---- there and back

@@ -49,7 +49,8 @@ class LlamaCpp:
     def close(self) -> None:
         self._connection.close()
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer to a request of llama.cpp's HTTP API. Raises UserError with its reason if it refuses."""
         self._connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         response = self._connection.getresponse()
         content = json.loads(response.read())
@@ -60,11 +61,11 @@ class LlamaCpp:
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, in which `<|endoftext|>` is ordinary text; with what llama.cpp puts before it."""
         body = {"content": text, "parse_special": False, "add_special": True}
-        return self._post("/tokenize", body)["tokens"]  # type: ignore[no-any-return]
+        return self.ask("/tokenize", body)["tokens"]  # type: ignore[no-any-return]
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids`."""
-        return self._post("/detokenize", {"tokens": ids})["content"]  # type: ignore[no-any-return]
+        return self.ask("/detokenize", {"tokens": ids})["content"]  # type: ignore[no-any-return]
 
     def next_tokens(self, ids: Sequence[int], count: int, forced: int) -> tuple[dict[int, float], float]:
         """Return the log-probabilities of the `count` likeliest tokens after `ids`, and that of the token `forced`.
@@ -72,14 +73,14 @@ class LlamaCpp:
         `forced` is a token of whole characters: llama.cpp keeps others back until the character is complete.
         """
         knobs = {"n_predict": 1, "n_probs": count, "logit_bias": [[forced, FORCE]], "samplers": []}
-        (found,) = self._post("/completion", {"prompt": list(ids), **knobs})["completion_probabilities"]
+        (found,) = self.ask("/completion", {"prompt": list(ids), **knobs})["completion_probabilities"]
         assert found["id"] == forced
         return {token["id"]: token["logprob"] for token in found["top_logprobs"]}, found["logprob"]
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
         """Return the tokens that llama.cpp appends to `ids`, `count` of them if it draws no end-of-text."""
         knobs = {"n_predict": count, "temperature": 0, "return_tokens": True}
-        return self._post("/completion", {"prompt": list(ids), **knobs})["tokens"]  # type: ignore[no-any-return]
+        return self.ask("/completion", {"prompt": list(ids), **knobs})["tokens"]  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -178,9 +179,9 @@ class _Comparison:
         self._nats: list[tuple[float, float]] = []  # the run's and llama.cpp's, of one token
 
     def add_text(self, ids: Ids) -> None:
-        """Compare POSITIONS positions of a text, from the first of a window to the last but one."""
+        """Compare POSITIONS positions of a text or more: all but the last of each window, or POSITIONS of a long one."""
         T = self._model.config.block_size
-        windows = -(-POSITIONS // T)
+        windows = -(-POSITIONS // (T - 1))
         for start in range(0, min(len(ids) - 1, windows * T), T):
             self._add_window(ids[start : start + T].tolist())
 

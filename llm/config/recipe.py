@@ -124,8 +124,10 @@ class TrainConfig:
         None, "characters to take from tinystories or fineweb-edu (default: 200M)", low=1, unit="characters"
     )
     text_field: str | None = setting(None, "field (.jsonl) or column (.parquet) that holds the text (default: text)")
-    tokenizer: Literal["auto", "gpt2", "bpe", "byte", "char"] = setting(
-        "auto", "auto: gpt2 if its vocabulary can be loaded, else a bpe trained on the text"
+    tokenizer: Literal["auto", "gpt2", "bpe", "byte", "char", "hf"] = setting(
+        "auto",
+        "auto: gpt2 if its vocabulary can be loaded, else a bpe trained on the text; hf: that of the weights of "
+        "init_from, made by another program",
     )
     vocab_size: int | None = setting(
         None, "tokens in the vocabulary (default: the tokenizer's; 4096 for bpe)", low=1, high=2**31
@@ -204,7 +206,9 @@ class TrainConfig:
     )
     cpu_offload: bool = setting(False, "keep the shards of fsdp in host memory")
     seed: int = setting(1337, "seed of initial weights, batches and dropout", low=0, high=2**63 - 1)
-    init_from: str | None = setting(None, "start from the weights of a run folder or a .pt file")
+    init_from: str | None = setting(
+        None, "start from weights: a run folder, a .pt file, a folder in Hugging Face's format or its name on the hub"
+    )
     sample_prompt: str | None = setting(
         None, "prompt of the sample at each evaluation (default: ROMEO: or a line break)"
     )

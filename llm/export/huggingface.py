@@ -5,6 +5,7 @@ T tokens of a window, V vocabulary.
 
 import copy
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from llm import storage
 from llm.arch import Model
+from llm.config import GPTConfig
 from llm.errors import Failure, UserError
 from llm.export.model_card import model_card
 from llm.export.proof import Proof, prove
@@ -25,7 +27,7 @@ from llm.report.gather import gather
 from llm.storage.checkpoint import serialize_tensors
 from llm.tokens import huggingface
 from llm.tokens.tokenizer import Tokenizer
-from llm.weights.foreign import read_foreign
+from llm.weights import open_weights
 from llm.weights.hf_layout import settings_out, weights_out
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -179,7 +181,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 def own_reader(folder: Path) -> Reader:
     """Return our way in as a reader of the folder."""
-    found = read_foreign(str(folder))
+    found = open_weights(str(folder), GPTConfig())
     model, tokenizer = found.model(torch.device("cpu")), found.tokenizer
     assert tokenizer is not None  # _write_tokenizer wrote it
 
@@ -205,7 +207,7 @@ def push(folder: Path, name: str) -> str:
     """
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     try:
         place = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=place.repo_id, folder_path=folder, ignore_patterns=["manifest.json"])

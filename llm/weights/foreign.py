@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from llm import storage
-from llm.arch import Model, make_model
+from llm.arch import make_model
 from llm.config import GPTConfig
 from llm.errors import Failure, UserError
+from llm.storage import download
 from llm.tokens import huggingface
 from llm.tokens.tokenizer import Tokenizer
 from llm.weights.hf_layout import settings_in, weights_in
@@ -35,12 +36,6 @@ class ForeignModel:
     config: GPTConfig
     weights: dict[str, Tensor]  # float32
     tokenizer: Tokenizer | None  # None: the folder has no tokenizer.json
-
-    def model(self, device: torch.device) -> Model:
-        """Return the model in evaluation mode."""
-        model = make_model(self.config)
-        model.load_state_dict(self.weights)
-        return model.to(device).eval()
 
 
 def is_foreign(source: str) -> bool:
@@ -180,15 +175,17 @@ def _download_weights(name: str) -> Path:
     return folder
 
 
-def _download(name: str, patterns: tuple[str, ...]) -> Path:
-    """Return the folder in the hub's cache with the files of `patterns`. Raises Failure."""
+def _download(name: str, names: tuple[str, ...]) -> Path:
+    """Return the folder in the hub's cache with the files of these names or patterns. Raises Failure."""
     from huggingface_hub import snapshot_download
 
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    trouble = download.unreachable(endpoint)  # the library would try for long; its cache may have the model
+    patterns: dict[str, Any] = {"allow_patterns": list(names), "local_files_only": bool(trouble)}
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, endpoint=endpoint, **patterns))
     except Exception as error:  # the library raises many kinds, those of its HTTP client among them
-        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        cause = trouble or " ".join(str(error).split())[:200] or type(error).__name__
         raise Failure(
             f"{name}: no such file or folder here, and it cannot be read from {endpoint} ({cause}); check the name, or "
             "connect to the network and run this again"

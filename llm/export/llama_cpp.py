@@ -179,7 +179,7 @@ class _Comparison:
         self._nats: list[tuple[float, float]] = []  # the run's and llama.cpp's, of one token
 
     def add_text(self, ids: Ids) -> None:
-        """Compare POSITIONS positions of a text or more: all but the last of each window, or POSITIONS of a long one."""
+        """Compare POSITIONS positions of a text or more: all but the last of a window, or POSITIONS of a long one."""
         T = self._model.config.block_size
         windows = -(-POSITIONS // (T - 1))
         for start in range(0, min(len(ids) - 1, windows * T), T):

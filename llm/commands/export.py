@@ -1,6 +1,7 @@
 """`export RUN --to FORMAT`: write a run in the format of another program, and prove that it is the same there."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Write a run in the format of another program. What was written is read back, and its token ids and \
 logits are compared with the run's; if they differ, nothing is left."
-FORMATS = ("hf",)
-DTYPES = ("float32", "bfloat16", "float16")
+FORMATS = ("hf", "gguf")
+DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 
 
 def main(argv: list[str]) -> int:
@@ -27,6 +28,8 @@ def main(argv: list[str]) -> int:
     match args.to:
         case "hf":
             return to_huggingface(args, source)
+        case "gguf":
+            return to_gguf(args, source)
         case _:
             raise UserError(f"to = {args.to}: expected {' or '.join(FORMATS)}")
 
@@ -35,14 +38,27 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     """Return the parsed flags. Raises UserError."""
     parser = Parser("losscurve export", DESCRIPTION)
     parser.add_run()
-    parser.add_argument("--to", required=True, choices=FORMATS, help="hf: a folder for transformers and its relatives")
-    parser.add_argument("--out", metavar="PATH", type=path, help="default: RUN-hf")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=FORMATS,
+        help="hf: a folder for transformers and its relatives; gguf: a file for llama.cpp and Ollama",
+    )
+    parser.add_argument("--out", metavar="PATH", type=path, help="default: RUN-hf, or RUN.gguf")
     parser.add_argument("--weights", choices=("last", "best"), default="best", help="model.pt or best.pt")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the weights (default: float32); q8_0, 8 bits, is for gguf only",
+    )
     parser.add_argument("--data_dir", metavar="DIR", type=expanded, help="the run's token files, if they have moved")
     parser.add_argument("--push", metavar="NAME", help="hf: upload it too, as this private repository on the hub")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
-    return parser.read(argv)
+    args = parser.read(argv)
+    if args.dtype == "q8_0" and args.to != "gguf":
+        raise UserError("dtype = q8_0: this is for --to gguf; give float32, bfloat16 or float16")
+    return args
 
 
 def to_huggingface(args: argparse.Namespace, source: "Source") -> int:
@@ -56,4 +72,16 @@ def to_huggingface(args: argparse.Namespace, source: "Source") -> int:
     print_result(f"wrote {out}/ ({size / 2**20:.1f} MiB)")
     if args.push:
         print_result(f"uploaded to {push(out, args.push)}")
+    return 0
+
+
+def to_gguf(args: argparse.Namespace, source: "Source") -> int:
+    """Write the file for llama.cpp, and print the proof."""
+    from llm.commands.bars import print_result
+    from llm.export.gguf_export import export_gguf
+
+    out = args.out or Path(f"{args.run}.gguf")
+    export_gguf(source, out, args.dtype, args.overwrite, print_result)
+    print_result(f"wrote {out} ({out.stat().st_size / 2**20:.1f} MiB)")
+    print_result(f"serve it with: llama-server -m {shlex.quote(str(out))}")
     return 0

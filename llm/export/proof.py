@@ -59,6 +59,7 @@ class Proof:
     bound: float
     loss: float | None  # the run's, in nats per token, on validation tokens; None without them
     export_loss: float | None  # the export's, on the same
+    compared: str = "logits"
 
     def __str__(self) -> str:
         texts = f"{self.hostile_tokens:,} of hostile text"
@@ -66,8 +67,8 @@ class Proof:
             texts = f"{self.validation_tokens:,} of validation text and {texts}"
         lines = [
             f"read back by {self.reader}: the same token ids ({texts})",
-            f"logits at {self.positions:,} positions differ by at most {self.difference:.1e} of the largest "
-            f"(bound {self.bound:.0e})",
+            f"{self.compared} at {self.positions:,} positions differ by at most {self.difference:.1e} of the largest "
+            f"logit (bound {self.bound:.0e})",
         ]
         if self.loss is not None and self.export_loss is not None:
             lines[1] += f"; loss {self.loss:.4f} in the run, {self.export_loss:.4f} in the export"

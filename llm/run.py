@@ -181,10 +181,7 @@ def fit(
     out_dir = expanded(str(out_dir))
     given = settings | ({} if text is None else {"text": text}) | {"out_dir": out_dir}
 
-    def tell(line: str) -> None:
-        say(in_python(line))
-
-    tell_once = once(tell)
+    tell = once(lambda line: say(in_python(line)))
     with words_of_python():
         began = perf_counter()
         deadline: Deadline | None = None
@@ -197,11 +194,11 @@ def fit(
             if time is None:
                 config, names = over_preset(base, given, tell), given_names(base, given)
             else:
-                choice = choose_new_run(read_request(time, base, given, tell), overwrite, tell_once)
+                choice = choose_new_run(read_request(time, base, given, tell), overwrite, tell)
                 say("\n".join(choice_lines(choice)))
                 config, names = choice.proposal.config, set(FIELDS)
                 deadline = choice.deadline(began)
-            opened = new_run(config, overwrite=overwrite, say=tell_once, given=names)
+            opened = new_run(config, overwrite=overwrite, say=tell, given=names)
         with opened as training, interrupts() as caught:
             training.stop = lambda: bool(caught)
             training.deadline = deadline
@@ -209,7 +206,7 @@ def fit(
                 if isinstance(event, Line):
                     say(str(event))
                 elif isinstance(event, Notice):
-                    tell(f"warning: {event.text}")
+                    say(in_python(f"warning: {event.text}"))
     if training.unsaved:
         raise Failure(f"the last save failed: {training.unsaved}; free some disk space, then continue with resume=True")
     if caught:

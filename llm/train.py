@@ -14,7 +14,7 @@ import torch
 from llm.machine.device import precision
 from llm.optim import clip_gradients
 from llm.schedule import lr_at, muon_momentum_at
-from llm.training.evaluating import evaluate_run
+from llm.training.evaluating import evaluate_run, show_at_end
 from llm.training.events import Event, Step
 from llm.training.keep_time import keep_time
 from llm.training.live import LiveRun
@@ -105,5 +105,6 @@ def train(run: LiveRun) -> Iterator[Event]:
                     yield from keep_time(run, evaluates)
             except NotFinite as error:  # several batches in a row, or a weight
                 yield from roll_back(run, error)
+        yield from show_at_end(run)
     finally:
         run.saver.close()

@@ -1,6 +1,7 @@
 """What an evaluation records, writes and notes, one part at a time."""
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from llm.evaluate import Evaluation, evaluate
 from llm.record.metrics import read_record
 from llm.record.samples import read_samples
 from llm.start.new_run import new_run
-from llm.training.evaluating import draw_sample, evaluate_run, first_loss, note_evaluation
+from llm.training.evaluating import draw_sample, evaluate_run, first_loss, note_evaluation, show_at_end
 from llm.training.events import Line, Notice
 
 
@@ -79,6 +80,22 @@ def test_a_picture_that_cannot_be_written_is_one_notice_until_it_can(run, monkey
     assert len(notices) == 1
     assert "No space left on device" in notices[0]
     assert not [event for event in evaluate_run(run) if isinstance(event, Notice)]
+    run.drawing_seconds = 0.0  # or the next picture would come later
     with monkeypatch.context() as patch:
         patch.setattr("llm.training.evaluating.plot_runs", fails)
         assert len([event for event in evaluate_run(run) if isinstance(event, Notice)]) == 1  # it failed again
+
+
+def test_pictures_take_a_fiftieth_of_a_run_and_the_last_is_drawn_at_its_end(run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("llm.training.evaluating.plot_runs", lambda *_: drawn.append(run.progress.step))
+    for step, ago in ((1, 0), (2, 9.9), (3, 10.1), (4, 9.9)):
+        run.progress.step = step
+        run.drawn_at = time.perf_counter() - ago
+        list(evaluate_run(run))
+        run.drawing_seconds = 0.2
+    assert drawn == [1, 3]
+    assert not list(show_at_end(run))
+    assert drawn == [1, 3, 4]
+    assert not list(show_at_end(run))
+    assert drawn == [1, 3, 4]

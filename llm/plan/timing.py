@@ -27,11 +27,12 @@ from llm.plan.arithmetic import (
 from llm.plan.text_size import Text
 from llm.start.build import build
 from llm.train import train_step
+from llm.training.evaluating import PICTURE_PACE
 from llm.training.parts import Parts
 
 STARTING_SECONDS = 2.3  # importing, opening the text, and the set-up in the first step
 
-PICTURE_SECONDS = 0.2  # drawing the curve, at each evaluation
+PICTURE_SECONDS = 0.2  # drawing the curve
 
 SAVING_RATE = 500 * MIB  # bytes per second: copying, hashing and writing a checkpoint
 
@@ -161,7 +162,7 @@ def run_seconds(config: TrainConfig, text: Text, pace: Pace) -> dict[str, float]
         "steps": steps,
         "evaluation": count_validations(config) * validated_tokens(config, text) * pace.evaluated_token,
         "samples": evaluations * config.sample_tokens * pace.sampled_token,
-        "pictures": evaluations * PICTURE_SECONDS,
+        "pictures": min(evaluations, 1 + steps / (PICTURE_PACE * PICTURE_SECONDS)) * PICTURE_SECONDS,
         "saving": saves * bytes_copied_to_save(config) / SAVING_RATE,
         "starting": starting_seconds(text),
     }

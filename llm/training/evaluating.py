@@ -1,6 +1,7 @@
 """What happens every `eval_every` steps: evaluate, record, sample, draw."""
 
 import math
+import time
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,7 @@ from llm.training.live import LiveRun
 from llm.training.parts import Parts
 from llm.training.recording import write_rows
 
+PICTURE_PACE = 50  # between two pictures is this many times what one takes, so that they take 2 % of a run at most
 UNSHOWN = "samples.txt and loss_curve.png could not be written"
 
 
@@ -102,14 +104,35 @@ def draw_sample(parts: Parts, prompt: str) -> str:
 
 
 def show(run: LiveRun) -> Iterator[Notice]:
-    """Write samples.txt and loss_curve.png. If the disk is full, yield a notice; they are written later."""
+    """Write samples.txt, and loss_curve.png unless drawing would cost a short run too much; see `show_at_end`.
+
+    If the disk is full, yield a notice; they are written later.
+    """
+    run.picture_is_old = run.progress.step > 0  # at step 0 there is no curve yet
+    waited = time.perf_counter() - run.drawn_at
+    yield from write_shown(run, draws=run.picture_is_old and waited >= PICTURE_PACE * run.drawing_seconds)
+
+
+def show_at_end(run: LiveRun) -> Iterator[Notice]:
+    """Draw the picture of the last evaluation, unless it was drawn."""
+    if run.picture_is_old:
+        yield from write_shown(run, draws=True)
+        run.progress.seconds = run.seconds
+
+
+def write_shown(run: LiveRun, draws: bool) -> Iterator[Notice]:
+    """Write samples.txt and, if it `draws`, loss_curve.png."""
     if not run.parts.world.leads:
         return
     try:
         with run.bookkeeping():
             run.samples.catch_up()
-            if run.progress.step > 0:  # at step 0 there is no curve yet
+            if draws:
+                start = time.perf_counter()
                 plot_runs([run.out_dir], run.out_dir / "loss_curve.png")
+                run.drawn_at = time.perf_counter()
+                run.drawing_seconds = run.drawn_at - start
+                run.picture_is_old = False
         run.settle(UNSHOWN)
     except (OSError, UserError) as error:  # plot_runs raises UserError if it cannot write
         yield from run.complain(UNSHOWN, error)

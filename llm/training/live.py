@@ -53,6 +53,9 @@ class LiveRun:
 
         now = time.perf_counter()
         self.saved_at = now
+        self.drawn_at = now  # when the picture was drawn
+        self.drawing_seconds = 0.0  # what it took
+        self.picture_is_old = False  # whether an evaluation came after it
         self._began = now - progress.seconds
         self._complaints: set[str] = set()  # what cannot be written at the moment
         self.restart_pace()

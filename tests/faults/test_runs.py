@@ -209,6 +209,7 @@ def test_sigterm_in_any_phase_saves(here, monkeypatch, losscurve, phase, record_
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, phase, signalled)
+        patch.setattr(llm.training.evaluating, "PICTURE_PACE", 0)  # a picture at every evaluation
         code, out, _ = losscurve(f"train {flags(text='text.txt', max_steps=400)}")
     assert code == 143
     saved = int(out.split("saved step ")[1].split()[0])

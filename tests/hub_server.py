@@ -55,6 +55,12 @@ class Handler(BaseHTTPRequestHandler):
         match self.route():
             case [""]:
                 self.answer(200)
+            case ["api", "models", owner, name, "tree", _] if f"{owner}/{name}" in self.server.models:
+                files = self.server.models[f"{owner}/{name}"]
+                oids = {file: hashlib.sha1(content).hexdigest() for file, content in files.items()}
+                sizes = {file: len(content) for file, content in files.items()}
+                entries = [{"type": "file", "path": file, "size": sizes[file], "oid": oids[file]} for file in files]
+                self.answer(200, entries)
             case ["api", "models", owner, name, *_] if f"{owner}/{name}" in self.server.models:
                 files = self.server.models[f"{owner}/{name}"]
                 siblings = [{"rfilename": file} for file in sorted(files)]

@@ -37,8 +37,6 @@ SHAPES = {
 
 
 def train(settings):
-    text = Path("text.txt").read_text(encoding="utf-8")
-    Path("text.txt").write_text(text, encoding="utf-8")
     quick = SMALL | {"max_steps": 3, "eval_every": 3, "warmup_steps": 0, "sample_tokens": 0, "max_lr": 0.1}
     vocab = {"vocab_size": 300} if settings["tokenizer"] == "bpe" else {}
     trained(from_settings(quick | {"text": "text.txt", "out_dir": "run"} | vocab | settings))

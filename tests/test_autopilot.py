@@ -5,6 +5,7 @@ import json
 import re
 import time
 import types
+from pathlib import Path
 
 import pytest
 from conftest import SMALL, words
@@ -18,6 +19,7 @@ from llm.plan.proposal import suits
 from llm.plan.request import read_request
 from llm.plan.text_size import Text, with_vocabulary
 from llm.plan.timing import Pace
+from llm.prepare.reuse import ensure
 from llm.schedule import lr_at, muon_momentum_at
 from llm.start.new_run import new_run
 from llm.start.resume_run import resume_run
@@ -424,6 +426,24 @@ def test_weights_keep_their_shape_and_their_tokens(here, losscurve, monkeypatch)
     )
     assert config.muon_lr == pytest.approx(rule.FINE_TUNING * rule.MUON_LR)
     assert "the weights of base" in out
+
+
+@pytest.mark.parametrize("tokenizer", ["--tokenizer byte", "--tokenizer bpe --vocab_size 300", ""])
+def test_the_files_of_a_text_keep_their_tokens_and_those_of_another_are_refused(
+    here, losscurve, monkeypatch, tokenizer
+):
+    monkeypatch.setattr(proposal, "short_probe", machine())
+    assert losscurve(f"prepare text.txt --data_dir mine {tokenizer}")[0] == 0
+
+    def chosen(text):
+        request = read_request("60s", {}, {"text": text, "data_dir": "mine", "out_dir": "run"})
+        return autopilot.choose_new_run(request, False, print).proposal.config
+
+    assert ensure(chosen("text.txt")) == Path("mine")  # what `train` does next
+    (here / "other.txt").write_text("another text " * 900)
+    monkeypatch.setattr(proposal, "short_probe", None)  # before anything is measured
+    with pytest.raises(UserError, match="mine was made from another text"):
+        chosen("other.txt")
 
 
 def test_token_files_keep_their_tokens(here, losscurve, monkeypatch):

@@ -212,6 +212,26 @@ def test_another_batch_rate_or_gradient_is_not_the_same_run(here, monkeypatch, d
     assert run_differences(rehearsing.whole, rehearsing.whole) == (0.0, 0.0)
 
 
+def test_a_run_with_muon_and_an_average_is_compared_in_float32_and_in_its_own_updates(here, monkeypatch):
+    muon = {"optimizer": "muon", "muon_lr": 0.08, "ema": 0.9, "arch": "llama", "dtype": "bfloat16"}
+    rehearsing = rehearsal(here, max_lr=0.01, **muon)
+    rehearsing.text()
+    assert rehearsing.small.dtype == "float32"
+    assert any("dtype bfloat16 -> float32" in line for line in describe_changes(rehearsing.config, rehearsing.small))
+    rehearsing.whole = ran(rehearsing, "whole")
+    rehearsing.preset = here / "small.toml"
+    monkeypatch.setattr(Rehearsal, "_train_alone", lambda self, words: None)
+    with monkeypatch.context() as patch:
+        patch.setattr("llm.training.averaging.Average.update", lambda self, accepted: None)
+        rehearsing.parts = ran(rehearsing, "parts")
+    good, words = rehearsing.compare()
+    assert good is False
+    assert "weights 0.0e+00 of an update" in words  # only the loss of the average differs
+    monkeypatch.setattr(module, "run_differences", lambda whole, parts: (0.0, 1.9e-4))
+    assert rehearsing.small.model.n_embd == 16
+    assert "weights 9.5e-03 of an update" in rehearsing.compare()[1]  # of 0.08 / 4
+
+
 @pytest.mark.parametrize(
     ("dtype", "loss", "weight", "good"),
     [

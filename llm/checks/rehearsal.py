@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from llm.checks import prove
-from llm.checks.compare_runs import TOLERANCES, run_differences
+from llm.checks.compare_runs import TOLERANCES, run_differences, update_size
 from llm.checks.processes import check_time, children_of, running_processes
 from llm.checks.shrink import PIECE, STEPS, prepare_first_piece, shrink_config
 from llm.config import TrainConfig, from_settings, write_toml
@@ -262,7 +262,7 @@ class Rehearsal:
         """Train an uninterrupted run in one process, and compare the resumed run with it."""
         self._train_alone(["--preset", str(self.preset), "--out_dir", str(self.whole)])
         loss, weight = run_differences(self.whole, self.parts)
-        weight /= self.small.max_lr
+        weight /= update_size(self.small)
         allowed_loss, allowed_weight = TOLERANCES[self.small.dtype]
         message = (
             f"losses within {loss:.1e} nats of an uninterrupted run in one process (allowed {allowed_loss:g}), weights "

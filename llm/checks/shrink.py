@@ -30,8 +30,9 @@ PIECE = 200_000  # characters of a text without token files
 def shrink_config(config: TrainConfig, nproc: int, world_size: int) -> TrainConfig:
     """Return `config` with a model and a run that take seconds on the CPU of this machine.
 
-    What can break stays: how processes share the work, precision, dropout, heads, biases, the vocabulary, clipping, the
-    shape of the schedule, and whether a process accumulates several micro-batches or has only a part of one.
+    What can break stays: how processes share the work, precision (except with Muon), dropout, heads, biases, the
+    vocabulary, clipping, the shape of the schedule, and whether a process accumulates several micro-batches or has only
+    a part of one.
     """
     model = config.model
     head_size = min(model.head_size, max(1, N_EMBD // model.n_head))
@@ -56,6 +57,8 @@ def shrink_config(config: TrainConfig, nproc: int, world_size: int) -> TrainConf
         "sample_tokens": min(5, config.sample_tokens),
         "sample_prompt": None,
         "device": "cpu",
+        # Muon gives the rounding of a gradient the size of an update: equal runs in bfloat16 are soon updates apart
+        "dtype": "float32" if config.optimizer == "muon" else config.dtype,
         "compile": False,
         "init_from": None,
         "max_time": None,

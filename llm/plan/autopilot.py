@@ -22,7 +22,7 @@ from llm.prepare.shards import Progress
 from llm.start import fine_tuning
 from llm.start.init_from import starting_point
 from llm.start.run_folder import refuse_existing
-from llm.tokens.token_files import has_tokens
+from llm.tokens.token_files import has_tokens, read_meta
 from llm.tokens.tokenizer import Tokenizer
 from llm.training.live import Deadline
 
@@ -71,6 +71,8 @@ def choose_run(
         facts = look_at(request.config, say)
         if facts.train_bytes < rule.SMALL_TEXT:
             say(small_text(facts, request.config))
+    elif not request.config.init_from:
+        request = with_tokenizer_there(request)
     if facts and not request.config.init_from:
         chosen = rule.tokenizer(facts.train_bytes, facts.bytes_per_character, facts.distinct, request.given)
         request = dataclasses.replace(request, config=from_settings(chosen, request.config))
@@ -125,6 +127,17 @@ def with_uncounted(text: Text, seconds: float) -> Text:
     return dataclasses.replace(text, uncounted=max(0.0, preparing_seconds(text) - rule.PREPARING_SHARE * seconds))
 
 
+def with_tokenizer_there(request: Request) -> Request:
+    """Return the request with the tokenizer that its token files were made with, unless the user gave one."""
+    meta = read_meta(Path(request.config.data_dir or "data")) or {}  # another program's files have none
+    made = meta.get("settings")
+    if not request.config.text or not isinstance(made, dict):
+        return request
+    names = {"tokenizer", "vocab_size"} - request.given.keys()
+    chosen = {name: made[name] for name in names if made.get(name) is not None}
+    return dataclasses.replace(request, config=from_settings(chosen, request.config))
+
+
 def prepare_text(
     request: Request,
     facts: TextFacts | None,
@@ -132,12 +145,14 @@ def prepare_text(
     progress: Progress | None,
     tokenizer: Tokenizer | None,
 ) -> float:
-    """Tokenize the text if that has not been done; return the seconds that it took."""
-    if has_tokens(Path(request.config.data_dir or default_folder(request.config))):
-        return 0.0
-    size = facts.train_bytes / (1 - request.config.val_fraction) if facts else 0.0
+    """Tokenize the text if that has not been done; return the seconds that it took.
+
+    Raises UserError if the token files that are there are those of another text or other settings.
+    """
+    was_there = has_tokens(Path(request.config.data_dir or default_folder(request.config)))
+    size = facts.train_bytes / (1 - request.config.val_fraction) if facts and not was_there else 0.0
     if size > LARGE:
         say(f"preparing {size / 1e6:,.0f} MB of text takes at least {spoken(size / TOKENIZING_RATE)}, once")
     start = time.perf_counter()
     ensure(request.config, progress=progress, say=say, given=tokenizer)
-    return time.perf_counter() - start
+    return 0.0 if was_there else time.perf_counter() - start

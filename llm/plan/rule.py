@@ -41,7 +41,7 @@ USEFUL_STEPS = 1000  # a text that MOST_EPOCHS would read in fewer steps gets fe
 
 MOST_EPOCHS = 40  # more passes over the text gain little
 REGULARISATION = ((0, 0.0, 0.6), (10, 0.1, 0.6), (30, 0.2, 0.7))  # (epochs from which a row counts, dropout, cool-down)
-WEIGHT_DECAY = 0.1
+WEIGHT_DECAY = 0.3
 
 MUON_LR = 0.03
 MUON_MAX_LR = 3e-3  # of AdamW's share of the parameters

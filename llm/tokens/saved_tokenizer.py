@@ -27,7 +27,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     try:
         saved = storage.read_json(path)
-        tokenizer = _from_json(saved)
+        tokenizer = from_json(saved)
         if saved.pop("sha256", None) != hash_content(saved):
             raise ValueError("changed since it was written: its SHA-256 differs")
         if saved.get("vocab_size") != tokenizer.vocab_size:
@@ -42,7 +42,7 @@ def hash_content(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _from_json(saved: Any) -> Tokenizer:
+def from_json(saved: Any) -> Tokenizer:
     """Return the tokenizer of a JSON value. Raises ValueError, KeyError, TypeError or UserError."""
     if not isinstance(saved, dict):
         raise ValueError("not a JSON object")

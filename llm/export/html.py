@@ -143,6 +143,10 @@ def page(source: Source, report: Report, packed: Packed, quality: Quality | None
         report=report,
         title=f"A language model of {report.text}",
         facts=facts(source, report, packed.dtype, quality),
+        origin="trained further on this text"
+        if source.run.config.init_from
+        else "trained from scratch on this text alone",
+        token={"char": "a character", "byte": "a byte"}.get(source.tokenizer.kind, "a word or a piece of one"),
         prompt=source.run.config.sample_prompt or PROMPT,
         about=_in_base64(description),
         weights=_in_base64(packed.content),

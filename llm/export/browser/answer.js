@@ -1,6 +1,6 @@
 // For Node: open the file of an export as a browser does, and answer questions, one JSON object a line: {encode: text}
-// with {ids}; {feed: ids} with {logits}: those after each id, in base64; {greedy: ids, count} with {ids}; {candidates:
-// [logits, temperature, top_k, top_p]} with {ids, probabilities}.
+// with {ids}; {feed: ids, whole: whether together or one by one} with {logits}: those after each id, in base64; {greedy:
+// ids, count} with {ids}; {candidates: [logits, temperature, top_k, top_p]} with {ids, probabilities}.
 
 const fs = require("fs");
 const vm = require("vm");
@@ -20,14 +20,22 @@ function logitsAfter(model, ids) {
 
 const bytesOf = (logits) => Buffer.from(Float32Array.from(logits).buffer); // a copy
 
+function* eachOfChunks(model, ids) { // at most a window, in chunks as the page feeds a prompt
+  const size = vm.runInThisContext("CHUNK");
+  for (let first = 0; first < ids.length; first += size) {
+    const chunk = ids.slice(first, first + size);
+    model.forward(chunk);
+    for (let t = 1; t <= chunk.length; t++) yield bytesOf(model.head(t));
+  }
+}
+
 function answer({ model, tokenizer }, asked) {
   if (asked.encode !== undefined) return { ids: tokenizer.encode(asked.encode) };
   if (asked.candidates) return vm.runInThisContext("candidates")(...asked.candidates);
   model.reset();
-  if (asked.feed) { // one by one; the last once more, after a window that is fed as a whole
-    const each = asked.feed.slice(0, -1).map((id) => bytesOf(logitsAfter(model, [id])));
-    model.reset();
-    return { logits: Buffer.concat([...each, bytesOf(logitsAfter(model, asked.feed))]).toString("base64") };
+  if (asked.feed) {
+    const found = asked.whole ? [...eachOfChunks(model, asked.feed)] : asked.feed.map((id) => bytesOf(logitsAfter(model, [id])));
+    return { logits: Buffer.concat(found).toString("base64") };
   }
   const largest = vm.runInThisContext("largest"), ids = [];
   for (let next = asked.greedy; ids.length < asked.count; next = ids.slice(-1)) ids.push(...largest(logitsAfter(model, next), 1));

@@ -258,7 +258,10 @@ function swiglu(x, y, T) { // gates, then as many inputs, in a row of x
 }
 
 function activate(gelu, x, y, T) {
-  for (let t = 0; t < T; t++) for (let c = 0; c < y.columns; c++) y.values[t * y.step + c] = gelu(x.values[t * x.step + c]);
+  const from = x.values, to = y.values;
+  for (let t = 0; t < T; t++) {
+    for (let i = t * x.step, j = t * y.step, end = i + x.columns; i < end; i++, j++) to[j] = gelu(from[i]);
+  }
 }
 
 const geluTanh = (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)));
@@ -266,15 +269,15 @@ const geluTanh = (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0
 // x times the share of a normal distribution below x. The share is Taylor's polynomial around the nearest of PER steps
 // in 1; those come from its series (Abramowitz & Stegun 1964, 26.2.10).
 const FAR = 7, PER = 64;
-const density = (x) => Math.exp((-x * x) / 2) / Math.sqrt(2 * Math.PI);
-const SHARES = Float64Array.from({ length: 2 * FAR * PER + 1 }, (_, i) => {
-  const x = i / PER - FAR;
+const POINTS = Float64Array.from({ length: 2 * FAR * PER + 1 }, (_, i) => i / PER - FAR);
+const DENSITIES = POINTS.map((x) => Math.exp((-x * x) / 2) / Math.sqrt(2 * Math.PI));
+const SHARES = POINTS.map((x, i) => {
   let term = x, sum = x;
   for (let n = 1; Math.abs(term) > 1e-17; n++) sum += term = (term * x * x) / (2 * n + 1);
-  return 0.5 + density(x) * sum;
+  return 0.5 + DENSITIES[i] * sum;
 });
 function geluExact(x) {
   if (x >= FAR || x <= -FAR) return x > 0 ? x : 0;
-  const i = Math.round((x + FAR) * PER), a = i / PER - FAR, h = x - a;
-  return x * (SHARES[i] + density(a) * h * (1 - (h / 2) * (a - (h / 3) * (a * a - 1))));
+  const i = ((x + FAR) * PER + 0.5) | 0, a = i / PER - FAR, h = x - a;
+  return x * (SHARES[i] + DENSITIES[i] * h * (1 - (h / 2) * (a - (h / 3) * (a * a - 1))));
 }

@@ -12,6 +12,7 @@ let fed = []; // the ids after which `logits` are the next token's; null while t
 let logits = null;
 let job = 0; // the newest: an older one ends at its next pause
 let pressed = null; // the token whose alternatives are shown
+let soon; // the timer of a look
 
 function element(name, text, style) {
   const made = document.createElement(name);
@@ -69,6 +70,7 @@ function likelyNow(can, drawn) { // the likeliest tokens, and the one that was d
 
 async function write(count) {
   const mine = ++job, first = tokens.length;
+  clearTimeout(soon); // a look would end this job
   release();
   setBusy(true);
   say("Reading …");
@@ -113,7 +115,6 @@ async function look() { // shows what may come next
     say(error.message, true);
   }
 }
-let soon;
 function lookSoon() {
   release();
   clearTimeout(soon);

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,15 @@ def open_reader(path: Path, config: GPTConfig) -> Iterator[Reader]:
         yield own_reader(path, config, why_not)
         return
     with ask_node(node, path) as ask:
+        windows = (
+            count()
+        )  # the ids of the first one by one, as when they are drawn; of the others in chunks, as a prompt
 
         def encode(text: str) -> Sequence[int]:
             return ask(encode=text)["ids"]  # type: ignore[no-any-return]
 
         def logits(ids: list[int]) -> Tensor:
-            content = bytearray(base64.b64decode(ask(feed=ids)["logits"]))
+            content = bytearray(base64.b64decode(ask(feed=ids, whole=next(windows) > 0)["logits"]))
             return torch.frombuffer(content, dtype=torch.float32).view(len(ids), -1)
 
         yield Reader(f"Node {node_version(node)}, which ran the page's own scripts", encode, logits)

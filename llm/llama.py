@@ -5,8 +5,8 @@ rotation of queries and keys (RoPE, Su et al. 2021) in place of learned ones, Sw
 biases, and if asked fewer heads of keys and values than of queries (GQA, Ainslie et al. 2023). This is Llama's
 architecture (Touvron et al. 2023); with a norm of queries and keys (Henry et al. 2020) it is Qwen3's (2025).
 
-Shapes: B batch, T time (tokens), C channels (n_embd), V vocabulary, H heads, K heads of keys and values, D = C / H,
-F width of the feed-forward layer.
+Shapes: B batch, T time (tokens), C channels (n_embd), V vocabulary, H heads, K heads of keys and values, D channels of
+a head (C / H, or head_dim), F width of the feed-forward layer.
 """
 
 import math
@@ -22,18 +22,17 @@ from llm.loss import linear_cross_entropy
 from llm.machine import fused_block
 from llm.model import Dropout, KVCache, attend
 
-EPS = 1e-6  # of the norms, as in Llama's and Qwen3's configurations
-
 
 class RMSNorm(nn.Module):
     """Scale vectors to a root mean square of 1, then each channel by its weight."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), EPS)
+        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
 
 
 class Rotation:
@@ -58,9 +57,9 @@ class Rotation:
 class QKNorm(nn.Module):
     """A norm of each query and of each key, over the channels of its head."""
 
-    def __init__(self, D: int) -> None:
+    def __init__(self, D: int, eps: float) -> None:
         super().__init__()
-        self.q, self.k = RMSNorm(D), RMSNorm(D)
+        self.q, self.k = RMSNorm(D, eps), RMSNorm(D, eps)
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.q(q), self.k(k)
@@ -74,12 +73,12 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head, self.n_kv_head, self.head_size = config.n_head, config.kv_heads, config.head_size
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_size, bias=False)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_proj = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=False)
 
     def forward(
         self, x: Tensor, norm: QKNorm | None, rotate: Rotation, cache: KVCache | None, drop: Dropout | None
     ) -> Tensor:
-        B, T, C = x.shape
+        B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_size)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
         if norm is not None:
@@ -89,7 +88,7 @@ class Attention(nn.Module):
             k, v = cache.extend(self.layer, k, v)
         if self.n_kv_head < self.n_head:  # query head i reads key head i // (H / K)
             k, v = (y.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for y in (k, v))
-        return self.c_proj(attend(q, k, v, drop).transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
+        return self.c_proj(attend(q, k, v, drop).transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
 
 
 class SwiGLU(nn.Module):
@@ -116,10 +115,10 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = RMSNorm(config.n_embd)
-        self.qk_norm = QKNorm(config.head_size) if config.qk_norm else None
+        self.ln_1 = RMSNorm(config.n_embd, config.norm_eps)
+        self.qk_norm = QKNorm(config.head_size, config.norm_eps) if config.qk_norm else None
         self.attn = Attention(config, layer)
-        self.ln_2 = RMSNorm(config.n_embd)
+        self.ln_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(self, x: Tensor, cache: KVCache | None, drop: Dropout | None, rotate: Rotation) -> Tensor:
@@ -131,7 +130,7 @@ class Block(nn.Module):
 
     def _fused(self, x: Tensor, drop: Dropout | None, rotate: Rotation) -> Tensor:
         attn, mlp, norms = self.attn, self.mlp, self.qk_norm
-        sizes = fused_block.Sizes(x.size(0), x.size(1), attn.n_head, attn.n_kv_head, attn.head_size, EPS)
+        sizes = fused_block.Sizes(x.size(0), x.size(1), attn.n_head, attn.n_kv_head, attn.head_size, self.ln_1.eps)
         q_norm, k_norm = (norms.q.weight, norms.k.weight) if norms is not None else (None, None)
         drops = fused_block.Drops(drop.keys(3), drop.threshold, 1 / (1 - drop.p)) if drop is not None else None
         of_attention = (self.ln_1.weight, attn.c_attn.weight, q_norm, k_norm, attn.c_proj.weight)
@@ -152,7 +151,7 @@ class Llama(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = RMSNorm(config.n_embd)
+        self.ln_f = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied_lm_head:
             self.lm_head.weight = self.wte.weight

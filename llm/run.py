@@ -26,6 +26,7 @@ from llm.config import (
     differing_settings,
     expanded,
     field_type,
+    given_names,
     over_preset,
     read_toml,
 )
@@ -192,12 +193,12 @@ def fit(
         else:
             base = read_toml(preset) if preset else {}
             if time is None:
-                config = over_preset(base, given, tell)
+                config, names = over_preset(base, given, tell), given_names(base, given)
             else:
                 choice = choose_new_run(read_request(time, base, given, tell), overwrite, tell)
                 say("\n".join(choice_lines(choice)))
-                config = choice.proposal.config
-            opened = new_run(config, overwrite=overwrite, say=tell)
+                config, names = choice.proposal.config, set(FIELDS)
+            opened = new_run(config, overwrite=overwrite, say=tell, given=names)
         with opened as training, interrupts() as caught:
             training.stop = lambda: bool(caught)
             training.deadline = deadline

@@ -306,7 +306,7 @@ def test_a_bare_state_dict_is_sampled_with_gpt2s_tokens(here, losscurve):
     code, out, err = losscurve("sample --checkpoint bare.pt --max_new_tokens 12 --seed 1")
     assert code == 0
     assert out.startswith("ROMEO:")
-    assert "a bare state_dict, so GPT-2's tokens and 4 heads are assumed" in err
+    assert "has no tokenizer beside it, so GPT-2's tokens and 4 heads are assumed" in err
 
 
 def test_a_pickle_that_runs_code_is_refused(here, losscurve):

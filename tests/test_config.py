@@ -32,7 +32,14 @@ CHAPTER = {
     **{"vocab_size": 50257, "block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128, "ffn_mult": 4},
     **{"dropout": 0.0, "bias": False, "tied_lm_head": False, "gelu": "exact"},
 }
-OF_A_LLAMA = {"n_kv_head": None, "ffn_dim": None, "rope_theta": 1e4, "qk_norm": True}
+OF_A_LLAMA = {
+    "n_kv_head": None,
+    "ffn_dim": None,
+    "rope_theta": 1e4,
+    "qk_norm": True,
+    "head_dim": None,
+    "norm_eps": 1e-6,
+}
 RECIPE = {
     **{"batch_size": 32, "gradient_accumulation_steps": 1, "max_steps": 5000, "eval_every": 250, "warmup": 100},
     **{"max_lr": 3e-4, "final_lr": 3e-5, "schedule": "cosine", "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.01},
@@ -150,7 +157,7 @@ ZERO = {
 
 def test_the_fields_under_test_are_the_fields():
     assert {"batch_size", "max_lr", "n_embd", "dropout", "max_time", "seed", "patience", "vocab_size"} <= set(NUMBERS)
-    assert len(NUMBERS) == 34
+    assert len(NUMBERS) == 36
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,8 @@ class Rehearsal:
         self.say = say
         self.given: Tokenizer | None = None  # the tokenizer of the weights to start from
         if config.init_from:
-            self.config, _, self.given = starting_point(config, say)
+            start = starting_point(config, say)
+            self.config, self.given = start.config, start.tokenizer
         self.small = shrink_config(self.config, nproc, world_size)
         self.is_prepared = False  # whether the run's own token files exist
         self.resumed_at = 0  # step
@@ -184,8 +185,8 @@ class Rehearsal:
         needed = disk_needed(config)
         purpose = f"the checkpoints of {config.out_dir}"
         if not self.is_prepared:
-            # a character tokenizer would read the whole text
-            tokenizer = "byte" if config.tokenizer == "char" else config.tokenizer
+            # a character tokenizer would read the whole text, and hf is not to be had here
+            tokenizer = "byte" if config.tokenizer in ("char", "hf") else config.tokenizer
             text = text_size.text_of(from_settings({"tokenizer": tokenizer}, config))
             needed += arithmetic.disk(config, text.tokens)["token files"]
             purpose += " and the token files"

@@ -42,6 +42,7 @@ def shrink_config(config: TrainConfig, nproc: int, world_size: int) -> TrainConf
         "n_layer": min(N_LAYER, model.n_layer),
         "n_embd": model.n_head * head_size,
         "ffn_dim": None,
+        "head_dim": None,
         "block_size": min(BLOCK_SIZE, model.block_size),
         "batch_size": batch_size,
         "gradient_accumulation_steps": micro_batches,

@@ -19,6 +19,7 @@ from llm.config import (
     check_expanded,
     expanded,
     field_type,
+    given_names,
     other_names,
     over_preset,
     read_toml,
@@ -253,6 +254,11 @@ def config_from(args: argparse.Namespace, say: Callable[[str], None] = warn) -> 
     """
     preset = read_toml(args.preset) if getattr(args, "preset", None) else {}
     return over_preset(preset, typed_settings(args), say)
+
+
+def given_settings(args: argparse.Namespace) -> set[str]:
+    """Return the names of the settings that the preset and the typed flags give. Raises UserError."""
+    return given_names(read_toml(args.preset) if args.preset else {}, typed_settings(args))
 
 
 def request_from(args: argparse.Namespace, say: Callable[[str], None] = warn) -> Request:

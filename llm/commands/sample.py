@@ -89,7 +89,10 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="continuations to draw (default: 1)")
     parser.add_argument("--weights", choices=("last", "best"), default="last", help="model.pt or best.pt")
     parser.add_argument(
-        "--checkpoint", metavar="FILE.pt", type=path, help="a state_dict saved by torch.save, instead of a run"
+        "--checkpoint",
+        metavar="FILE.pt|DIR|NAME",
+        type=path,
+        help="instead of a run: a state_dict saved by torch.save, a model in Hugging Face's format, or its name",
     )
     add_settings(parser, ["out_dir", "seed", "device", "dtype", "n_head", "gelu"])
     return parser.read(argv)
@@ -117,8 +120,8 @@ def load(args: argparse.Namespace, config: TrainConfig, device: "torch.device") 
     from llm.run import Run
 
     if args.checkpoint:
-        model, tokenizer = load_bare_model(args.checkpoint, config.model.n_head, config.model.gelu)
-        return model.to(device), tokenizer, DEFAULT_PROMPT
+        model, tokenizer = load_weights(str(args.checkpoint), config.model.n_head, config.model.gelu, device)
+        return model, tokenizer, DEFAULT_PROMPT
     run = Run.open(config.out_dir)
     prompt = run.config.sample_prompt
     return run.model(args.weights, str(device)), run.tokenizer, DEFAULT_PROMPT if prompt is None else prompt
@@ -133,27 +136,20 @@ def print_sample(prompt: str, tokenizer: "Tokenizer", tokens: Iterable[int]) -> 
     print(decoder.decode(b"", final=True))
 
 
-def load_bare_model(path: Path, n_head: int, gelu: str) -> "tuple[Model, Tokenizer]":
-    """Return the model and tokenizer of a .pt file. Outside a run folder, assume GPT-2's tokens, with a warning."""
-    import torch
+def load_weights(source: str, n_head: int, gelu: str, device: "torch.device") -> "tuple[Model, Tokenizer]":
+    """Return the model and tokenizer of a .pt file or of another program's model. Raises UserError.
 
-    from llm.run import Run
+    Where nothing says which tokens they are, they are taken for GPT-2's, with a warning.
+    """
     from llm.tokens.bpe import gpt2
-    from llm.tokens.token_files import GPT2_VOCAB
-    from llm.weights import load_model
+    from llm.weights import open_weights
 
     # the file gives the sizes; n_embd is only set to be divisible by n_head
-    base = from_settings({"n_head": n_head, "gelu": gelu, "n_embd": n_head}).model
-    model = load_model(path, torch.device("cpu"), base)
-    if (path.parent / "config.toml").exists():
-        return model, Run.open(path.parent).tokenizer
-    if model.config.vocab_size < GPT2_VOCAB:
-        raise UserError(
-            f"{path}: has a vocabulary of {model.config.vocab_size} tokens, which is not GPT-2's, and is in no run "
-            "folder that has its tokenizer; sample from its run folder with --out_dir"
-        )
-    warn(f"{path}: a bare state_dict, so GPT-2's tokens and {model.config.n_head} heads are assumed")
-    return model, gpt2()
+    opened = open_weights(source, from_settings({"n_head": n_head, "gelu": gelu, "n_embd": n_head}).model)
+    if opened.tokenizer is None and not opened.is_ours:
+        heads = f" and {opened.config.n_head} heads" if opened.path.is_file() else ""
+        warn(f"{source}: has no tokenizer beside it, so GPT-2's tokens{heads} are assumed")
+    return opened.model(device), opened.tokenizer or gpt2()
 
 
 def read_prompt(source: str) -> str:

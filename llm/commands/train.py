@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from llm.commands.flags import Parser, add_settings, config_from, typed_settings, warn
+from llm.commands.flags import Parser, add_settings, config_from, given_settings, typed_settings, warn
 from llm.commands.train_time import choose, deadline, read_time_config
 from llm.config import FIELDS, PRESETS, TrainConfig
 from llm.errors import Failure, UserError
@@ -177,7 +177,8 @@ def open_run(
         return stack.enter_context(resume_run(Path(config.out_dir), typed_settings(args), say, world))
     overwrite = args.overwrite or world.restarted
     with tokenizing_bar() if world.leads else contextlib.nullcontext() as progress:
-        return stack.enter_context(new_run(config, overwrite, say, progress, world))
+        given = set(FIELDS) if args.time is not None else given_settings(args)  # --time has chosen every setting
+        return stack.enter_context(new_run(config, overwrite, say, progress, world, given))
 
 
 def train_with_output(run: "LiveRun", forecast: "Forecast", trackers: "dict[str, Start]", explains: bool) -> None:

@@ -16,7 +16,7 @@ from llm.config.fields import (
     parse_duration,
     short_repr,
 )
-from llm.config.over_preset import merged, over_preset
+from llm.config.over_preset import given_names, merged, over_preset
 from llm.config.recipe import FIELDS, MODEL_FIELDS, PRESETS, TRAIN_FIELDS, GPTConfig, TrainConfig
 from llm.config.settings import (
     ALIASES,
@@ -47,6 +47,7 @@ __all__ = [
     "expanded",
     "field_type",
     "from_settings",
+    "given_names",
     "is_pattern",
     "merged",
     "over_preset",

@@ -5,7 +5,7 @@ from llm.config.recipe import GPTConfig
 
 def _attention_weights(config: GPTConfig) -> int:
     """Return the weights of queries, keys and values, and of the projection of the output, in one block."""
-    return 2 * config.n_embd * (config.n_embd + config.kv_heads * config.head_size)
+    return 2 * config.n_embd * (config.n_head + config.kv_heads) * config.head_size
 
 
 def _feed_forward_weights(config: GPTConfig) -> int:
@@ -55,10 +55,10 @@ def count_parameters(config: GPTConfig) -> int:
 def flops_per_token(config: GPTConfig) -> float:
     """Return the floating-point operations of the forward and backward pass for one token.
 
-    6 for each weight that the token is multiplied with, and 12 for each layer, channel and position of its context
-    (Chowdhery et al. 2022, appendix B). Embeddings are looked up, so they count only where the head multiplies with
-    them.
+    6 for each weight that the token is multiplied with, and 12 for each layer, channel of its heads and position of its
+    context (Chowdhery et al. 2022, appendix B). Embeddings are looked up, so they count only where the head multiplies
+    with them.
     """
     width = config.n_embd
     weights = count_hidden_matrices(config) + config.vocab_size * width
-    return 6.0 * weights + 12.0 * config.n_layer * width * config.block_size
+    return 6.0 * weights + 12.0 * config.n_layer * config.n_head * config.head_size * config.block_size

@@ -44,6 +44,13 @@ def merged(preset: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any
     return preset | given, notices
 
 
+def given_names(preset: dict[str, Any], given: dict[str, Any]) -> set[str]:
+    """Return the names of the settings that a preset and the user give, without those that `merged` ignores."""
+    settings, _ = merged(preset, given)
+    wanted = resolve_settings(preset) | resolve_settings(given)
+    return {name for name, value in settings.items() if value is not None and value == wanted[name]}
+
+
 def _conflicts(preset: dict[str, Any], given: dict[str, Any]) -> Iterator[_Conflict]:
     """Yield the conflicts of the settings that the preset sets and the user does not."""
     finders = (

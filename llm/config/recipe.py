@@ -44,13 +44,23 @@ class GPTConfig:
         high=2**20,
         arch="llama",
     )
+    head_dim: int | None = setting(
+        None, "channels of a head (default: n_embd / n_head)", low=2, high=2**12, arch="llama"
+    )
     rope_theta: float = setting(1e4, "base of RoPE's wavelengths", low=1.0, high=1e9, arch="llama")
+    norm_eps: float = setting(
+        1e-6,
+        "added to the mean square in the norms: Qwen3's; Llama's models have 1e-5",
+        above=0.0,
+        high=1.0,
+        arch="llama",
+    )
     qk_norm: bool = setting(True, "norm queries and keys: Qwen3's shape; without it, Llama's", arch="llama")
 
     def __post_init__(self) -> None:
         validate(self)
         self._check_arch()
-        if self.n_embd % self.n_head:
+        if self.head_dim is None and self.n_embd % self.n_head:
             raise UserError(
                 f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}; "
                 f"try --n_embd {math.ceil(self.n_embd / self.n_head) * self.n_head}"
@@ -61,6 +71,11 @@ class GPTConfig:
                 f"try --n_kv_head {math.gcd(self.n_head, self.kv_heads)}"
             )
         if self.arch == "llama" and self.head_size % 2:
+            if self.head_dim is not None:
+                raise UserError(
+                    f"head_dim = {self.head_dim}: RoPE turns the channels of a head in pairs; try --head_dim "
+                    f"{self.head_dim + 1}"
+                )
             raise UserError(
                 f"n_embd / n_head = {self.head_size}, and RoPE turns the channels of a head in pairs; "
                 f"try --n_embd {(self.head_size + 1) * self.n_head}"
@@ -78,7 +93,7 @@ class GPTConfig:
     @property
     def head_size(self) -> int:
         """Channels of a head."""
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
 
     @property
     def kv_heads(self) -> int:
@@ -109,8 +124,10 @@ class TrainConfig:
         None, "characters to take from tinystories or fineweb-edu (default: 200M)", low=1, unit="characters"
     )
     text_field: str | None = setting(None, "field (.jsonl) or column (.parquet) that holds the text (default: text)")
-    tokenizer: Literal["auto", "gpt2", "bpe", "byte", "char"] = setting(
-        "auto", "auto: gpt2 if its vocabulary can be loaded, else a bpe trained on the text"
+    tokenizer: Literal["auto", "gpt2", "bpe", "byte", "char", "hf"] = setting(
+        "auto",
+        "auto: gpt2 if its vocabulary can be loaded, else a bpe trained on the text; hf: that of the weights of "
+        "init_from, made by another program",
     )
     vocab_size: int | None = setting(
         None, "tokens in the vocabulary (default: the tokenizer's; 4096 for bpe)", low=1, high=2**31
@@ -189,7 +206,9 @@ class TrainConfig:
     )
     cpu_offload: bool = setting(False, "keep the shards of fsdp in host memory")
     seed: int = setting(1337, "seed of initial weights, batches and dropout", low=0, high=2**63 - 1)
-    init_from: str | None = setting(None, "start from the weights of a run folder or a .pt file")
+    init_from: str | None = setting(
+        None, "start from weights: a run folder, a .pt file, a folder in Hugging Face's format or its name on the hub"
+    )
     sample_prompt: str | None = setting(
         None, "prompt of the sample at each evaluation (default: ROMEO: or a line break)"
     )

@@ -79,6 +79,7 @@ def prove(
     logits: Callable[[list[int]], Tensor],
     bound: float = FLOAT32_BOUND,
     reference: Model | None = None,
+    decode: Callable[[list[int]], str] | None = None,
 ) -> Proof:
     """Compare an export with its run, and return the figures.
 
@@ -89,15 +90,16 @@ def prove(
         bound: the largest difference of a logit that is allowed, as a share of the largest logit of its text.
         reference: the model that the export's logits are compared with, if not the run's own: for an export in fewer
             bits, the run's model with its weights rounded to these. The losses compare with the run's own.
+        decode: returns the export's text of ids, if it has a decoder of its own to compare.
 
     Raises:
         UserError: an id or a logit differs; the message says which.
     """
     tokenizer = source.tokenizer
     text = validation_text(source)
-    validation_tokens = compare_ids(tokenizer, encode, text) if text else 0
+    validation_tokens = compare_ids(tokenizer, encode, decode, text) if text else 0
     hostile = hostile_texts(tokenizer)
-    hostile_tokens = sum(compare_ids(tokenizer, encode, words) for words in hostile)
+    hostile_tokens = sum(compare_ids(tokenizer, encode, decode, words) for words in hostile)
     sums = _Sums()
     windows = list(_windows(source.validation, source.model.config.block_size))
     for ids in windows:
@@ -126,11 +128,21 @@ def hostile_texts(tokenizer: Tokenizer) -> list[str]:
     return [*kept, "".join(kept) + known + known[::-1]]
 
 
-def compare_ids(tokenizer: Tokenizer, encode: Callable[[str], Sequence[int]], text: str) -> int:
-    """Return the number of ids of `text`. Raises UserError if the export has others."""
+def compare_ids(
+    tokenizer: Tokenizer,
+    encode: Callable[[str], Sequence[int]],
+    decode: Callable[[list[int]], str] | None,
+    text: str,
+) -> int:
+    """Return the number of ids of `text`. Raises UserError if the export has others, or another text for them."""
     ours = tokenizer.encode(text).tolist()
     theirs = list(encode(text))
     if ours == theirs:
+        if decode is not None and decode(ours) != tokenizer.decode(ours):
+            raise UserError(
+                f"the export does not decode as the run does: its text of the ids of {text[:40]!r} differs; "
+                "nothing was written"
+            )
         return len(ours)
     pairs = zip(ours, theirs, strict=False)
     place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))

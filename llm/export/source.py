@@ -24,6 +24,7 @@ class Source:
     model: Model
     tokenizer: Tokenizer
     validation: Ids  # (N,); empty if the run's token files are not here
+    data_dir: str | None = None  # where they are, if not where the run left them
 
 
 def open_source(run_dir: Path, weights: str = "best", data_dir: str | None = None, say: Say = print) -> Source:
@@ -36,7 +37,13 @@ def open_source(run_dir: Path, weights: str = "best", data_dir: str | None = Non
     if weights == "best" and not (run.path / "best.pt").is_file():
         weights = "last"
     name = {"best": "best.pt", "last": "model.pt"}[weights]
-    return Source(run, name, run.model(weights, "cpu"), run.tokenizer, _validation(run, data_dir, say))
+    model, tokenizer = run.model(weights, "cpu"), run.tokenizer
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{run.path}: has no tokenizer.json, and its {model.config.vocab_size} tokens are not GPT-2's; an export "
+            "needs the tokenizer: put that of the run's data folder there"
+        )
+    return Source(run, name, model, tokenizer, _validation(run, data_dir, say), data_dir)
 
 
 def _validation(run: Run, data_dir: str | None, say: Say) -> Ids:

@@ -160,7 +160,7 @@ def _fused_block_bytes(model: GPTConfig) -> int:
     """What `llm.machine.fused_block` keeps of a block for each token; the names are those of its tensors."""
     joined = (model.n_head + 2 * model.kv_heads) * model.head_size
     x_and_middle = 2 * 4 * model.n_embd
-    y_1_y_2_and_merged = 3 * 2 * model.n_embd
+    y_1_y_2_and_merged = 2 * (2 * model.n_embd + model.n_head * model.head_size)
     joined_and_heads = 2 * 2 * joined
     attention = 2 * model.n_head * model.block_size
     gates = 2 * 2 * model.ffn_width
@@ -170,17 +170,17 @@ def _fused_block_bytes(model: GPTConfig) -> int:
 
 def _llama_block_bytes(model: GPTConfig, itemsize: int, by_plain_operations: bool) -> int:
     """What autograd keeps of a block of `llm.llama` for each token, without the weights of attention."""
-    width, keys = model.n_embd, model.kv_heads * model.head_size
+    width, queries, keys = model.n_embd, model.n_head * model.head_size, model.kv_heads * model.head_size
     stream_and_normed = 4 * 4 * width  # before attention and before the feed-forward layer, in float32
-    scaled_rotated_and_merged = 5 * itemsize * width  # the inputs of three products; queries and keys
+    scaled_rotated_and_merged = itemsize * (2 * width + 3 * queries)  # the inputs of three products; queries and keys
     feed_forward = 4 * itemsize * model.ffn_width  # gate and up, the activated gate, the product
     found = stream_and_normed + scaled_rotated_and_merged + feed_forward
     if itemsize == 4 or not by_plain_operations:
-        found += itemsize * (width + 2 * keys)  # queries, keys and values as they were joined
-    if by_plain_operations or keys < width:
-        found += itemsize * width  # values, copied
+        found += itemsize * (queries + 2 * keys)  # queries, keys and values as they were joined
+    if by_plain_operations or keys < queries:
+        found += itemsize * queries  # values, copied
     if model.qk_norm:  # the normed vectors in float32, and in bfloat16 a copy of them before
-        found += (4 if itemsize == 4 else 8) * (width + keys)
+        found += (4 if itemsize == 4 else 8) * (queries + keys)
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm.config import MODEL_FIELDS, from_settings
+from llm.config.recipe import MUON_SETTINGS
 from llm.machine.device import choose_device
 from llm.plan import proposal, rule
 from llm.plan.proposal import Proposal
@@ -15,6 +16,7 @@ from llm.plan.text_facts import TextFacts, look_at
 from llm.plan.text_size import text_of, with_vocabulary
 from llm.prepare.reuse import default_folder, ensure
 from llm.prepare.shards import Progress
+from llm.start import fine_tuning
 from llm.start.init_from import starting_point
 from llm.start.run_folder import refuse_existing
 from llm.tokens.token_files import has_tokens
@@ -63,10 +65,22 @@ def choose_run(
 
 def with_weights(request: Request, say: Callable[[str], None]) -> tuple[Request, Tokenizer | None]:
     """Return the request with the shape and the tokenizer of the weights of `init_from` as given, and the tokenizer."""
-    config, _, tokenizer = starting_point(request.config, say)
+    start = starting_point(request.config, say, request.given)
+    config = start.config
     settings = {name: getattr(config.model, name) for name in MODEL_FIELDS if name != "dropout"}
-    given = request.given | settings | {"tokenizer": config.tokenizer}
-    return dataclasses.replace(request, config=config, given=given), tokenizer
+    settings["tokenizer"] = config.tokenizer
+    epochs: float = request.most_epochs
+    if not start.is_ours:
+        chosen = fine_tuning.settings(config.model, request.given)
+        if not request.given.keys() & {"optimizer", *MUON_SETTINGS}:
+            chosen["optimizer"] = "adamw"  # which such models were trained with
+        config = from_settings(chosen, config)
+        settings |= chosen
+        epochs = fine_tuning.EPOCHS
+        if "block_size" not in request.given:
+            del settings["block_size"]  # at most that of `config`, if the time suits it
+    given = request.given | settings
+    return dataclasses.replace(request, config=config, given=given, most_epochs=epochs), start.tokenizer
 
 
 def has_own_tokens(request: Request) -> bool:

@@ -65,7 +65,7 @@ def _steps(choice: Choice) -> str:
     trained = config.max_steps * config.tokens_per_step
     seconds = sum(run_seconds(config, text, pace).values()) + choice.proposal.probes * rule.PROBE_SECONDS
     is_capped = seconds < 0.9 * rule.FILL * choice.request.seconds
-    reason = f"; more than {rule.MOST_EPOCHS} passes over a text gain little" if is_capped else ""
+    reason = f"; more than {choice.request.most_epochs:g} passes over a text gain little" if is_capped else ""
     return (
         f"{config.max_steps:,} of {config.windows_per_step} windows, {short(trained / text.tokens)} epochs, so dropout "
         f"{config.model.dropout:g}; about {spoken(seconds)} of {spoken(choice.request.seconds)}{reason}"

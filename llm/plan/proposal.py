@@ -100,7 +100,10 @@ def with_chosen(config: TrainConfig, request: Request, chosen: dict[str, Any]) -
 def candidates(request: Request, text: Text) -> list[TrainConfig]:
     """Return the run in each shape that the given settings allow, from small to large."""
     given = request.given
-    config = with_chosen(request.config, request, {"block_size": rule.block_size(request.seconds, text.tokens)})
+    size = rule.block_size(request.seconds, text.tokens)
+    if request.config.init_from:
+        size = min(size, request.config.model.block_size)
+    config = with_chosen(request.config, request, {"block_size": size})
     config = from_settings(rule.batch(given, config.model.block_size, text.tokens), config)
     config = with_chosen(config, request, {"max_time": request.seconds})
     if config.init_from:
@@ -129,7 +132,7 @@ def suits(config: TrainConfig, request: Request, text: Text, pace: Pace) -> bool
     if blocks > rule.PARAMETERS_PER_TOKEN * text.tokens:
         return False
     steps = affordable_steps(config, request, text, pace, rule.probes(request.seconds))
-    return steps >= min(rule.GOOD_STEPS, int(useful_steps(config, text)))
+    return steps >= min(rule.GOOD_STEPS, int(useful_steps(config, request, text)))
 
 
 def check_time(config: TrainConfig, request: Request, text: Text, pace: Pace) -> None:

@@ -21,6 +21,7 @@ class Request:
     config: TrainConfig
     given: dict[str, Any]  # settings that must not change
     seconds: float
+    most_epochs: float = rule.MOST_EPOCHS  # passes over the text
 
 
 def read_request(

@@ -22,7 +22,7 @@ def with_steps(config: TrainConfig, request: Request, text: Text, pace: Pace, pr
 
 
 def affordable_steps(config: TrainConfig, request: Request, text: Text, pace: Pace, probes: int) -> int:
-    """Return the steps that fit after `probes`, at most those of MOST_EPOCHS passes over the text."""
+    """Return the steps that fit after `probes`, at most the useful ones."""
     evaluation = _other_seconds(config, pace) + _validation_seconds(config, request, text, pace)
     seconds = rule.FILL * request.seconds - starting_seconds(text) - probes * rule.PROBE_SECONDS - evaluation
     step = pace.step
@@ -30,12 +30,12 @@ def affordable_steps(config: TrainConfig, request: Request, text: Text, pace: Pa
         step += evaluation / request.given["eval_every"]
     else:
         seconds -= evaluation * count_evaluations(config, request, pace)
-    return max(0, int(min(seconds / step, useful_steps(config, text), 1e9)))
+    return max(0, int(min(seconds / step, useful_steps(config, request, text), 1e9)))
 
 
-def useful_steps(config: TrainConfig, text: Text) -> float:
-    """Return the steps of MOST_EPOCHS passes over the text."""
-    return max(rule.LEAST_STEPS, rule.MOST_EPOCHS * text.tokens / config.tokens_per_step)
+def useful_steps(config: TrainConfig, request: Request, text: Text) -> float:
+    """Return the steps of the most passes over the text that are useful."""
+    return max(rule.LEAST_STEPS, request.most_epochs * text.tokens / config.tokens_per_step)
 
 
 def count_evaluations(config: TrainConfig, request: Request, pace: Pace) -> int:

@@ -13,8 +13,8 @@ from llm.prepare.reuse import default_folder
 from llm.text import corpus, hub
 from llm.tokens.token_files import GPT2_VOCAB, check_length, has_tokens, read_meta, vocabulary_of
 
-# of tiny Shakespeare; for bpe by the size of its vocabulary
-BYTES_PER_TOKEN = {"gpt2": 3.3, "auto": 3.3, "byte": 1.0, "char": 1.0}
+# of tiny Shakespeare; hf: as for GPT-2's; for bpe by the size of its vocabulary
+BYTES_PER_TOKEN = {"gpt2": 3.3, "auto": 3.3, "hf": 3.3, "byte": 1.0, "char": 1.0}
 BYTES_PER_BPE_TOKEN = ((0, 1.9), (1024, 2.4), (2048, 2.9), (4096, 3.2))
 
 VOCABULARY = {"gpt2": GPT2_VOCAB, "auto": GPT2_VOCAB, "bpe": 4096, "byte": 257, "char": 65}
@@ -72,7 +72,7 @@ def _estimate(config: TrainConfig) -> Text:
         elif name in downloads:
             size += TEXT_BYTES
     characters = size
-    vocabulary = VOCABULARY[config.tokenizer]
+    vocabulary = VOCABULARY.get(config.tokenizer, config.model.vocab_size)  # of hf: that of the weights
     if files:
         with corpus.opened(files, text_field=config.text_field) as source:
             size += sum(file.text_bytes() for file in source.files)
@@ -83,7 +83,7 @@ def _estimate(config: TrainConfig) -> Text:
     count = characters if config.tokenizer == "char" else int(size / _bytes_per_token(config, vocabulary))
     tokens = int(count * (1 - config.val_fraction))
     are_paths = all(Path(name).is_file() or Path(name).is_dir() for name in names)
-    if tokens < FEW_WINDOWS * config.model.block_size and are_paths:
+    if tokens < FEW_WINDOWS * config.model.block_size and are_paths and config.tokenizer != "hf":
         check_short(config)
     if tokens == 0:
         raise UserError("text: there is nothing in it to train on; give more")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from llm.errors import Failure
+from llm.errors import Failure, UserError
 from llm.text.corpus import Corpus, Say, Survey, documents_between
 from llm.tokens.bpe import BPE_VOCAB_SIZE, gpt2, train_bpe
 from llm.tokens.tokenizer import Bytes, Tokenizer
@@ -18,8 +18,13 @@ def open_tokenizer(kind: str, source: Corpus, offline: bool, say: Say) -> Tokeni
     """Return the tokenizer if it needs no text, None if it is made from the text. `say` gets a line for a fallback.
 
     Raises:
+        UserError: `kind` is "hf", the kind of a tokenizer that comes with weights.
         Failure: `kind` is "gpt2", and GPT-2's vocabulary cannot be downloaded.
     """
+    if kind == "hf":
+        raise UserError(
+            "tokenizer = 'hf': is the tokenizer of a model to start from; give it with losscurve train --init_from"
+        )
     if source.missing:
         chosen = "a bpe trained on them" if kind == "auto" else f"{kind} tokens"
         say(f"{source.missing}. Using the help topics that come with Python instead, with {chosen}")

@@ -19,7 +19,13 @@ TOKENS = 12  # most frequent and least frequent ones listed, each
 COUNTED = 2**27  # training tokens counted, about; beyond that, evenly spaced pieces of PIECE tokens
 PIECE = 2**20
 
-KINDS = {"gpt2": "GPT-2's BPE", "bpe": "a BPE trained on the text", "byte": "bytes", "char": "characters"}
+KINDS = {
+    "gpt2": "GPT-2's BPE",
+    "bpe": "a BPE trained on the text",
+    "byte": "bytes",
+    "char": "characters",
+    "hf": "that of other weights",
+}
 
 
 def make_card(run: Run, data: TokenData | str, tokenizer: Tokenizer | None, trouble: list[str]) -> DataCard:

@@ -1,19 +1,19 @@
 """Start from saved weights: the run takes their shape and tokenizer."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
 
-from llm.config import MODEL_FIELDS, GPTConfig, TrainConfig, from_settings
+from llm.config import FIELDS, MODEL_FIELDS, GPTConfig, TrainConfig, from_settings, to_settings
 from llm.data import TokenData
 from llm.errors import UserError
 from llm.prepare.reuse import default_folder
+from llm.start import fine_tuning
 from llm.start.run_folder import Say
-from llm.tokens.saved_tokenizer import load_tokenizer
-from llm.tokens.token_files import GPT2_VOCAB
 from llm.tokens.tokenizer import Tokenizer
-from llm.weights import read_weights, weights_file
+from llm.weights import open_weights
 
 
 def check_tokens(config: TrainConfig, data: TokenData, given: Tokenizer | None, tokenizer: Tokenizer | None) -> None:
@@ -26,35 +26,60 @@ def check_tokens(config: TrainConfig, data: TokenData, given: Tokenizer | None, 
         )
 
 
-def starting_point(config: TrainConfig, say: Say) -> tuple[TrainConfig, dict[str, Tensor], Tokenizer | None]:
-    """Return the config with the shape and tokenizer kind of the weights, the weights, and their tokenizer.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run takes from the weights that it starts from."""
 
-    The tokenizer is None if there is no tokenizer.json beside the weights; GPT-2's is then assumed. Raises UserError if
-    the config asks for a size or a tokenizer that the weights do not have.
+    config: TrainConfig  # with their shape and the kind of their tokenizer
+    weights: dict[str, Tensor]
+    tokenizer: Tokenizer | None  # None: GPT-2's is assumed
+    is_ours: bool  # a run of losscurve; for others, settings that are not given are those of llm.start.fine_tuning
+
+
+def starting_point(config: TrainConfig, say: Say, given: Collection[str] | None = None) -> Start:
+    """Return the config with the shape and tokenizer kind of the weights of `init_from`, and the weights.
+
+    `given` are the names of the settings that the user gave (default: those that differ from the chapter's). The
+    context may be shorter than that of the weights. Raises UserError if a given size or tokenizer is not theirs.
     """
-    source = weights_file(str(config.init_from))
-    shape, weights = read_weights(source, config.model)
-    for name in MODEL_FIELDS.keys() - {"dropout"}:
-        asked, saved = getattr(config.model, name), getattr(shape, name)
-        if asked not in (saved, getattr(GPTConfig(), name)):
-            raise UserError(f"{name} = {asked}: the weights of {config.init_from} have {saved}; leave it out")
-    given, kind = None, "gpt2"
-    if source.with_name("tokenizer.json").exists():
-        given = load_tokenizer(source.with_name("tokenizer.json"))
-        kind = given.kind
-    elif shape.vocab_size < GPT2_VOCAB:
-        raise UserError(
-            f"{source}: no tokenizer.json beside it says what its {shape.vocab_size} tokens are; give a run"
-        )
+    if given is None:
+        given = changed_settings(config)
+    opened = open_weights(str(config.init_from), config.model)
+    shape, weights = opened.config, opened.weights
+    _check_shape(config, shape, given)
+    kind = "gpt2"
+    if opened.tokenizer is not None:
+        kind = opened.tokenizer.kind
     else:
-        say(f"{source}: no tokenizer.json beside it, so GPT-2's tokens are assumed")
+        say(f"{opened.path}: no tokenizer.json beside it, so GPT-2's tokens are assumed")
     if config.tokenizer not in ("auto", kind):
         raise UserError(
             f"tokenizer = {config.tokenizer!r}: the weights of {config.init_from} know {kind} tokens; leave it out"
         )
     changes: dict[str, Any] = {"tokenizer": kind}
-    if kind in ("bpe", "char") and config.text and config.data_dir is None:  # the same kind may have another vocabulary
+    if kind in ("bpe", "char", "hf") and config.text and config.data_dir is None:  # of one kind, but not the same
         folder = default_folder(dataclasses.replace(config, tokenizer="auto"))
-        changes["data_dir"] = f"{folder}-for-{source.resolve().parent.name}"
-    model = dataclasses.replace(shape, dropout=config.model.dropout)
-    return dataclasses.replace(from_settings(changes, config), model=model), weights, given
+        name = opened.path.resolve() if opened.path.is_dir() else opened.path.resolve().parent
+        changes["data_dir"] = f"{folder}-for-{name.name}"
+    if not opened.is_ours:
+        changes |= fine_tuning.settings(shape, given)
+    block_size = changes.pop("block_size", config.model.block_size if "block_size" in given else shape.block_size)
+    model = dataclasses.replace(shape, dropout=config.model.dropout, block_size=block_size)
+    if "wpe.weight" in weights:
+        weights["wpe.weight"] = weights["wpe.weight"][:block_size]
+    config = dataclasses.replace(from_settings(changes, config), model=model)
+    return Start(config, weights, opened.tokenizer, opened.is_ours)
+
+
+def changed_settings(config: TrainConfig) -> set[str]:
+    """Return the names of the settings that differ from the chapter's."""
+    defaults = to_settings(TrainConfig())
+    return {name for name, value in to_settings(config).items() if value != defaults.get(name, FIELDS[name].default)}
+
+
+def _check_shape(config: TrainConfig, shape: GPTConfig, given: Collection[str]) -> None:
+    for name in MODEL_FIELDS.keys() - {"dropout"}:
+        asked, saved = getattr(config.model, name), getattr(shape, name)
+        if name not in given or asked == saved or (name == "block_size" and asked < saved):
+            continue
+        raise UserError(f"{name} = {asked}: the weights of {config.init_from} have {saved}; leave it out")

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from llm.machine.device import DTYPES, choose_device, choose_dtype
 from llm.machine.parallel import check_parallel
 from llm.machine.world import ALONE, World
 from llm.prepare.reuse import default_folder
+from llm.start import fine_tuning
 from llm.start.agreement import agree, local_rank
 from llm.start.build import build, connect
-from llm.start.init_from import check_tokens, starting_point
+from llm.start.init_from import changed_settings, check_tokens, starting_point
 from llm.start.run_data import beside
 from llm.start.run_folder import Say, clear, disk_needed, refuse_existing, say_limits, write_environment
 from llm.start.texts import default_prompt, open_text
@@ -37,17 +38,20 @@ def new_run(
     say: Say = lambda _: None,
     progress: Any = None,
     world: World = ALONE,
+    given: Collection[str] | None = None,
 ) -> Iterator[LiveRun]:
     """Yield a new run, ready for `train`. Its folder is locked until the block ends.
 
-    `progress(done, total)` shows the progress of tokenizing. Of several processes only rank 0 touches the run folder.
+    `progress(done, total)` shows the progress of tokenizing. `given` are the names of the settings that the user gave
+    (default: those that differ from the chapter's); with `init_from`, the weights decide some of the others. Of several
+    processes only rank 0 touches the run folder.
 
     Raises UserError if the run cannot work. It leaves the run folder untouched then, but may have tokenized the text.
     """
     with contextlib.ExitStack() as stack:
         with world.together():
             device, dtype = check_request(config, overwrite, world)
-            config, text, weights = open_new_text(config, dtype, say, progress, world)
+            config, text, weights = open_new_text(config, dtype, say, progress, world, given)
             agree(config, text.data, device, world)
         parts = build(config, text.data, text.tokenizer, device, dtype, world, weights)
         with world.together():
@@ -86,27 +90,41 @@ class OpenText:
 
 
 def open_new_text(
-    config: TrainConfig, dtype: torch.dtype, say: Say, progress: Any, world: World
+    config: TrainConfig,
+    dtype: torch.dtype,
+    say: Say,
+    progress: Any,
+    world: World,
+    given: Collection[str] | None,
 ) -> tuple[TrainConfig, OpenText, dict[str, torch.Tensor] | None]:
     """Return the config with all automatic choices made, the text, and the weights to start from (None: new ones).
 
     Tokenizes the text first if necessary. Raises UserError if it is too short, or if its tokens are not those of the
     weights of `init_from`.
     """
-    weights = given = None
+    start = None
     if config.init_from:
-        config, weights, given = starting_point(config, say)
+        given = changed_settings(config) if given is None else given
+        start = starting_point(config, say, given)
+        config = start.config
     world.gather(None)  # the other ranks wait here until rank 0 has passed its checks
-    data, tokenizer = open_text(config, say, progress, given, world)
-    if weights is None:
+    data, tokenizer = open_text(config, say, progress, None if start is None else start.tokenizer, world)
+    if start is None:
         vocab_size = config.vocab_size or data.vocab_size
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
     else:
-        check_tokens(config, data, given, tokenizer)
+        check_tokens(config, data, start.tokenizer, tokenizer)
+        if not start.is_ours:
+            config = fine_tuning.with_steps(config, len(data.train), given or ())
+            say(fine_tuning.line(config, len(data.train), given or ()))
     prompt = config.sample_prompt or default_prompt(data, tokenizer)
     if tokenizer is not None:
         tokenizer.encode(prompt)  # raises now if a character is not in the vocabulary
-    return resolve(config, data, dtype, prompt), OpenText(data, tokenizer, prompt), weights
+    return (
+        resolve(config, data, dtype, prompt),
+        OpenText(data, tokenizer, prompt),
+        None if start is None else start.weights,
+    )
 
 
 def open_new_folder(parts: Parts, overwrite: bool, say: Say) -> contextlib.ExitStack:

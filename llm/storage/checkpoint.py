@@ -84,14 +84,16 @@ def _remove_old(run_dir: Path, step: int, keep: int) -> None:
                 storage.note(run_dir, "old checkpoints could not be removed; the next save tries again", error)
 
 
-def serialize_tensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+def serialize_tensors(
+    tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a safetensors file, one tensor at a time.
 
     They are the bytes that `safetensors.torch.save` returns; that function holds all tensors in memory twice more.
     """
     # Largest elements first, as safetensors orders them: so all tensors are aligned.
     ordered = sorted(tensors.items(), key=lambda named: (-named[1].element_size(), named[0]))
-    header = {}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     start = 0
     for name, value in ordered:
         end = start + value.nbytes

@@ -23,6 +23,9 @@ VOCAB_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/voc
 VOCAB_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
 
+GPT2_SHA256 = "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"  # of its tokens, as we save them
+
+
 SMALLEST_VOCAB = 257  # the bytes and end-of-text
 
 
@@ -141,6 +144,11 @@ def from_printable(names: Iterable[str]) -> list[bytes]:
     """
     byte_of = {character: byte for byte, character in _byte_alphabet().items()}
     return [bytes(byte_of[character] for character in name) for name in names]
+
+
+def hash_names(names: list[str]) -> str:
+    """Return the SHA-256 of a list of tokens in GPT-2's printable alphabet."""
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def gpt2(offline: bool = False) -> BPE:

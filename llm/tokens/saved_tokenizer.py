@@ -7,10 +7,9 @@ from typing import Any
 
 from llm import storage
 from llm.errors import UserError
-from llm.tokens.bpe import BPE, from_printable
+from llm.tokens.bpe import BPE, GPT2_SHA256, from_printable, hash_names
+from llm.tokens.huggingface import HuggingFace
 from llm.tokens.tokenizer import Bytes, Characters, Tokenizer
-
-GPT2_SHA256 = "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"  # of the tokens as we save them
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
@@ -53,7 +52,9 @@ def from_json(saved: Any) -> Tokenizer:
         return _characters_from_json(saved["characters"])
     if kind in ("bpe", "gpt2"):
         return _bpe_from_json(saved["tokens"], kind)
-    raise ValueError(f"kind is {kind!r}: expected gpt2, bpe, byte or char")
+    if kind == "hf":
+        return HuggingFace(saved["content"], saved["end_of_text"])
+    raise ValueError(f"kind is {kind!r}: expected gpt2, bpe, byte, char or hf")
 
 
 def _characters_from_json(characters: Any) -> Characters:
@@ -71,10 +72,6 @@ def _bpe_from_json(names: Any, kind: str) -> BPE:
     every_byte = {bytes([i]) for i in range(256)}
     if len(distinct) != len(tokens) or not every_byte <= distinct:
         raise ValueError("tokens: expected every byte, and no token twice")
-    if kind == "gpt2" and _hash_names(names) != GPT2_SHA256:
+    if kind == "gpt2" and hash_names(names) != GPT2_SHA256:
         raise ValueError("tokens: not those of GPT-2")
     return BPE(tokens, kind)
-
-
-def _hash_names(names: list[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()

@@ -32,6 +32,8 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def end_of_text(self) -> int | None: ...
+    @property
+    def is_lossless(self) -> bool: ...
     def encode(self, text: str) -> Ids:
         """Return the ids of `text`.
 
@@ -55,6 +57,7 @@ class TokenList:
     """The part that all tokenizers share: the list of tokens, and decoding."""
 
     kind: str
+    is_lossless = True  # decoding the ids of a text gives exactly that text
 
     def __init__(self, tokens: list[bytes], end_of_text: int | None) -> None:
         self.tokens = tokens

@@ -7,7 +7,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from llm.commands.flags import Parser, add_settings, config_from, flag, path, request_from, warn
+from llm.commands.flags import Parser, add_settings, config_from, flag, given_settings, path, request_from, warn
 from llm.commands.planning import plan_scale
 from llm.config import FIELDS, PRESETS, TrainConfig
 
@@ -37,6 +37,7 @@ def main(argv: list[str]) -> int:
     from llm.plan.plan_file import check_new, write
     from llm.plan.text_size import text_of, with_vocabulary
     from llm.plan.timing import fits, probe
+    from llm.start.fine_tuning import with_steps
     from llm.start.init_from import starting_point
 
     if args.out:
@@ -50,8 +51,11 @@ def main(argv: list[str]) -> int:
         lines += choice_lines(choice)
     else:
         if config.init_from:
-            config = starting_point(config, warn)[0]
+            start = starting_point(config, warn, given_settings(args))
+            config = start.config
         text = text_of(config)
+        if config.init_from and not start.is_ours:
+            config = with_steps(config, text.tokens, given_settings(args))
         if not config.init_from:
             config = with_vocabulary(config, text.vocabulary)
         warn_if_busy()

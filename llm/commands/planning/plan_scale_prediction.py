@@ -88,7 +88,7 @@ def with_text(config: TrainConfig) -> tuple[TrainConfig, int]:
     from llm.start.init_from import starting_point
 
     if config.init_from:
-        config = starting_point(config, warn)[0]
+        config = starting_point(config, warn).config
     text = text_of(config)
     if not config.init_from:
         config = with_vocabulary(config, text.vocabulary)

@@ -16,12 +16,19 @@ from llm.errors import UserError
 from llm.tokens.foreign import is_text, signature
 
 WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which training programs store the weights
+NORMS = ("ln_1.weight", "ln_2.weight", "ln_f.weight")
+FEED_FORWARD = ("mlp.c_fc.weight", "mlp.c_proj.weight")
 SAVE = "save the weights alone: torch.save(model.state_dict(), 'weights.pt')"
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch.save's magic number, before it wrote zip
 
 
 def run_config(folder: Path) -> TrainConfig:
     """Return the settings of the run in `folder`. Raises UserError if there is no run."""
+    if (folder / "config.json").is_file() and not (folder / "config.toml").exists():
+        raise UserError(
+            f"{folder}: a model in Hugging Face's format and no run; sample from it with --checkpoint {folder}, train "
+            f"from it with --init_from {folder}"
+        )
     if not (folder / "config.toml").is_file():
         raise UserError(f"{folder}: no run here (no config.toml); give the folder of one, or train one there")
     return from_settings(read_toml(str(folder / "config.toml")))
@@ -34,7 +41,10 @@ def weights_file(source: str) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise UserError(f"{source}: no run and no .pt file there; give a run folder or a state_dict saved by torch.save")
+    what = "no weights in this folder" if path.is_dir() else "no such file or folder"
+    raise UserError(
+        f"{source}: {what}; give a run folder, a state_dict saved by torch.save, or a model in Hugging Face's format"
+    )
 
 
 def load_model(path: Path, device: torch.device, base: GPTConfig | None = None) -> Model:
@@ -112,23 +122,50 @@ def _state_dict(path: Path, content: Any, base: GPTConfig) -> tuple[dict[str, Te
     The weights are taken out of the dict that a training program puts around them, without the prefix that
     torch.compile, DDP or a wrapping module adds to their names. Raises UserError if there are none.
     """
+    is_nanogpt = False
     for _ in range(3):  # dicts may be nested; in a hostile file, one may contain itself
         inner = [content[key] for key in WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)]
         if not inner:
             break
         arguments = content.get("model_args")
+        is_nanogpt = is_nanogpt or isinstance(arguments, dict)
         if isinstance(arguments, dict) and type(arguments.get("n_head")) is int:
             base = dataclasses.replace(base, n_head=arguments["n_head"])
         content = inner[0]
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__} and no weights; {SAVE}")
+    content = {_without_wrappers(name): tensor for name, tensor in content.items()}
     found = [name for name in content if isinstance(name, str) and name.endswith("wte.weight")]
     if len(found) != 1:
         some = ", ".join(map(repr, list(content)[:3])) or "none"
         raise UserError(f"{path}: has no wte.weight (its names: {some}, …), so no weights of a GPT of ours; {SAVE}")
     prefix = found[0].removesuffix("wte.weight")
     weights = {name.removeprefix(prefix) if isinstance(name, str) else name: w for name, w in content.items()}
-    return (weights if len(weights) == len(content) else content), base
+    weights = weights if len(weights) == len(content) else content
+    return (_of_nanogpt(weights) if is_nanogpt else weights), base
+
+
+def _without_wrappers(name: Any) -> Any:
+    """Return the name of a tensor without what torch.compile and DDP put before it."""
+    return re.sub(r"^(?:_orig_mod\.|module\.)+", "", name) if isinstance(name, str) else name
+
+
+def _of_nanogpt(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of nanoGPT's model in ours.
+
+    Its head is always tied, also where a copy in half precision has stored it twice. Without biases it has none in the
+    norms and the feed-forward layers either, where ours have them: they are zeros. Old versions saved the mask of
+    attention as attn.bias.
+    """
+    found = {name: w for name, w in weights.items() if not (name.endswith(".attn.bias") and w.dim() == 4)}
+    for name in [name for name in found if name.endswith((*NORMS, *FEED_FORWARD))]:
+        bias = name.removesuffix("weight") + "bias"
+        if bias not in found:
+            found[bias] = found[name].new_zeros(len(found[name]))
+    head, embedding = found.get("lm_head.weight"), found["wte.weight"]
+    if head is None or torch.equal(head, embedding):
+        found["lm_head.weight"] = embedding
+    return found
 
 
 def read_weights(path: Path, base: GPTConfig) -> tuple[GPTConfig, dict[str, Tensor]]:
@@ -196,10 +233,10 @@ def _llama_sizes(weights: dict[str, Tensor], base: GPTConfig) -> dict[str, Any]:
     """Return the sizes that a llama's tensors show. Its context, heads and rope_theta are not among them."""
     if base.arch != "llama":
         raise UserError("has no wpe.weight, and only the config.toml of its run tells the sizes of a llama")
-    n_embd = weights["wte.weight"].shape[1]
+    head_size = base.head_dim or weights["wte.weight"].shape[1] // base.n_head
     rows = weights["h.0.attn.c_attn.weight"].shape[0]  # those of queries, keys and values
     return {
-        "n_kv_head": (rows - n_embd) // (2 * n_embd // base.n_head),
+        "n_kv_head": (rows // head_size - base.n_head) // 2,
         "ffn_dim": weights["h.0.mlp.c_fc.weight"].shape[0] // 2,
         "qk_norm": "h.0.qk_norm.q.weight" in weights,
     }

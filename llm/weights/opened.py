@@ -1,0 +1,66 @@
+"""Weights to go on from, whoever wrote them: of a run, of a .pt file, or of a model in Hugging Face's format."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llm.arch import Model, make_model
+from llm.config import GPTConfig
+from llm.errors import UserError
+from llm.tokens.foreign import characters
+from llm.tokens.saved_tokenizer import load_tokenizer
+from llm.tokens.token_files import GPT2_VOCAB
+from llm.tokens.tokenizer import Tokenizer
+from llm.weights.foreign import is_foreign, read_foreign
+from llm.weights.pt_file import read_weights, weights_file
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model in our terms."""
+
+    path: Path  # the file or folder that holds it
+    config: GPTConfig
+    weights: dict[str, Tensor]
+    tokenizer: Tokenizer | None  # None: nothing beside the weights says; they are GPT-2's tokens then
+    is_ours: bool  # from a run folder, so trained with the settings that losscurve trains with
+
+    def model(self, device: torch.device) -> Model:
+        """Return the model in evaluation mode."""
+        model = make_model(self.config)
+        model.load_state_dict(self.weights)
+        return model.to(device).eval()
+
+
+def open_weights(source: str, base: GPTConfig) -> Opened:
+    """Return the weights of a run folder (the best), a .pt file, a model in Hugging Face's format or its name there.
+
+    `base` has what a .pt file does not tell: heads and GELU. Raises UserError for what cannot be used, and Failure if
+    the hub cannot be read.
+    """
+    if is_foreign(source):
+        found = read_foreign(source)
+        path, config, weights, tokenizer, is_ours = found.folder, found.config, found.weights, found.tokenizer, False
+    else:
+        path = weights_file(source)
+        config, weights = read_weights(path, base)
+        tokenizer = _tokenizer_beside(path)
+        is_ours = path.with_name("config.toml").is_file()
+    if tokenizer is None and config.vocab_size < GPT2_VOCAB:
+        raise UserError(
+            f"{path}: no tokenizer.json beside it says what its {config.vocab_size} tokens are; put it there"
+        )
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{path}: its vocabulary is {config.vocab_size}, and the tokenizer beside it has {tokenizer.vocab_size} "
+            "tokens; put the right one there"
+        )
+    return Opened(path, config, weights, tokenizer, is_ours)
+
+
+def _tokenizer_beside(path: Path) -> Tokenizer | None:
+    """Return the tokenizer in the folder of a .pt file: a tokenizer.json of ours, or nanoGPT's meta.pkl."""
+    saved = path.with_name("tokenizer.json")
+    return load_tokenizer(saved) if saved.exists() else characters(path.parent)

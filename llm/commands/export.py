@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Write a run in the format of another program. What was written is read back, and its token ids and \
 logits are compared with the run's; if they differ, nothing is left."
-FORMATS = ("hf",)
-DTYPES = ("float32", "bfloat16", "float16")
+FORMATS = ("hf", "html")
+DTYPES = {"hf": ("float32", "bfloat16", "float16"), "html": ("float16", "int8", "float32")}  # the first: by default
 
 
 def main(argv: list[str]) -> int:
@@ -27,6 +27,8 @@ def main(argv: list[str]) -> int:
     match args.to:
         case "hf":
             return to_huggingface(args, source)
+        case "html":
+            return to_html(args, source)
         case _:
             raise UserError(f"to = {args.to}: expected {' or '.join(FORMATS)}")
 
@@ -35,14 +37,29 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     """Return the parsed flags. Raises UserError."""
     parser = Parser("losscurve export", DESCRIPTION)
     parser.add_run()
-    parser.add_argument("--to", required=True, choices=FORMATS, help="hf: a folder for transformers and its relatives")
-    parser.add_argument("--out", metavar="PATH", type=path, help="default: RUN-hf")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=FORMATS,
+        help="hf: a folder for transformers and its relatives; html: a file that runs the model in a browser",
+    )
+    parser.add_argument("--out", metavar="PATH", type=path, help="default: RUN-hf, RUN.html")
     parser.add_argument("--weights", choices=("last", "best"), default="best", help="model.pt or best.pt")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+    parser.add_argument(
+        "--dtype",
+        choices=sorted({dtype for all_ in DTYPES.values() for dtype in all_}),
+        help="of the weights (default: float32; html: float16)",
+    )
     parser.add_argument("--data_dir", metavar="DIR", type=expanded, help="the run's token files, if they have moved")
     parser.add_argument("--push", metavar="NAME", help="hf: upload it too, as this private repository on the hub")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
-    return parser.read(argv)
+    args = parser.read(argv)
+    args.dtype = args.dtype or DTYPES[args.to][0]
+    if args.dtype not in DTYPES[args.to]:
+        raise UserError(f"dtype = {args.dtype}: --to {args.to} has {', '.join(DTYPES[args.to])}")
+    if args.push and args.to != "hf":
+        raise UserError(f"push: the hub takes --to hf, not --to {args.to}")
+    return args
 
 
 def to_huggingface(args: argparse.Namespace, source: "Source") -> int:
@@ -56,4 +73,14 @@ def to_huggingface(args: argparse.Namespace, source: "Source") -> int:
     print_result(f"wrote {out}/ ({size / 2**20:.1f} MiB)")
     if args.push:
         print_result(f"uploaded to {push(out, args.push)}")
+    return 0
+
+
+def to_html(args: argparse.Namespace, source: "Source") -> int:
+    """Write the file for a browser, and print the proof."""
+    from llm.commands.bars import print_result
+    from llm.export.html import export
+
+    out = args.out or Path(f"{args.run}.html")
+    print_result(str(export(source, out, args.dtype, args.overwrite)))
     return 0

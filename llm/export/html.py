@@ -5,6 +5,7 @@ The page computes in float32, whatever the file stores: it unpacks the weights w
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import zlib
@@ -29,7 +30,7 @@ from llm.export.proof import Proof, prove
 from llm.export.source import Source
 from llm.record.chart_style import format_loss
 from llm.report.facts import Report
-from llm.report.words import check_overwritable
+from llm.report.gather import gather
 from llm.report.write_html import format_count, format_duration
 
 MARK = "<!DOCTYPE html>\n<!-- losscurve model -->"  # identifies an earlier export
@@ -69,18 +70,18 @@ class Export:
         return "\n".join(lines)
 
 
-def write_html(source: Source, report: Report, out: Path, dtype: str = "float16") -> Export:
-    """Write `out`, complete and proved or not at all.
+def export(source: Source, out: Path, dtype: str = "float16", overwrite: bool = False) -> Export:
+    """Write the run as the file `out`, complete and proved or not at all.
 
     Args:
-        report: what the page says about the run.
         dtype: of the weights in the file: one of `pack.DTYPES`.
+        overwrite: replace an earlier export.
 
     Raises:
-        UserError: `out` exists and is no earlier export, the model is too large for a browser or has weights too large
-            for float16, or what was written differs from the run.
+        UserError: `out` exists, the page has no such tokenizer or no room for the model, a weight is too large for
+            float16, or the file does not give the run's ids and logits.
     """
-    check_overwritable(out, MARK.encode(), "an earlier export")
+    check_free(out, overwrite)
     if source.tokenizer.kind not in TOKENIZERS:
         raise UserError(
             f"{source.run.path}: the page has no {source.tokenizer.kind} tokenizer; use losscurve export --to hf"
@@ -94,17 +95,27 @@ def write_html(source: Source, report: Report, out: Path, dtype: str = "float16"
     rounded = deepcopy(source.model)
     load(rounded, unpack(packed))
     quality = measure_quality(source, rounded)
-    try:
-        with storage.writing(out) as file:
-            file.write(page(source, report, packed, quality).encode())
-            file.flush()
-            written = Path(file.name)
-            with open_reader(written, source.model.config) as reader:
-                proof = prove(source, reader.name, reader.encode, reader.logits, reference=rounded)
-            size = written.stat().st_size
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
+    report = gather(source.run.path, source.data_dir, memorised=False)
+    with storage.writing(out) as file:
+        file.write(page(source, report, packed, quality).encode())
+        file.flush()
+        written = Path(file.name)
+        with open_reader(written, source.model.config) as reader:
+            proof = prove(source, reader.name, reader.encode, reader.logits, reference=rounded, decode=reader.decode)
+        size = written.stat().st_size
     return Export(out, dtype, proof, quality, size, len(packed.content))
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raise UserError if `out` exists, unless it may be overwritten and is an earlier export."""
+    if not out.exists() and not out.is_symlink():
+        return
+    with contextlib.suppress(OSError), open(out, "rb") as file:
+        if file.read(len(MARK)) == MARK.encode():
+            if overwrite:
+                return
+            raise UserError(f"{out}: exists; replace it with --overwrite, or choose another --out")
+    raise UserError(f"{out}: exists, and is no export of ours; choose another --out")
 
 
 def measure_quality(source: Source, rounded: Model) -> Quality | None:
@@ -161,7 +172,7 @@ def describe(source: Source, packed: Packed) -> dict[str, Any]:
     """Return what the page's scripts need besides the weights."""
     config = source.model.config
     D = config.head_size
-    sizes = asdict(config) | {"kv_heads": config.kv_heads, "head_size": D}
+    sizes = asdict(config) | {"kv_heads": config.kv_heads, "head_size": D, "drawable": source.tokenizer.vocab_size}
     if config.arch == "llama":  # as in llama.Rotation, in float32: the page need not compute powers as torch does
         sizes["frequencies"] = (config.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)).tolist()
     return {

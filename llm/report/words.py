@@ -77,8 +77,8 @@ def last_value(rows: list[Row], key: str) -> float | None:
     return next((row[key] for row in reversed(rows) if row[key] is not None), None)
 
 
-def check_overwritable(out: Path, mark: bytes, what: str = "a report") -> None:
-    """Check that `out` is free or what an earlier call wrote: `what`, which starts with `mark`.
+def check_overwritable(out: Path, mark: bytes) -> None:
+    """Check that `out` is free or an earlier report, which starts with `mark`.
 
     Raises:
         UserError: `out` is something else, or it cannot be read.
@@ -90,6 +90,6 @@ def check_overwritable(out: Path, mark: bytes, what: str = "a report") -> None:
             raise UserError(f"{out}: exists and is not a file; give another --out")
         with open(out, "rb") as file:
             if file.read(len(mark)) != mark:
-                raise UserError(f"{out}: exists and is not {what}, so it is not overwritten; give another --out")
+                raise UserError(f"{out}: exists and is not a report, so it is not overwritten; give another --out")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None

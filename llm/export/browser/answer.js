@@ -1,5 +1,5 @@
 // For Node: open the file of an export as a browser does, and answer questions, one JSON object a line: {encode: text}
-// with {ids}; {feed: ids, whole: whether together or one by one} with {logits}: those after each id, in base64; {greedy:
+// with {ids}; {decode: ids} with {text}; {feed: ids, whole: whether together or one by one} with {logits}: those after each id, in base64; {greedy:
 // ids, count} with {ids}; {candidates: [logits, temperature, top_k, top_p]} with {ids, probabilities}.
 
 const fs = require("fs");
@@ -20,6 +20,11 @@ function logitsAfter(model, ids) {
 
 const bytesOf = (logits) => Buffer.from(Float32Array.from(logits).buffer); // a copy
 
+function textOf(tokenizer, ids) {
+  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+  return ids.map((id) => decoder.decode(tokenizer.bytes(id), { stream: true })).join("") + decoder.decode();
+}
+
 function* eachOfChunks(model, ids) { // at most a window, in chunks as the page feeds a prompt
   const size = vm.runInThisContext("CHUNK");
   for (let first = 0; first < ids.length; first += size) {
@@ -31,6 +36,7 @@ function* eachOfChunks(model, ids) { // at most a window, in chunks as the page 
 
 function answer({ model, tokenizer }, asked) {
   if (asked.encode !== undefined) return { ids: tokenizer.encode(asked.encode) };
+  if (asked.decode) return { text: textOf(tokenizer, asked.decode) };
   if (asked.candidates) return vm.runInThisContext("candidates")(...asked.candidates);
   model.reset();
   if (asked.feed) {

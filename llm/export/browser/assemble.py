@@ -6,6 +6,7 @@ same text. It must have one function, which is exported, and one memory, which i
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 from llm.errors import UserError
 
@@ -30,8 +31,9 @@ def assemble(text: str) -> bytes:
     locals_ = list(_declared(body, "local"))
     code = body[max(i for i, word in enumerate(body) if word == ")") + 1 :]
     variables = {name: number for number, (name, _) in enumerate([*params, *locals_])}
-    declared = b"".join(bytes([1, TYPES[kind]]) for _, kind in locals_)
-    function = _unsigned(len(locals_)) + declared + bytes(_instructions(code, variables)) + b"\x0b"
+    runs = [(TYPES[kind], len(list(run))) for kind, run in groupby(kind for _, kind in locals_)]
+    declared = b"".join(_unsigned(count) + bytes([kind]) for kind, count in runs)
+    function = _unsigned(len(runs)) + declared + bytes(_instructions(code, variables)) + b"\x0b"
     kinds = [TYPES[kind] for _, kind in params]
     sections = (
         (1, b"\x60" + _vector(kinds) + b"\0"),  # the function's type, without result

@@ -6,7 +6,7 @@
 
 const CHUNK = 32; // tokens computed together
 const ROOM = 64; // positions by which the cache of a llama is larger than its window, so that it moves rarely
-const LAYER_NORM = 1e-5, RMS_NORM = 1e-6; // added to the variance or mean square
+const LAYER_NORM = 1e-5; // added to the variance
 
 const padded = (size) => (size + 3) & ~3;
 
@@ -72,7 +72,6 @@ class Model {
     this.weights = makeAll(shapes);
     this.work = makeAll(work);
     this.cache = Array.from({ length: L * K }, () => ({ keys: make(keys), values: make(values) }));
-    this.epsilon = config.norm_eps ?? RMS_NORM;
     this.gelu = config.gelu === "tanh" ? geluTanh : geluExact;
     this.reset();
   }
@@ -108,13 +107,14 @@ class Model {
     }
   }
 
-  // The logits (V) after the last of T tokens. The array is the model's own: the next feed overwrites it.
+  // The logits (V) after the last of T tokens, without padding of the vocabulary, which is never drawn. The array is the
+  // model's own: the next feed overwrites it.
   head(T) {
     const { x, y, logits } = this.work;
     this.norm("ln_f", x, y, T);
     const last = { ...y, at: y.at + (T - 1) * y.step };
     this.memory.multiply(last, this.weights["lm_head.weight"] || this.weights["wte.weight"], logits, 1);
-    return logits.values.subarray(0, this.config.vocab_size);
+    return logits.values.subarray(0, this.config.drawable);
   }
 
   forward(ids) { // leaves the residual stream in work.x
@@ -171,7 +171,7 @@ class Model {
     for (let t = 0; t < T; t++) {
       const from = x.values.subarray(t * x.step, t * x.step + x.columns);
       const to = y.values.subarray(t * y.step, t * y.step + x.columns);
-      if (this.llama) rmsNorm(from, weight, to, this.epsilon);
+      if (this.llama) rmsNorm(from, weight, to, this.config.norm_eps);
       else layerNorm(from, weight, bias, to);
     }
   }
@@ -213,7 +213,7 @@ class Model {
   position(layer, which, head, t) {
     if (!this.llama) return;
     const norm = this.weights[`h.${layer}.qk_norm.${which}.weight`];
-    if (norm) rmsNorm(head, norm.values, head, this.epsilon);
+    if (norm) rmsNorm(head, norm.values, head, this.config.norm_eps);
     const half = head.length / 2, position = this.dropped + this.length + t;
     for (let i = 0; i < half; i++) {
       const angle = Math.fround(position * this.config.frequencies[i]);

@@ -53,7 +53,7 @@ async function catchUp(mine) {
     const { done, value } = feeding.next();
     if (done) {
       fed = wanted;
-      logits = value.slice(0, tokenizer.size); // without the padding of the vocabulary
+      logits = value.slice();
       return mine === job;
     }
     await pause();
@@ -134,7 +134,7 @@ function startOver() {
   job++;
   tokens = [];
   pressed = null;
-  decoder = new TextDecoder();
+  decoder = new TextDecoder("utf-8", { ignoreBOM: true });
   $("written").replaceChildren(element("span", $("prompt").value, "prompt"));
 }
 

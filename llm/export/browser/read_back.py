@@ -32,10 +32,11 @@ LONGEST = 2**29 - 24  # characters of a text, in Node
 
 @dataclass(frozen=True)
 class Reader:
-    """What reads an export: its name, and the ids and logits (T, V) that it gives."""
+    """What reads an export: its name, and the ids, text and logits (T, V) that it gives."""
 
     name: str
     encode: Callable[[str], Sequence[int]]
+    decode: Callable[[list[int]], str]
     logits: Callable[[list[int]], Tensor]
 
 
@@ -54,11 +55,14 @@ def open_reader(path: Path, config: GPTConfig) -> Iterator[Reader]:
         def encode(text: str) -> Sequence[int]:
             return ask(encode=text)["ids"]  # type: ignore[no-any-return]
 
+        def decode(ids: list[int]) -> str:
+            return ask(decode=ids)["text"]  # type: ignore[no-any-return]
+
         def logits(ids: list[int]) -> Tensor:
             content = bytearray(base64.b64decode(ask(feed=ids, whole=next(windows) > 0)["logits"]))
             return torch.frombuffer(content, dtype=torch.float32).view(len(ids), -1)
 
-        yield Reader(f"Node {node_version(node)}, which ran the page's own scripts", encode, logits)
+        yield Reader(f"Node {node_version(node)}, which ran the page's own scripts", encode, decode, logits)
 
 
 def find_node(path: Path) -> tuple[str | None, str]:
@@ -117,7 +121,7 @@ def own_reader(path: Path, config: GPTConfig, why: str) -> Reader:
     load(model, unpack(Packed(about["dtype"], about["shapes"], content)))
     tokenizer = from_json(about["tokenizer"])
     name = f"our own reader, which runs none of the page's scripts ({why})"
-    return Reader(name, lambda text: tokenizer.encode(text).tolist(), lambda ids: _logits(model, ids))
+    return Reader(name, lambda text: tokenizer.encode(text).tolist(), tokenizer.decode, lambda ids: _logits(model, ids))
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], bytes]:

@@ -26,7 +26,7 @@ from llm.evaluate import evaluate
 from llm.export.browser.assemble import assemble
 from llm.export.browser.pack import Packed, load, pack, unpack
 from llm.export.browser.read_back import open_reader
-from llm.export.proof import Proof, prove
+from llm.export.proof import Proof, prove, validation_text
 from llm.export.source import Source
 from llm.record.chart_style import format_loss
 from llm.report.facts import Report
@@ -38,7 +38,8 @@ PART = 3 * 2**22  # bytes in a script element: a browser's texts end at 512 MiB,
 LARGEST = 3 * 2**30  # bytes of float32 weights: WebAssembly's memory ends at 4 GiB, and holds the cache too
 ENGINE = ("model.js", "tokenizer.js", "sampling.js", "load.js")
 TOKENIZERS = ("gpt2", "bpe", "byte", "char")  # that tokenizer.js has
-PROMPT = "The "
+PROMPT = "The "  # without validation text to take one from
+PROMPT_LENGTH = 40  # characters, at most
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def page(source: Source, report: Report, packed: Packed, quality: Quality | None
         if source.run.config.init_from
         else "trained from scratch on this text alone",
         token={"char": "a character", "byte": "a byte"}.get(source.tokenizer.kind, "a word or a piece of one"),
-        prompt=source.run.config.sample_prompt or PROMPT,
+        prompt=first_prompt(source),
         about=_in_base64(description),
         weights=_in_base64(packed.content),
         engine=Markup(engine),
@@ -166,6 +167,15 @@ def page(source: Source, report: Report, packed: Packed, quality: Quality | None
         style=Markup(style),
         policy=security_policy(style, engine, script),
     )
+
+
+def first_prompt(source: Source) -> str:
+    """Return the prompt of the run's samples; if that is blank, a line that the tokenizer knows all characters of."""
+    prompt = source.run.config.sample_prompt
+    if prompt and prompt.strip():
+        return prompt
+    lines = validation_text(source).splitlines()
+    return next((line[:PROMPT_LENGTH] for line in lines if line.strip()), PROMPT)
 
 
 def describe(source: Source, packed: Packed) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def test_the_page_has_gpt2s_tokens(here):
     source = train({"tokenizer": "byte"})
     model = make_model(dataclasses.replace(source.model.config, vocab_size=tokenizer.vocab_size, n_embd=4)).eval()
     source = dataclasses.replace(source, tokenizer=tokenizer, model=model, validation=np.zeros(0, int))
-    long = "antidisestablishment" * 40 + "\u0085\ufeff \u2003x" + "é" * 300
+    long = "antidisestablishment" * 40 + "\u0085\ufeff \u2003x" + "é" * 300 + "a \u0085b \ufeffc"
     page = html.page(source, gather(Path("run"), memorised=False), pack(model, "int8"), None)
     Path("model.html").write_text(page, encoding="utf-8")
     with read_back.ask_node(NODE, Path("model.html")) as ask:
@@ -141,31 +141,35 @@ def test_a_page_with_rounded_weights_says_what_that_costs(run, dtype):
             assert ask(greedy=prompt, count=30)["ids"] == greedy(rounded, prompt, 30, 257)
 
 
+KNOBS = [
+    (1, 0, 1),
+    (0.7, 0, 1),
+    (0, 0, 1),
+    (1.5, 10, 1),
+    (1, 300, 1),
+    (1, 0, 0.9),
+    (2, 40, 0.5),
+    (1, 0, 0.3),
+    (1, 0, 0.001),
+]
+
+
 @needs_node
-def test_the_page_draws_from_the_same_tokens_with_the_same_probabilities(run):
+@pytest.mark.parametrize("spread", [3.0, 0.1])
+def test_the_page_draws_from_the_same_tokens_with_the_same_probabilities(run, spread):
     html.export(run, Path("model.html"))
     torch.manual_seed(0)
-    logits = 3 * torch.randn(1, 900)
+    logits = spread * torch.randn(1, 900)
     with read_back.ask_node(NODE, Path("model.html")) as ask:
-        for knobs in (
-            (1, 0, 1),
-            (0.7, 0, 1),
-            (0, 0, 1),
-            (1.5, 10, 1),
-            (1, 300, 1),
-            (1, 0, 0.9),
-            (2, 40, 0.5),
-            (1, 0, 0.001),
-        ):
-            temperature, top_k, top_p = knobs
-            answer = ask(candidates=[logits[0].tolist(), *knobs])
+        for temperature, top_k, top_p in KNOBS:
+            answer = ask(candidates=[logits[0].tolist(), temperature, top_k, top_p])
             expected = next_probabilities(logits, temperature, top_k or None, top_p)[0]
             found = torch.zeros(900)
             ids = range(900) if answer["ids"] is None else answer["ids"]
             values = answer["probabilities"]
             listed = values if isinstance(values, list) else list(values.values())  # JSON of a typed array
             found[list(ids)] = torch.tensor(listed, dtype=torch.float32)
-            assert torch.allclose(found, expected, atol=1e-6), knobs
+            assert torch.allclose(found, expected, atol=1e-6), (temperature, top_k, top_p)
 
 
 @needs_node

@@ -153,7 +153,7 @@ MISTAKES = {
     "--text latin.txt": "latin.txt: not UTF-8 at byte 3",
     "--text nothing": "nothing",
     "--text text.txt --out_dir text.txt/run": "text.txt/run: cannot write there",
-    "--text text.txt --init_from nowhere": "nowhere: no run and no .pt file there",
+    "--text text.txt --init_from nowhere": "nowhere: no such file or folder",
     "--text text.txt --init_from text.txt": "text.txt: is a text, not weights",
     "--text text.txt --sample_prompt !": "'!'",
     "--out_dir=": "out_dir = '': expected a non-empty string",

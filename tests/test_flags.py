@@ -244,7 +244,7 @@ def test_the_runs_of_prove_resume_get_the_words_that_were_typed(here, monkeypatc
 HOME = {  # command lines with a path in a home folder that does not exist, and their error
     "train --text=~/x": "x: there is no such file",
     "train --data_dir=~/x": "/x: no train.bin",
-    "train --init_from=~/x --text text.txt": "/x: no run",
+    "train --init_from=~/x --text text.txt": "/x: no such file or folder",
     "train --preset=~/x.toml": "/x.toml: cannot be read",
     "train --resume --out_dir=~/x": "/x: no run",
     "sample --out_dir=~/x": "/x: no run",

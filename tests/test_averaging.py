@@ -12,6 +12,7 @@ from test_rollback import plant
 from torch import nn
 
 from llm.checks.prove import fingerprint
+from llm.config import TrainConfig
 from llm.errors import UserError
 from llm.evaluate import Evaluation, evaluate
 from llm.plan.arithmetic import bytes_copied_to_save, disk, memory

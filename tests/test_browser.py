@@ -1,4 +1,4 @@
-"""The live page in a real browser: Chromium without a window, driven by Playwright."""
+"""The live page and an exported one in a real browser: Chromium without a window, driven by Playwright."""
 
 import shutil
 import subprocess
@@ -325,6 +325,46 @@ def test_the_page_says_that_its_server_has_ended_and_keeps_the_curve(browser, tm
         page.server.terminate()  # the last rows still come
         page.get_by_text("this page's server has stopped").wait_for()
         until(lambda: trace(page, "training"), list(range(11)), "after the end")
+
+
+def test_an_exported_page_runs_the_model_without_server_and_network(browser, trained, tmp_path):
+    run = Run.open(trained)
+    made = tmp_path / "model.html"
+    assert main(f"export {trained} --to html --dtype float32 --out {made}".split()) == 0
+    context = browser.new_context(viewport={"width": 360, "height": 700}, color_scheme="dark", offline=True)
+    page = context.new_page()
+    page.set_default_timeout(WAIT)
+    asked, wrong = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda said: wrong.append(said.text))
+    page.goto(made.as_uri())
+    page.locator("#likely tbody tr").first.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    page.fill("#prompt", "ab")
+    page.locator("#temperature").focus()
+    page.keyboard.press("Home")  # temperature 0: the likeliest is sure
+    page.locator("#count").focus()
+    page.keyboard.press("Home")
+    page.click("#go")
+    until(lambda: page.locator("#written .token").count(), 20, "20 tokens")
+    expected = run.sample("ab", 20, weights="best", temperature=0.0)
+    assert page.locator("#written").text_content() == expected
+    page.locator("#go:not([disabled])").wait_for()
+    page.locator("#written .token").nth(3).click()
+    assert page.locator("#likely-title").inner_text() == "Likely at token 4"
+    drawn = page.locator("#likely tr.drawn")
+    assert drawn.locator("th").inner_text().removeprefix("▸ ") == expected[5].replace(" ", "␣").replace("\n", "↵")
+    assert drawn.locator(".after").inner_text() == "100.0 %"
+    page.click("#go")  # goes on
+    until(lambda: page.locator("#written .token").count(), 40, "40 tokens")
+    assert page.locator("#written").text_content() == run.sample("ab", 40, weights="best", temperature=0.0)
+    page.fill("#prompt", "\u00e9")
+    until(lambda: page.locator("#words").get_attribute("class"), "bad", "a character without a token")
+    assert "never seen" in page.locator("#words").inner_text()
+    context.close()
+    assert asked == [made.as_uri()]
+    assert wrong == []
 
 
 class AnotherSite(BaseHTTPRequestHandler):

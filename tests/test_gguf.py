@@ -247,7 +247,7 @@ def test_the_commands_of_the_page(here, losscurve):
     assert code == 0
     assert out.endswith("wrote runs/mine.gguf (0.1 MiB)\nserve it with: llama-server -m runs/mine.gguf\n")
     code, _, err = losscurve("export runs/mine --to hf --dtype q8_0")
-    assert (code, err) == (2, "error: dtype = q8_0: this is for --to gguf; give float32, bfloat16 or float16\n")
+    assert (code, err) == (2, "error: dtype = q8_0: --to hf has float32, bfloat16, float16\n")
     if not llama_cpp.is_installed():
         return
     request = json.loads(re.search(r"/completion -d '(.*)'", commands)[1]) | {"n_predict": 20}

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Write a run in the format of another program. What was written is read back, and its token ids and \
 logits are compared with the run's; if they differ, nothing is left."
-FORMATS = ("hf", "gguf")
-DTYPES = ("float32", "bfloat16", "float16", "q8_0")
+FORMATS = ("hf", "gguf", "html")
+DTYPES = {  # the first: by default
+    "hf": ("float32", "bfloat16", "float16"),
+    "gguf": ("float32", "bfloat16", "float16", "q8_0"),
+    "html": ("float16", "int8", "float32"),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -30,6 +34,8 @@ def main(argv: list[str]) -> int:
             return to_huggingface(args, source)
         case "gguf":
             return to_gguf(args, source)
+        case "html":
+            return to_html(args, source)
         case _:
             raise UserError(f"to = {args.to}: expected {' or '.join(FORMATS)}")
 
@@ -42,22 +48,25 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "--to",
         required=True,
         choices=FORMATS,
-        help="hf: a folder for transformers and its relatives; gguf: a file for llama.cpp and Ollama",
+        help="hf: a folder for transformers and its relatives; gguf: a file for llama.cpp and Ollama; html: a file that "
+        "runs the model in a browser",
     )
-    parser.add_argument("--out", metavar="PATH", type=path, help="default: RUN-hf, or RUN.gguf")
+    parser.add_argument("--out", metavar="PATH", type=path, help="default: RUN-hf, RUN.gguf or RUN.html")
     parser.add_argument("--weights", choices=("last", "best"), default="best", help="model.pt or best.pt")
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
-        default="float32",
-        help="of the weights (default: float32); q8_0, 8 bits, is for gguf only",
+        choices=sorted({dtype for all_ in DTYPES.values() for dtype in all_}),
+        help="of the weights (default: float32; html: float16); q8_0, 8 bits, is for gguf, and int8 for html",
     )
     parser.add_argument("--data_dir", metavar="DIR", type=expanded, help="the run's token files, if they have moved")
     parser.add_argument("--push", metavar="NAME", help="hf: upload it too, as this private repository on the hub")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
     args = parser.read(argv)
-    if args.dtype == "q8_0" and args.to != "gguf":
-        raise UserError("dtype = q8_0: this is for --to gguf; give float32, bfloat16 or float16")
+    args.dtype = args.dtype or DTYPES[args.to][0]
+    if args.dtype not in DTYPES[args.to]:
+        raise UserError(f"dtype = {args.dtype}: --to {args.to} has {', '.join(DTYPES[args.to])}")
+    if args.push and args.to != "hf":
+        raise UserError(f"push: the hub takes --to hf, not --to {args.to}")
     return args
 
 
@@ -84,4 +93,14 @@ def to_gguf(args: argparse.Namespace, source: "Source") -> int:
     export_gguf(source, out, args.dtype, args.overwrite, print_result)
     print_result(f"wrote {out} ({out.stat().st_size / 2**20:.1f} MiB)")
     print_result(f"serve it with: llama-server -m {shlex.quote(str(out))}")
+    return 0
+
+
+def to_html(args: argparse.Namespace, source: "Source") -> int:
+    """Write the file for a browser, and print the proof."""
+    from llm.commands.bars import print_result
+    from llm.export.html import export
+
+    out = args.out or Path(f"{args.run}.html")
+    print_result(str(export(source, out, args.dtype, args.overwrite)))
     return 0

@@ -39,5 +39,6 @@ def test_it_trains_reports_and_watches(losscurve, tmp_path):
     run("train --preset shakespeare-char-cpu --text text.txt --max_steps 3 --out_dir preset")
     run("report run --out report.html")
     assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "read back" in run("export run --to html --out model.html")
     assert "losscurve" in run("--version")
     check_page([losscurve, "watch", "run"], tmp_path, environment)

@@ -1,0 +1,48 @@
+// Out of the file: a JSON text and the weights, each compressed (zlib) and written in base64, in parts.
+
+async function inflate(parts) {
+  const bytes = parts.map((text) => {
+    const raw = atob(text), found = new Uint8Array(raw.length);
+    for (let i = 0; i < raw.length; i++) found[i] = raw.charCodeAt(i);
+    return found;
+  });
+  const stream = new Blob(bytes).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+// {model, tokenizer}. `about`: see llm/export/html.py. A program that gives `useKernel` false multiplies in JavaScript.
+async function load(aboutParts, weightParts, useKernel = true) {
+  const about = JSON.parse(new TextDecoder().decode(await inflate(aboutParts)));
+  const kernel = Uint8Array.from(atob(about.kernel), (character) => character.charCodeAt(0));
+  const model = new Model(about.config, about.shapes, useKernel && kernel);
+  fillWeights(model.weights, about.dtype, await inflate(weightParts));
+  return { model, tokenizer: new Tokenizer(about.tokenizer) };
+}
+
+// Vectors are float32 always. A matrix of int8 comes with a float32 scale for each row, before its numbers.
+function fillWeights(weights, dtype, bytes) {
+  const kinds = { float32: Float32Array, float16: Uint16Array, int8: Int8Array };
+  let at = 0;
+  function take(Kind, count) {
+    const end = at + count * Kind.BYTES_PER_ELEMENT;
+    const found = new Kind(bytes.slice(at, end).buffer); // a copy, since a view would have to be aligned
+    at = end;
+    return found;
+  }
+  for (const { rows, columns, step, values } of Object.values(weights)) {
+    const kind = rows === 1 ? "float32" : dtype;
+    const scales = kind === "int8" ? take(Float32Array, rows) : new Float32Array(rows).fill(1);
+    const numbers = take(kinds[kind], rows * columns);
+    for (let row = 0, i = 0; row < rows; row++) {
+      for (let column = 0; column < columns; column++, i++) {
+        values[row * step + column] = kind === "float16" ? HALVES[numbers[i]] : numbers[i] * scales[row];
+      }
+    }
+  }
+  if (at !== bytes.length) throw new Error("The file is damaged: its weights have another size than its model.");
+}
+
+const HALVES = Float32Array.from({ length: 65536 }, (_, bits) => { // the numbers of float16, by their bits
+  const exponent = (bits >> 10) & 31, part = bits & 1023;
+  return (bits >> 15 ? -1 : 1) * (exponent ? 2 ** (exponent - 25) * (1024 + part) : 2 ** -24 * part);
+});

@@ -265,6 +265,16 @@ def test_the_best_may_be_the_start(here):
     assert 0 < run.progress.bookkeeping < run.progress.seconds
 
 
+def test_the_last_evaluation_has_its_picture(here, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("llm.training.evaluating.PICTURE_PACE", 1e9)
+    monkeypatch.setattr(
+        "llm.training.evaluating.plot_runs", lambda runs, _: drawn.append(read_record(runs[0])[-1]["step"])
+    )
+    trained(config_for(here, max_steps=6, eval_every=2, warmup_steps=0))
+    assert drawn == [2, 6]
+
+
 def test_bare_weights_are_gpt2s(here):
     prepare(("text.txt",), Path("bytes"), "byte")
     torch.manual_seed(0)

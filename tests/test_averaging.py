@@ -12,10 +12,12 @@ from test_rollback import plant
 from torch import nn
 
 from llm.checks.prove import fingerprint
+from llm.config import TrainConfig
 from llm.errors import UserError
 from llm.evaluate import Evaluation, evaluate
 from llm.plan.arithmetic import bytes_copied_to_save, disk, memory
 from llm.record.metrics import best, overfits_since, read_record
+from llm.record.verdicts import overfits
 from llm.start.new_run import new_run
 from llm.start.resume_run import resume_run
 from llm.storage.checkpoint import load_state, newest_state
@@ -172,6 +174,17 @@ def test_a_better_average_alone_is_no_overfitting():
     ]
     assert best(rows)["step"] == 10
     assert overfits_since(rows) is None
+
+
+def test_overfitting_names_the_weights_that_best_pt_holds():
+    losses = [(3.0, 3.0), (2.0, 1.9), (2.1, 2.0), (2.2, 2.1)]
+    rows = [
+        {"step": 10 * i, "split": "val", "loss": raw, "val_loss_ema": average, "bits_per_byte": None}
+        for i, (raw, average) in enumerate(losses)
+    ]
+    assert overfits(rows, TrainConfig()).endswith("best.pt has the average of the weights of step 10")
+    alone = [row | {"val_loss_ema": None} for row in rows]
+    assert overfits(alone, TrainConfig()).endswith("best.pt has the weights of step 10")
 
 
 def test_stopped_at_any_step_and_resumed_it_is_the_same_run(here):

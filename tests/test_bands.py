@@ -95,6 +95,32 @@ def test_only_runs_of_the_same_settings_and_data_have_a_band(tmp_path, monkeypat
     assert band_of(replace(config, model=replace(config.model, dropout=0.1)), facts["data"]) is None
 
 
+LLAMA = {"arch": "llama", "optimizer": "muon", "schedule": "wsd", "order": "epochs"}
+
+
+@pytest.mark.parametrize(
+    ("made", "given", "has_band"),
+    [
+        (LLAMA, LLAMA, True),
+        (LLAMA, LLAMA | {"n_kv_head": 4, "ffn_dim": 384, "decay_fraction": 0.4}, True),  # the defaults
+        (LLAMA | {"n_kv_head": 4, "ffn_dim": 384, "decay_fraction": 0.4}, LLAMA, True),
+        (LLAMA, LLAMA | {"ema": 0.99}, True),  # evaluated beside the weights that the band is of
+        ({}, {"ema": 0.99}, True),
+        (LLAMA, LLAMA | {"n_kv_head": 2}, False),
+        (LLAMA, LLAMA | {"decay_fraction": 0.6}, False),
+        (LLAMA, LLAMA | {"muon_lr": 0.03}, False),
+        (LLAMA, {}, False),
+    ],
+)
+def test_a_default_that_is_given_shapes_the_same_curve(tmp_path, monkeypatch, made, given, has_band):
+    facts = {"preset": "p", "steps": [0], "val": {"1": [1.0], "2": [2.0], "3": [3.0]}, "data": {}}
+    (tmp_path / "reference").mkdir()
+    settings = shaping(from_settings(made))
+    (tmp_path / "reference" / "p.json").write_text(json.dumps(facts | {"settings": settings}))
+    monkeypatch.setattr(bands.resources, "files", lambda package: tmp_path)
+    assert (band_of(from_settings(given), {}) is not None) == has_band
+
+
 def test_a_folder_without_its_settings_or_hashes_has_no_band(tmp_path):
     assert band_of_run(tmp_path) is None
     (tmp_path / "config.toml").write_text("")

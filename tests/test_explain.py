@@ -141,7 +141,7 @@ def test_a_plateau_is_where_neither_loss_moves():
         return lambda step: 4.0 + 6.0 * math.exp(-step / 300) - late * step / 5000
 
     def verdict(val, train):
-        return verdicts.plateau(record(val, train))
+        return verdicts.plateau(record(val, train), TrainConfig())
 
     still, falling = curve(0), curve(0.3)
     assert "stayed at 4.00 and the training loss at 4.00" in verdict(still, still)
@@ -149,9 +149,11 @@ def test_a_plateau_is_where_neither_loss_moves():
     assert verdict(still, falling) is None  # on its way to overfitting
     assert verdict(falling, still) is None
     flat = record(lambda step: 4.0, lambda step: 4.0)
-    assert verdicts.plateau(flat) is not None
-    assert verdicts.plateau([row for row in flat if row["step"] <= 2000]) is None  # 2 evaluations in the last quarter
-    assert verdicts.plateau([]) is None
+    assert "try another --max_lr (a third" in verdicts.plateau(flat, TrainConfig())
+    assert "try another --max_lr and --muon_lr (a third" in verdicts.plateau(flat, TrainConfig(optimizer="muon"))
+    few = [row for row in flat if row["step"] <= 2000]  # 2 evaluations in the last quarter
+    assert verdicts.plateau(few, TrainConfig()) is None
+    assert verdicts.plateau([], TrainConfig()) is None
 
 
 def test_spikes_are_named_once_with_their_text():

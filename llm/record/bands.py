@@ -19,11 +19,12 @@ from llm.errors import UserError
 from llm.record.metrics import losses
 from llm.storage.lines import Row
 
-# settings that do not shape the curve: the seed, names and paths, the hardware, logging intervals, stopping early
+# settings that do not shape the curve: the seed, names and paths, the hardware, logging intervals, stopping early, and
+# the average of the weights, which is evaluated beside them
 FREE = {
     *("seed", "text", "tokenizer", "val_fraction", "data_dir", "out_dir", "dtype", "device", "compile"),
     *("parallel", "activation_checkpointing", "cpu_offload"),
-    *("max_time", "patience", "eval_every", "log_every", "save_every", "keep", "sample_prompt", "sample_tokens"),
+    *("max_time", "patience", "eval_every", "log_every", "save_every", "keep", "sample_prompt", "sample_tokens", "ema"),
 }
 
 # two-sided 95 % quantile of Student's t, by the number of runs; more runs use the last one, which is conservative
@@ -72,6 +73,10 @@ def band_from_reference(facts: dict[str, Any]) -> Band:
 def shaping(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that shape a run's curve, with defaults resolved."""
     settings = to_settings(config) | {"warmup_steps": config.warmup, "min_lr": config.final_lr}
+    if config.schedule == "wsd":
+        settings["decay_fraction"] = config.cooldown
+    if config.model.arch == "llama":
+        settings |= {"n_kv_head": config.model.kv_heads, "ffn_dim": config.model.ffn_width}
     return {name: value for name, value in settings.items() if name not in FREE}
 
 
@@ -81,7 +86,7 @@ def band_of(config: TrainConfig, data: Any) -> Band | None:
         if file.name.endswith(".json"):
             facts = json.loads(file.read_text(encoding="utf-8"))
             # a setting that is newer than the reference had its default
-            if shaping(TrainConfig()) | facts["settings"] == shaping(config) and facts["data"] == data:
+            if shaping(from_settings(facts["settings"])) == shaping(config) and facts["data"] == data:
                 return band_from_reference(facts)
     return None
 

@@ -29,7 +29,7 @@ def explain(rows: list[Row], config: TrainConfig, band: Band | None = None) -> l
         spikes(rows, config),
         refused(rows, config),
         too_slow(rows, config),
-        plateau(rows),
+        plateau(rows, config),
         not_training(rows),
         waits_for_data(rows),
         landmark(rows, config),

@@ -91,14 +91,15 @@ def overfits(rows: list[Row], config: TrainConfig) -> str | None:
     if config.model.dropout < 0.2:
         remedies.insert(0, "--dropout 0.2")
     patience = "--patience 3 stops in time; " if config.patience is None else ""
+    weights = "the average of the weights" if "is_average" in lowest else "the weights"
     return (
         f"overfits since step {since}: the validation loss rises ({loss:.2f} to {last_loss:.2f}) while the "
-        f"training loss falls{train_end}; try {', '.join(remedies)}; {patience}best.pt has the weights of "
+        f"training loss falls{train_end}; try {', '.join(remedies)}; {patience}best.pt has {weights} of "
         f"step {lowest['step']}"
     )
 
 
-def plateau(rows: list[Row]) -> str | None:
+def plateau(rows: list[Row], config: TrainConfig) -> str | None:
     """Report that neither loss moves.
 
     Over the last quarter of the steps (3 evaluations or more), the best validation loss is within 0.5 % of the best
@@ -118,9 +119,10 @@ def plateau(rows: list[Row]) -> str | None:
         return None
     if not _is_still(statistics.fmean(train_before), statistics.fmean(train_now)):
         return None
+    rates = "--max_lr and --muon_lr" if config.optimizer == "muon" else "--max_lr"
     return (
         f"plateau: over the last quarter of {end:,} steps the validation loss stayed at {min(val_now):.2f} and the "
-        f"training loss at {statistics.fmean(train_now):.2f}, so more such steps bring little; try another --max_lr (a "
+        f"training loss at {statistics.fmean(train_now):.2f}, so more such steps bring little; try another {rates} (a "
         f"third, three times) or a larger model (--n_layer, --n_embd)"
     )
 

@@ -60,6 +60,13 @@ def test_one_run_says_what_it_shows(tmp_path):
         assert expected in text, expected
 
 
+def test_a_best_loss_of_the_average_says_so(tmp_path):
+    run = make_run(tmp_path / "a")
+    append(run, step=2000, split="val", loss=4.8, bits_per_byte=2.0, val_loss_ema=1.2)
+    plot_runs([run], tmp_path / "a.svg")
+    assert "best validation loss 1.20 at step 2,000 (0.50 bits per byte) by the average" in words(tmp_path / "a.svg")
+
+
 def test_several_runs_differ_without_colour(tmp_path):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", higher=0.2), make_run(tmp_path / "c", steps=500)]
     figure = draw(runs)
@@ -71,6 +78,9 @@ def test_several_runs_differ_without_colour(tmp_path):
     text = words(tmp_path / "a.svg")
     assert all(label in text for label in ("3 runs", "a 4.79", "b 4.99", "c 5.00"))
     assert "higher losses cut off, up to 11.03" in text
+    cut_off = [line for line in axes.lines if max(line.get_ydata()) > axes.get_ylim()[1]]
+    assert cut_off
+    assert all(line.get_clip_on() for line in cut_off)  # they do not go on over the title
     plot_runs([runs[0], make_run(tmp_path / "d", vocab_size=65)], tmp_path / "b.svg")
     assert "vocabularies differ" in words(tmp_path / "b.svg")
 

@@ -476,6 +476,7 @@ def test_the_loss_of_an_average_says_so(tmp_path, losscurve):
     shown = read(folder, memorised=False)
     assert "2.0000nats per token at best, step 254, by the average of the weights" in shown.text
     assert "loss of the average" in shown.text
+    assert re.search(r"training\s*average of the weights", shown.text)  # the key of the curves
     assert re.search(r"254\s*best\D*8\.9700\s*3\.000\s*2\.0000", shown.text)
     assert "Learning rate of AdamW; Muon's is 50 times that" in shown.text
     assert losscurve(f"report {folder} --format md --no_memorised")[0] == 0

@@ -117,6 +117,8 @@ def set_height(axes: "Axes", values: list[float], ceiling: float) -> None:
         words = f"higher losses cut off, up to {high:.4g}"
         add_text(axes, 0.98, 0.98, words, ha="right", va="top", xycoords=axes.transAxes)
         high = ceiling
+        for line in axes.lines:  # otherwise they would go on over the title
+            line.set_clip_on(True)
     pad = 0.07 * (high - low) or 0.5
     axes.set_ylim(low - pad, high + pad)
 

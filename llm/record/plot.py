@@ -201,6 +201,8 @@ def _summary(rows: list[Row], band: Band | None) -> str:
     parts = [f"best validation loss {format_loss(lowest['loss'])} at step {lowest['step']:,}"]
     if lowest["bits_per_byte"] is not None:
         parts[0] += f" ({lowest['bits_per_byte']:.2f} bits per byte)"
+    if "is_average" in lowest:
+        parts[0] += " by the average"
     overfits = overfits_since(rows)
     if overfits is not None:
         parts.append(f"overfits since step {overfits:,}")

@@ -73,6 +73,10 @@ def test_transformers_opens_it_and_is_the_run(here, shape):
     assert set(tokenizer(text)) == {"input_ids", "attention_mask"}  # GPT-2 would embed token types
     if tokenizer.eos_token_id is not None:
         assert tokenizer("<|endoftext|>")["input_ids"] == [tokenizer.eos_token_id]
+    settings = json.loads(Path("hf/tokenizer_config.json").read_text(encoding="utf-8"))
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # before version 5, others by default
+    padding = list(range(source.tokenizer.vocab_size, ours.config.vocab_size))
+    assert (theirs.generation_config.suppress_tokens or []) == padding
     start = ids[:, :4]
     drawn = theirs.generate(start, attention_mask=torch.ones_like(start), do_sample=False, pad_token_id=0)
     greedy = [int(token) for (token,) in generate(ours, start, 12, 0.0, vocab_size=source.tokenizer.vocab_size)]

@@ -358,11 +358,11 @@ def test_a_tokenizer_that_cannot_be_used_is_named(folder, content, words):
 # ---- the commands
 
 
-def foreign(folder, model="Qwen3", tokenizer="Qwen3"):
+def foreign(folder, model="Qwen3", tokenizer="Qwen3", context=512):
     """A folder as people download it, with a vocabulary that is larger than its tokenizer's."""
     kind, config, settings = MODELS[model]
     torch.manual_seed(0)
-    sizes = settings | {"vocab_size": 640, "max_position_embeddings": 512}
+    sizes = settings | {"vocab_size": 640, "max_position_embeddings": context}
     getattr(transformers, kind)(getattr(transformers, config)(**sizes)).save_pretrained(folder)
     save_tokenizer(folder, tokenizer)
 
@@ -422,12 +422,13 @@ def test_a_shorter_context_leaves_out_positions(here, losscurve):
 
 def test_time_chooses_the_steps_and_keeps_to_fine_tuning(here, losscurve, monkeypatch):
     monkeypatch.setattr(proposal, "short_probe", lambda config: Pace(0.05, 1e-6, 1e-3))
-    foreign(here / "model")
+    foreign(here / "model", context=50)  # shorter than the time suggests
     code, out, err = losscurve("train --text text.txt --init_from model --time 10s --sample_tokens 0 --out_dir tuned")
     assert code == 0, err
     assert "the weights of model" in out
     config = from_settings(read_toml("tuned/config.toml"))
     assert (config.optimizer, config.max_lr, config.patience, config.tokenizer) == ("adamw", 0.0013, 3, "hf")
+    assert config.model.block_size == 50
     epochs = config.max_steps * config.tokens_per_step / np.fromfile("data/text-for-model/train.bin", "<u2").size
     assert epochs <= 3 or config.max_steps == 20
     code, out, err = losscurve("plan --text text.txt --init_from model")

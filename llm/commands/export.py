@@ -48,8 +48,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "--to",
         required=True,
         choices=FORMATS,
-        help="hf: a folder for transformers and its relatives; gguf: a file for llama.cpp and Ollama; html: a file that "
-        "runs the model in a browser",
+        help="hf: a folder for transformers and its relatives; gguf: a file for llama.cpp and Ollama; html: a file "
+        "that runs the model in a browser",
     )
     parser.add_argument("--out", metavar="PATH", type=path, help="default: RUN-hf, RUN.gguf or RUN.html")
     parser.add_argument("--weights", choices=("last", "best"), default="best", help="model.pt or best.pt")

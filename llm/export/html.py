@@ -24,7 +24,7 @@ from llm.arch import Model
 from llm.errors import UserError
 from llm.evaluate import evaluate
 from llm.export.browser.assemble import assemble
-from llm.export.browser.pack import Packed, load, pack, unpack
+from llm.export.browser.pack import Dtype, Packed, load, pack, unpack
 from llm.export.browser.read_back import open_reader
 from llm.export.proof import Proof, prove, validation_text
 from llm.export.source import Source
@@ -71,11 +71,11 @@ class Export:
         return "\n".join(lines)
 
 
-def export(source: Source, out: Path, dtype: str = "float16", overwrite: bool = False) -> Export:
+def export(source: Source, out: Path, dtype: Dtype = "float16", overwrite: bool = False) -> Export:
     """Write the run as the file `out`, complete and proved or not at all.
 
     Args:
-        dtype: of the weights in the file: one of `pack.DTYPES`.
+        dtype: of the weights in the file.
         overwrite: replace an earlier export.
 
     Raises:

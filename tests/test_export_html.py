@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import resource
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from conftest import SMALL, needs_gpt2, trained
 from llm.arch import make_model
 from llm.commands.export import main
 from llm.config import GPTConfig, from_settings
-from llm.errors import UserError
+from llm.errors import Failure, UserError
 from llm.export import html
 from llm.export.browser import read_back
 from llm.export.browser.assemble import assemble
@@ -214,6 +216,19 @@ def test_what_exists_is_replaced_only_if_asked_to_and_if_it_is_an_export(run):
     with pytest.raises(UserError, match="no export of ours"):
         html.export(run, Path("mine.html"), overwrite=True)
     assert Path("mine.html").read_text() == "<h1>mine</h1>"
+
+
+def test_a_full_disk_leaves_nothing(run):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        with pytest.raises(Failure, match=r"model\.html: .* bytes cannot be written"):
+            html.export(run, Path("model.html"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert list(Path().glob("*model.html*")) == []
 
 
 def test_what_a_page_cannot_hold_is_refused(run, monkeypatch):

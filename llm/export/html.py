@@ -21,10 +21,10 @@ from markupsafe import Markup
 
 from llm import storage
 from llm.arch import Model
-from llm.errors import UserError
+from llm.errors import Failure, UserError
 from llm.evaluate import evaluate
 from llm.export.browser.assemble import assemble
-from llm.export.browser.pack import Packed, load, pack, unpack
+from llm.export.browser.pack import Dtype, Packed, load, pack, unpack
 from llm.export.browser.read_back import open_reader
 from llm.export.proof import Proof, prove, validation_text
 from llm.export.source import Source
@@ -71,16 +71,17 @@ class Export:
         return "\n".join(lines)
 
 
-def export(source: Source, out: Path, dtype: str = "float16", overwrite: bool = False) -> Export:
+def export(source: Source, out: Path, dtype: Dtype = "float16", overwrite: bool = False) -> Export:
     """Write the run as the file `out`, complete and proved or not at all.
 
     Args:
-        dtype: of the weights in the file: one of `pack.DTYPES`.
+        dtype: of the weights in the file.
         overwrite: replace an earlier export.
 
     Raises:
         UserError: `out` exists, the page has no such tokenizer or no room for the model, a weight is too large for
             float16, or the file does not give the run's ids and logits.
+        Failure: the disk is full.
     """
     check_free(out, overwrite)
     if source.tokenizer.kind not in TOKENIZERS:
@@ -98,8 +99,13 @@ def export(source: Source, out: Path, dtype: str = "float16", overwrite: bool = 
     quality = measure_quality(source, rounded)
     report = gather(source.run.path, source.data_dir, memorised=False)
     with storage.writing(out) as file:
-        file.write(page(source, report, packed, quality).encode())
-        file.flush()
+        content = page(source, report, packed, quality).encode()
+        try:
+            file.write(content)
+            file.flush()
+        except OSError as error:
+            place = f"{out}: {len(content):,} bytes cannot be written"
+            raise Failure(f"{place} ({error.strerror}); free some disk space, or choose another --out") from None
         written = Path(file.name)
         with open_reader(written, source.model.config) as reader:
             proof = prove(source, reader.name, reader.encode, reader.logits, reference=rounded, decode=reader.decode)

@@ -7,7 +7,7 @@ Shapes: R rows, C columns.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from torch import Tensor
 from llm.arch import Model
 from llm.errors import UserError
 
-DTYPES = ("float16", "int8", "float32")
+Dtype = Literal["float16", "int8", "float32"]
 STEPS = 127  # of int8, on each side of 0
 
 Shapes = dict[str, tuple[int, int]]  # (R, C) by name; a vector has one row
@@ -28,12 +28,12 @@ Numbers = npt.NDArray[Any]
 class Packed:
     """Weights as bytes. A tied output matrix is not among them, since it is that of the embeddings."""
 
-    dtype: str
+    dtype: Dtype
     shapes: Shapes
     content: bytes
 
 
-def pack(model: Model, dtype: str) -> Packed:
+def pack(model: Model, dtype: Dtype) -> Packed:
     """Return the weights of a model in float32.
 
     Raises:
@@ -54,7 +54,7 @@ def _is_matrix(weight: Numbers) -> bool:
     return weight.ndim == 2 and len(weight) > 1
 
 
-def _rounded(name: str, weight: Numbers, dtype: str) -> list[Numbers]:
+def _rounded(name: str, weight: Numbers, dtype: Dtype) -> list[Numbers]:
     if dtype == "float32":
         return [weight.astype("<f4")]
     if dtype == "float16":

@@ -400,7 +400,7 @@ def test_a_run_that_ends_before_the_kill_is_reported(here, monkeypatch, last):
         ("--world_size 0", "world_size = 0: expected a number of processes from 1"),
         ("--world_sizes 2", "unknown argument --world_sizes; did you mean --world_size?"),
         ("--n_layer 0", "n_layer = 0: expected a whole number at least 1"),
-        ("--init_from nowhere", "nowhere: no run and no .pt file there"),
+        ("--init_from nowhere", "nowhere: no such file or folder"),
     ],
 )
 def test_a_wrong_flag_is_an_error_of_one_line(here, losscurve, mistake, words):

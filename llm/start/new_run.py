@@ -54,6 +54,7 @@ def new_run(
             config, text, weights = open_new_text(config, dtype, say, progress, world, given)
             agree(config, text.data, device, world)
         parts = build(config, text.data, text.tokenizer, device, dtype, world, weights)
+        del weights  # the model has copied them
         with world.together():
             if world.leads:
                 stack.enter_context(open_new_folder(parts, overwrite, say))

@@ -224,7 +224,15 @@ def test_evaluation_is_bit_for_bit_the_same_for_any_number_of_processes(outcomes
     assert len({loss for loss, _, _ in expected}) == len(EVALUATIONS)
     for size in SIZES:
         for kind in KINDS:
-            assert outcomes[size][f"{kind} {dtype} evaluated"] == [expected] * size, (size, kind)
+            found = outcomes[size][f"{kind} {dtype} evaluated"]
+            if (kind, dtype) != ("fsdp", "bfloat16"):
+                assert found == [expected] * size, (size, kind)
+                continue
+            # on a CPU its blocks are not fused, so they round otherwise than those of one process without FSDP
+            assert found == [outcomes[1][f"fsdp {dtype} evaluated"][0]] * size, size
+            for (loss, _, tokens), (other, _, expected_tokens) in zip(found[0], expected, strict=True):
+                assert tokens == expected_tokens
+                assert loss == pytest.approx(other, abs=CLOSE[dtype])
 
 
 @pytest.mark.parametrize("kind", KINDS)

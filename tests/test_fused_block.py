@@ -8,6 +8,7 @@ from llm.config import GPTConfig
 from llm.machine.device import precision
 from llm.machine.fused_block import call
 from llm.machine.kernel import find_compiler
+from llm.machine.parallel import recompute_activations
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="needs a C compiler")
 LLAMAS = [
@@ -88,6 +89,16 @@ def test_it_is_the_same_for_any_number_of_threads(case, monkeypatch):
     vectors = [name for name, p in model.h.named_parameters("h") if p.dim() == 1]
     assert len(vectors) == (8 if case["arch"] == "llama" else 12)
     assert all(torch.equal(found[0][name], found[1][name]) for name in vectors)
+
+
+@needs_compiler
+@ONE_OF_EACH
+def test_recomputed_activations_change_nothing(case, monkeypatch):
+    model, ids = model_of({**case, "dropout": 0.3})
+    expected = in_bfloat16(model, ids, monkeypatch, True)
+    recompute_activations(model)
+    found = in_bfloat16(model, ids, monkeypatch, True)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @needs_compiler

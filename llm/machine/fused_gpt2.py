@@ -58,8 +58,9 @@ class _Block(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, y_1, scales_1, heads, attention, merged, middle, y_2, scales_2, slopes, hidden = ctx.saved_tensors[:11]
-        ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj = ctx.saved_tensors[11:]
+        saved = ctx.saved_tensors  # once: activation checkpointing allows no second time
+        x, y_1, scales_1, heads, attention, merged, middle, y_2, scales_2, slopes, hidden = saved[:11]
+        ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj = saved[11:]
         (B, T, H, _, D, _), drops, C, F = ctx.sizes, ctx.drops, x.size(1), hidden.size(1)
         sums = x.new_empty(PARTS, 9 * C + F)
         of_ln_1, of_c_attn, of_attn_proj, of_ln_2, of_c_fc, of_mlp_proj = sums.split([2 * C, 3 * C, C, 2 * C, F, C], 1)

@@ -62,10 +62,9 @@ class _Block(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, y_1, scales_1, joined, qk_scales, heads, attention, merged, middle, y_2, scales_2, gates = ctx.saved_tensors[
-            :12
-        ]
-        cos, sin, ln_1, c_attn, qk_norm, attn_proj, ln_2, c_fc, mlp_proj = ctx.saved_tensors[12:]
+        saved = ctx.saved_tensors  # once: activation checkpointing allows no second time
+        x, y_1, scales_1, joined, qk_scales, heads, attention, merged, middle, y_2, scales_2, gates = saved[:12]
+        cos, sin, ln_1, c_attn, qk_norm, attn_proj, ln_2, c_fc, mlp_proj = saved[12:]
         (B, T, H, K, D, _), drops = ctx.sizes, ctx.drops
         # the feed-forward layer
         dout = dout.contiguous().view(B * T, -1)

@@ -241,7 +241,7 @@ def test_what_the_format_cannot_hold_is_refused():
 def test_the_commands_of_the_page(here, losscurve):
     """docs/elsewhere.md: the run is exported, and llama.cpp's server answers the request as the run would."""
     trained(config_for(here, out_dir="runs/mine", arch="llama", max_steps=4, tokenizer="byte", block_size=32))
-    commands = re.search(r"```sh\n(losscurve export .*?)```", PAGE, re.DOTALL)[1]
+    commands = re.search(r"```sh\n(losscurve export [^\n]*--to gguf .*?)```", PAGE, re.DOTALL)[1]
     line = commands.splitlines()[0].partition("#")[0].strip().removeprefix("losscurve ")
     code, out, _ = losscurve(line)
     assert code == 0

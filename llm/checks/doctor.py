@@ -28,6 +28,7 @@ NEEDED = {
     "safetensors": "0.4",
     "tiktoken": "0.7",
     "tokenizers": "0.20",
+    "huggingface_hub": "0.25",
     "rich": "13",
     "matplotlib": "3.8",
     "jinja2": "3.1",

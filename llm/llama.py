@@ -111,7 +111,9 @@ class Block(nn.Module):
     its products, and a norm in float32.
     """
 
-    may_fuse = True  # parallel.shard_model sets it to False: its shards are gathered where attention and mlp are called
+    # Whether one function may compute the block in bfloat16 on a CPU. Set it to False if you change the block: that
+    # function would not know. parallel.shard_model does so too: shards are gathered where attention and mlp are called.
+    may_fuse = True
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()

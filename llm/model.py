@@ -146,7 +146,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm block: attention, then the feed-forward layer, each added to the residual stream."""
 
-    may_fuse = True  # parallel.shard_model sets it to False: its shards are gathered where attention and mlp are called
+    # Whether one function may compute the block in bfloat16 on a CPU. Set it to False if you change the block: that
+    # function would not know. parallel.shard_model does so too: shards are gathered where attention and mlp are called.
+    may_fuse = True
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()

@@ -56,7 +56,7 @@ def test_a_command_of_the_readme_runs(home, line, monkeypatch, capsys):
         given = [pair for pair in smaller.split("--")[1:] if f"__{pair.split()[0]}" not in typed]
         words += shlex.split(" ".join(f"--{pair}" for pair in given))
     if "prove-resume" in words:
-        words += ["--max_steps", "40", "--save_every", "5", "--n_embd", "16", "--n_head", "2"]
+        words += ["--max_steps", "20", "--save_every", "4", "--n_embd", "16", "--n_head", "2"]
     if words[0] == "losscurve" and not {"watch", "--nproc", "--help"} & {*words}:  # PyTorch is imported here already
         monkeypatch.chdir(home)
         monkeypatch.setattr("sys.stdin", io.StringIO("to be\n" * 500))

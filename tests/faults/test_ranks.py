@@ -92,7 +92,7 @@ def test_a_rank_killed_at_any_exchange_of_a_save(here, kind, rank, after, record
     assert exit_codes(2, line, here / "outcomes of whole") == [0, 0]
     weights = torch.load("whole/model.pt", weights_only=True)
     expected = fingerprint(Path("whole"))
-    stride = 1 if TORTURE else {"ddp": 4, "fsdp": 30}[kind]
+    stride = 1 if TORTURE else {"ddp": 5, "fsdp": 44}[kind]
     for at in itertools.count(1, stride):
         errors = errors_after(here, kind, 2, Kill(rank, 10, at, after), at)
         if errors is None:
@@ -110,7 +110,8 @@ def test_a_rank_killed_at_any_exchange_of_a_save(here, kind, rank, after, record
     assert weights.keys() == torch.load("checkpoints/model.pt", weights_only=True).keys()
 
 
-@pytest.mark.parametrize("rank", [0, 2] if TORTURE else [2])
+@pytest.mark.skipif(not TORTURE, reason="two ranks are enough: in make torture")
+@pytest.mark.parametrize("rank", [0, 2])
 def test_one_of_four_ranks_reports_the_cause(here, rank):
     errors = errors_after(here, "fsdp", 4, Kill(rank, 5, 3), 0)
     assert len(errors) == 1, errors

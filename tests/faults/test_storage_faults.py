@@ -18,7 +18,7 @@ from tests.faults.disk import Disk, Fault, Killed
 
 TORTURE = bool(os.environ.get("LOSSCURVE_TORTURE"))
 # one best and none, one kept and two: make torture takes every sequence of saves
-SAVES = checks.SAVES if TORTURE else [checks.SAVES[0], checks.SAVES[3], checks.SAVES[5]]
+SAVES = checks.SAVES if TORTURE else [checks.SAVES[3], checks.SAVES[5]]
 FAULTY = [*checks.STORAGE, checks.RECORD, checks.FOLDER_INSISTED, checks.OVERLAY, *SAVES]
 
 

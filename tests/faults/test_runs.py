@@ -171,7 +171,7 @@ def test_preparing_survives_kills(here, start, record_property):
     (here / "long.txt").write_text(text)
     generator = random.Random(1)
     kills = 0
-    for _ in range(12 if TORTURE else 4):
+    for _ in range(12 if TORTURE else 3):
         process = start("prepare long.txt --data_dir data --tokenizer byte --overwrite")
         time.sleep(generator.uniform(0.2, 1.0))
         kills += process.poll() is None

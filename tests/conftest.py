@@ -30,7 +30,6 @@ for number in (signal.SIGINT, signal.SIGHUP):  # ignored below `nohup` or a shel
         signal.signal(number, signal.SIG_DFL)
 # The files that take longest, each on one tester: they start first, so that none of them is left alone at the end.
 LONGEST = ("test_readme", "test_torchrun", "test_ranks", "test_rehearse", "test_distributed", "test_runs", "test_hosts")
-LONGEST += ("test_browser", "test_storage_faults", "test_train", "test_commands", "test_change_it", "test_trackers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,9 +6,8 @@ T tokens of a window, V vocabulary.
 import copy
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from llm.arch import Model
 from llm.config import GPTConfig
 from llm.errors import Failure, UserError
 from llm.export.model_card import model_card
-from llm.export.proof import Proof, prove
+from llm.export.proof import Proof, Reader, our_reader, prove
 from llm.export.source import Source
 from llm.record.plot import plot_runs, plot_schedule
 from llm.report.gather import gather
@@ -116,16 +115,6 @@ def _write_card(source: Source, folder: Path, dtype: str, name: str, proof: Proo
 # ---- reading it back
 
 
-@dataclass(frozen=True)
-class Reader:
-    """What reads a folder in Hugging Face's format."""
-
-    name: str
-    encode: Callable[[str], Sequence[int]]
-    decode: Callable[[list[int]], str]
-    logits: Callable[[list[int]], Tensor]
-
-
 def read_back(source: Source, folder: Path, dtype: str) -> Proof:
     """Compare the folder with the run: as transformers reads it if that is installed, else as we do.
 
@@ -186,17 +175,7 @@ def own_reader(folder: Path) -> Reader:
     found = open_weights(str(folder), GPTConfig())
     model, tokenizer = found.model(torch.device("cpu")), found.tokenizer
     assert tokenizer is not None  # _write_tokenizer wrote it
-
-    def logits(ids: list[int]) -> Tensor:
-        with torch.no_grad():
-            return model(torch.tensor([ids]))[0][0]  # type: ignore[no-any-return]
-
-    return Reader(
-        "losscurve itself (transformers is not installed)",
-        lambda text: [int(i) for i in tokenizer.encode(text)],
-        tokenizer.decode,
-        logits,
-    )
+    return our_reader("losscurve itself (transformers is not installed)", model, tokenizer)
 
 
 # ---- the hub

@@ -48,6 +48,27 @@ HOSTILE = (
 
 
 @dataclass(frozen=True)
+class Reader:
+    """What reads an export: its name, and the ids, text and logits (T, V or more) that it gives."""
+
+    name: str
+    encode: Callable[[str], Sequence[int]]
+    decode: Callable[[list[int]], str]
+    logits: Callable[[list[int]], Tensor]
+
+
+def our_reader(name: str, model: Model, tokenizer: Tokenizer) -> Reader:
+    """Return model and tokenizer of ours, as they were read back, as the reader of an export."""
+
+    @torch.no_grad()
+    def logits(ids: list[int]) -> Tensor:
+        found: Tensor = model(torch.tensor([ids]))[0]
+        return found[0]
+
+    return Reader(name, lambda text: tokenizer.encode(text).tolist(), tokenizer.decode, logits)
+
+
+@dataclass(frozen=True)
 class Proof:
     """The figures of a comparison that found no mismatch. It prints as two lines."""
 

@@ -11,7 +11,6 @@ import subprocess
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import resources
 from itertools import count
 from pathlib import Path
@@ -20,24 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.arch import Model, make_model
+from llm.arch import make_model
 from llm.config import GPTConfig
 from llm.errors import UserError
 from llm.export.browser.pack import Packed, load, unpack
+from llm.export.proof import Reader, our_reader
 from llm.tokens.saved_tokenizer import tokenizer_from_json
 
 NODE = 18  # the first version with DecompressionStream
 LONGEST = 2**29 - 24  # characters of a text, in Node
-
-
-@dataclass(frozen=True)
-class Reader:
-    """What reads an export: its name, and the ids, text and logits (T, V) that it gives."""
-
-    name: str
-    encode: Callable[[str], Sequence[int]]
-    decode: Callable[[list[int]], str]
-    logits: Callable[[list[int]], Tensor]
 
 
 @contextmanager
@@ -50,7 +40,7 @@ def open_reader(path: Path, config: GPTConfig) -> Iterator[Reader]:
     with ask_node(node, path) as ask:
         windows = (
             count()
-        )  # the ids of the first one by one, as when they are drawn; of the others in chunks, as a prompt
+        )  # ids of the first come one by one, as when they are drawn; the others' in chunks, as a prompt
 
         def encode(text: str) -> Sequence[int]:
             return ask(encode=text)["ids"]  # type: ignore[no-any-return]
@@ -121,7 +111,7 @@ def own_reader(path: Path, config: GPTConfig, why: str) -> Reader:
     load(model, unpack(Packed(about["dtype"], about["shapes"], content)))
     tokenizer = tokenizer_from_json(about["tokenizer"])
     name = f"our own reader, which runs none of the page's scripts ({why})"
-    return Reader(name, lambda text: tokenizer.encode(text).tolist(), tokenizer.decode, lambda ids: _logits(model, ids))
+    return our_reader(name, model, tokenizer)
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -133,9 +123,3 @@ def read_file(path: Path) -> tuple[dict[str, Any], bytes]:
         return zlib.decompress(b"".join(base64.b64decode(part) for part in parts))
 
     return json.loads(content("about")), content("weights")
-
-
-@torch.no_grad()
-def _logits(model: Model, ids: list[int]) -> Tensor:
-    logits: Tensor = model(torch.tensor([ids]))[0]
-    return logits[0]

@@ -1,5 +1,8 @@
 """Exponentials and row sums in C against PyTorch's in fp64, and a machine without a compiler."""
 
+import ctypes
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -133,3 +136,59 @@ def test_a_compiler_that_is_absent_or_fails_is_done_without(monkeypatch, compile
     monkeypatch.setenv("CC", compiler)
     assert kernel.load_kernel.__wrapped__() is None
     assert kernel.load_block_kernel.__wrapped__("block.c") is None
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """An empty cache folder, and the commands that compiled or linked."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    commands, run = [], kernel._run
+
+    def noted(command):
+        if "-E" not in command:
+            commands.append(command)
+        return run(command)
+
+    monkeypatch.setattr(kernel, "_run", noted)
+    return commands
+
+
+def sums_of_ones(library):
+    x, sums, shift = torch.zeros(1, 8, dtype=torch.bfloat16), torch.empty(1, 1), torch.zeros(1, 1)
+    library.exp_sum(x.data_ptr(), sums.data_ptr(), shift.data_ptr(), 0, 1, 8)
+    return sums.item()
+
+
+@needs_compiler
+@pytest.mark.parametrize("there", [None, b"no library"])
+def test_a_library_is_compiled_once_and_kept(compiled, tmp_path, monkeypatch, there):
+    if there is not None:
+        folder = tmp_path / "losscurve" / "compiled"
+        folder.mkdir(parents=True)
+        monkeypatch.setattr(kernel.hashlib, "sha256", lambda parts: SimpleNamespace(hexdigest=lambda: "name"))
+        (folder / "kernel-name.so").write_bytes(there)
+    for _ in range(2):
+        assert sums_of_ones(kernel.load_kernel.__wrapped__()) == 8
+        assert len(compiled) == 2  # compiled and linked
+    (kept,) = (tmp_path / "losscurve" / "compiled").iterdir()
+    assert ctypes.CDLL(str(kept)).exp_sum
+
+
+@needs_compiler
+def test_another_source_or_flag_is_another_library(compiled, tmp_path, monkeypatch):
+    kernel.load_kernel.__wrapped__()
+    monkeypatch.setattr(kernel.platform, "machine", lambda: "riscv")
+    kernel.load_kernel.__wrapped__()
+    changed = tmp_path / "sources"
+    changed.mkdir()
+    for file in ("kernel.c", "block.h"):
+        (changed / file).write_bytes((kernel.SOURCES / file).read_bytes() + b"\n")
+    monkeypatch.setattr(kernel, "SOURCES", changed)
+    kernel.load_kernel.__wrapped__()
+    assert len(list((tmp_path / "losscurve" / "compiled").iterdir())) == 3
+
+
+@needs_compiler
+def test_a_cache_folder_that_cannot_be_written_keeps_nothing(compiled, tmp_path):
+    (tmp_path / "losscurve").write_text("a file in the folder's place")
+    assert sums_of_ones(kernel.load_kernel.__wrapped__()) == 8

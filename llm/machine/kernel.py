@@ -6,12 +6,14 @@ computes the parts of a block between its matrix products, for llm/machine/fused
 `block_gpt2.c` are what only a llama's block or only GPT-2's needs.
 
 Where there is a C compiler, a file is compiled at run time for this CPU, when it is first needed: `kernel.c` in a tenth
-of a second, the others in less than one. The result is not stored. Without a compiler, and for other dtypes, PyTorch
-computes the same.
+of a second, the others in less than one. The library is kept in the user's own cache folder, under a name that follows
+from all that it depends on. Without a compiler, and for other dtypes, PyTorch computes the same.
 """
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import os
 import platform
 import shutil
@@ -24,6 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from llm import storage
+from llm.errors import Failure
+
+SOURCES = resources.files("llm.machine")
 
 # Sums in any order, so that they take whole vectors to their end; and no loop split in two, one of them not in vectors.
 # Not for kernel.c, whose exponential relies on the order of its operations.
@@ -126,20 +133,54 @@ def _compile(name: str, more_flags: Sequence[str] = ()) -> Any:
     compiler = find_compiler()
     if compiler is None:
         return None
-    c_file = resources.files("llm.machine") / name
-    with resources.as_file(c_file) as source, tempfile.TemporaryDirectory() as folder:
-        object_file = Path(folder, "kernel.o")
-        library_file = Path(folder, "kernel.so")
-        flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", *more_flags]
-        if platform.machine().lower() in ("x86_64", "amd64"):
-            flags.append("-mprefer-vector-width=512")  # gcc prefers 256 bits on Intel CPUs: 17 ms instead of 9
-        try:
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", *more_flags]
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        flags.append("-mprefer-vector-width=512")  # gcc prefers 256 bits on Intel CPUs: 17 ms instead of 9
+    try:
+        kept = _kept_library(compiler, name, flags)
+        if kept is not None:
+            with contextlib.suppress(OSError):  # it is not there yet
+                return ctypes.CDLL(str(kept))
+        with tempfile.TemporaryDirectory() as folder, resources.as_file(SOURCES / name) as source:
+            object_file, library_file = Path(folder, "kernel.o"), Path(folder, "kernel.so")
             _run([compiler, *flags, "-c", str(source), "-o", str(object_file)])
             _run([compiler, "-shared", str(object_file), "-o", str(library_file)])
-            return ctypes.CDLL(str(library_file))
-        except (OSError, subprocess.SubprocessError):  # for example, the OpenMP library of another compiler is missing
-            return None
+            library = ctypes.CDLL(str(library_file))
+            if kept is not None:
+                _keep(library_file, kept)
+            return library
+    except (OSError, subprocess.SubprocessError):  # for example, the OpenMP library of another compiler is missing
+        return None
 
 
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+def _kept_library(compiler: str, name: str, flags: Sequence[str]) -> Path | None:
+    """Return where the library of a C file is kept; None where no home folder is known.
+
+    Its name is a hash of the sources, the flags, and the compiler's own macros: its version and what this CPU can do.
+    """
+    macros = _run([compiler, *flags, "-dM", "-E", "-x", "c", os.devnull])
+    sources = [(SOURCES / file).read_bytes() for file in (name, "block.h")]
+    parts = b"\0".join([*sources, " ".join(flags).encode(), macros])
+    try:
+        return storage.users_cache_folder() / "compiled" / f"{Path(name).stem}-{hashlib.sha256(parts).hexdigest()}.so"
+    except Failure:
+        return None
+
+
+def _keep(library_file: Path, kept: Path) -> None:
+    """Copy a library to where it is kept, whole or not at all; a folder that cannot be written keeps nothing."""
+    part = kept.with_suffix(f".{os.getpid()}")
+    try:
+        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(library_file.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())  # a library that a crash has cut short would end the process that loads it
+        part.replace(kept)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def _run(command: list[str]) -> bytes:
+    return subprocess.run(command, check=True, capture_output=True, timeout=60).stdout

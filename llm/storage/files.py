@@ -198,8 +198,14 @@ def cache_folder() -> Path:
     Raises: Failure if the home folder is unknown.
     """
     own = os.environ.get("LOSSCURVE_CACHE")
-    if own:
-        return Path(expanded(own))
+    return Path(expanded(own)) if own else users_cache_folder()
+
+
+def users_cache_folder() -> Path:
+    """Return `losscurve/` in the user's cache folder, which nobody else writes to.
+
+    Raises: Failure if the home folder is unknown.
+    """
     try:
         return Path(expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "losscurve")
     except UserError:

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from conftest import environment, flags
+
 from llm.commands.main import COMMANDS
 
 HEAVY = {"torch", "numpy", "matplotlib", "tiktoken", "tokenizers", "rich"}
@@ -20,3 +22,15 @@ def test_importing_the_package_or_asking_for_help_loads_no_torch():
         )
         shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert shown.stdout.strip() == "[]", command
+
+
+def test_reading_weights_and_sampling_load_no_compiler(here, losscurve):
+    """`torch._dynamo` takes a second to import, and only `--compile` needs it."""
+    assert losscurve(f"train --text text.txt --out_dir run {flags(max_steps=1, warmup_steps=0)}")[0] == 0
+    code = (
+        "import sys; from llm.commands.main import main; "
+        "codes = [main('sample --out_dir run --max_new_tokens 2'.split()), main('report run'.split())]; "
+        "print(codes, 'torch._dynamo' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    assert shown.stdout.splitlines()[-1] == "[0, 0] False", shown.stdout

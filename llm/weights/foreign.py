@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llm import storage
-from llm.arch import make_model
+from llm.arch import tensor_shapes
 from llm.config import GPTConfig
 from llm.errors import Failure, UserError
 from llm.storage import download
@@ -116,9 +115,7 @@ def _read_weights(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
         weights = weights_in(config, tensors)
     except UserError as error:
         raise UserError(f"{paths[0]}: {error}, which config.json asks for; give another copy of the model") from None
-    with torch.device("meta"):
-        expected = {name: p.shape for name, p in make_model(config).state_dict().items()}
-    check_tensors(paths[0], weights, expected)
+    check_tensors(paths[0], weights, tensor_shapes(config))
     return weights
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.arch import Model, make_model
+from llm.arch import Model, make_model, tensor_shapes
 from llm.config import GPTConfig, TrainConfig, from_settings, read_toml
 from llm.errors import UserError
 from llm.tokens.foreign import is_text, signature
@@ -212,8 +212,7 @@ def infer_shape(path: Path, weights: dict[str, Tensor], base: GPTConfig) -> tupl
             tied_lm_head=weights["lm_head.weight"].data_ptr() == weights["wte.weight"].data_ptr(),
             **find(weights, base),
         )
-        with torch.device("meta"):
-            return config, {name: p.shape for name, p in make_model(config).state_dict().items()}
+        return config, tensor_shapes(config)
     except unfit as error:
         raise UserError(
             f"{path}: not the weights of a GPT of ours ({type(error).__name__}: {error}); give other weights"

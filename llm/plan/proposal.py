@@ -32,8 +32,8 @@ class Proposal:
 
 
 def short_probe(config: TrainConfig) -> Pace:
-    """Measure a pace within about a second, set-up included."""
-    return probe(config, 0.6 * rule.PROBE_SECONDS)
+    """Measure a pace, set-up included, within about a second, or half of one for a short run."""
+    return probe(config, 0.6 * rule.probe_seconds(config.max_time or math.inf))
 
 
 def propose(request: Request, text: Text, measure: Measure) -> Proposal:

@@ -25,7 +25,7 @@ def affordable_steps(config: TrainConfig, request: Request, text: Text, pace: Pa
     """Return the steps that fit after `probes`, at most the useful ones."""
     evaluation = _other_seconds(config, pace) + _validation_seconds(config, request, text, pace)
     starting = starting_seconds(text) - text.uncounted
-    seconds = rule.FILL * request.seconds - starting - probes * rule.PROBE_SECONDS - evaluation
+    seconds = rule.FILL * request.seconds - starting - probes * rule.probe_seconds(request.seconds) - evaluation
     step = pace.step
     if "eval_every" in request.given:
         step += evaluation / request.given["eval_every"]

@@ -1,0 +1,160 @@
+"""Train for several times on several texts: `train --time` and a preset in turn, beside what was predicted.
+
+The rows that are kept are in budgets.csv beside this file. The loss that `train --time` predicts (PREDICTION in
+llm/plan/rule.py) is fitted to them: tests/test_budgets.py holds it against them.
+
+    python -m benchmarks.budgets TEXT [TEXT ...] [--times 15 30 60 120] [--recipes time shakespeare-char-cpu]
+    python -m benchmarks.budgets TEXT --flags="--n_layer 3 --n_embd 128"    # beside what the rule chooses
+    python -m benchmarks.budgets --fit
+
+One run at a time, on a machine that does nothing else: a neighbour changes the shape that is chosen. A row is appended
+as soon as its run has ended; the runs stay in runs/budgets. A preset's schedule is stretched over the time, and its row
+has its lowest loss.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llm.config import to_settings
+from llm.config.counts import count_parameters_by_part
+from llm.machine.device import choose_dtype, matrix_rate
+from llm.plan import rule
+from llm.plan.arithmetic import run_flops
+from llm.plan.request import read_request
+from llm.plan.text_facts import look_at
+from llm.record.metrics import read_record
+from llm.weights import run_config
+
+TABLE = Path(__file__).with_suffix(".csv")
+TIME = "time"  # the recipe that is chosen by `train --time`
+SPEED_STEPS = 200  # of a preset, to see how many fit the time
+FILL = 0.97  # of the time that a preset fills, with
+EVALUATIONS = 4  # besides the one at the start: each takes it seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", nargs="*", help="files, folders or names, one run each")
+    parser.add_argument("--times", type=int, nargs="+", default=[15, 30, 60, 120], help="seconds")
+    parser.add_argument("--recipes", nargs="+", default=[TIME], help="time, or presets")
+    parser.add_argument("--flags", default="", help="of train, for every run")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("--runs", type=Path, default=Path("runs/budgets"))
+    parser.add_argument("--fit", action="store_true", help="only print the figures of PREDICTION that fit the table")
+    args = parser.parse_args()
+    if args.fit:
+        print(fitted(read_table()))
+        return
+    for text in args.texts:
+        for seconds in args.times:
+            for recipe in args.recipes:
+                name = "-".join([Path(text).stem, str(seconds), recipe, str(args.seed), *args.flags.split()])
+                folder = args.runs / name
+                rate = measured_rate()
+                train(text, seconds, recipe, folder, ["--seed", str(args.seed), *args.flags.split()])
+                append(
+                    args.out, row_of(folder, text, seconds, recipe) | {"flags": args.flags, "rate": round(rate / 1e9)}
+                )
+
+
+def measured_rate() -> float:
+    """Return what this machine does now, in FLOP/s."""
+    cpu = torch.device("cpu")
+    matrix_rate.cache_clear()
+    return matrix_rate(cpu, choose_dtype("auto", cpu))
+
+
+def train(text: str, seconds: int, recipe: str, folder: Path, flags: list[str]) -> None:
+    """Train in a process of its own, as a person would."""
+    if recipe == TIME:
+        run(text, folder, [*flags, "--time", f"{seconds}s"])
+        return
+    short = folder.with_name(folder.name + "-speed")
+    flags = [*flags, "--preset", recipe, "--sample_tokens", "0"]
+    run(text, short, [*flags, "--max_steps", str(SPEED_STEPS), "--eval_every", str(SPEED_STEPS)])
+    rows = list(read_record(short))
+    evaluation = next(row["seconds"] for row in rows if row["split"] == "val")  # at step 0, before any training
+    step = run_config(short).tokens_per_step / [row for row in rows if row["split"] == "train"][-1]["tokens_per_second"]
+    steps = int((FILL * seconds - (1 + EVALUATIONS) * evaluation) / step)
+    limits = ["--max_steps", str(steps), "--eval_every", str(-(-steps // EVALUATIONS)), "--max_time", f"{seconds}s"]
+    run(text, folder, [*flags, *limits])
+
+
+def run(text: str, folder: Path, flags: list[str]) -> None:
+    words = ["train", "--text", text, "--out_dir", str(folder), *flags]
+    subprocess.run([sys.executable, "-m", "llm", *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def row_of(folder: Path, text: str, seconds: int, recipe: str) -> dict[str, Any]:
+    """Return a row of the table."""
+    config = run_config(folder)
+    evaluations = [row for row in read_record(folder) if row["split"] == "val" and row["step"] > 0]
+    lowest = min(row["bits_per_byte"] for row in evaluations)
+    last = evaluations[-1]
+    tokens = json.loads((Path(config.data_dir) / "meta.json").read_text())["splits"]["train"]["tokens"]
+    facts = look_at(read_request(str(seconds), {}, {"text": [text]}).config)
+    return {
+        "text": Path(text).name,
+        "recipe": recipe,
+        "train_bytes": facts.train_bytes,
+        "compressed": round(facts.compressed or 0.0, 3),
+        "asked": seconds,
+        "seconds": round(last["seconds"], 1),
+        "n_layer": config.model.n_layer,
+        "n_embd": config.model.n_embd,
+        "block_size": config.model.block_size,
+        "windows": config.windows_per_step,
+        "vocabulary": config.model.vocab_size,
+        "blocks": count_parameters_by_part(config.model)["blocks"],
+        "train_tokens": tokens,
+        "steps": last["step"],
+        "epochs": round(last["step"] * config.tokens_per_step / tokens, 2),
+        "dropout": config.model.dropout,
+        "weight_decay": to_settings(config).get("weight_decay", config.weight_decay),
+        "flops": float(f"{run_flops(config):.4g}"),
+        "seed": config.seed,
+        "bits_per_byte": round(last["bits_per_byte"] if recipe == TIME else lowest, 4),
+    }
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Append a row, and print it."""
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+    print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
+
+
+def read_table(path: Path = TABLE) -> list[dict[str, Any]]:
+    """Return the rows of the table, numbers as numbers."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            {name: value if name in ("text", "recipe", "flags") else float(value) for name, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def fitted(rows: list[dict[str, Any]]) -> tuple[float, ...]:
+    """Return the figures of `rule.PREDICTION` by least squares, and the standard deviation of what is left."""
+    chosen = [row for row in rows if row["recipe"] == TIME and not row["flags"]]
+    features = np.array([rule.prediction_features(row["flops"], row["train_bytes"]) for row in chosen])
+    ratios = np.array([row["bits_per_byte"] / row["compressed"] for row in chosen])
+    figures, *_ = np.linalg.lstsq(features, ratios, rcond=None)
+    left = ratios - features @ figures
+    return (*(round(float(figure), 4) for figure in figures), round(float(left.std(ddof=len(figures))), 4))
+
+
+if __name__ == "__main__":
+    main()

@@ -106,11 +106,12 @@ def test_a_small_text_gets_short_windows_and_few_of_them():
     assert (rule.windows(128, tokens), rule.windows(128, tokens - 1), rule.windows(16, 10)) == (16, 8, 1)
 
 
-def test_dropout_and_cooldown_follow_from_the_epochs():
-    assert rule.regularisation(9.9, "wsd") == {"dropout": 0.0, "decay_fraction": 0.6}
-    assert rule.regularisation(10, "wsd") == {"dropout": 0.1, "decay_fraction": 0.6}
-    assert rule.regularisation(30, "wsd") == {"dropout": 0.2, "decay_fraction": 0.7}
-    assert rule.regularisation(30, "cosine") == {"dropout": 0.2}
+def test_weight_decay_dropout_and_cooldown_follow_from_the_epochs():
+    assert rule.regularisation(6.9, "wsd") == {"weight_decay": 0.1, "dropout": 0.0, "decay_fraction": 0.6}
+    assert rule.regularisation(7, "wsd") == {"weight_decay": 0.3, "dropout": 0.0, "decay_fraction": 0.6}
+    assert rule.regularisation(10, "wsd") == {"weight_decay": 0.3, "dropout": 0.1, "decay_fraction": 0.6}
+    assert rule.regularisation(30, "wsd") == {"weight_decay": 0.3, "dropout": 0.2, "decay_fraction": 0.7}
+    assert rule.regularisation(30, "cosine") == {"weight_decay": 0.3, "dropout": 0.2}
 
 
 def test_a_short_time_measures_fewer_shapes():

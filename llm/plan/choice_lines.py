@@ -89,7 +89,8 @@ def _steps(choice: Choice) -> str:
     reason = f"; more than {choice.request.most_epochs:g} passes over a text gain little" if is_capped else ""
     return (
         f"{config.max_steps:,} of {counted(config.windows_per_step, 'window')}, {short(trained / text.tokens)} epochs, "
-        f"so dropout {config.model.dropout:g}; about {spoken(seconds)} of {spoken(choice.seconds)}{reason}"
+        f"so weight decay {config.weight_decay:g} and dropout {config.model.dropout:g}; "
+        f"about {spoken(seconds)} of {spoken(choice.seconds)}{reason}"
         f"{_prediction(choice)}"
     )
 

@@ -86,9 +86,12 @@ def finish(
 
 
 def regularisation(config: TrainConfig, request: Request, text: Text, pace: Pace, probes: int) -> dict[str, float]:
-    """Return dropout and cool-down for the epochs of `config`. If it has dropout, it keeps at least the lowest one."""
+    """Return weight decay, dropout and cool-down for the epochs of `config`.
+
+    If it has dropout, it keeps at least the lowest one.
+    """
     tokens = affordable_steps(config, request, text, pace, probes) * config.tokens_per_step
-    least = min(row[0] for row in rule.REGULARISATION if row[1] > 0) if config.model.dropout else 0
+    least = min(row[0] for row in rule.REGULARISATION if row[2] > 0) if config.model.dropout else 0
     return rule.regularisation(max(tokens / text.tokens, least), config.schedule)
 
 

@@ -40,8 +40,8 @@ WINDOWS = ((0, 16), (256, 12))  # (block_size from which a row counts, windows i
 USEFUL_STEPS = 1000  # a text that MOST_EPOCHS would read in fewer steps gets fewer windows in a step
 
 MOST_EPOCHS = 40  # more passes over the text gain little
-REGULARISATION = ((0, 0.0, 0.6), (10, 0.1, 0.6), (30, 0.2, 0.7))  # (epochs from which a row counts, dropout, cool-down)
-WEIGHT_DECAY = 0.3
+# (epochs from which a row counts, weight decay, dropout, share of the cool-down)
+REGULARISATION = ((0, 0.1, 0.0, 0.6), (7, 0.3, 0.0, 0.6), (10, 0.3, 0.1, 0.6), (30, 0.3, 0.2, 0.7))
 
 MUON_LR = 0.03
 MUON_MAX_LR = 3e-3  # of AdamW's share of the parameters
@@ -82,7 +82,6 @@ def recipe(given: dict[str, Any]) -> dict[str, Any]:
         "optimizer": "muon",
         "schedule": "wsd",
         "order": "epochs",
-        "weight_decay": WEIGHT_DECAY,
         "max_steps": 10**9,
         "min_lr": 0.0,
         "max_lr": max(MUON_MAX_LR, given.get("min_lr", 0.0)),
@@ -177,9 +176,10 @@ def probes(seconds: float) -> int:
 
 
 def regularisation(epochs: float, schedule: str) -> dict[str, float]:
-    """Return dropout, and with wsd the share of the cool-down, for so many passes over the text."""
-    _, dropout, cooldown = row_for(REGULARISATION, epochs)
-    return {"dropout": dropout} | ({"decay_fraction": cooldown} if schedule == "wsd" else {})
+    """Return weight decay, dropout, and with wsd the share of the cool-down, for so many passes over the text."""
+    _, weight_decay, dropout, cooldown = row_for(REGULARISATION, epochs)
+    cooling = {"decay_fraction": cooldown} if schedule == "wsd" else {}
+    return {"weight_decay": weight_decay, "dropout": dropout} | cooling
 
 
 def prediction_features(flops: float, train_bytes: float) -> tuple[float, float, float]:

@@ -1,11 +1,9 @@
-"""Train for several times on several texts: `train --time` and a preset in turn, beside what was predicted.
+"""Train for several times on several texts: `train --time` and presets in turn.
 
-The rows that are kept are in budgets.csv beside this file. The loss that `train --time` predicts (PREDICTION in
-llm/plan/rule.py) is fitted to them: tests/test_budgets.py holds it against them.
+The rows that are kept are in budgets.csv beside this file (docs/decisions.md, "The rule, tried").
 
     python -m benchmarks.budgets TEXT [TEXT ...] [--times 15 30 60 120] [--recipes time shakespeare-char-cpu]
     python -m benchmarks.budgets TEXT --flags="--n_layer 3 --n_embd 128"    # beside what the rule chooses
-    python -m benchmarks.budgets --fit
 
 One run at a time, on a machine that does nothing else: a neighbour changes the shape that is chosen. A row is appended
 as soon as its run has ended; the runs stay in runs/budgets. A preset's schedule is stretched over the time, and its row
@@ -20,13 +18,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from llm.config import to_settings
 from llm.config.counts import count_parameters_by_part
 from llm.machine.device import choose_dtype, matrix_rate
-from llm.plan import rule
 from llm.plan.arithmetic import run_flops
 from llm.plan.request import read_request
 from llm.plan.text_facts import look_at
@@ -42,18 +38,14 @@ EVALUATIONS = 4  # besides the one at the start: each takes it seconds
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", nargs="*", help="files, folders or names, one run each")
+    parser.add_argument("texts", nargs="+", help="files, folders or names, one run each")
     parser.add_argument("--times", type=int, nargs="+", default=[15, 30, 60, 120], help="seconds")
     parser.add_argument("--recipes", nargs="+", default=[TIME], help="time, or presets")
     parser.add_argument("--flags", default="", help="of train, for every run")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=TABLE)
     parser.add_argument("--runs", type=Path, default=Path("runs/budgets"))
-    parser.add_argument("--fit", action="store_true", help="only print the figures of PREDICTION that fit the table")
     args = parser.parse_args()
-    if args.fit:
-        print(fitted(read_table()))
-        return
     for text in args.texts:
         for seconds in args.times:
             for recipe in args.recipes:
@@ -106,7 +98,6 @@ def row_of(folder: Path, text: str, seconds: int, recipe: str) -> dict[str, Any]
         "text": Path(text).name,
         "recipe": recipe,
         "train_bytes": facts.train_bytes,
-        "compressed": round(facts.compressed or 0.0, 3),
         "asked": seconds,
         "seconds": round(last["seconds"], 1),
         "n_layer": config.model.n_layer,
@@ -135,25 +126,6 @@ def append(path: Path, row: dict[str, Any]) -> None:
             writer.writeheader()
         writer.writerow(row)
     print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
-
-
-def read_table(path: Path = TABLE) -> list[dict[str, Any]]:
-    """Return the rows of the table, numbers as numbers."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            {name: value if name in ("text", "recipe", "flags") else float(value) for name, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
-
-
-def fitted(rows: list[dict[str, Any]]) -> tuple[float, ...]:
-    """Return the figures of `rule.PREDICTION` by least squares, and the standard deviation of what is left."""
-    chosen = [row for row in rows if row["recipe"] == TIME and not row["flags"]]
-    features = np.array([rule.prediction_features(row["flops"], row["train_bytes"]) for row in chosen])
-    ratios = np.array([row["bits_per_byte"] / row["compressed"] for row in chosen])
-    figures, *_ = np.linalg.lstsq(features, ratios, rcond=None)
-    left = ratios - features @ figures
-    return (*(round(float(figure), 4) for figure in figures), round(float(left.std(ddof=len(figures))), 4))
 
 
 if __name__ == "__main__":

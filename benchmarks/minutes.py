@@ -1,8 +1,8 @@
 """Draw bits per byte against minutes: the runs of `train --time` beside those of presets, from benchmarks/budgets.py.
 
-    python -m benchmarks.budgets shakespeare --times 30 70 140
-    python -m benchmarks.budgets shakespeare --times 140 --recipes chapter shakespeare-char-cpu
-    python -m benchmarks.minutes shakespeare [--runs runs/budgets] [--out docs/minutes.png]
+python -m benchmarks.budgets shakespeare --times 30 70 140
+python -m benchmarks.budgets shakespeare --times 140 --recipes chapter shakespeare-char-cpu
+python -m benchmarks.minutes shakespeare [--runs runs/budgets] [--out docs/minutes.png]
 """
 
 import argparse

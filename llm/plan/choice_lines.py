@@ -6,7 +6,6 @@ from llm.config import GPTConfig
 from llm.config.counts import count_parameters, flops_per_token
 from llm.machine.device import choose_device, choose_dtype, describe_device
 from llm.plan import rule
-from llm.plan.arithmetic import run_flops
 from llm.plan.autopilot import Choice
 from llm.plan.forecast import counted, short, spoken
 from llm.plan.timing import preparing_seconds, run_seconds
@@ -91,14 +90,4 @@ def _steps(choice: Choice) -> str:
         f"{config.max_steps:,} of {counted(config.windows_per_step, 'window')}, {short(trained / text.tokens)} epochs, "
         f"so weight decay {config.weight_decay:g} and dropout {config.model.dropout:g}; "
         f"about {spoken(seconds)} of {spoken(choice.seconds)}{reason}"
-        f"{_prediction(choice)}"
     )
-
-
-def _prediction(choice: Choice) -> str:
-    """Return the predicted loss; nothing for weights of another run, whose past is not known, or an unknown text."""
-    facts, config = choice.facts, choice.proposal.config
-    if facts is None or facts.compressed is None or config.init_from:
-        return ""
-    bits, deviation = rule.predicted_bits(facts.compressed, run_flops(config), facts.train_bytes)
-    return f"; it should end near {bits:.2f} bits per byte (± {2 * deviation:.2f})"

@@ -60,10 +60,6 @@ PROBING_SHARE = 0.1  # of the time, for these probes; one is always made
 PROBE_SECONDS = ((0, 0.5), (60, 1.0))  # (seconds of the run from which a row counts, that one probe takes, about)
 STEP_GROWTH = 0.75  # the time of a step grows with its FLOPs to this power, until it is measured
 
-# Bits per byte at the end, as a share of what bzip2 makes of the text: a constant, and what a factor of ten in FLOPs
-# and in bytes of text adds. The last figure is the standard deviation of the runs of benchmarks/budgets.csv around it.
-PREDICTION = (0.0, 0.0, 0.0, 0.0)
-
 # ---- the rule
 
 
@@ -180,18 +176,3 @@ def regularisation(epochs: float, schedule: str) -> dict[str, float]:
     _, weight_decay, dropout, cooldown = row_for(REGULARISATION, epochs)
     cooling = {"decay_fraction": cooldown} if schedule == "wsd" else {}
     return {"weight_decay": weight_decay, "dropout": dropout} | cooling
-
-
-def prediction_features(flops: float, train_bytes: float) -> tuple[float, float, float]:
-    """Return what the first figures of PREDICTION are multiplied with, for a run of so many FLOPs."""
-    return 1.0, math.log10(flops) - 14, math.log10(train_bytes) - 6
-
-
-def predicted_bits(compressed: float, flops: float, train_bytes: float) -> tuple[float, float]:
-    """Return the bits per byte that a run ends with, and their standard deviation.
-
-    `compressed`: bits per byte of the text by bzip2.
-    """
-    *figures, deviation = PREDICTION
-    share = sum(a * b for a, b in zip(figures, prediction_features(flops, train_bytes), strict=True))
-    return compressed * share, compressed * deviation

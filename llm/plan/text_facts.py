@@ -1,6 +1,5 @@
 """What the autopilot looks at in a text before it chooses a tokenizer."""
 
-import bz2
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +10,7 @@ from llm.plan.text_size import TEXT_BYTES
 from llm.text import corpus, hub
 
 SAMPLE = 2**24  # characters that are read of a large text
-COMPRESSED = 2**20  # bytes of it that are compressed, to see how much a model can learn from it
 SHAKESPEARE_CHARACTERS = 65  # distinct ones
-SHAKESPEARE_COMPRESSED = 2.354  # bits per byte
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,6 @@ class TextFacts:
     train_bytes: int  # in UTF-8, of the training split; estimated for compressed files and rows
     distinct: int | None  # characters of its first SAMPLE; None: it is not on this machine yet
     bytes_per_character: float
-    compressed: float | None  # bits per byte by bzip2, of its first COMPRESSED bytes; None: it is not here yet
 
 
 def look_at(config: TrainConfig, say: corpus.Say = lambda line: None) -> TextFacts:
@@ -37,7 +33,6 @@ def look_at(config: TrainConfig, say: corpus.Say = lambda line: None) -> TextFac
     size += TEXT_BYTES * (corpus.SHAKESPEARE in names)
     alphabet: set[str] = set()
     characters = sampled_bytes = 0
-    start = bytearray()
     if files:
         _refuse_pipes(files)
         with corpus.opened(files, say=say, text_field=config.text_field) as source:
@@ -45,9 +40,7 @@ def look_at(config: TrainConfig, say: corpus.Say = lambda line: None) -> TextFac
             for piece in (piece for file in source.files for piece in file.read()):
                 alphabet.update(piece)
                 characters += len(piece)
-                encoded = piece.encode("utf-8")
-                sampled_bytes += len(encoded)
-                start += encoded[: COMPRESSED - len(start)]
+                sampled_bytes += len(piece.encode("utf-8"))
                 if characters >= SAMPLE:
                     break
     train_bytes = int(size * (1 - config.val_fraction))
@@ -56,12 +49,8 @@ def look_at(config: TrainConfig, say: corpus.Say = lambda line: None) -> TextFac
             f"text: {train_bytes:,} bytes to train on are too few, a run needs {rule.LEAST_BYTES:,}; "
             "give more text, several files or a folder, or try --text shakespeare"
         )
-    if files:
-        compressed = 8 * len(bz2.compress(start)) / len(start)
-        return TextFacts(train_bytes, len(alphabet), sampled_bytes / characters, compressed)
-    if set(names) & set(hub.TEXTS):
-        return TextFacts(train_bytes, None, 1.0, None)
-    return TextFacts(train_bytes, SHAKESPEARE_CHARACTERS, 1.0, SHAKESPEARE_COMPRESSED)
+    distinct = len(alphabet) if files else None if set(names) & set(hub.TEXTS) else SHAKESPEARE_CHARACTERS
+    return TextFacts(train_bytes, distinct, sampled_bytes / characters if characters else 1.0)
 
 
 def _refuse_pipes(files: tuple[str, ...]) -> None:

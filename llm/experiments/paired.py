@@ -3,7 +3,7 @@
 Two runs with the same seed see the same windows in the same order, so what a seed does to both cancels in the
 difference (common random numbers). What is left is judged by Student's t over the pairs.
 
-The pairs are either seeds, which say whether a setting is better, or blocks of validation windows, which say only
+The pairs are either seeds, which say whether a setting is better, or parts of the validation text, which say only
 whether these weights are better.
 
 Sources: Student, The probable error of a mean (1908); Welch, The generalization of 'Student's' problem (1947); Holm,
@@ -91,21 +91,23 @@ def _with_interval(difference: Difference, level: float = FALSE_ALARMS) -> Diffe
     return dataclasses.replace(difference, low=difference.mean - half, high=difference.mean + half, level=level)
 
 
-def holm(differences: Sequence[Difference]) -> list[Difference]:
+def holm(differences: Sequence[Difference], looks: int = 1) -> list[Difference]:
     """Return the differences of several settings from one, with intervals that are wider by Holm's correction.
 
     With them, the chance that any of the settings without a difference is called better or worse is 5 %. Holm judges
     the smallest p-value at 5 % / k, the next at 5 % / (k - 1), and so on until one fails; the rest fail with it. Each
     interval here has the level at which Holm judges it, or the level of the first that failed, so an interval
     excludes 0 exactly if Holm's test rejects.
+
+    If the same question is asked `looks` times, as more seeds come in, each time has its share of the 5 % (Bonferroni).
     """
     order = sorted(range(len(differences)), key=lambda i: differences[i].p_value)
     corrected = list(differences)
-    level = FALSE_ALARMS / max(1, len(differences))
+    level = FALSE_ALARMS
     has_failed = False
     for rank, i in enumerate(order):
         if not has_failed:
-            level = FALSE_ALARMS / (len(order) - rank)
+            level = FALSE_ALARMS / looks / (len(order) - rank)
         corrected[i] = _with_interval(differences[i], level)
         has_failed = has_failed or not corrected[i].is_real
     return corrected
@@ -127,25 +129,26 @@ def seeds_needed(difference: Difference) -> int | None:
     return None
 
 
-def verdict(difference: Difference, pair: str = "seed") -> str:
+def verdict(difference: Difference, pair: str = "seed", unit: str = "") -> str:
     """Return in words whether ours is better: "better by 0.021 (0.012 to 0.030)", "worse by …", or what is not known.
 
-    `pair` is what a pair consists of: "seed", or "block" for validation windows, of which nobody can have more.
+    `pair` is what a pair consists of: "seed", or "part" of a validation text, of which nobody can have more. `unit`
+    follows the numbers.
     """
     digits = _decimals(difference)
-    size = f"{abs(difference.mean):.{digits}f}"
-    side = "lower" if difference.mean < 0 else "higher"
+    unit = unit and f" {unit}"
+    seen = f"{abs(difference.mean):.{digits}f}{unit} {'lower' if difference.mean < 0 else 'higher'}"
     if difference.pairs == 1:
         more = f"; {FEWEST - 1} more seeds of each may tell" if pair == "seed" else ""
-        return f"not known: {size} {side} with one {pair} each, which may be chance{more}"
+        return f"not known: {seen} with one {pair} each, which may be chance{more}"
     if difference.is_real:
         near, far = sorted((abs(difference.low), abs(difference.high)))
         word = "better" if difference.mean < 0 else "worse"
-        return f"{word} by {size} ({near:.{digits}f} to {far:.{digits}f})"
+        return f"{word} by {abs(difference.mean):.{digits}f} ({near:.{digits}f} to {far:.{digits}f}){unit}"
     bound = max(abs(difference.low), abs(difference.high))
     if bound == 0:
         return "no difference at all: the same losses"
-    words = f"no difference larger than {bound:.{digits}f} ({size} {side}, which may be chance)"
+    words = f"no difference larger than {bound:.{digits}f}{unit} ({seen.replace(unit, '')}, which may be chance)"
     needed = seeds_needed(difference) if pair == "seed" else None
     if needed is None:
         return words

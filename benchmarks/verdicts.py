@@ -24,7 +24,7 @@ from llm.config import TrainConfig, from_settings
 from llm.experiments.compare import Comparison, compare_pair, corrected
 from llm.experiments.paired import Difference, holm, paired_difference, seeds_needed, unpaired_difference
 from llm.experiments.parts import PARTS, part_evaluations
-from llm.experiments.recorded import RecordedRun, Setting, read_run
+from llm.experiments.recorded import Group, RecordedRun, read_run
 
 EXPERIMENTS = 2000
 SPREAD = 0.02  # standard deviation of a simulated loss over seeds, nats per token
@@ -88,7 +88,7 @@ def share(differences: Iterable[Difference]) -> float:
     return statistics.fmean(difference.is_real for difference in differences)
 
 
-def curves(draws: Draws, seeds: int, shared: float, apart: float) -> tuple[Setting, Setting]:
+def curves(draws: Draws, seeds: int, shared: float, apart: float) -> tuple[Group, Group]:
     """Return two settings with drawn loss curves; the second lies `apart` from the first in the end.
 
     `shared` is the part of the variance over seeds that a seed gives to both.
@@ -109,7 +109,7 @@ def curves(draws: Draws, seeds: int, shared: float, apart: float) -> tuple[Setti
                 )
                 rows.append({"step": step, "tokens": step * 256, "seconds": step / 100, "loss": float(loss)})
             runs.append(drawn_run(name, config, seed, rows))
-        found.append(Setting(name, runs))
+        found.append(Group(name, runs))
     return found[0], found[1]
 
 
@@ -120,13 +120,13 @@ def drawn_run(name: str, config: TrainConfig, seed: int, rows: list[dict[str, fl
 
 def simulated(draws: Draws, seeds: int, shared: float, apart: float) -> Difference:
     """Return the difference at the last step of two drawn settings, as `losscurve compare` finds it."""
-    return corrected([compare_pair(*curves(draws, seeds, shared, apart), say=print)])[0].findings["step"].difference
+    return corrected([compare_pair(*curves(draws, seeds, shared, apart))])[0].findings["step"].difference
 
 
 def family(draws: Draws) -> bool:
     """Return whether any of 5 settings without a difference is called better or worse than a sixth."""
     base, _ = curves(draws, SEEDS, 0.5, 0.0)
-    found: list[Comparison] = [compare_pair(base, curves(draws, SEEDS, 0.5, 0.0)[1], say=print) for _ in range(5)]
+    found: list[Comparison] = [compare_pair(base, curves(draws, SEEDS, 0.5, 0.0)[1]) for _ in range(5)]
     return any(comparison.findings["step"].difference.is_real for comparison in corrected(found))
 
 
@@ -193,7 +193,7 @@ def read_all(out_dir: Path, name: str) -> list[RecordedRun]:
 
 
 def verdict_of(first: Sequence[RecordedRun], second: Sequence[RecordedRun]) -> Difference:
-    found = compare_pair(Setting("A", first), Setting("B", second), say=print)
+    found = compare_pair(Group("A", first), Group("B", second))
     return corrected([found])[0].findings["step"].difference
 
 

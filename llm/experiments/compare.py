@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm.errors import UserError
+from llm.evaluate import Evaluation
 from llm.experiments.paired import Difference, holm, paired_difference, unpaired_difference
 from llm.experiments.parts import part_evaluations
-from llm.experiments.recorded import Axis, RecordedRun, Setting, Unit, group, read_run
+from llm.experiments.recorded import Axis, Group, RecordedRun, Unit, group_runs, read_run
 
 Say = Callable[[str], None]
+EvaluateParts = Callable[[RecordedRun], list[Evaluation]]
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Finding:
 class Comparison:
     """A setting compared with the first one. Below 0, the setting's loss is lower than the first one's."""
 
-    base: Setting
-    other: Setting
+    base: Group
+    other: Group
     unit: Unit | None  # None if their losses do not compare
     notes: Sequence[str]  # why not, or with which reservation
     findings: dict[str, Finding]  # by axis ("step", "tokens", "seconds"), and "weights"
@@ -42,19 +44,27 @@ class Comparison:
 
 
 def compare(
-    paths: Sequence[Path], looks: int = 1, say: Say = lambda line: None
-) -> tuple[list[Setting], list[Comparison], list[str]]:
+    paths: Sequence[Path], looks: int = 1, data_dir: str | None = None, say: Say = lambda line: None
+) -> tuple[list[Group], list[Comparison], list[str]]:
     """Return the settings of some runs, the comparison of each with the first one, and notes on runs left out.
 
-    With several comparisons or `looks`, the intervals are wider: see `paired.holm`. `say` gets a line before each
-    evaluation of saved weights.
+    With several comparisons or `looks`, the intervals are wider: see `paired.holm`. `data_dir` is where the runs' token
+    files are, if they have moved. `say` gets a line before each evaluation of saved weights.
 
     Raises:
         UserError: a folder has no run, or a damaged one.
     """
-    settings, notes = group([read_run(path) for path in paths])
+    known: dict[Path, list[Evaluation]] = {}
+
+    def evaluate_parts(run: RecordedRun) -> list[Evaluation]:
+        if run.path not in known:
+            say(f"evaluating {run.path / 'model.pt'}")
+            known[run.path] = part_evaluations(run, data_dir)
+        return known[run.path]
+
+    settings, notes = group_runs([read_run(path, data_dir) for path in paths])
     base, *others = settings
-    comparisons = [compare_pair(base, other, say) for other in others]
+    comparisons = [compare_pair(base, other, evaluate_parts) for other in others]
     return settings, corrected(comparisons, looks), notes
 
 
@@ -72,8 +82,8 @@ def corrected(comparisons: Sequence[Comparison], looks: int = 1) -> list[Compari
     ]
 
 
-def compare_pair(base: Setting, other: Setting, say: Say) -> Comparison:
-    """Return the comparison of two settings."""
+def compare_pair(base: Group, other: Group, evaluate_parts: EvaluateParts = part_evaluations) -> Comparison:
+    """Return the comparison of two settings; of one run each, with the saved weights by `evaluate_parts`."""
     first, second = base.runs[0], other.runs[0]
     unit, notes = common_unit(first, second)
     if unit is None:
@@ -83,12 +93,12 @@ def compare_pair(base: Setting, other: Setting, say: Say) -> Comparison:
         end = common_end(base, other, axis, unit)
         if end is not None:
             findings[axis] = Finding(_where(axis, end, first), difference_at(base, other, axis, end, unit))
-    if not findings:
-        return Comparison(base, other, unit, [*notes, "no evaluation after step 0 in both yet"], {})
     notes += _reservations(base, other)
+    if not findings:
+        return Comparison(base, other, unit, [*notes, f"no {unit} after step 0 in both yet"], {})
     if len(base.runs) == len(other.runs) == 1:
         try:
-            findings["weights"] = compare_weights(first, second, say)
+            findings["weights"] = compare_weights(first, second, evaluate_parts)
         except UserError as error:
             notes.append(f"the saved weights are not compared: {error}")
     return Comparison(base, other, unit, notes, findings)
@@ -102,9 +112,7 @@ def common_unit(first: RecordedRun, second: RecordedRun) -> tuple[Unit | None, l
     notes = []
     if first.validation_hashes != second.validation_hashes:
         if first.text is None or second.text is None:
-            return None, [
-                "the validation tokens differ, and whether their text does is unknown without the data folders"
-            ]
+            return None, ["other validation tokens; whether of the same text is unknown without their data folders"]
         if first.text.source != second.text.source:
             return None, ["another text: losses on different texts do not compare"]
         unit = "bits_per_byte"
@@ -120,13 +128,13 @@ def common_unit(first: RecordedRun, second: RecordedRun) -> tuple[Unit | None, l
     return unit, notes
 
 
-def has_pairs(base: Setting, other: Setting) -> bool:
+def has_pairs(base: Group, other: Group) -> bool:
     """Whether two settings have pairs: all seeds of one are among those of the other."""
     ours, theirs = set(other.seeds), set(base.seeds)
     return ours <= theirs or theirs <= ours
 
 
-def difference_at(base: Setting, other: Setting, axis: Axis, place: float, unit: Unit) -> Difference:
+def difference_at(base: Group, other: Group, axis: Axis, place: float, unit: Unit) -> Difference:
     """Return the difference of two settings at a place on an axis, over pairs with the same seed if there are pairs."""
     if not has_pairs(base, other):
         return unpaired_difference(other.losses(axis, place, unit), base.losses(axis, place, unit))
@@ -136,13 +144,13 @@ def difference_at(base: Setting, other: Setting, axis: Axis, place: float, unit:
     return paired_difference([ours[seed] for seed in shared], [theirs[seed] for seed in shared])
 
 
-def common_end(base: Setting, other: Setting, axis: Axis, unit: Unit) -> float | None:
+def common_end(base: Group, other: Group, axis: Axis, unit: Unit) -> float | None:
     """Return the last place on an axis that all runs have reached; None before an evaluation after step 0."""
     ends = [setting.end(axis, unit) for setting in (base, other)]
     return None if None in ends else min(end for end in ends if end is not None)
 
 
-def difference_curve(base: Setting, other: Setting, axis: Axis, unit: Unit) -> list[tuple[float, Difference]]:
+def difference_curve(base: Group, other: Group, axis: Axis, unit: Unit) -> list[tuple[float, Difference]]:
     """Return (place, difference) at each evaluation of the first run of `base` that all runs have reached."""
     end = common_end(base, other, axis, unit)
     runs = [*base.runs, *other.runs]
@@ -153,7 +161,7 @@ def difference_curve(base: Setting, other: Setting, axis: Axis, unit: Unit) -> l
     return [(place, difference_at(base, other, axis, place, unit)) for place in places]
 
 
-def compare_weights(first: RecordedRun, second: RecordedRun, say: Say) -> Finding:
+def compare_weights(first: RecordedRun, second: RecordedRun, evaluate_parts: EvaluateParts) -> Finding:
     """Return the difference of the saved weights of two runs over the parts of the validation text.
 
     Raises:
@@ -163,11 +171,7 @@ def compare_weights(first: RecordedRun, second: RecordedRun, say: Say) -> Findin
         raise UserError("their tokens differ")
     if first.config.model.block_size != second.config.model.block_size:
         raise UserError("their block_size differs")
-    both = []
-    for run in (second, first):
-        say(f"evaluating {run.path / 'model.pt'}")
-        both.append(part_evaluations(run))
-    ours, theirs = both
+    ours, theirs = evaluate_parts(second), evaluate_parts(first)
     tokens = sum(part.tokens for part in ours)
     difference = paired_difference([part.loss for part in ours], [part.loss for part in theirs])
     return Finding(f"the saved weights, on {tokens:,} validation tokens", difference, "part")
@@ -189,7 +193,7 @@ def _where(axis: Axis, end: float, run: RecordedRun) -> str:
     return f"{end:,.0f} tokens" if axis == "tokens" else f"{end:,.1f} seconds of training"
 
 
-def _reservations(base: Setting, other: Setting) -> list[str]:
+def _reservations(base: Group, other: Group) -> list[str]:
     """Return what a reader has to know beside the verdict."""
     first, second = base.runs[0], other.runs[0]
     notes = []

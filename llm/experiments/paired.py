@@ -157,6 +157,6 @@ def verdict(difference: Difference, pair: str = "seed", unit: str = "") -> str:
 
 
 def _decimals(difference: Difference) -> int:
-    """Return the decimals that show a digit of the standard error, 3 to 6."""
-    error = difference.standard_error
-    return min(6, max(3, -math.floor(math.log10(error)))) if 0 < error < math.inf else 3
+    """Return the decimals that show a digit of the standard error, or two of the mean if there is none: 3 to 6."""
+    error = difference.standard_error if difference.pairs > 1 else abs(difference.mean) / 10
+    return min(6, max(3, -math.floor(math.log10(error)))) if error > 0 else 3

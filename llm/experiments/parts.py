@@ -17,15 +17,16 @@ PARTS = 16  # of a text: enough for a standard error, and long enough to be near
 TOKENS = 2**17  # evaluated of a longer text, at most: in each part windows that are evenly spread
 
 
-def part_evaluations(run: RecordedRun) -> list[Evaluation]:
+def part_evaluations(run: RecordedRun, data_dir: str | None = None) -> list[Evaluation]:
     """Evaluate the model.pt of a run on each part of its validation text.
 
-    A part is at least 2 windows long, so a short text has fewer parts.
+    A part is at least 2 windows long, so a short text has fewer parts. `data_dir` is where the token files are, if they
+    have moved.
 
     Raises:
         UserError: the weights or the token files are missing or damaged, or the token files are not the run's.
     """
-    tokens = open_run_data(run.path, run.config, run.hashes).val
+    tokens = open_run_data(run.path, run.config, run.hashes, data_dir).val
     block_size = run.config.model.block_size
     windows = (len(tokens) - 1) // block_size
     count = max(1, min(PARTS, windows // 2))

@@ -68,7 +68,7 @@ class RecordedRun:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Group:
     """Runs that differ in their seeds only, one for each seed."""
 
     name: str  # A, B, …
@@ -89,8 +89,8 @@ class Setting:
         return [run.at(axis, place, unit) for run in self.runs]
 
 
-def read_run(path: Path) -> RecordedRun:
-    """Return the run in the folder `path`, up to its last whole row.
+def read_run(path: Path, data_dir: str | None = None) -> RecordedRun:
+    """Return the run in the folder `path`, up to its last whole row; `data_dir`: its token files, if they have moved.
 
     Raises:
         UserError: there is no run, or its settings or its record are damaged.
@@ -106,6 +106,7 @@ def read_run(path: Path) -> RecordedRun:
     facts = environment if isinstance(environment, dict) else {}
     hashes = facts.get("data")
     hashes = hashes if isinstance(hashes, dict) else {}
+    places = [*([Path(data_dir)] if data_dir else []), *places_of(config.data_dir or "data", path, config)]
     return RecordedRun(
         path,
         config,
@@ -113,26 +114,25 @@ def read_run(path: Path) -> RecordedRun:
         not_finite=next((row["step"] for row in rows if row["loss"] is None), None),
         hashes=hashes,
         machine=(config.device, *(facts.get(name) for name in MACHINE)),
-        text=_find_text(path, config, hashes),
+        text=_find_text(places, hashes),
     )
 
 
-def _find_text(path: Path, config: TrainConfig, hashes: dict[str, str]) -> ValidationText | None:
-    """Return what meta.json says of the validation split with these hashes, if the data folder is still there."""
-    for folder in places_of(config.data_dir or "data", path, config):
+def _find_text(places: Sequence[Path], hashes: dict[str, str]) -> ValidationText | None:
+    """Return what the meta.json in one of some folders says of the validation split with these hashes, if any does."""
+    for folder in places:
         try:
             meta = read_meta(folder)
-            files = files_of(folder, "val", meta) if meta else []
-        except UserError:
+            files = [(file, facts) for file, facts in files_of(folder, "val", meta) if facts is not None]
+            if meta and files and all(hashes.get(file.name) == facts["sha256"] for file, facts in files):
+                source = meta["source"]["sha256"], meta["settings"]["val_fraction"]
+                return ValidationText(source, sum(facts["tokens"] for _, facts in files))
+        except (UserError, KeyError, TypeError):  # no meta.json of ours
             continue
-        found = [facts for _, facts in files if facts is not None]
-        if meta and found and all(hashes.get(file.name) == facts["sha256"] for file, facts in files if facts):
-            source = meta["source"]["sha256"], meta["settings"]["val_fraction"]
-            return ValidationText(source, sum(facts["tokens"] for facts in found))
     return None
 
 
-def group(runs: Sequence[RecordedRun]) -> tuple[list[Setting], list[str]]:
+def group_runs(runs: Sequence[RecordedRun]) -> tuple[list[Group], list[str]]:
     """Return the settings of the runs, in the order in which they come, and what is to be said of repeated runs.
 
     Of several runs with the same settings and seed, the first counts: the others tell nothing new.
@@ -148,16 +148,14 @@ def group(runs: Sequence[RecordedRun]) -> tuple[list[Setting], list[str]]:
         by_seed = settings.setdefault(repr((sorted(chosen.items()), text)), {})
         first = by_seed.setdefault(run.config.seed, run)
         if first is not run:
-            notes.append(
-                f"{run.path} has the settings and the seed of {first.path}, and is left out{_apart(first, run)}"
-            )
+            notes.append(f"{run.path}: left out, as it repeats {first.path} with the same seed{_apart(first, run)}")
     if len(settings) > 26:
         raise UserError(f"{len(settings)} settings are too many for one comparison; give at most 26")
-    return [Setting(chr(ord("A") + i), list(found.values())) for i, found in enumerate(settings.values())], notes
+    return [Group(chr(ord("A") + i), list(found.values())) for i, found in enumerate(settings.values())], notes
 
 
 def _apart(first: RecordedRun, second: RecordedRun) -> str:
     """Return how far the losses of two runs are apart that should be equal."""
     losses = dict(first.points("step", "loss"))
     apart = [abs(loss - losses[step]) for step, loss in second.points("step", "loss") if step in losses]
-    return f"; their validation losses differ by {max(apart):.2g} at most" if max(apart, default=0.0) else ""
+    return f"; their validation losses differ by {max(apart):.2g} at most" if apart else ""

@@ -6,7 +6,7 @@ from typing import Any
 from llm.config.differences import settings_apart
 from llm.experiments.compare import Comparison, Finding
 from llm.experiments.paired import Difference, verdict
-from llm.experiments.recorded import REPEATED, Setting
+from llm.experiments.recorded import REPEATED, Group
 from llm.record.chart_style import plain
 
 UNITS = {"loss": "nats per token", "bits_per_byte": "bits per byte"}
@@ -15,7 +15,7 @@ LEAST = 1e-9  # p-value that is printed
 NAME_LENGTH = 100  # characters of a path or a value
 
 
-def setting_lines(settings: Sequence[Setting]) -> list[str]:
+def setting_lines(settings: Sequence[Group]) -> list[str]:
     """Return a line for each setting: its runs, their seeds, and what differs from the first setting."""
     lines = []
     for setting in settings:
@@ -25,19 +25,19 @@ def setting_lines(settings: Sequence[Setting]) -> list[str]:
     return lines
 
 
-def apart(base: Setting, other: Setting) -> str:
+def apart(base: Group, other: Group) -> str:
     """Return the settings of `other` that differ from those of `base`: "max_lr 0.01 instead of 0.003"."""
     pairs = differing(base, other).items()
     words = [f"{name} {_value(ours)} instead of {_value(theirs)}" for name, (ours, theirs) in pairs]
     return ", ".join(words) or "the same settings, other token files"
 
 
-def apart_in_short(base: Setting, other: Setting) -> str:
+def apart_in_short(base: Group, other: Group) -> str:
     """Return the values of `other` that differ from those of `base`: "max_lr 0.01"."""
     return ", ".join(f"{name} {_value(ours)}" for name, (ours, _) in differing(base, other).items()) or "other tokens"
 
 
-def differing(base: Setting, other: Setting) -> dict[str, tuple[Any, Any]]:
+def differing(base: Group, other: Group) -> dict[str, tuple[Any, Any]]:
     """Return (value of `other`, value of `base`) of the settings that differ."""
     first, second = base.runs[0], other.runs[0]
     ignored = REPEATED - ({"text", "tokenizer"} if first.hashes != second.hashes else set())
@@ -122,7 +122,7 @@ def closing_lines(comparisons: Sequence[Comparison], looks: int = 1) -> list[str
     return lines
 
 
-def spread_line(setting: Setting) -> str:
+def spread_line(setting: Group) -> str:
     """Return the losses of the runs of one setting where there is no other to compare with."""
     end = setting.end("step", "loss")
     if end is None:

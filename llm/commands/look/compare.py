@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from llm.commands.flags import Parser, input_path, path
+from llm.config import expanded
 from llm.errors import UserError
 
 DESCRIPTION = "Compare runs: what differs in their settings, how far their validation losses are apart at equal steps, \
@@ -17,8 +18,9 @@ def main(argv: list[str]) -> int:
         "runs", nargs="+", metavar="RUN", type=input_path, help="run folder, or a folder with runs in or below it"
     )
     parser.add_argument(
-        "--out", metavar="FILE", type=path, default=Path("compared.png"), help="picture (default: compared.png)"
+        "--out", metavar="FILE", type=path, default=Path("comparison.png"), help="picture (default: comparison.png)"
     )
+    parser.add_argument("--data_dir", metavar="DIR", type=expanded, help="the runs' token files, if they have moved")
     parser.add_argument(
         "--looks",
         type=int,
@@ -36,10 +38,13 @@ def main(argv: list[str]) -> int:
     from llm.commands.flags import warn
     from llm.experiments import words
     from llm.experiments.compare import compare
-    from llm.experiments.picture import draw_comparisons
+    from llm.experiments.comparison_picture import draw_comparisons
     from llm.record.chart_style import save_figure
 
-    settings, comparisons, notes = compare(expand(args.runs), args.looks, lambda line: print(line, file=sys.stderr))
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    settings, comparisons, notes = compare(expand(args.runs), args.looks, args.data_dir, say)
     for note in notes:
         warn(note)
     print_result("\n".join(words.setting_lines(settings)))

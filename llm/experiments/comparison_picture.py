@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from llm.experiments.compare import Comparison, difference_curve
 from llm.experiments.paired import Difference
-from llm.experiments.recorded import Axis, Setting, Unit
+from llm.experiments.recorded import Axis, Group, Unit
 from llm.experiments.words import UNITS, apart_in_short
 from llm.record.chart_style import (
     COLOURS,
@@ -13,7 +13,6 @@ from llm.record.chart_style import (
     MARKERS,
     add_curve,
     add_end_labels,
-    add_text,
     format_loss,
     make_canvas,
     plain,
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 SETTLED = 0.2  # share of the axis after which the curves set the heights: the first fall would flatten the rest
 
 
-def draw_comparisons(settings: Sequence[Setting], comparisons: Sequence[Comparison]) -> "Figure":
+def draw_comparisons(settings: Sequence[Group], comparisons: Sequence[Comparison]) -> "Figure":
     """Return the figure of comparisons with the first of the settings; those that do not compare are left out."""
     kept = [found for found in comparisons if found.unit is not None]
     unit: Unit = "bits_per_byte" if any(found.unit == "bits_per_byte" for found in kept) else "loss"
@@ -38,13 +37,13 @@ def draw_comparisons(settings: Sequence[Setting], comparisons: Sequence[Comparis
 
     runs = sum(len(setting.runs) for setting in shown)
     left_out = f"; {len(comparisons) - len(kept)} not comparable, left out" if len(kept) < len(comparisons) else ""
-    subtitle = f"validation loss of each run; below, the difference from {shown[0].name}{left_out}"
+    subtitle = f"validation loss of each run{left_out}"
     figure, upper = make_canvas(f"{len(shown)} settings, {runs} runs", subtitle, UNITS[unit], int(end), right=0.64)
     figure.set_size_inches(10, 8)
     upper.set_position((0.1, 0.45, 0.54, 0.42))
     upper.set_xlabel("")
     upper.tick_params(labelbottom=False)
-    lower = figure.add_axes((0.1, 0.08, 0.54, 0.31), sharex=upper)
+    lower = figure.add_axes((0.1, 0.08, 0.54, 0.29), sharex=upper)
     lower.set_xlabel("tokens" if axis == "tokens" else "step", fontsize=12)
     lower.set_ylabel(f"difference from {shown[0].name}", fontsize=12)
     lower.tick_params(labelsize=11.5)
@@ -55,7 +54,7 @@ def draw_comparisons(settings: Sequence[Setting], comparisons: Sequence[Comparis
     return figure
 
 
-def _add_losses(axes: "Axes", settings: Sequence[Setting], axis: Axis, unit: Unit, end: float) -> None:
+def _add_losses(axes: "Axes", settings: Sequence[Group], axis: Axis, unit: Unit, end: float) -> None:
     """Draw the validation loss of every run, in the colour of its setting."""
     labels = []
     every = []
@@ -76,7 +75,7 @@ def _add_losses(axes: "Axes", settings: Sequence[Setting], axis: Axis, unit: Uni
 
 
 def _add_differences(
-    axes: "Axes", comparisons: Sequence[Comparison], settings: Sequence[Setting], axis: Axis, unit: Unit, end: float
+    axes: "Axes", comparisons: Sequence[Comparison], settings: Sequence[Group], axis: Axis, unit: Unit, end: float
 ) -> None:
     """Draw the difference of each setting from the first, with the 95 % interval at each evaluation."""
     axes.axhline(0, color=GREY, linewidth=1)
@@ -101,8 +100,8 @@ def _add_differences(
     axes.set_ylim(min(heights) - pad, max(heights) + pad)
     for line in axes.lines:
         line.set_clip_on(True)
-    words = "band: 95 % interval at each evaluation" if has_band else "one seed each, so no band: may be chance"
-    add_text(axes, 0.98, 0.97, f"above 0: worse; {words}", ha="right", va="top", color=GREY, xycoords=axes.transAxes)
+    words = "band: 95 % interval at each evaluation" if has_band else "one seed each: may be chance"
+    axes.set_title(f"difference (below 0: better); {words}", loc="left", fontsize=12.5, parse_math=False)
     add_end_labels(axes, end, labels, gap=0.1)
 
 

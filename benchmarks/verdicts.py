@@ -1,8 +1,8 @@
 """Count the verdicts of `losscurve compare` that are wrong: how often it sees a difference where there is none.
 
 simulate: experiments with losses drawn by numpy: curves of several seeds, correlated windows, a second look.
-train:    real ones: tiny models on a text, N runs of one setting with other seeds, and runs with a bad learning rate
-          with some of these seeds. Runs that exist are kept, so that it can be stopped and started.
+train:    real ones: tiny models on a text, N runs of one setting with other seeds, and with half of these seeds runs with
+          a bad learning rate, and with one that is a little low. Runs that exist are kept: it can be stopped and started.
 count:    the verdicts on the runs that `train` made.
 
     python -m benchmarks.verdicts simulate
@@ -32,7 +32,7 @@ TINY = {
     **{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 8, "dtype": "float32"},
     **{"max_steps": 200, "eval_every": 50, "log_every": 50, "keep": 1, "sample_tokens": 0, "tokenizer": "char"},
 }
-SETTINGS = {"usual": {"max_lr": 3e-3}, "bad": {"max_lr": 6e-4}}
+SETTINGS = {"usual": {"max_lr": 3e-3}, "near": {"max_lr": 2.4e-3}, "bad": {"max_lr": 6e-4}}
 SEEDS = 3  # of each setting in an experiment
 
 Draws = np.random.Generator
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("what", choices=("simulate", "train", "count"))
     parser.add_argument("--text", help="what the real runs train on")
     parser.add_argument("--out_dir", type=Path, default=Path("runs/verdicts"))
-    parser.add_argument("--runs", type=int, default=120, help="of the usual setting; half as many of the bad one")
+    parser.add_argument("--runs", type=int, default=120, help="of the usual setting; half as many of the others")
     parser.add_argument("--most", type=int, default=10**6, help="stop after training so many runs")
     args = parser.parse_args()
     if args.what == "simulate":
@@ -154,7 +154,7 @@ def windows(draws: Draws, correlation: float) -> "np.ndarray[tuple[int, int], np
 
 def train_runs(text: str, out_dir: Path, runs: int, most: int) -> None:
     """Train the runs that do not exist."""
-    wanted = [("usual", seed) for seed in range(runs)] + [("bad", seed) for seed in range(runs // 2)]
+    wanted = [(name, seed) for name in SETTINGS for seed in range(runs if name == "usual" else runs // 2)]
     missing = [(name, seed) for name, seed in wanted if not (out_dir / f"{name}-{seed}" / "model.pt").exists()]
     for name, seed in missing[:most]:
         settings = TINY | SETTINGS[name] | {"seed": seed, "data_dir": str(out_dir / "data")}
@@ -163,26 +163,26 @@ def train_runs(text: str, out_dir: Path, runs: int, most: int) -> None:
 
 
 def count(out_dir: Path) -> None:
-    usual, bad = (read_all(out_dir, name) for name in SETTINGS)
-    ends = {name: [run.evaluations[-1]["loss"] for run in runs] for name, runs in (("usual", usual), ("bad", bad))}
-    for name, losses in ends.items():
-        print(f"{name}: {len(losses)} runs, {statistics.fmean(losses):.4f}, spread {statistics.stdev(losses):.4f}")
-    both = ends["usual"][: len(bad)]
-    apart = [ours - theirs for ours, theirs in zip(ends["bad"], both, strict=True)]
-    print(f"bad - usual: {statistics.fmean(apart):+.4f}, spread {statistics.stdev(apart):.4f}, ", end="")
-    print(f"correlation {statistics.correlation(ends['bad'], both):.2f}")
-
+    runs = {name: read_all(out_dir, name) for name in SETTINGS}
+    ends = {name: [run.evaluations[-1]["loss"] for run in found] for name, found in runs.items()}
+    usual = runs["usual"]
     half = len(usual) // 2
     groups = range(0, half - SEEDS + 1, SEEDS)
+    for name, losses in ends.items():
+        print(f"{name}: {len(losses)} runs, loss {statistics.fmean(losses):.4f}, spread {statistics.stdev(losses):.4f}")
     none = [verdict_of(usual[i : i + SEEDS], usual[half + i : half + i + SEEDS]) for i in groups]
-    known = [verdict_of(usual[i : i + SEEDS], bad[i : i + SEEDS]) for i in groups]
     print(f"no difference, {SEEDS} seeds against {SEEDS} others: {sum(d.is_real for d in none)} alarms in {len(none)}")
-    print(f"a bad rate ({SEEDS} pairs): seen in {sum(d.low > 0 for d in known)} of {len(known)}")
-    print(
-        f"resampled from these runs: {resampled(ends['usual'], unpaired_difference):.1%} false alarms without pairs, "
-    )
-    print(f"{resampled(ends['usual'], paired_difference):.1%} with runs paired at random")
-
+    for name in ("near", "bad"):
+        known = [verdict_of(usual[i : i + SEEDS], runs[name][i : i + SEEDS]) for i in groups]
+        both = ends["usual"][:half]
+        apart = [ours - theirs for ours, theirs in zip(ends[name], both, strict=True)]
+        print(
+            f"{name} - usual: {statistics.fmean(apart):+.4f}, spread of pairs {statistics.stdev(apart):.4f}, ", end=""
+        )
+        print(f"correlation {statistics.correlation(ends[name], both):.2f}; ", end="")
+        print(f"{SEEDS} pairs: seen in {sum(d.low > 0 for d in known)} of {len(known)}")
+    for judge in (unpaired_difference, paired_difference):
+        print(f"resampled from the usual runs: {resampled(ends['usual'], judge):.1%} alarms by {judge.__name__}")
     parts = [[part.loss for part in part_evaluations(run)] for run in usual[: 2 * len(none)]]
     weights = [paired_difference(*parts[2 * i : 2 * i + 2]) for i in range(len(none))]
     print(f"one seed against another: {sum(d.is_real for d in weights)} of {len(weights)} pairs of weights differ")

@@ -1,5 +1,6 @@
 """`losscurve compare`: what repeats a setting, what does not compare, differences against sums by hand, the picture."""
 
+import base64
 import dataclasses
 import json
 import math
@@ -17,6 +18,7 @@ from llm.experiments.compare import common_unit, compare, difference_curve
 from llm.experiments.comparison_picture import draw_comparisons
 from llm.experiments.parts import PARTS, part_evaluations
 from llm.experiments.recorded import read_run
+from llm.page.comparison import comparison_of
 from llm.record.metrics import losses, read_record
 
 DATA = {"train.bin": "t", "val.bin": "v"}
@@ -234,3 +236,15 @@ def test_units_do_not_depend_on_the_order(two_settings):
         assert common_unit(first, second)[0] == common_unit(second, first)[0]
     with pytest.raises(UserError, match="26"):
         compare([make(f"many{i}", (5.0, 4.0), max_lr=1e-3 + 1e-5 * i) for i in range(27)])
+
+
+def test_the_page_says_what_the_command_says(two_settings, losscurve):
+    starlette = pytest.importorskip("starlette.testclient", exc_type=ImportError)
+    server = pytest.importorskip("llm.page.server")
+    runs = [Path(name) for name in ("a1", "a2", "a3", "b1", "b2", "b3")]
+    page = starlette.TestClient(server.Server(runs, "token", 8123).config.app, base_url="http://127.0.0.1:8123/token")
+    answer = page.get("/comparison").json()
+    assert f"{answer['words']}\nwrote comparison.png\n" == losscurve("compare a1 a2 a3 b1 b2 b3")[1]
+    assert base64.b64decode(answer["picture"].removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+    waiting = comparison_of([Path("a1"), Path("no")])
+    assert waiting == {"words": "no: no run here (no config.toml); give the folder of a training run", "picture": ""}

@@ -44,12 +44,17 @@ class Comparison:
 
 
 def compare(
-    paths: Sequence[Path], looks: int = 1, data_dir: str | None = None, say: Say = lambda line: None
+    paths: Sequence[Path],
+    looks: int = 1,
+    data_dir: str | None = None,
+    with_weights: bool = True,
+    say: Say = lambda line: None,
 ) -> tuple[list[Group], list[Comparison], list[str]]:
     """Return the settings of some runs, the comparison of each with the first one, and notes on runs left out.
 
     With several comparisons or `looks`, the intervals are wider: see `paired.holm`. `data_dir` is where the runs' token
-    files are, if they have moved. `say` gets a line before each evaluation of saved weights.
+    files are, if they have moved. Of one run each, the saved weights are evaluated too unless `with_weights` is false;
+    `say` gets a line before each.
 
     Raises:
         UserError: a folder has no run, or a damaged one.
@@ -64,7 +69,7 @@ def compare(
 
     settings, notes = group_runs([read_run(path, data_dir) for path in paths])
     base, *others = settings
-    comparisons = [compare_pair(base, other, evaluate_parts) for other in others]
+    comparisons = [compare_pair(base, other, evaluate_parts if with_weights else None) for other in others]
     return settings, corrected(comparisons, looks), notes
 
 
@@ -82,8 +87,8 @@ def corrected(comparisons: Sequence[Comparison], looks: int = 1) -> list[Compari
     ]
 
 
-def compare_pair(base: Group, other: Group, evaluate_parts: EvaluateParts = part_evaluations) -> Comparison:
-    """Return the comparison of two settings; of one run each, with the saved weights by `evaluate_parts`."""
+def compare_pair(base: Group, other: Group, evaluate_parts: EvaluateParts | None = None) -> Comparison:
+    """Return the comparison of two settings; of one run each, `evaluate_parts` evaluates the saved weights."""
     first, second = base.runs[0], other.runs[0]
     unit, notes = common_unit(first, second)
     if unit is None:
@@ -96,7 +101,7 @@ def compare_pair(base: Group, other: Group, evaluate_parts: EvaluateParts = part
     notes += _reservations(base, other)
     if not findings:
         return Comparison(base, other, unit, [*notes, f"no {unit} after step 0 in both yet"], {})
-    if len(base.runs) == len(other.runs) == 1:
+    if evaluate_parts is not None and len(base.runs) == len(other.runs) == 1:
         try:
             findings["weights"] = compare_weights(first, second, evaluate_parts)
         except UserError as error:

@@ -1,8 +1,8 @@
 """Count the verdicts of `losscurve compare` that are wrong: how often it sees a difference where there is none.
 
 simulate: experiments with losses drawn by numpy: curves of several seeds, correlated windows, a second look.
-train:    real ones: tiny models on a text, N runs of one setting with other seeds, and with half of these seeds runs with
-          a bad learning rate, and with one that is a little low. Runs that exist are kept: it can be stopped and started.
+train:    real ones: tiny models on a text, N runs of one setting with other seeds, and with half of these seeds runs
+          with a bad learning rate and with one that is a little low. Runs that exist are kept.
 count:    the verdicts on the runs that `train` made.
 
     python -m benchmarks.verdicts simulate
@@ -176,11 +176,10 @@ def count(out_dir: Path) -> None:
         known = [verdict_of(usual[i : i + SEEDS], runs[name][i : i + SEEDS]) for i in groups]
         both = ends["usual"][:half]
         apart = [ours - theirs for ours, theirs in zip(ends[name], both, strict=True)]
-        print(
-            f"{name} - usual: {statistics.fmean(apart):+.4f}, spread of pairs {statistics.stdev(apart):.4f}, ", end=""
-        )
-        print(f"correlation {statistics.correlation(ends[name], both):.2f}; ", end="")
-        print(f"{SEEDS} pairs: seen in {sum(d.low > 0 for d in known)} of {len(known)}")
+        spread, correlation = statistics.stdev(apart), statistics.correlation(ends[name], both)
+        seen = sum(found.low > 0 for found in known)
+        print(f"{name} - usual: {statistics.fmean(apart):+.4f}, spread of pairs {spread:.4f}, ", end="")
+        print(f"correlation {correlation:.2f}; {SEEDS} pairs: seen in {seen} of {len(known)}")
     for judge in (unpaired_difference, paired_difference):
         print(f"resampled from the usual runs: {resampled(ends['usual'], judge):.1%} alarms by {judge.__name__}")
     parts = [[part.loss for part in part_evaluations(run)] for run in usual[: 2 * len(none)]]

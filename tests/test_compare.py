@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import append, config_for, flags, trained
+from conftest import append, config_for, trained
 
+from llm.commands.look.compare import expand
 from llm.config import from_settings, write_toml
 from llm.errors import UserError
 from llm.experiments.compare import common_unit, compare, difference_curve
@@ -28,7 +29,7 @@ def make(path: str, curve: tuple[float | None, ...], every: int = 10, data: dict
     """Make a run folder with an evaluation every 10 steps, each 2 seconds later than the one before."""
     run = Path(path)
     run.mkdir(parents=True)
-    config = from_settings({"max_steps": 40, "warmup_steps": 0, "data_dir": str(run / "none")} | settings)
+    config = from_settings({"max_steps": 40, "warmup_steps": 0, "data_dir": f"{run}/none"} | settings)
     (run / "config.toml").write_text(write_toml(config), encoding="utf-8")
     (run / "env.json").write_text(json.dumps({"data": data, "machine": "m"}))
     for i, loss in enumerate(curve):
@@ -67,8 +68,8 @@ def test_repetitions_are_paired_by_seed_and_the_numbers_are_those_of_a_sum_by_ha
     assert Path("comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_folder_is_all_runs_below_it(two_settings, losscurve):
-    assert losscurve("compare .")[1] == losscurve("compare a1 a2 a3 b1 b2 b3")[1]
+def test_a_folder_is_all_runs_below_it(two_settings):
+    assert expand([Path(), Path("b1")]) == [Path(name) for name in ("a1", "a2", "a3", "b1", "b2", "b3")]
 
 
 def test_one_seed_each_is_not_known_and_other_seeds_have_no_pairs(two_settings, losscurve):
@@ -116,24 +117,32 @@ def test_runs_that_do_not_compare_say_why(two_settings, losscurve):
 
 
 def test_other_tokens_of_the_same_text_compare_in_bits_per_byte(here, losscurve):
-    for name in ("char", "byte"):
-        line = f"train --text text.txt --out_dir {name} --data_dir d-{name} {flags(tokenizer=name)}"
-        assert losscurve(line)[0] == 0
     (here / "other.txt").write_text((here / "text.txt").read_text()[::-1])
-    assert losscurve(f"train --text other.txt --out_dir other --data_dir d-other {flags(n_layer=1)}")[0] == 0
-    code, out, err = losscurve("compare char byte other")
-    assert (code, err) == (0, "")
-    char, byte = (read_run(Path(name)).points("step", "bits_per_byte")[-1][1] for name in ("char", "byte"))
-    size, side = abs(byte - char), "lower" if byte < char else "higher"
-    assert any(
-        line.startswith("  at step 12: not known: ") and f"bits per byte {side}" in line and f"{size:.2g}" in line
-        for line in out.splitlines()
-    )
+    for name, text, tokenizer in (("char", "text", "char"), ("byte", "text", "byte"), ("other", "other", "char")):
+        assert losscurve(f"prepare {text}.txt --data_dir d-{name} --tokenizer {tokenizer}")[0] == 0
+        splits = json.loads(Path(f"d-{name}/meta.json").read_text())["splits"]
+        hashes = {f"{split}.bin": facts["sha256"] for split, facts in splits.items()}
+        make(
+            name,
+            (5.0, 4.0, 3.0 + 0.1 * len(name)),
+            data=hashes,
+            data_dir=f"d-{name}",
+            tokenizer=tokenizer,
+            seed=len(name),
+        )
+    make("longer", (5.0, 4.0, 3.0), data=hashes, data_dir="d-other", block_size=128)
+    char, _, other, longer = (read_run(Path(name)) for name in ("char", "byte", "other", "longer"))
+    assert char.text.tokens == len(Path("d-char/val.bin").read_bytes()) // 2
+    code, out, _ = losscurve("compare char byte other")
+    assert code == 0
+    assert "at step 20: not known: 0.000 bits per byte higher" in out  # 3.4 nats per token of both, over 2
     assert "other tokens of the same text: only bits per byte compare" in out
     assert "another text: losses on different texts do not compare" in out
+    assert common_unit(other, longer)[0] == "loss"  # both evaluate the whole text
+    assert "up to 64 tokens before it in one, 128 in the other" in common_unit(other, longer)[1][0]
     Path("d-byte").rename("moved")
-    assert "whether of the same text is unknown" in losscurve("compare char byte")[1]
-    assert "only bits per byte" in losscurve("compare char byte --data_dir moved")[1]
+    assert "whether of the same text is unknown" in common_unit(char, read_run(Path("byte")))[1][0]
+    assert common_unit(char, read_run(Path("byte"), "moved"))[0] == "bits_per_byte"
 
 
 def test_equal_tokens_are_found_between_evaluations(here):

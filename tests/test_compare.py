@@ -73,7 +73,8 @@ def test_a_folder_is_all_runs_below_it(two_settings):
 
 
 def test_one_seed_each_is_not_known_and_other_seeds_have_no_pairs(two_settings, losscurve):
-    _, out, _ = losscurve("compare a1 b1")
+    _, out, err = losscurve("compare a1 b1")
+    assert err == "evaluating b1/model.pt\n"  # before it turns out that it cannot
     assert "at step 20: not known: 0.100 nats per token lower with one seed each" in out
     assert "the saved weights are not compared: b1/none: the run's token files are not there" in out
     assert "Brackets" not in out

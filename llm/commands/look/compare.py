@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    settings, comparisons, notes = compare(expand(args.runs), args.looks, args.data_dir, say)
+    settings, comparisons, notes = compare(expand(args.runs), args.looks, args.data_dir, say=say)
     for note in notes:
         warn(note)
     print_result("\n".join(words.setting_lines(settings)))

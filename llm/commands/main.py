@@ -20,6 +20,7 @@ COMMANDS = {  # name: module in this folder, and what the command does
     "watch": ("look.watch", "serve a page in the browser that follows runs as they train"),
     "report": ("look.report", "write a run as one file to share: curves, samples, data, settings"),
     "plot": ("look.plot", "draw the loss curve of one or several runs"),
+    "compare": ("look.compare", "compare runs: is a setting better, or is it chance?"),
     "track": ("look.track", "show a recorded run in TensorBoard or W&B"),
     "runs": ("look.runs", "list the runs below a folder, with their best losses"),
     "schedule": ("schedule", "show a learning-rate schedule before training"),

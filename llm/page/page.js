@@ -77,6 +77,19 @@ function drawEvaluations() { // exact values, as a table
   $("evaluations-table").tBodies[0].replaceChildren(...rows);
 }
 
+async function drawComparison() { // of several runs; only where somebody looks, since it takes the server a second
+  $("comparison").hidden = knownRuns().length < 2;
+  if ($("comparison").hidden || !$("comparison").open) return;
+  try {
+    const { words, picture } = await (await fetch("comparison")).json();
+    $("comparison-words").textContent = words.split("\n").map(showControls).join("\n");
+    $("comparison-picture").src = picture;
+    $("comparison-picture").hidden = !picture;
+  } catch {
+    return; // the connection line says that the server is gone
+  }
+}
+
 // ---- samples over time
 
 let atEnd = true; // whether the slider is at its end and follows the newest sample
@@ -156,7 +169,7 @@ function changed(run, facts) {
     setSlider(run.facts.knobs);
   }
   drawSoon(drawRuns, drawCharts);
-  if (facts) drawSoon(drawChoices, drawPlayground, drawVerdicts, drawEvaluations, drawSample, drawSettings);
+  if (facts) drawSoon(drawChoices, drawPlayground, drawVerdicts, drawEvaluations, drawComparison, drawSample, drawSettings);
 }
 function setConnection(words, live) {
   $("connection").textContent = words;
@@ -169,6 +182,7 @@ $("smoothing").oninput = () => {
   drawCharts();
 };
 $("evaluations").ontoggle = drawEvaluations;
+$("comparison").ontoggle = drawComparison;
 dark.addEventListener("change", () => drawSoon(drawRuns, drawCharts, drawSlider));
 setInterval(() => drawSoon(drawRuns), 10000); // to update how long a run has been quiet
 drawSlider();

@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from llm.config import TrainConfig, from_settings
 from llm.errors import Failure, UserError
+from llm.page.comparison import comparison_of
 from llm.page.follow import Follower
 from llm.page.guard import Guard
 from llm.page.messages import Viewer, names_of, schedule_points
@@ -55,6 +56,7 @@ class Page:
             Route("/plotly.js", self.plotly),
             Route("/events", self.events),
             Route("/schedule", self.schedule),
+            Route("/comparison", self.comparison),
             Route("/runs/{run:int}/samples/{step:int}", self.sample),
             Route("/runs/{run:int}/next", self.next, methods=["POST"]),
             Route("/runs/{run:int}/stream", self.stream, methods=["POST"]),
@@ -114,6 +116,9 @@ class Page:
             return JSONResponse(schedule_answer(dict(request.query_params)))
         except UserError as error:
             return JSONResponse({"error": str(error)}, 400)
+
+    async def comparison(self, request: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(comparison_of, [run.path for run in self.runs]))
 
     def sample(self, request: Request) -> Response:
         run = request.path_params["run"]

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llm import storage
-from llm.config import TrainConfig, from_settings, read_toml, to_settings
+from llm.config import TrainConfig, from_settings, read_toml
+from llm.config.differences import resolved_settings
 from llm.errors import UserError
 from llm.record.metrics import losses
 from llm.storage.lines import Row
@@ -72,12 +73,7 @@ def band_from_reference(facts: dict[str, Any]) -> Band:
 
 def shaping(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that shape a run's curve, with defaults resolved."""
-    settings = to_settings(config) | {"warmup_steps": config.warmup, "min_lr": config.final_lr}
-    if config.schedule == "wsd":
-        settings["decay_fraction"] = config.cooldown
-    if config.model.arch == "llama":
-        settings |= {"n_kv_head": config.model.kv_heads, "ffn_dim": config.model.ffn_width}
-    return {name: value for name, value in settings.items() if name not in FREE}
+    return {name: value for name, value in resolved_settings(config).items() if name not in FREE}
 
 
 def band_of(config: TrainConfig, data: Any) -> Band | None:

@@ -123,17 +123,17 @@ def set_height(axes: "Axes", values: list[float], ceiling: float) -> None:
     axes.set_ylim(low - pad, high + pad)
 
 
-def add_end_labels(axes: "Axes", end: float, labels: list[tuple[float, str, str, str]]) -> None:
+def add_end_labels(axes: "Axes", end: float, labels: list[tuple[float, str, str, str]], gap: float = 0.055) -> None:
     """Write labels (y, text, colour, marker) to the right of the curves' ends.
 
-    Each label stands at its curve's height; labels that would overlap are moved apart.
+    Each label stands at its curve's height; labels nearer than `gap`, a share of the height, are moved apart.
     """
     if not labels:
         return
     low, high = axes.get_ylim()
     labels = sorted(labels)
     heights = [(min(max(y, low), high) - low) / (high - low) for y, *_ in labels]
-    _move_apart(heights, gap=min(0.055, 1 / len(labels)))
+    _move_apart(heights, gap=min(gap, 1 / len(labels)))
     for height, (_, text, colour, marker) in zip(heights, labels, strict=True):
         if marker:
             place = step_and_height(axes)

@@ -119,12 +119,12 @@ def best(rows: list[Row]) -> Row | None:
 
     If the average of the weights had it, `loss` and `bits_per_byte` are those of the average, and `is_average` is true.
     """
-    evaluations = [_lower(row) for row in rows if row["split"] == "val" and row["loss"] is not None]
+    evaluations = [with_lower_loss(row) for row in rows if row["split"] == "val" and row["loss"] is not None]
     return min(evaluations, key=lambda row: float(row["loss"]), default=None)
 
 
-def _lower(row: Row) -> Row:
-    """Return the row with the loss of the average of the weights, if it is lower."""
+def with_lower_loss(row: Row) -> Row:
+    """Return a validation row with the loss of the average of the weights if it is lower, and then `is_average`."""
     averaged = row.get("val_loss_ema")
     if averaged is None or averaged >= row["loss"]:
         return row

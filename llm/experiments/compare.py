@@ -1,0 +1,218 @@
+"""Compare settings by their runs: whether they compare at all, how far apart they are, and what that says.
+
+`llm/checks/compare_runs.py` is another question: whether two runs that should be equal are.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm.errors import UserError
+from llm.evaluate import Evaluation
+from llm.experiments.paired import Difference, holm, paired_difference, unpaired_difference
+from llm.experiments.parts import part_evaluations
+from llm.experiments.recorded import Axis, Group, RecordedRun, Unit, group_runs, read_run
+
+Say = Callable[[str], None]
+EvaluateParts = Callable[[RecordedRun], list[Evaluation]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A difference of two settings, and where it was found."""
+
+    where: str  # "step 600", "12.3 seconds", "the saved weights, on 111,539 validation tokens"
+    difference: Difference
+    pair: str = "seed"  # what a pair consists of: "seed", or "part" of the validation text
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A setting compared with the first one. Below 0, the setting's loss is lower than the first one's."""
+
+    base: Group
+    other: Group
+    unit: Unit | None  # None if their losses do not compare
+    notes: Sequence[str]  # why not, or with which reservation
+    findings: dict[str, Finding]  # by axis ("step", "tokens", "seconds"), and "weights"
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether runs with the same seed are compared."""
+        return has_pairs(self.base, self.other)
+
+
+def compare(
+    paths: Sequence[Path],
+    looks: int = 1,
+    data_dir: str | None = None,
+    with_weights: bool = True,
+    say: Say = lambda line: None,
+) -> tuple[list[Group], list[Comparison], list[str]]:
+    """Return the settings of some runs, the comparison of each with the first one, and notes on runs left out.
+
+    With several comparisons or `looks`, the intervals are wider: see `paired.holm`. `data_dir` is where the runs' token
+    files are, if they have moved. Of one run each, the saved weights are evaluated too unless `with_weights` is false;
+    `say` gets a line before each.
+
+    Raises:
+        UserError: a folder has no run, or a damaged one.
+    """
+    known: dict[Path, list[Evaluation]] = {}
+
+    def evaluate_parts(run: RecordedRun) -> list[Evaluation]:
+        if run.path not in known:
+            say(f"evaluating {run.path / 'model.pt'}")
+            known[run.path] = part_evaluations(run, data_dir)
+        return known[run.path]
+
+    settings, notes = group_runs([read_run(path, data_dir) for path in paths])
+    base, *others = settings
+    comparisons = [compare_pair(base, other, evaluate_parts if with_weights else None) for other in others]
+    return settings, corrected(comparisons, looks), notes
+
+
+def corrected(comparisons: Sequence[Comparison], looks: int = 1) -> list[Comparison]:
+    """Return comparisons with the same setting, their intervals widened by `paired.holm`, axis by axis."""
+    found = [dict(comparison.findings) for comparison in comparisons]
+    for axis in ("step", "tokens", "seconds", "weights"):
+        family = [findings for findings in found if axis in findings]
+        wider = holm([findings[axis].difference for findings in family], looks)
+        for findings, difference in zip(family, wider, strict=True):
+            findings[axis] = dataclasses.replace(findings[axis], difference=difference)
+    return [
+        dataclasses.replace(comparison, findings=findings)
+        for comparison, findings in zip(comparisons, found, strict=True)
+    ]
+
+
+def compare_pair(base: Group, other: Group, evaluate_parts: EvaluateParts | None = None) -> Comparison:
+    """Return the comparison of two settings; of one run each, `evaluate_parts` evaluates the saved weights."""
+    first, second = base.runs[0], other.runs[0]
+    unit, notes = common_unit(first, second)
+    if unit is None:
+        return Comparison(base, other, None, notes, {})
+    findings: dict[str, Finding] = {}
+    for axis in _axes(first, second):
+        end = common_end(base, other, axis, unit)
+        if end is not None:
+            findings[axis] = Finding(_where(axis, end, first), difference_at(base, other, axis, end, unit))
+    notes += _reservations(base, other)
+    if not findings:
+        return Comparison(base, other, unit, [*notes, f"no {unit} after step 0 in both yet"], {})
+    if evaluate_parts is not None and len(base.runs) == len(other.runs) == 1:
+        try:
+            findings["weights"] = compare_weights(first, second, evaluate_parts)
+        except UserError as error:
+            notes.append(f"the saved weights are not compared: {error}")
+    return Comparison(base, other, unit, notes, findings)
+
+
+def common_unit(first: RecordedRun, second: RecordedRun) -> tuple[Unit | None, list[str]]:
+    """Return the unit in which the losses of two runs compare, None if in none, and why or with which reservation."""
+    if not first.validation_hashes or not second.validation_hashes:
+        return None, ["no env.json says which validation text a run has"]
+    unit: Unit = "loss"
+    notes = []
+    if first.validation_hashes != second.validation_hashes:
+        if first.text is None or second.text is None:
+            return None, ["other validation tokens; whether of the same text is unknown without their data folders"]
+        if first.text.source != second.text.source:
+            return None, ["another text: losses on different texts do not compare"]
+        unit = "bits_per_byte"
+        notes.append("other tokens of the same text: only bits per byte compare")
+    theirs, ours = ((run.config.model.block_size, run.config.eval_tokens) for run in (first, second))
+    if (theirs != ours or unit != "loss") and not (first.evaluates_all and second.evaluates_all):
+        if theirs != ours:
+            words = f"block_size {theirs[0]:,} and {ours[0]:,}, eval_tokens {theirs[1]:,} and {ours[1]:,}"
+            return None, [f"another evaluation ({words}), on other parts of the validation text"]
+        return None, ["an evaluation covers a part of the validation text only, another one in each"]
+    if theirs[0] != ours[0]:
+        notes.append(f"a prediction sees up to {theirs[0]:,} tokens before it in one, {ours[0]:,} in the other")
+    return unit, notes
+
+
+def has_pairs(base: Group, other: Group) -> bool:
+    """Whether two settings have pairs: all seeds of one are among those of the other."""
+    ours, theirs = set(other.seeds), set(base.seeds)
+    return ours <= theirs or theirs <= ours
+
+
+def difference_at(base: Group, other: Group, axis: Axis, place: float, unit: Unit) -> Difference:
+    """Return the difference of two settings at a place on an axis, over pairs with the same seed if there are pairs."""
+    if not has_pairs(base, other):
+        return unpaired_difference(other.losses(axis, place, unit), base.losses(axis, place, unit))
+    theirs = dict(zip(base.seeds, base.losses(axis, place, unit), strict=True))
+    ours = dict(zip(other.seeds, other.losses(axis, place, unit), strict=True))
+    shared = [seed for seed in theirs if seed in ours]
+    return paired_difference([ours[seed] for seed in shared], [theirs[seed] for seed in shared])
+
+
+def common_end(base: Group, other: Group, axis: Axis, unit: Unit) -> float | None:
+    """Return the last place on an axis that all runs have reached; None before an evaluation after step 0."""
+    ends = [setting.end(axis, unit) for setting in (base, other)]
+    return None if None in ends else min(end for end in ends if end is not None)
+
+
+def difference_curve(base: Group, other: Group, axis: Axis, unit: Unit) -> list[tuple[float, Difference]]:
+    """Return (place, difference) at each evaluation of the first run of `base` that all runs have reached."""
+    end = common_end(base, other, axis, unit)
+    runs = [*base.runs, *other.runs]
+    if end is None:
+        return []
+    start = max(run.points(axis, unit)[0][0] for run in runs)
+    places = [place for place, _ in base.runs[0].points(axis, unit) if start <= place <= end]
+    return [(place, difference_at(base, other, axis, place, unit)) for place in places]
+
+
+def compare_weights(first: RecordedRun, second: RecordedRun, evaluate_parts: EvaluateParts) -> Finding:
+    """Return the difference of the saved weights of two runs over the parts of the validation text.
+
+    Raises:
+        UserError: there are no weights yet, or the runs have other tokens or windows, so that no parts are common.
+    """
+    if first.validation_hashes != second.validation_hashes:
+        raise UserError("their tokens differ")
+    if first.config.model.block_size != second.config.model.block_size:
+        raise UserError("their block_size differs")
+    ours, theirs = evaluate_parts(second), evaluate_parts(first)
+    tokens = sum(part.tokens for part in ours)
+    difference = paired_difference([part.loss for part in ours], [part.loss for part in theirs])
+    return Finding(f"the saved weights, on {tokens:,} validation tokens", difference, "part")
+
+
+def _axes(first: RecordedRun, second: RecordedRun) -> list[Axis]:
+    """Return the axes that tell something: tokens if a step has other tokens, seconds on the same machine."""
+    axes: list[Axis] = ["step"]
+    if first.config.tokens_per_step != second.config.tokens_per_step:
+        axes.append("tokens")
+    if first.machine == second.machine:
+        axes.append("seconds")
+    return axes
+
+
+def _where(axis: Axis, end: float, run: RecordedRun) -> str:
+    if axis == "step":
+        return f"step {end:,.0f}"
+    return f"{end:,.0f} tokens" if axis == "tokens" else f"{end:,.1f} seconds of training"
+
+
+def _reservations(base: Group, other: Group) -> list[str]:
+    """Return what a reader has to know beside the verdict."""
+    first, second = base.runs[0], other.runs[0]
+    notes = []
+    if first.machine != second.machine:
+        notes.append("the machines differ, so equal seconds are not compared")
+    steps = first.config.max_steps, second.config.max_steps
+    if steps[0] != steps[1] and {first.config.schedule, second.config.schedule} != {"constant"}:
+        words = f"{base.name} has {steps[0]:,} steps and {other.name} {steps[1]:,}"
+        notes.append(f"{words}: at equal steps the learning rate of one is further down its schedule")
+    for setting in (base, other):
+        for run in setting.runs:
+            if run.not_finite is not None:
+                notes.append(f"{run.path}: its validation loss is not finite at step {run.not_finite:,}")
+    left = sorted(set(base.seeds) ^ set(other.seeds))
+    if has_pairs(base, other) and left:
+        notes.append(f"without a pair, and left out: seed {', '.join(map(str, left))}")
+    return notes

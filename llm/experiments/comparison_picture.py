@@ -1,0 +1,114 @@
+"""Draw a comparison: the curves of all runs above, the difference from the first setting with its band below."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from llm.experiments.compare import Comparison, difference_curve
+from llm.experiments.paired import Difference
+from llm.experiments.recorded import Axis, Group, Unit
+from llm.experiments.words import UNITS, apart_in_short
+from llm.record.chart_style import (
+    COLOURS,
+    GREY,
+    MARKERS,
+    add_curve,
+    add_end_labels,
+    format_loss,
+    make_canvas,
+    plain,
+    set_height,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SETTLED = 0.2  # share of the axis after which the curves set the heights: the first fall would flatten the rest
+
+
+def draw_comparisons(settings: Sequence[Group], comparisons: Sequence[Comparison]) -> "Figure":
+    """Return the figure of comparisons with the first of the settings; those that do not compare are left out."""
+    kept = [found for found in comparisons if found.unit is not None]
+    unit: Unit = "bits_per_byte" if any(found.unit == "bits_per_byte" for found in kept) else "loss"
+    axis: Axis = "tokens" if any("tokens" in found.findings for found in kept) else "step"
+    shown = [settings[0], *(found.other for found in kept)]
+    points = [point for setting in shown for run in setting.runs for point in run.points(axis, unit)]
+    end = max((place for place, _ in points), default=0.0) or 1.0
+
+    runs = sum(len(setting.runs) for setting in shown)
+    left_out = f"; {len(comparisons) - len(kept)} not comparable, left out" if len(kept) < len(comparisons) else ""
+    subtitle = f"validation loss of each run{left_out}"
+    figure, upper = make_canvas(f"{len(shown)} settings, {runs} runs", subtitle, UNITS[unit], int(end), right=0.64)
+    figure.set_size_inches(10, 8)
+    upper.set_position((0.1, 0.45, 0.54, 0.42))
+    upper.set_xlabel("")
+    upper.tick_params(labelbottom=False)
+    lower = figure.add_axes((0.1, 0.08, 0.54, 0.29), sharex=upper)
+    lower.set_xlabel("tokens" if axis == "tokens" else "step", fontsize=12)
+    lower.set_ylabel(f"difference from {shown[0].name}", fontsize=12)
+    lower.tick_params(labelsize=11.5)
+    lower.spines[["top", "right"]].set_visible(False)
+
+    _add_losses(upper, shown, axis, unit, end)
+    _add_differences(lower, kept, shown, axis, unit, end)
+    return figure
+
+
+def _add_losses(axes: "Axes", settings: Sequence[Group], axis: Axis, unit: Unit, end: float) -> None:
+    """Draw the validation loss of every run, in the colour of its setting."""
+    labels = []
+    every = []
+    for number, setting in enumerate(settings):
+        colour, marker = _style(number)
+        curves = [run.points(axis, unit) for run in setting.runs]
+        for curve in curves:
+            add_curve(axes, curve, colour, linewidth=1.6, marker=marker if len(curves) == 1 else "")
+            every += curve
+        if any(curves):
+            last = [curve[-1][1] for curve in curves if curve]
+            words = "" if setting is settings[0] else plain(apart_in_short(settings[0], setting), 26)
+            mean = sum(last) / len(last)
+            labels.append((mean, f"{setting.name} {format_loss(mean)} {words}".rstrip(), colour, marker))
+    settled = [loss for place, loss in every if place >= SETTLED * end]
+    set_height(axes, [loss for _, loss in every], max(settled, default=float("inf")))
+    add_end_labels(axes, end, labels, gap=0.075)
+
+
+def _add_differences(
+    axes: "Axes", comparisons: Sequence[Comparison], settings: Sequence[Group], axis: Axis, unit: Unit, end: float
+) -> None:
+    """Draw the difference of each setting from the first, with the 95 % interval at each evaluation."""
+    axes.axhline(0, color=GREY, linewidth=1)
+    heights = [0.0]
+    labels = []
+    has_band = False
+    for number, found in enumerate(comparisons, 1):
+        colour, marker = _style(number)
+        curve = difference_curve(found.base, found.other, axis, unit)
+        add_curve(axes, [(place, difference.mean) for place, difference in curve], colour, linewidth=2, marker=marker)
+        banded = [(place, difference) for place, difference in curve if difference.pairs > 1]
+        if banded:
+            has_band = True
+            places = [place for place, _ in banded]
+            lows, highs = [difference.low for _, difference in banded], [difference.high for _, difference in banded]
+            axes.fill_between(places, lows, highs, facecolor=colour, alpha=0.18, linewidth=0)
+        settled = [difference for place, difference in curve if place >= SETTLED * end]
+        heights += [value for difference in settled for value in (difference.mean, *_edges(difference))]
+        if curve:
+            labels.append((curve[-1][1].mean, f"{found.other.name} {curve[-1][1].mean:+.3f}", colour, marker))
+    pad = 0.1 * (max(heights) - min(heights)) or 0.5
+    axes.set_ylim(min(heights) - pad, max(heights) + pad)
+    for line in axes.lines:
+        line.set_clip_on(True)
+    words = "band: 95 % interval at each evaluation" if has_band else "one seed each: may be chance"
+    axes.set_title(f"difference (below 0: better); {words}", loc="left", fontsize=12.5, parse_math=False)
+    add_end_labels(axes, end, labels, gap=0.1)
+
+
+def _edges(difference: Difference) -> tuple[float, ...]:
+    return (difference.low, difference.high) if difference.pairs > 1 else ()
+
+
+def _style(number: int) -> tuple[str, str]:
+    """Return the colour and the marker of a setting."""
+    return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]

@@ -1,0 +1,161 @@
+"""A run as its files show it, finished or not, and the runs that repeat one setting with other seeds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from llm import storage
+from llm.config import TrainConfig, from_settings, read_toml
+from llm.config.differences import resolved_settings
+from llm.errors import UserError
+from llm.record.metrics import read_record, with_lower_loss
+from llm.start.run_data import places_of
+from llm.tokens.token_files import files_of, read_meta
+
+Axis = Literal["step", "tokens", "seconds"]
+Unit = Literal["loss", "bits_per_byte"]
+
+# settings that do not make another setting of a run: its seed, its places, and what is recorded when. What the text
+# and the tokenizer are, the hashes of the token files say.
+REPEATED = {
+    *("seed", "text", "tokenizer", "data_dir", "out_dir", "eval_every", "log_every", "save_every", "keep"),
+    *("max_time", "patience", "sample_prompt", "sample_tokens"),
+}
+MACHINE = ("platform", "machine", "processors", "processes", "threads", "cuda")  # of env.json
+
+
+class ValidationText(NamedTuple):
+    """The validation text, as the meta.json of its token files describes it."""
+
+    source: tuple[str, float]  # SHA-256 of the whole text, and the fraction held out
+    tokens: int  # of the validation split
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """The settings, evaluations and data of a run. Losses in nats per token."""
+
+    path: Path
+    config: TrainConfig
+    evaluations: list[dict[str, Any]]  # rows with a finite validation loss, that of the average where it is lower
+    not_finite: int | None  # the step of the first evaluation whose loss was not finite
+    hashes: dict[str, str]  # SHA-256 of the token files, by name; empty if unknown
+    machine: tuple[Any, ...]
+    text: ValidationText | None  # None if the data folder is not there, or has no meta.json
+
+    @property
+    def validation_hashes(self) -> dict[str, str]:
+        """The hashes of the files of the validation split."""
+        return {name: digest for name, digest in self.hashes.items() if name.startswith("val")}
+
+    @property
+    def evaluates_all(self) -> bool:
+        """Whether an evaluation predicts the whole validation split, as far as its size is known."""
+        return self.text is not None and self.text.tokens - 1 <= self.config.eval_tokens
+
+    def points(self, axis: Axis, unit: Unit) -> list[tuple[float, float]]:
+        """Return (place on the axis, loss) of each evaluation that has both."""
+        rows = [row for row in self.evaluations if row[axis] is not None and row[unit] is not None]
+        return [(row[axis], row[unit]) for row in rows]
+
+    def at(self, axis: Axis, place: float, unit: Unit) -> float:
+        """Return the loss at a place within the evaluations, on a straight line between the two around it."""
+        places, losses = zip(*self.points(axis, unit), strict=True)
+        return float(np.interp(place, places, losses))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seeds only, one for each seed."""
+
+    name: str  # A, B, …
+    runs: Sequence[RecordedRun]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of its runs."""
+        return [run.config.seed for run in self.runs]
+
+    def end(self, axis: Axis, unit: Unit) -> float | None:
+        """Return the last place on the axis that all its runs have reached; None before an evaluation after step 0."""
+        ends = [max((place for place, _ in run.points(axis, unit)), default=0.0) for run in self.runs]
+        return min(ends) or None
+
+    def losses(self, axis: Axis, place: float, unit: Unit) -> list[float]:
+        """Return the loss of each run at a place."""
+        return [run.at(axis, place, unit) for run in self.runs]
+
+
+def read_run(path: Path, data_dir: str | None = None) -> RecordedRun:
+    """Return the run in the folder `path`, up to its last whole row; `data_dir`: its token files, if they have moved.
+
+    Raises:
+        UserError: there is no run, or its settings or its record are damaged.
+    """
+    if not (path / "config.toml").is_file():
+        raise UserError(f"{path}: no run here (no config.toml); give the folder of a training run")
+    config = from_settings(read_toml(str(path / "config.toml")))
+    rows = [row for row in read_record(path) if row["split"] == "val"]
+    try:
+        environment = storage.read_json(path / "env.json")
+    except UserError:  # lost; what cannot be compared without it is said
+        environment = {}
+    facts = environment if isinstance(environment, dict) else {}
+    hashes = facts.get("data")
+    hashes = hashes if isinstance(hashes, dict) else {}
+    places = [*([Path(data_dir)] if data_dir else []), *places_of(config.data_dir or "data", path, config)]
+    return RecordedRun(
+        path,
+        config,
+        evaluations=[with_lower_loss(row) for row in rows if row["loss"] is not None],
+        not_finite=next((row["step"] for row in rows if row["loss"] is None), None),
+        hashes=hashes,
+        machine=(config.device, *(facts.get(name) for name in MACHINE)),
+        text=_find_text(places, hashes),
+    )
+
+
+def _find_text(places: Sequence[Path], hashes: dict[str, str]) -> ValidationText | None:
+    """Return what the meta.json in one of some folders says of the validation split with these hashes, if any does."""
+    for folder in places:
+        try:
+            meta = read_meta(folder)
+            files = [(file, facts) for file, facts in files_of(folder, "val", meta) if facts is not None]
+            if meta and files and all(hashes.get(file.name) == facts["sha256"] for file, facts in files):
+                source = meta["source"]["sha256"], meta["settings"]["val_fraction"]
+                return ValidationText(source, sum(facts["tokens"] for _, facts in files))
+        except (UserError, KeyError, TypeError):  # no meta.json of ours
+            continue
+    return None
+
+
+def group_runs(runs: Sequence[RecordedRun]) -> tuple[list[Group], list[str]]:
+    """Return the settings of the runs, in the order in which they come, and what is to be said of repeated runs.
+
+    Of several runs with the same settings and seed, the first counts: the others tell nothing new.
+
+    Raises:
+        UserError: there are more settings than letters to name them.
+    """
+    settings: dict[str, dict[int, RecordedRun]] = {}
+    notes = []
+    for run in runs:
+        chosen = {name: value for name, value in resolved_settings(run.config).items() if name not in REPEATED}
+        text = sorted(run.hashes.items()) or run.config.text
+        by_seed = settings.setdefault(repr((sorted(chosen.items()), text)), {})
+        first = by_seed.setdefault(run.config.seed, run)
+        if first is not run:
+            notes.append(f"{run.path}: left out, as it repeats {first.path} with the same seed{_apart(first, run)}")
+    if len(settings) > 26:
+        raise UserError(f"{len(settings)} settings are too many for one comparison; give at most 26")
+    return [Group(chr(ord("A") + i), list(found.values())) for i, found in enumerate(settings.values())], notes
+
+
+def _apart(first: RecordedRun, second: RecordedRun) -> str:
+    """Return how far the losses of two runs are apart that should be equal."""
+    losses = dict(first.points("step", "loss"))
+    apart = [abs(loss - losses[step]) for step, loss in second.points("step", "loss") if step in losses]
+    return f"; their validation losses differ by {max(apart):.2g} at most" if apart else ""

@@ -1,0 +1,1 @@
+"""Experiments: compare runs, and tell a difference from chance."""

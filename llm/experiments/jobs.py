@@ -1,14 +1,16 @@
 """Train the runs of a try up to a part of their steps, one after the other or several at once."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.synchronize import Event
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from llm.config import TrainConfig
@@ -93,24 +95,30 @@ def train_jobs(jobs: Sequence[Job], processes: int, stop: Stop) -> Iterator[tupl
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     context = multiprocessing.get_context("spawn")
-    stopping = context.Event()
-    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(stopping,)) as pool:
-        waiting = {pool.submit(_work, job): job for job in jobs}
-        try:
-            while waiting:
-                ended, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-                if stop():
-                    stopping.set()
-                    for future in waiting:
-                        future.cancel()
-                yield from [(job, _result(future)) for future, job in _taken(waiting, ended) if not future.cancelled()]
-        finally:
-            stopping.set()
+    reader, writer = context.Pipe(duplex=False)  # closing it tells the processes to stop, and so does our death
+    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(reader,)) as pool, writer:
+        with _signals_held():
+            waiting = {pool.submit(_work, job): job for job in jobs}
+        while waiting:
+            ended, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+            if stop() and not writer.closed:
+                writer.close()
+                waiting = {future: job for future, job in waiting.items() if not future.cancel()}
+            for future in ended & waiting.keys():
+                yield waiting.pop(future), _result(future)
 
 
-def _taken(waiting: dict[Future[str], Job], ended: set[Future[str]]) -> list[tuple[Future[str], Job]]:
-    """Take the futures that ended out of those that are waited for."""
-    return [(future, waiting.pop(future)) for future in list(waiting) if future in ended]
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back Ctrl-C and the like during the block. Processes that begin in it never get them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _result(future: Future[str]) -> str:
@@ -122,19 +130,28 @@ def _result(future: Future[str]) -> str:
         ) from None
 
 
-_stopping: Event
+# ---- in the other processes
+
+_stopping = threading.Event()
+_working = threading.Lock()
 
 
-def _begin(stopping: Event) -> None:
-    """Prepare a process for its jobs: the first process decides when to stop."""
-    global _stopping
-    _stopping = stopping
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+def _begin(reader: Connection) -> None:
+    threading.Thread(target=_wait_for_end, args=(reader,), daemon=True).start()
+
+
+def _wait_for_end(reader: Connection) -> None:
+    """Stop the job when the first process says so or dies; end this process if it died, after the job has saved."""
+    with contextlib.suppress(EOFError, OSError):
+        reader.recv_bytes()
+    _stopping.set()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    with _working:
+        os._exit(1)
 
 
 def _work(job: Job) -> str:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    return train_job(job, lambda: _stopping.is_set() or not parent.is_alive())
+    with _working:
+        return "" if _stopping.is_set() else train_job(job, _stopping.is_set)

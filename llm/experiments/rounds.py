@@ -47,6 +47,8 @@ def train_settings(
             if error and not stop():
                 tried.stopped[setting.name] = {"step": last_step(job), "words": f"cannot go on: {error}"}
                 tried.save()
+            if not error and not job.is_done:  # interrupted
+                continue
             words = error or f"step {last_step(job):,}, validation loss {loss_until(tried, setting, seed, 1):.4f}"
             say(f"{number} of {len(left)}: {setting.name}, seed {seed}: {words}")
         if stop():

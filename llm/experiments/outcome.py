@@ -39,7 +39,7 @@ def outcomes(tried: Try) -> list[Outcome]:
     found = []
     for name in ranked:
         difference = differences.get(name)
-        words = verdict(difference) if difference else "the reference" if name == reference else "not compared"
+        words = verdict(difference) if difference else f"the {tried.against}" if name == reference else "not compared"
         found.append(Outcome(by_name[name], known[name], _mean_bits(tried, by_name[name]), difference, words))
     for setting in tried.settings:
         if setting.name in tried.stopped:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import append, flags
 
+from llm.commands.look.watch import runs_of
 from llm.config import from_settings, read_toml
 from llm.experiments import rounds
 from llm.experiments.jobs import steps_of
@@ -252,3 +253,21 @@ def test_time_is_divided(here, losscurve, monkeypatch):
 def settings_of(line):
     words = line.replace("--", "").split()
     return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def test_the_report_and_the_page_of_a_try(tmp_path, losscurve):
+    tried = made(tmp_path / "t", {1e-2: lambda s, step: 2.0 + 0.01 * s, 3e-2: lambda s, step: 3.0 + 0.011 * s})
+    tried.stopped["max_lr=0.03"] = {"step": 4, "words": "worse by <b>1</b>"}
+    tried.save()
+    code, _, err = losscurve(f"report {tmp_path / 't'}")
+    assert code == 0, err
+    html = (tmp_path / "t" / "report.html").read_text(encoding="utf-8")
+    assert "2 settings, 3 seeds each; the best is <bdi>max_lr=0.01</bdi>" in html
+    assert "stopped at step 4: worse by &lt;b&gt;1&lt;/b&gt;" in html
+    assert str(tmp_path) not in html
+    assert "max_lr = 0.01" in html
+    assert losscurve(f"report {tmp_path / 't'} --format md")[0] == 2
+    assert [path.relative_to(tmp_path).as_posix() for path in runs_of(tmp_path / "t")] == [
+        f"t/max_lr={rate}/seed-{seed}" for rate in ("0.01", "0.03") for seed in range(3)
+    ]
+    assert runs_of(tmp_path) == [tmp_path]

@@ -14,6 +14,8 @@ COMMANDS = {  # name: module in this folder, and what the command does
     "prepare": ("prepare", "turn a text into token files"),
     "plan": ("planning.plan", "predict the memory, disk and time of a run, or propose a run for a given time"),
     "train": ("train", "train a model: batch, forward, backward, step, repeat"),
+    "fork": ("fork", "start a run from a saved state of another, with other settings from there"),
+    "try": ("trials", "train several settings with several seeds, and say which is best and what is chance"),
     "sample": ("sample", "let a trained model continue a prompt"),
     "export": ("export", "write a run in the format of transformers and other programs"),
     "explain": ("look.explain", "say what a run's record shows, and what to try"),

@@ -51,6 +51,12 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out_dir from its last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out_dir")
+    add_run_flags(parser)
+    return parser.read(argv)
+
+
+def add_run_flags(parser: Parser) -> None:
+    """Add the flags that are no settings of a run, but say what goes on beside it."""
     parser.add_argument(
         "--explain", action="store_true", help="print on stderr what the record shows, while the run trains"
     )
@@ -61,7 +67,6 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="processes on this machine, started by torchrun; see docs/scale.md"
     )
-    return parser.read(argv)
 
 
 def read_config(args: argparse.Namespace, say: Callable[[str], None] = lambda line: None) -> TrainConfig:

@@ -19,6 +19,7 @@ from llm.record import samples
 from llm.record.bands import Band, band_of_run
 from llm.record.explain import explain
 from llm.record.metrics import NAME, NUMBERS
+from llm.record.runs import origin_lines
 from llm.record.samples import Sample, read_samples
 from llm.storage.lines import Row
 
@@ -201,7 +202,7 @@ class Follower:
             return
         self._explained = step
         try:
-            self.verdicts = explain(self.rows(), self.config, self.band)
+            self.verdicts = [*origin_lines(self.path), *explain(self.rows(), self.config, self.band)]
         except (ArithmeticError, ValueError, TypeError) as error:  # a record that another program wrote
             self.verdicts = [f"no verdict: {error}"]
 

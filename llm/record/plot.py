@@ -31,6 +31,7 @@ from llm.record.chart_style import (
 )
 from llm.record.metrics import best, losses, overfits_since, read_record
 from llm.record.points import Points, thin_by_mean
+from llm.record.runs import Origin, origin_of
 from llm.schedule import decay_start, lr_at
 from llm.storage.lines import Row
 
@@ -95,7 +96,7 @@ def draw_scaling(curves: dict[str, list[tuple[float, float]]], title: str) -> "F
 
 
 def draw(run_dirs: Sequence[Path]) -> "Figure":
-    """Return the figure of one run folder, or of several together.
+    """Return the figure of one run folder, or of several together, where a fork is drawn from its fork on.
 
     Raises:
         UserError: a run is missing or damaged.
@@ -104,14 +105,25 @@ def draw(run_dirs: Sequence[Path]) -> "Figure":
     if len(set(names)) < len(names):
         names = [str(run_dir) for run_dir in run_dirs]
     records = [read_record(run_dir) for run_dir in run_dirs]
+    origins = [origin_of(run_dir) for run_dir in run_dirs]
     vocab_sizes = [_read_vocab_size(run_dir) for run_dir in run_dirs]
     if len(run_dirs) == 1:
-        return draw_run(records[0], names[0], vocab_sizes[0], band_of_run(run_dirs[0]))
+        return draw_run(records[0], names[0], vocab_sizes[0], band_of_run(run_dirs[0]), origins[0])
+    for i, origin in enumerate(origins):
+        if origin:  # the past that it shares with its run would lie over that run's curve
+            records[i] = [row for row in records[i] if row["step"] >= origin.step]
     return draw_comparison(records, names, comparable=len(set(vocab_sizes)) == 1)
 
 
-def draw_run(rows: list[Row], name: str, vocab_size: int | None = None, band: Band | None = None) -> "Figure":
-    """Return the figure of one run: losses, landmarks, learning rate, and its reference band if there is one.
+def draw_run(
+    rows: list[Row],
+    name: str,
+    vocab_size: int | None = None,
+    band: Band | None = None,
+    origin: Origin | None = None,
+) -> "Figure":
+    """Return the figure of one run: losses, landmarks, learning rate; of a fork where it began; its reference band if
+    there is one.
 
     Without a vocabulary size the figure has no landmarks.
     """
@@ -126,6 +138,11 @@ def draw_run(rows: list[Row], name: str, vocab_size: int | None = None, band: Ba
     if overfits is not None:
         middle = (overfits + end) / 2
         add_text(axes, middle, 0.02, "overfitting", ha="center", color=GREY, xycoords=step_and_height(axes))
+    if origin is not None:
+        axes.axvline(origin.step, color=GREY, linewidth=1, linestyle=(0, (4, 2)), zorder=1)
+        ha, dx = ("left", 4) if origin.step < end / 2 else ("right", -4)
+        place = step_and_height(axes)
+        add_text(axes, origin.step, 0.95, f"forked from {origin.run}", dx=dx, ha=ha, color=GREY, xycoords=place)
     add_curve(axes, train, TRAIN, linewidth=1.2)
     add_curve(axes, val, VAL, linewidth=2.4, marker="o")
     averaged = [(row["step"], row["val_loss_ema"]) for row in rows if row.get("val_loss_ema") is not None]

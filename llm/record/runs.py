@@ -1,4 +1,6 @@
-"""Find the runs below a folder and summarise each. Reads settings and records only, without torch."""
+"""Find the runs below a folder, summarise each, and say what a fork came from. Reads settings and records only,
+without torch.
+"""
 
 import dataclasses
 import os
@@ -6,11 +8,13 @@ import re
 import statistics
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
+from llm import storage
 from llm.config import TrainConfig, from_settings, read_toml
 from llm.config.counts import count_parameters
 from llm.errors import UserError
+from llm.record.chart_style import plain
 from llm.record.metrics import NAME, best, losses, read_record
 from llm.storage.lines import Row
 
@@ -125,3 +129,34 @@ def run_state(rows: list[Row], config: TrainConfig) -> tuple[str, str]:
     if trained and trained[-1].get("refused") and trained[-1]["loss"] is None:
         return "unfinished", "its last losses or gradients were not finite"
     return "unfinished", "" if evaluations else "no evaluation yet"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The state that a fork began from."""
+
+    run: str  # name of the run folder
+    step: int
+
+    @property
+    def line(self) -> str:
+        """Return what a reader of the fork's record has to know."""
+        return f"forked from {self.run} at step {self.step:,}: up to there, the record is that run's"
+
+
+def origin_of(run_dir: Path) -> Origin | None:
+    """Return the origin of the run in `run_dir`; None if it is no fork, or its env.json cannot be read."""
+    try:
+        facts = storage.read_json(run_dir / "env.json")
+    except UserError:
+        return None
+    found = facts.get("forked_from") if isinstance(facts, dict) else None
+    if not isinstance(found, dict) or type(found.get("step")) is not int or not isinstance(found.get("run"), str):
+        return None
+    return Origin(plain(PurePath(found["run"]).name, 60), found["step"])
+
+
+def origin_lines(run_dir: Path) -> list[str]:
+    """Return the origin of a fork as a list of one line, to stand before its verdicts; [] for other runs."""
+    origin = origin_of(run_dir)
+    return [origin.line] if origin else []

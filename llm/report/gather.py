@@ -19,6 +19,7 @@ from llm.record.chart_style import plain
 from llm.record.explain import explain
 from llm.record.metrics import best, losses, read_record
 from llm.record.points import pick_evenly
+from llm.record.runs import origin_lines
 from llm.report.card import make_card
 from llm.report.facts import Evaluation, Report, Sample
 from llm.report.memorisation import measure_memorisation
@@ -61,7 +62,10 @@ def gather(run_dir: Path, data_dir: str | None = None, memorised: bool = True, s
         rows=rows,
         band=band,
         parameters=count_parameters(run.config.model),
-        verdicts=explain(rows, replace(run.config, out_dir=PurePath(run.config.out_dir).name or "."), band),
+        verdicts=[
+            *origin_lines(run_dir),
+            *explain(rows, replace(run.config, out_dir=PurePath(run.config.out_dir).name or "."), band),
+        ],
         evaluations=collect_evaluations(rows),
         samples=[sample for sample in samples if sample.step in listed or sample.notable],
         sample_count=len(samples),
@@ -166,6 +170,8 @@ def read_environment(run_dir: Path) -> list[tuple[str, str]]:
     if not isinstance(facts, dict):
         return []
     data = facts.pop("data", None)
+    if isinstance(origin := facts.get("forked_from"), dict) and isinstance(origin.get("run"), str):
+        facts["forked_from"] = f"{PurePath(origin['run']).name}, step {origin.get('step')}, state {origin.get('state')}"
     pairs = [(str(name), value) for name, value in facts.items() if value is not None]
     if isinstance(data, dict):
         pairs += [(f"SHA-256 of {name}", value) for name, value in data.items()]

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llm import __version__, storage
 from llm.config import TrainConfig
@@ -70,11 +71,13 @@ def disk_needed(config: TrainConfig) -> int:
     return size * ((4 if config.ema else 3) * (config.keep + 2) + 3)
 
 
-def write_environment(out_dir: Path, data: TokenData) -> None:
-    """Write versions, machine, commit and data hashes to env.json."""
+def write_environment(out_dir: Path, data: TokenData, forked_from: dict[str, Any] | None = None) -> None:
+    """Write versions, machine, commit and data hashes to env.json; of a fork also the state that it began from."""
     here = Path(__file__).parents[1]
     asked = subprocess.run(
         ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ) if shutil.which("git") and (here.parent / ".git").exists() else None  # fmt: skip
     facts = {"losscurve": __version__, "commit": asked.stdout.strip() if asked else None, "data": data.hashes}
+    if forked_from is not None:
+        facts["forked_from"] = forked_from
     storage.write_json(out_dir / "env.json", facts | environment())

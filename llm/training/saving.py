@@ -46,9 +46,9 @@ def save(run: LiveRun, wait: bool = False) -> Iterator[Saved | Notice]:
         progress.seconds = run.seconds
         if not parts.world.leads:
             return
-        weights = best = weights_of(parts, copies["model"])
+        weights = best = weights_of(parts.model, copies["model"])
         if progress.best_weights == "ema":
-            best = weights_of(parts, copies["ema"])
+            best = weights_of(parts.model, copies["ema"])
         is_best = progress.best_loss is not None and progress.best_step == progress.step
         write = partial(
             write_state,

@@ -101,10 +101,10 @@ def restore_average(average: Average, tensors: dict[str, Tensor], world: World =
         receive(world, value, tensors.get(name))
 
 
-def weights_of(parts: Parts, copies: dict[str, Tensor]) -> dict[str, Tensor]:
+def weights_of(model: nn.Module, copies: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the model's state_dict from copies of its parameters. Tied weights are one parameter with two names."""
-    names = {id(p): name for name, p in parts.model.named_parameters()}
-    parameters = parts.model.state_dict(keep_vars=True)
+    names = {id(p): name for name, p in model.named_parameters()}
+    parameters = model.state_dict(keep_vars=True)
     return {key: copies[names[id(p)]] for key, p in parameters.items()}
 
 

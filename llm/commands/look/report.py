@@ -2,9 +2,11 @@
 
 from llm.commands.flags import Parser, path
 from llm.config import expanded
+from llm.errors import UserError
 
 DESCRIPTION = "Write a run as one HTML file that opens anywhere, without a network: curves, samples over time, what \
-occurs verbatim in the training text, data, settings, environment. Or as Markdown with pictures."
+occurs verbatim in the training text, data, settings, environment. Or as Markdown with pictures. Of a try: its table, \
+its curves and its best setting."
 
 
 def main(argv: list[str]) -> int:
@@ -20,6 +22,17 @@ def main(argv: list[str]) -> int:
 
     from llm.commands.bars import print_result
     from llm.commands.flags import warn
+
+    if (args.run / "try.json").exists():
+        from llm.report.write_try import write_try
+
+        if args.format != "html":
+            raise UserError(f"{args.run}: is a try, whose report is HTML; leave --format {args.format} out")
+        out = args.out or args.run / "report.html"
+        write_try(args.run, out)
+        print_result(f"wrote {out} ({out.stat().st_size / 2**20:.2f} MiB)")
+        return 0
+
     from llm.report.gather import gather
     from llm.report.write_html import write_html
     from llm.report.write_markdown import write_markdown

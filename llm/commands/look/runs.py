@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llm.commands.flags import Parser, input_path
@@ -143,8 +144,8 @@ def columns_of(runs: "list[Summary]", names: list[str]) -> dict[str, list[str]]:
     }
 
 
-def draw(columns: dict[str, list[str]]) -> list[str]:
-    """Return the lines of a table without borders and colours.
+def draw(columns: dict[str, list[str]], left: Sequence[str] = LEFT_ALIGNED) -> list[str]:
+    """Return the lines of a table without borders and colours, with the columns `left` aligned to the left.
 
     rich aligns cells by their width on a terminal, where a wide character takes two columns.
     """
@@ -156,7 +157,7 @@ def draw(columns: dict[str, list[str]]) -> list[str]:
 
     drawing = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
     for title in columns:
-        drawing.add_column(title, justify="left" if title in LEFT_ALIGNED else "right", no_wrap=True)
+        drawing.add_column(title, justify="left" if title in left else "right", no_wrap=True)
     for cells in zip(*columns.values(), strict=True):
         drawing.add_row(*(Text(cell) for cell in cells))  # as Text, names are not read as markup
     output = io.StringIO()

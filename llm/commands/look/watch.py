@@ -19,7 +19,8 @@ from llm.commands.flags import Parser, input_path, warn
 from llm.errors import Failure, UserError
 
 DESCRIPTION = "Serve a page on this machine that follows one or several runs while they train: curves, samples, the \
-learning-rate slider and a playground. It only reads the run folders. It waits for a run in a folder that has none."
+learning-rate slider and a playground. It only reads the run folders. It waits for a run in a folder that has none. Of \
+a try, it follows all runs."
 
 PATIENCE = 10  # seconds that a training run waits for the page's address
 
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         raise UserError(f'the page needs {error.name}; pip install "losscurve[dashboard]"') from None
     plotly_script()  # raises if Plotly's script is missing
+    args.runs = [run for folder in args.runs for run in runs_of(folder)]
     check_folders(args.runs, wait_for_runs=not args.until_eof)
     lower_priority()
     with listen_on(args.port) as listener:
@@ -75,6 +77,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not 0 <= args.port < 65536:
         raise UserError(f"port = {args.port}: expected 0 to 65535")
     return args
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """Return the run folders of the try in `folder`, also of runs to come; `folder` itself if it is no try."""
+    if not (folder / "try.json").exists():
+        return [folder]
+    from llm.experiments.trials import read_try
+
+    tried = read_try(folder)
+    return [tried.run_dir(setting, seed) for setting in tried.settings for seed in tried.seeds]
 
 
 def check_folders(folders: list[Path], wait_for_runs: bool) -> None:

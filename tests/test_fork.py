@@ -1,0 +1,167 @@
+"""A fork has its run's past up to a saved state, is the same run if nothing changes, and says where it comes from."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import flags, words
+from saved_runs import same_bits
+
+from llm.commands.main import main
+from llm.record.metrics import read_record
+from llm.record.plot import draw
+from llm.record.runs import origin_of
+from llm.storage import read_json, sha256
+from llm.storage.checkpoint import load_state, saved_steps
+
+TIMES = ("seconds", "tokens_per_second", "matmul_utilisation", "data_seconds")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a run in base/, which has the states of steps 0, 2, …, 12."""
+    home = tmp_path_factory.mktemp("trained")
+    (home / "text.txt").write_text(words(900), encoding="utf-8")
+    settings = {"dropout": 0.2, "ema": 0.9, "log_every": 5, "keep": 9, "save_every": 2, "schedule": "wsd"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        assert main(f"train --text text.txt --data_dir data --out_dir base {flags(**settings)}".split()) == 0
+    return home
+
+
+@pytest.fixture
+def base(trained, tmp_path, monkeypatch):
+    """A copy of the run, in the current folder."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "base"
+
+
+def rows_of(run):
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_record(run)]
+
+
+def files_of(folder):
+    return {path: (sha256(path), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_fork_without_a_change_is_the_run_itself(base, losscurve):
+    before = files_of(base)
+    code, out, err = losscurve("fork base --at 6")
+    assert code == 0, err
+    assert "base-at-6: forked from base at step 6: nothing changed" in out
+    fork = base.with_name("base-at-6")
+    for step in (8, 10, 12):
+        (ours, facts), (theirs, expected) = (load_state(run / f"step-{step:06}") for run in (fork, base))
+        same_bits(ours, theirs)
+        for name in ("losses", "recent", "tokens", "best_step", "best_loss", "best_weights", "stale"):
+            assert facts["progress"][name] == expected["progress"][name]
+    for name in ("model.pt", "best.pt"):
+        ours, theirs = (torch.load(run / name) for run in (fork, base))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert rows_of(fork) == rows_of(base)
+    for name in ("samples.jsonl", "samples.txt", "tokenizer.json"):
+        assert (fork / name).read_bytes() == (base / name).read_bytes()
+    assert losscurve("verify base-at-6")[0] == 0
+    assert files_of(base) == before
+
+
+def test_a_fork_goes_its_own_way_from_the_fork_on(base, losscurve):
+    """A longer cool-down, from the stable part: the same batches, another learning rate."""
+    code, out, err = losscurve("fork base --at 6 --max_steps 20 --min_lr=0 --dropout 0 --out_dir cool --explain")
+    assert code == 0, err
+    assert "cool: forked from base at step 6: --max_steps=20 --min_lr=0 --dropout=0" in out
+    ours, theirs = rows_of(base.with_name("cool")), rows_of(base)
+    past = [row for row in theirs if row["step"] <= 6]
+    assert ours[: len(past)] == past
+    rates = {row["step"]: row["lr"] for row in ours if row["split"] == "train"}
+    assert rates[10] == 1e-2  # the cool-down of 40 % begins at step 12
+    assert rates[20] == 0
+    state = base / "step-000006" / "manifest.json"
+    assert read_json(base.with_name("cool") / "env.json")["forked_from"] == {
+        "run": "base",
+        "step": 6,
+        "state": sha256(state),
+    }
+
+
+def test_where_it_comes_from_is_said_and_stays(base, losscurve):
+    assert losscurve("fork base --at 8 --max_lr 0.02 --out_dir hot")[0] == 0
+    line = "forked from base at step 8: up to there, the record is that run's"
+    assert losscurve("explain hot")[1].startswith(line)
+    assert losscurve("report hot --no_memorised")[0] == 0
+    html = (base.with_name("hot") / "report.html").read_text()
+    assert "<b>forked from base at step 8</b>" in html
+    assert str(base.parent) not in html
+    assert losscurve("plot hot --out hot.svg")[0] == 0
+    assert "forked from base" in base.with_name("hot.svg").read_text()
+    curves = [line.get_xdata() for line in draw([base.with_name("hot"), base]).axes[0].lines]
+    assert sorted({min(steps) for steps in curves if len(steps) > 2}) == [0, 8]
+    env = base.with_name("hot") / "env.json"
+    env.write_text(json.dumps(read_json(env) | {"python": "3.0"}))  # as on another machine, where resume writes it anew
+    assert losscurve("train --resume --out_dir hot --max_steps 13")[0] == 0
+    assert read_json(env)["python"] != "3.0"
+    assert origin_of(base.with_name("hot")).step == 8
+    assert losscurve("fork hot --at 12 --max_steps 14")[0] == 0  # a fork of a fork
+    assert origin_of(base.with_name("hot-at-12")).run == "hot"
+
+
+def test_the_best_weights_before_the_fork_come_along_if_they_are_there(base, losscurve):
+    state = base / "step-000010" / "state.json"
+    facts = read_json(state)
+    assert facts["progress"]["best_step"] == 8
+    assert losscurve("fork base --at 10 --max_lr 5 --min_lr 5")[0] == 0
+    weights = torch.load(base.with_name("base-at-10") / "best.pt")
+    kept = load_state(base / "step-000008")[0]["ema" if facts["progress"]["best_weights"] == "ema" else "model"]
+    assert all(torch.equal(weights[name], value) for name, value in kept.items())
+    shutil.rmtree(base / "step-000008")
+    code, _, err = losscurve("fork base --at 10 --out_dir late")
+    assert code == 0
+    assert "base: no longer has the weights of step 8, the best up to step 10" in err
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("--n_layer 3", "n_layer was 2 in this run and cannot become 3 in a fork: the saved weights have this shape"),
+        ("--tokenizer byte", "tokenizer was 'char' in this run and cannot become 'byte' in a fork: the saved weights"),
+        ("--text other.txt", "in a fork: the saved weights belong to the tokens of this text"),
+        ("--seed 2", "seed was 1337 in this run and cannot become 2 in a fork: a fork draws the same batches"),
+        ("--order epochs", "order was 'replacement' in this run and cannot become 'epochs' in a fork"),
+        ("--optimizer muon", "optimizer was 'adamw' in this run and cannot become 'muon' in a fork"),
+        ("--ema 0", "ema was 0.9 in this run and cannot become 0.0 in a fork: the saved state has an average"),
+        ("--dtype float16", "in a fork: float16 scales the loss"),
+        ("--max_steps 6", "base: complete at step 6; give a larger --max_steps to go on"),
+        ("--at 7", "base: no state of step 7; saved are 0, 2, 4, 6, 8, 10, 12; give one of them, such as --at 6"),
+        ("", "base: no --at given; saved are 0, 2, 4, 6, 8, 10, 12; give one of them"),
+        ("--out_dir base", "base: holds a run; continue that with losscurve train --resume --out_dir base"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(base, losscurve, typed, told):
+    before = files_of(base.parent)
+    at = "" if "--at" in typed or not typed else "--at 6"
+    code, _, err = losscurve(f"fork base {at} {typed}")
+    assert code == 2
+    assert told in err
+    assert files_of(base.parent) == before
+
+
+def test_with_epochs_a_step_keeps_its_windows(here, losscurve):
+    assert losscurve(f"train --text text.txt --out_dir e {flags(order='epochs', keep=9)}")[0] == 0
+    code, _, err = losscurve("fork e --at 4 --batch_size 8")
+    assert code == 2
+    assert "batch_size was 4 in this run and cannot become 8 in a fork: with order = 'epochs'" in err
+    code, _, err = losscurve("fork e --at 4 --batch_size 2 --gradient_accumulation_steps 2")  # the same windows
+    assert code == 0, err
+    assert saved_steps(here / "e-at-4")[-1] == 12
+
+
+def test_a_damaged_state_is_refused(base, losscurve):
+    with (base / "step-000006" / "model.safetensors").open("r+b") as file:
+        file.seek(300)
+        file.write(b"\xff\xff")
+    code, _, err = losscurve("fork base --at 6")
+    assert code == 2
+    assert "model.safetensors" in err
+    assert not base.with_name("base-at-6").exists()

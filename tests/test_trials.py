@@ -1,0 +1,273 @@
+"""A try: combinations, seeds, what stops early, going on after an interrupt, table, picture and best setting."""
+
+import itertools
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from conftest import append, flags
+
+from llm.commands.look.watch import runs_of
+from llm.config import from_settings, read_toml
+from llm.experiments import rounds
+from llm.experiments.jobs import steps_of
+from llm.experiments.outcome import outcomes
+from llm.experiments.picture import draw_try
+from llm.experiments.trials import combinations, make_setting, parse_vary, read_try
+from llm.record.metrics import losses, read_record
+from llm.storage.checkpoint import saved_steps
+
+SMALL = flags(n_layer=1, sample_tokens=0).replace("--max_lr 0.01 ", "")
+RATES = "--vary max_lr=3e-2,1e-2,1e-5"
+
+
+def try_line(rest, out_dir="t"):
+    return f"try text.txt {SMALL} {rest} --out_dir {out_dir}"
+
+
+def test_a_try_ends_with_table_picture_verdicts_and_best(here, losscurve):
+    code, out, err = losscurve(try_line(f"{RATES} --seeds 3"))
+    assert code == 0, err
+    tried = read_try(here / "t")
+    assert [setting.changes for setting in tried.settings] == [{"max_lr": 3e-2}, {"max_lr": 1e-2}, {"max_lr": 1e-5}]
+    ranked = [line.split()[0] for line in out.splitlines() if line.startswith("max_lr")]
+    assert ranked == ["max_lr=0.03", "max_lr=0.01", "max_lr=1e-05"]
+    assert "the best" in out.splitlines()[1]
+    assert "stopped at step 4: worse by" in out
+    assert saved_steps(here / "t" / "max_lr=1e-05" / "seed-1338")[-1] == 4
+    assert saved_steps(here / "t" / "max_lr=0.03" / "seed-1338")[-1] == 12
+    best = read_toml(str(here / "t" / "best.toml"))
+    assert (best["max_lr"], best["seed"], best["out_dir"]) == (3e-2, 1337, "checkpoints")
+    panels = [axes.get_title(loc="left") for axes in draw_try(tried, outcomes(tried)).axes]
+    assert [title.partition("\n")[0] for title in panels if title] == ranked
+    assert (here / "t" / "try.png").stat().st_size > 5000
+
+    # each is the run that train would make
+    code, _, err = losscurve(f"train text.txt {SMALL} --max_lr 0.03 --seed 1338 --out_dir alone")
+    assert code == 0, err
+    ours, theirs = (losses(read_record(here / name), "val") for name in ("t/max_lr=0.03/seed-1338", "alone"))
+    assert ours == theirs  # though it paused twice
+
+    # the same again finds all there; more values and seeds are added to what is there
+    stamp = (here / "t/max_lr=0.03/seed-1337/model.pt").stat().st_mtime_ns
+    code, again, err = losscurve(try_line(f"{RATES} --seeds 3"))
+    assert (code, again) == (0, out)
+    assert "1 of" not in err
+    code, _, err = losscurve(try_line(f"{RATES},2e-2 --seeds 3 --keep_all"))
+    assert code == 0, err
+    assert "1 of 3: max_lr=0.02, seed 1337" in err
+    assert (here / "t/max_lr=0.03/seed-1337/model.pt").stat().st_mtime_ns == stamp
+
+
+def test_a_try_goes_on_after_an_interrupt(here, losscurve, monkeypatch):
+    line = try_line("--vary n_layer=1,2 --seeds 2").replace("--n_layer 1 ", "")
+    seen = itertools.count()
+    real = rounds.train_jobs
+    monkeypatch.setattr(rounds, "train_jobs", lambda jobs, n, stop: real(jobs, n, lambda: stop() or next(seen) > 20))
+    monkeypatch.setattr("llm.run.signal.signal", lambda number, handler: None)
+    losscurve(line)
+    half = {path.parent.name + path.name: saved_steps(path)[-1] for path in here.glob("t/*/seed-*")}
+    assert 0 < len(half) < 4
+    assert min(half.values()) < 12
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    shutil.rmtree(here / "t/n_layer=2/seed-1337", ignore_errors=True)
+    (here / "t/n_layer=2/seed-1337").mkdir(parents=True)
+    (here / "t/n_layer=2/seed-1337/config.toml").write_text("max_steps = 12\n")  # killed before its first save
+    code, out, err = losscurve(line)
+    assert code == 0, err
+    assert (
+        losscurve(try_line("--vary n_layer=1,2 --seeds 2", "whole").replace("--n_layer 1 ", ""))[1].splitlines()[:3]
+        == out.splitlines()[:3]
+    )
+
+
+def test_several_at_once_are_the_same_runs(here, losscurve):
+    rest = "--vary max_lr=1e-2,1e-3 --seeds 1"
+    code, out, err = losscurve(try_line(f"{rest} --jobs 2", "two"))
+    assert code == 0, err
+    assert out.splitlines()[:3] == losscurve(try_line(rest, "one"))[1].splitlines()[:3]
+    assert "OMP_NUM_THREADS" in os.environ
+
+
+def made(folder, levels, seeds=3, steps=(4, 8, 12)):
+    """A try whose runs have the given losses at each evaluation: levels[name](seed number, step)."""
+    from llm.experiments.trials import Try
+
+    settings = [make_setting({"max_lr": rate}) for rate in levels]
+    tried = Try(folder, {}, {"max_steps": 12, "eval_every": 4, "warmup_steps": 2}, list(range(seeds)), settings)
+    for setting, level in zip(settings, levels.values(), strict=True):
+        for number in tried.seeds:
+            run = tried.run_dir(setting, number)
+            run.mkdir(parents=True)
+            (run / "config.toml").write_text(f'max_steps = 12\neval_every = 4\nout_dir = "{run}"\n')
+            for step in steps:
+                append(run, step=step, split="val", loss=level(number, step))
+                (run / f"step-{step:06d}").mkdir()
+    tried.save()
+    return tried
+
+
+def test_what_is_clearly_behind_stops_and_nothing_else(tmp_path):
+    """The seeds differ by more than the settings; only pairs show which is behind."""
+    seed_luck = [0.0, 0.3, 0.1]
+    levels = {
+        1e-2: lambda s, step: 2 + seed_luck[s],
+        2e-2: lambda s, step: 2.002 + seed_luck[s] + [0.004, -0.004, 0.002][s],  # chance
+        3e-2: lambda s, step: 2.05 + seed_luck[s] + [0.001, -0.001, 0.0][s],  # clearly behind
+        4e-2: lambda s, step: 2.2 + seed_luck[s] + [0.5, -0.19, 0.3][s],  # far behind, but not surely
+    }
+    tried = made(tmp_path, levels)
+    said = []
+    rounds.stop_behind(tried, tried.settings, 1 / 3, said.append)
+    assert list(tried.stopped) == ["max_lr=0.03"]
+    assert said[0].startswith("stopped max_lr=0.03 at step 4: worse by 0.0500 (0.0")
+    assert said[0].endswith("than max_lr=0.01")
+    assert read_try(tmp_path).stopped == tried.stopped
+
+
+def test_never_more_than_the_worse_half_stops(tmp_path):
+    levels = {
+        rate: lambda s, step, rate=rate: 2 + 10 * rate + 0.001 * s * rate for rate in (1e-2, 2e-2, 3e-2, 4e-2, 5e-2)
+    }
+    tried = made(tmp_path, levels)
+    rounds.stop_behind(tried, tried.settings, 1 / 3, lambda line: None)
+    assert sorted(tried.stopped) == ["max_lr=0.04", "max_lr=0.05"]
+    rounds.stop_behind(tried, tried.settings, 2 / 3, lambda line: None)
+    assert sorted(tried.stopped) == ["max_lr=0.03", "max_lr=0.04", "max_lr=0.05"]
+
+
+def test_the_first_setting_never_stops_if_it_is_the_reference(tmp_path):
+    tried = made(tmp_path, {5e-2: lambda s, step: 3 + 0.01 * s, 1e-2: lambda s, step: 2 + 0.0101 * s})
+    tried.against = "first"
+    rounds.stop_behind(tried, tried.settings, 1 / 3, lambda line: None)
+    assert not tried.stopped
+    best, first = outcomes(tried)
+    assert best.words.startswith("better by 0.9999")
+    assert first.words == "the first"
+
+
+def test_the_checks_are_evaluations(here):
+    config = from_settings({"max_steps": 100, "eval_every": 30, "warmup_steps": 1})
+    assert [steps_of(config, share) for share in (1 / 3, 2 / 3, 1)] == [30, 60, 100]
+
+
+def test_combinations_and_their_names():
+    vary = parse_vary(["n-layer=2,4", "learning_rate=1e-3,0.01"])
+    assert [setting.name for setting in combinations(vary)] == [
+        *("n_layer=2,max_lr=0.001", "n_layer=2,max_lr=0.01"),
+        *("n_layer=4,max_lr=0.001", "n_layer=4,max_lr=0.01"),
+    ]
+    assert make_setting({"init_from": "a b/../c*"}).name == "init_from=a_b_.._c_"
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("", "nothing to compare; give --vary max_lr=1e-3,3e-3"),
+        ("--vary max_lr", "vary = 'max_lr': expected a setting and its values, such as max_lr=1e-3,3e-3"),
+        ("--vary max_lr=1e-3,,2", "vary = 'max_lr=1e-3,,2': expected a setting and its values"),
+        ("--vary max_lr=1e-3,0.001", "vary = 'max_lr=1e-3,0.001': the same value twice"),
+        ("--vary max_lt=1,2", "unknown setting 'max_lt'; did you mean 'max_lr'?"),
+        ("--vary seed=1,2", "--vary seed: is the same for all settings; give the number of seeds by --seeds"),
+        ("--vary text=a,b", "--vary text: would make losses that do not compare"),
+        ("--vary n_embd=15,16", "n_embd = 15 is not divisible by n_head = 2"),
+        ("--vary max_lr=1,2 --vary learning_rate=3", "--vary max_lr: given twice; give all its values at once"),
+        ("--vary max_lr=1,2 --seeds 0", "seeds = 0: expected 1 to 1000"),
+        ("--vary max_lr=1,2 --trials 3", "--trials: is the number of settings of a --search"),
+        ("--search max_lr=1e-3", "search = 'max_lr=1e-3': expected a setting and a range, such as max_lr=1e-4..1e-2"),
+        ("--search max_lr=2..1", "search = 'max_lr=2..1': the first number must be below the second"),
+        ("--search arch=a..b", "--search arch: is no number; give its values by --vary arch=…"),
+    ],
+)
+def test_bad_requests_are_one_line(here, losscurve, typed, told):
+    code, _, err = losscurve(try_line(typed))
+    assert code == 2
+    assert told in err
+    assert not list(here.glob("t/*/*"))
+
+
+def test_another_request_in_the_same_folder_is_refused(tmp_path, losscurve):
+    tried = made(tmp_path / "t", {1e-2: lambda s, step: 2.0})
+    tried.asked = {"given": {"n_layer": 1}, "preset": {}, "first seed": 1337, "search": []}
+    tried.save()
+    code, _, err = losscurve(f"try --n_layer 2 --vary max_lr=1e-2 --out_dir {tmp_path / 't'}")
+    assert code == 2
+    assert "holds a try with given = {'n_layer': 1}, and this one has {'n_layer': 2}" in err
+    (tmp_path / "t" / "try.json").write_text("[]")
+    assert "not what losscurve try writes" in losscurve(f"try --vary max_lr=1e-2 --out_dir {tmp_path / 't'}")[2]
+
+
+def test_optuna_chooses_and_goes_on(here, losscurve):
+    pytest.importorskip("optuna")
+    line = try_line("--search max_lr=1e-5..1e-1 --vary n_layer=1,2 --seeds 1 --max_steps 4").replace("--n_layer 1 ", "")
+    line = line.replace("--max_steps 12 ", "")
+    assert losscurve(f"{line} --trials 2")[0] == 0
+    code, _, err = losscurve(f"{line} --trials 4")
+    assert code == 0, err
+    assert "1 of 1: 003-max_lr=" in err
+    assert "000-" not in err
+    assert len(read_try(here / "t").settings) == 4
+    rates = [setting.changes["max_lr"] for setting in read_try(here / "t").settings]
+    assert len(set(rates)) == 4
+    assert all(1e-5 <= rate <= 1e-1 for rate in rates)
+
+
+def test_without_optuna_one_line_says_how_to_get_it(here, losscurve, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    code, _, err = losscurve(try_line("--search max_lr=1e-4..1e-2"))
+    assert code == 2
+    assert err.strip() == 'error: --search needs optuna; pip install "losscurve[search]"'
+
+
+def test_time_is_divided(here, losscurve, monkeypatch):
+    """20 s for 2 settings of 2 seeds: each run gets 5 s, around the settings that are chosen for one of them."""
+    asked = []
+    chosen = from_settings({"text": "text.txt", **settings_of(flags(n_layer=1, max_steps=8))})
+
+    def choose(request, overwrite, say, progress):
+        asked.append(request.seconds)
+        return SimpleNamespace(
+            proposal=SimpleNamespace(config=chosen), deadline=lambda began: SimpleNamespace(most_steps=9)
+        )
+
+    monkeypatch.setattr("llm.plan.autopilot.choose_new_run", choose)
+    monkeypatch.setattr("llm.plan.choice_lines.choice_lines", lambda choice: ["chosen"])
+    line = "try text.txt --vary max_lr=1e-2,1e-3 --seeds 2 --time 20s --out_dir t"
+    code, out, err = losscurve(line)
+    assert code == 0, err
+    assert asked == [5]
+    assert "4 runs of 5 s each" in out
+    tried = read_try(here / "t")
+    assert (tried.seconds, tried.most_steps) == (5, 9)
+    # far faster than 5 s, so the runs got longer, up to what is useful
+    assert {read_toml(str(path / "config.toml"))["max_steps"] for path in here.glob("t/*/*")} <= {8, 9}
+    code, _, err = losscurve(line.replace("20s", "30s"))
+    assert code == 2
+    assert "holds a try with time = 20s, and this one has 30s" in err
+    assert losscurve(line)[0] == 0
+    assert asked == [5]
+
+
+def settings_of(line):
+    words = line.replace("--", "").split()
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def test_the_report_and_the_page_of_a_try(tmp_path, losscurve):
+    tried = made(tmp_path / "t", {1e-2: lambda s, step: 2.0 + 0.01 * s, 3e-2: lambda s, step: 3.0 + 0.011 * s})
+    tried.stopped["max_lr=0.03"] = {"step": 4, "words": "worse by <b>1</b>"}
+    tried.save()
+    code, _, err = losscurve(f"report {tmp_path / 't'}")
+    assert code == 0, err
+    html = (tmp_path / "t" / "report.html").read_text(encoding="utf-8")
+    assert "2 settings, 3 seeds each; the best is <bdi>max_lr=0.01</bdi>" in html
+    assert "stopped at step 4: worse by &lt;b&gt;1&lt;/b&gt;" in html
+    assert str(tmp_path) not in html
+    assert "max_lr = 0.01" in html
+    assert losscurve(f"report {tmp_path / 't'} --format md")[0] == 2
+    assert [path.relative_to(tmp_path).as_posix() for path in runs_of(tmp_path / "t")] == [
+        f"t/max_lr={rate}/seed-{seed}" for rate in ("0.01", "0.03") for seed in range(3)
+    ]
+    assert runs_of(tmp_path) == [tmp_path]

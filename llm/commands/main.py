@@ -15,6 +15,7 @@ COMMANDS = {  # name: module in this folder, and what the command does
     "plan": ("planning.plan", "predict the memory, disk and time of a run, or propose a run for a given time"),
     "train": ("train", "train a model: batch, forward, backward, step, repeat"),
     "sample": ("sample", "let a trained model continue a prompt"),
+    "evaluate": ("evaluate", "measure how well weights of any format predict a text"),
     "export": ("export", "write a run in the format of transformers and other programs"),
     "explain": ("look.explain", "say what a run's record shows, and what to try"),
     "watch": ("look.watch", "serve a page in the browser that follows runs as they train"),

@@ -6,7 +6,7 @@ import { knownRuns, selectedRun } from "./runs.js";
 
 const KNOBS = ["temperature", "top_k", "top_p"];
 const STAGES = ["before", "temperature", "top_k", "after"];
-const NAMES = { best: "best (best.pt)", last: "last (model.pt)" };
+const NAMES = { best: "best (best.pt)", last: "last (model.pt)", model: "the model’s" };
 let tokens = []; // generated so far
 let pressed = null; // the selected token, whose alternatives are shown
 let writing = null; // aborts the generation in progress

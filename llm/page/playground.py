@@ -1,4 +1,4 @@
-"""The playground: next-token probabilities of a run's saved weights, before and after each sampling parameter.
+"""The playground: next-token probabilities of a run or another model, before and after each sampling parameter.
 
 It runs on the CPU, one request at a time, and samples exactly as `llm.generate` does: with the same functions of the
 same logits. Shapes: T time, V vocabulary.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.errors import UserError
-from llm.page.follow import WEIGHTS
+from llm.page.follow import MODEL, WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,8 +60,8 @@ def parse_question(body: bytes) -> Question:
         raise UserError(f"prompt: give 1 to {PROMPT:,} characters")
     if not isinstance(ids, list) or len(ids) > TOKENS or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise UserError(f"ids: expected at most {TOKENS:,} token ids; start over")
-    if weights not in tuple(WEIGHTS):
-        raise UserError("weights: expected last or best")
+    if weights not in (*WEIGHTS, MODEL):
+        raise UserError(f"weights: expected last or best, or {MODEL} for what is no run")
     top_k = None if given.get("top_k") is None else _integer(given, "top_k", 1, 2**31)
     temperature = _number(given, "temperature", 1.0)
     top_p = _number(given, "top_p", 1.0)
@@ -101,28 +101,36 @@ class Playground:
     _tokenizer: "Tokenizer | None" = None
 
     def load(self, path: Path, weights: str) -> tuple["Model", "Tokenizer"]:
-        """Return model and tokenizer of a run.
+        """Return model and tokenizer of a run, or of a file or folder that is no run.
 
         Raises:
-            UserError: the run has no such weights, or they cannot be read.
+            UserError: there are no such weights, or they cannot be read.
         """
         import torch
 
+        from llm.config import GPTConfig
         from llm.run import Run
+        from llm.tokens.bpe import gpt2
+        from llm.weights import open_weights
 
-        file = path / WEIGHTS[weights]
+        file = path if weights == MODEL else path / WEIGHTS[weights]
         try:
             found = file.stat()
         except OSError:
-            raise UserError(f"{WEIGHTS[weights]}: not saved yet; the run saves it at an evaluation") from None
+            raise UserError(f"{file.name}: not saved yet; the run saves it at an evaluation") from None
         key = (file, found.st_mtime_ns, found.st_size, found.st_ino)
         if key != self._key or self._model is None or self._tokenizer is None:
             self._key = ()
             self._model = None  # free the memory of the old model first
             torch.set_num_threads(1)  # leave the other cores to the training
-            run = Run.open(path)
-            self._tokenizer = run.tokenizer
-            self._model = run.model(weights, "cpu")
+            if weights == MODEL:
+                opened = open_weights(str(path), GPTConfig())
+                self._tokenizer = opened.tokenizer or gpt2()
+                self._model = opened.model(torch.device("cpu"))
+            else:
+                run = Run.open(path)
+                self._tokenizer = run.tokenizer
+                self._model = run.model(weights, "cpu")
             self._key = key
         return self._model, self._tokenizer
 

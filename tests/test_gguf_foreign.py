@@ -10,15 +10,23 @@ import torch
 from conftest import needs_gpt2, words
 from test_foreign_models import random_model
 from test_gguf import UNUSUAL, needs_llama_cpp
+from test_gguf import random_model as our_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from llm.checks.memorised import run_tokens
 from llm.config import GPTConfig
 from llm.errors import UserError
+from llm.evaluate import evaluate
 from llm.export import llama_cpp
+from llm.export.gguf_file import write_gguf
 from llm.export.proof import HOSTILE
+from llm.generate import generate
+from llm.record.metrics import read_record
+from llm.run import Run
 from llm.tokens.bpe import gpt2, to_printable
 from llm.tokens.gguf import read_tokenizer
 from llm.tokens.merges import merges
+from llm.tokens.tokenizer import Bytes
 from llm.weights import open_weights
 
 gguf = pytest.importorskip("gguf")
@@ -290,3 +298,22 @@ def test_a_file_that_only_has_the_name_is_refused():
     Path("m.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(UserError, match=r"^m\.gguf: not a GGUF file that losscurve can read"):
         opened()
+
+
+# ---- what goes on from it
+
+
+def test_a_file_is_sampled_from_and_trained_from(here, losscurve):
+    model = our_model(arch="llama", block_size=16)
+    write_gguf(model, Bytes(), Path("m.gguf"), "float32", "m")
+    code, out, err = losscurve("sample --checkpoint m.gguf --prompt ab --max_new_tokens 9 --temperature 0 --ignore_end")
+    ids = torch.tensor([list(b"ab")])
+    drawn = [int(token) for token in generate(model, ids, 9, temperature=0, vocab_size=257)]
+    assert (code, out, err) == (0, f"ab{Bytes().decode(drawn)}\n", "")
+    code, out, err = losscurve("train --text text.txt --init_from m.gguf --max_steps 2 --eval_every 2 --dtype float32")
+    assert code == 0, err
+    assert Run.open("checkpoints").config.tokenizer == "byte"
+    first = next(row for row in read_record(Path("checkpoints")) if row["split"] == "val")
+    tokens = run_tokens(Run.open("checkpoints")).val
+    expected = evaluate(model, tokens, 16, Run.open("checkpoints").config.eval_tokens)
+    assert (first["step"], first["loss"]) == (0, pytest.approx(expected.loss, rel=1e-6))

@@ -176,7 +176,7 @@ def test_sample_speaks(here, losscurve, capsys):
 def test_the_playground_draws_as_sample_does_and_ends_a_document(here, monkeypatch):
     trained(config_for(here, tokenizer="byte", max_steps=8))
     run = Run.open("checkpoints")
-    knobs = {"temperature": 1.5, "top_k": None, "top_p": 1.0, "min_p": 0.02, "repetition_penalty": 1.4}
+    knobs = {"temperature": 1.5, "top_k": None, "top_p": 1.0, "min_p": 0.02, "repetition_penalty": 30.0}
     asked = parse_question(json.dumps({"prompt": "ab", "seed": 7, "count": 40, **knobs}).encode())
     ids = torch.from_numpy(run.tokenizer.encode("ab").astype(np.int64))[None]
     own = torch.Generator().manual_seed(7)

@@ -12,12 +12,13 @@ from conftest import config_for, trained
 from llm.commands.main import main
 from llm.config import GPTConfig
 from llm.errors import UserError
-from llm.generate import Writing, generate, next_probabilities, penalise, tokens_in
+from llm.generate import generate, next_probabilities, penalise, tokens_in
 from llm.model import GPT
 from llm.page.playground import Playground, parse_question
 from llm.run import Run
 from llm.tokens.bpe import train_bpe
 from llm.tokens.tokenizer import Bytes, Characters
+from llm.tokens.writing import Writing
 
 V = 61
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
 
     from llm.arch import Model
-    from llm.generate import Writing
     from llm.tokens.tokenizer import Tokenizer
+    from llm.tokens.writing import Writing
 
 SEPARATOR = "---------------"
 DEFAULT_PROMPT = "ROMEO:"  # the chapter's
@@ -30,8 +30,9 @@ def main(argv: list[str]) -> int:
     prompts = read_prompts(args)
     check_flags(args, prompts)
 
-    from llm.generate import Writing, check_knobs, continue_text
+    from llm.generate import check_knobs, continue_text
     from llm.machine.device import choose_device, choose_dtype, precision
+    from llm.tokens.writing import Writing
 
     knobs = (args.temperature, args.top_k, args.top_p)
     more = {"min_p": args.min_p, "repetition_penalty": args.repetition_penalty}

@@ -1,4 +1,6 @@
-"""Continue a prompt: temperature, then top-k, then top-p, one token at a time with a key/value cache.
+"""Continue a prompt, one token at a time with a key/value cache.
+
+The order of the knobs is that of transformers: repetition penalty, temperature, top-k, top-p, min-p.
 
 B samples, T tokens so far, V vocabulary.
 """
@@ -22,22 +24,46 @@ BLOCK = 256  # rows of the output matrix in one product, see `last_logits`
 
 
 def next_probabilities(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0
 ) -> Tensor:
     """Return the probabilities (B, V) of the next token from logits (B, V).
 
     The usual order: logits / temperature, then only the `top_k` largest, then the smallest set of most likely
-    tokens whose probabilities add up to `top_p` (Holtzman et al. 2020), renormalised. Temperature 0 is greedy: the
-    largest logit has probability 1.
+    tokens whose probabilities add up to `top_p` (Holtzman et al. 2020), then those that have at least `min_p` times the
+    probability of the likeliest (Nguyen et al. 2024), renormalised. Temperature 0 is greedy: the largest logit has
+    probability 1.
     """
-    probabilities, ids = candidates(logits, temperature, top_k, top_p)
+    probabilities, ids = candidates(logits, temperature, top_k, top_p, min_p)
     return (
         probabilities if ids is None else torch.zeros_like(logits, dtype=torch.float32).scatter_(1, ids, probabilities)
     )
 
 
-def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor | None]:
+def tokens_in(ids: Tensor, V: int) -> Tensor:
+    """Return which of V tokens occur in each row of ids (B, T): (B, V)."""
+    return torch.zeros(len(ids), V, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Return logits (B, V) with those of tokens that are `seen` (B, V) made smaller: divided by `penalty` where they
+    are positive, else multiplied by it (Keskar et al. 2019)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def candidates(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float, min_p: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
     """Return the probabilities (B, K) and ids (B, K) of the tokens that may be drawn; ids None: all, in order."""
+    probabilities, ids = _likeliest(logits, temperature, top_k, top_p)
+    if min_p > 0:
+        too_small = probabilities < min_p * probabilities.amax(1, keepdim=True)
+        probabilities = probabilities.masked_fill(too_small, 0.0)
+        probabilities = probabilities / probabilities.sum(1, keepdim=True)
+    return probabilities, ids
+
+
+def _likeliest(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor | None]:
+    """Return what `candidates` does, without min-p."""
     logits, ids = logits.float(), None
     if temperature == 0:
         ids = logits.argmax(1, keepdim=True)
@@ -97,13 +123,27 @@ def last_logits(model: Model, hidden: Tensor) -> Tensor:
     return logits.t().contiguous()
 
 
-def check_knobs(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
+def check_knobs(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> None:
     """Raise UserError that names the first argument out of its range."""
     for name, value, good, expected in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
         ("temperature", temperature, math.isfinite(temperature) and temperature >= 0, "0 or more"),
         ("top_k", top_k, top_k is None or top_k >= 1, "1 or more"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("min_p", min_p, 0 <= min_p <= 1, "0 to 1"),
+        (
+            "repetition_penalty",
+            repetition_penalty,
+            math.isfinite(repetition_penalty) and repetition_penalty > 0,
+            "above 0; 1 is none",
+        ),
     ):
         if not good:
             raise UserError(f"{name} = {value!r}: expected {expected}")
@@ -119,18 +159,21 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     vocab_size: int | None = None,
+    *,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
 ) -> Iterator[Tensor]:
     """Yield the next token ids (B,) of each row of `prompt` (B, T), `max_new_tokens` times.
 
     The context is the last block_size tokens, as in the chapter. While the context fits, a key/value cache is used
     and each new token costs one position of work. Once the window slides, every token has another learned position,
     so the whole window is computed again. Ids from `vocab_size` on (padding of the vocabulary) are never drawn. With
-    one `generator` for each row, the draws of a row do not depend on the other rows. The model is put into evaluation
-    mode.
+    one `generator` for each row, the draws of a row do not depend on the other rows. The repetition penalty is for all
+    tokens of the prompt and after it, also for those that have left the context. The model is put into evaluation mode.
 
     Raises UserError if an argument is out of its range.
     """
-    check_knobs(max_new_tokens, temperature, top_k, top_p)
+    check_knobs(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
     if prompt.size(1) == 0:
         raise UserError("prompt: holds no token; give at least one character")
     model.eval()
@@ -138,11 +181,14 @@ def generate(
     context = prompt[:, -limit:]
     cache = KVCache(model.config, prompt.size(0), prompt.device, _dtype(model))
     new = context
+    seen = tokens_in(prompt, model.config.vocab_size) if repetition_penalty != 1 else None
     for _ in range(max_new_tokens):
         fits = model.cache_slides or cache.length + new.size(1) <= limit
         hidden = model.hidden(new, cache) if fits else model.hidden(context)
         logits = last_logits(model, hidden)[:, :vocab_size]
-        probabilities, ids = candidates(logits, temperature, top_k, top_p)
+        if seen is not None:
+            logits = penalise(logits, seen[:, :vocab_size], repetition_penalty)
+        probabilities, ids = candidates(logits, temperature, top_k, top_p, min_p)
         if ids is None or ids.size(1) > 1:
             drawn = draw(probabilities, generator)
             new = drawn if ids is None else ids.gather(1, drawn)
@@ -150,6 +196,8 @@ def generate(
             new = ids
         yield new[:, 0]
         context = torch.cat([context, new], 1)[:, -limit:]
+        if seen is not None:
+            seen.scatter_(1, new, True)
 
 
 def draw(probabilities: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
@@ -197,6 +245,9 @@ def continue_text(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    *,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
 ) -> Iterator[list[int]]:
     """Yield the next token id of each of `num_samples` continuations of `prompt`, `max_new_tokens` times.
 
@@ -206,5 +257,16 @@ def continue_text(
     device = next(model.parameters()).device
     generator = generators(seed, num_samples, device)
     ids = torch.from_numpy(tokenizer.encode(prompt).astype(np.int64)).to(device).expand(num_samples, -1)
-    tokens = generate(model, ids, max_new_tokens, temperature, top_k, top_p, generator, tokenizer.vocab_size)
+    tokens = generate(
+        model,
+        ids,
+        max_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        generator,
+        tokenizer.vocab_size,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     return (token.tolist() for token in tokens)

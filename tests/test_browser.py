@@ -242,6 +242,21 @@ def test_the_playground_streams_and_shows_the_models_probabilities(browser, trai
         assert page.locator("#likely-words").inner_text() == ""
 
 
+def test_of_a_model_without_a_record_only_the_playground_is_there(browser, trained, tmp_path):
+    shutil.copy(trained / "model.pt", tmp_path / "bare.pt")
+    shutil.copy(trained / "tokenizer.json", tmp_path)
+    with opened(browser, tmp_path / "bare.pt") as page:
+        page.wait_for_selector("#stream:not([disabled])")
+        shown = page.locator("section:visible, nav a:visible").evaluate_all(
+            "all => all.map((one) => one.id || one.hash)"
+        )
+        assert shown == ["#playground", "runs", "playground"]
+        page.fill("#prompt", "ab")
+        page.fill("#count", "5")
+        page.click("#stream")
+        page.wait_for_selector("#written .token >> nth=4")
+
+
 def test_a_prompt_typed_before_the_runs_are_known_stays(browser, trained):
     with opened(browser, trained) as page:
         held = []

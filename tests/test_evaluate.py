@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llm.config import GPTConfig
-from llm.evaluate import evaluate, windows
+from llm.evaluate import evaluate, sliding_windows, windows
 from llm.model import GPT
 
 SMALL = GPTConfig(vocab_size=31, block_size=8, n_layer=2, n_head=2, n_embd=12)
@@ -123,3 +123,40 @@ def test_the_mode_is_left_as_it_was(training):
     assert all(module.training == training for module in model.modules())
     assert evaluate(model, tokens, 8, 10**6) == first  # and dropout was off
     assert all(p.grad is None for p in model.parameters())
+
+
+# ---- windows that slide
+
+
+@given(st.integers(2, 400), st.integers(1, 70), st.integers(1, 70))
+@example(10, 9, 9)
+def test_sliding_windows_count_every_token_once_from_as_much_text_as_they_may(count, block_size, stride):
+    stride = min(stride, block_size)
+    counted = []
+    for starts, length, new in sliding_windows(count, block_size, stride):
+        assert 1 <= new <= length <= block_size
+        for start in starts.tolist():
+            assert start % stride == 0
+            counted += range(start + length - new + 1, start + length + 1)
+    assert counted == list(range(1, count))
+
+
+@pytest.mark.parametrize(("count", "stride"), [(5, 3), (9, 3), (10, 3), (60, 3), (61, 8), (60, 1)])
+def test_the_loss_of_sliding_windows(model, monkeypatch, count, stride):
+    """Each token from the start of the first window that reaches it, in fp64."""
+    tokens = np.random.default_rng(count).integers(0, 31, count).astype("<u2")
+    total = 0.0
+    for position in range(1, count):
+        start = max(0, math.ceil((position - 8) / stride) * stride)
+        model64 = GPT(SMALL).double().eval()
+        model64.load_state_dict({name: p.double() for name, p in model.state_dict().items()})
+        ids = torch.from_numpy(tokens[start:position].astype(np.int64))[None]
+        total -= F.log_softmax(model64(ids)[0][0, -1], 0)[int(tokens[position])].item()
+    lengths = np.arange(31)
+    for size in (1, 24, 10**6):
+        monkeypatch.setattr("llm.evaluate.WINDOW_TOKENS", size)
+        found = evaluate(model, tokens, 8, 3, lengths, stride=stride)
+        assert found.tokens == count - 1
+        assert found.bytes == int(tokens[1:].astype(int).sum())
+        assert found.loss == pytest.approx(total / (count - 1), rel=1e-5)
+        assert found.bits_per_byte == pytest.approx(total / math.log(2) / found.bytes, rel=1e-5)

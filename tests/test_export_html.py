@@ -23,7 +23,7 @@ from llm.export.browser.assemble import assemble
 from llm.export.browser.pack import Packed, load, pack, unpack
 from llm.export.proof import HOSTILE
 from llm.export.source import open_source
-from llm.generate import generate, next_probabilities
+from llm.generate import generate, next_probabilities, penalise, tokens_in
 from llm.report.gather import gather
 from llm.tokens.bpe import gpt2
 from llm.tokens.tokenizer import Bytes
@@ -153,6 +153,11 @@ KNOBS = [
     (2, 40, 0.5),
     (1, 0, 0.3),
     (1, 0, 0.001),
+    (1, 0, 1, 0.1),
+    (1.3, 0, 0.9, 0.05),
+    (1, 50, 0.8, 0.2, 1.5),
+    (1, 0, 1, 0, 0.7),
+    (0, 0, 1, 0.5, 4),
 ]
 
 
@@ -163,15 +168,18 @@ def test_the_page_draws_from_the_same_tokens_with_the_same_probabilities(run, sp
     torch.manual_seed(0)
     logits = spread * torch.randn(1, 900)
     with read_back.ask_node(NODE, Path("model.html")) as ask:
-        for temperature, top_k, top_p in KNOBS:
-            answer = ask(candidates=[logits[0].tolist(), temperature, top_k, top_p])
-            expected = next_probabilities(logits, temperature, top_k or None, top_p)[0]
+        for knobs in KNOBS:
+            temperature, top_k, top_p, min_p, penalty = knobs + (0, 1)[len(knobs) - 3 :]
+            seen = [logits[0].argmax().item(), 3, 3, 899]
+            answer = ask(candidates=[logits[0].tolist(), *knobs[:4]], seen=seen, penalty=penalty)
+            weighed = penalise(logits, tokens_in(torch.tensor([seen]), 900), penalty)
+            expected = next_probabilities(weighed, temperature, top_k or None, top_p, min_p)[0]
             found = torch.zeros(900)
             ids = range(900) if answer["ids"] is None else answer["ids"]
             values = answer["probabilities"]
             listed = values if isinstance(values, list) else list(values.values())  # JSON of a typed array
             found[list(ids)] = torch.tensor(listed, dtype=torch.float32)
-            assert torch.allclose(found, expected, atol=1e-6), (temperature, top_k, top_p)
+            assert torch.allclose(found, expected, atol=1e-6), knobs
 
 
 @needs_node

@@ -14,15 +14,17 @@ from conftest import ROOT, config_for, needs_gpt2, trained, words
 from llm.arch import make_model
 from llm.config import GPTConfig
 from llm.errors import UserError
-from llm.export import gguf_export, gguf_layout, llama_cpp
+from llm.export import gguf_export, llama_cpp
 from llm.export.gguf_export import BOUNDS, GELU_BOUND, export_gguf
-from llm.export.gguf_file import read_gguf, write_gguf
+from llm.export.gguf_file import write_gguf
 from llm.export.source import Source
 from llm.run import Run
 from llm.tokens import huggingface
 from llm.tokens.bpe import gpt2, train_bpe
 from llm.tokens.huggingface import HuggingFace
 from llm.tokens.tokenizer import Bytes, Characters
+from llm.weights import gguf_layout
+from llm.weights.gguf_file import read_gguf
 
 pytest.importorskip("gguf")
 PAGE = (ROOT / "docs" / "elsewhere.md").read_text(encoding="utf-8")
@@ -179,7 +181,7 @@ def test_a_mismatch_is_refused_and_leaves_nothing(monkeypatch):
 def test_other_token_ids_are_refused(monkeypatch):
     tokenizer = train_bpe([words(3000)], 300)
     source = source_of(bare_model(tokenizer), tokenizer)
-    monkeypatch.setattr("llm.export.gguf_tokens.merges", lambda tokenizer: [("a", "b")])
+    monkeypatch.setattr("llm.tokens.gguf.merges", lambda tokenizer: [("a", "b")])
     with pytest.raises(UserError, match="does not tokenize as the run does"):
         export(source)
     assert list(Path().iterdir()) == []
@@ -265,21 +267,21 @@ def test_the_commands_of_the_page(here, losscurve):
 def test_a_model_comes_back_bit_for_bit(shape):
     model = random_model(**shape)
     write_gguf(model, Bytes(), Path("m.gguf"), "float32", "m")
-    copy, _ = read_gguf(Path("m.gguf"))
+    found = read_gguf(Path("m.gguf"))
     config = model.config
     if config.arch == "llama":  # their defaults are written out
         config = dataclasses.replace(config, ffn_dim=config.ffn_width, n_kv_head=config.kv_heads)
-    assert copy.config == config
+    assert found.config == config
     for name, weight in model.state_dict().items():
-        assert torch.equal(copy.state_dict()[name], weight), name
+        assert torch.equal(found.weights[name], weight), name
 
 
 @pytest.mark.parametrize(("tokenizer", "padding"), tokenizers(), ids=["byte", "bpe", "char"])
 def test_a_tokenizer_comes_back(tokenizer, padding):
     write_gguf(bare_model(tokenizer, padding), tokenizer, Path("m.gguf"), "float32", "m")
-    copy, found = read_gguf(Path("m.gguf"))
-    assert found.to_json() == tokenizer.to_json()
-    assert copy.config.vocab_size == tokenizer.vocab_size + padding
+    found = read_gguf(Path("m.gguf"))
+    assert found.tokenizer.to_json() == tokenizer.to_json()
+    assert found.config.vocab_size == tokenizer.vocab_size + padding
 
 
 def test_a_truncated_or_damaged_file_is_one_line():

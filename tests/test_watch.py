@@ -36,8 +36,12 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, tmp_path):
 
 def test_watch_refuses_a_file_and_a_port_out_of_range(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="not a folder"):
+    with pytest.raises(UserError, match=r"file: not a state_dict saved by torch\.save"):
         watch.main([str(tmp_path / "file")])
+    (tmp_path / "mamba").mkdir()
+    (tmp_path / "mamba" / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(UserError, match=r"mamba/config\.json: model_type = 'mamba': losscurve has no such"):
+        watch.main([str(tmp_path / "mamba")])
     with pytest.raises(UserError, match="port"):
         watch.main(["--port", "70000"])
 

@@ -17,6 +17,7 @@ COMMANDS = {  # name: module in this folder, and what the command does
     "fork": ("fork", "start a run from a saved state of another, with other settings from there"),
     "try": ("trials", "train several settings with several seeds, and say which is best and what is chance"),
     "sample": ("sample", "let a trained model continue a prompt"),
+    "evaluate": ("evaluate", "measure how well weights of any format predict a text"),
     "export": ("export", "write a run in the format of transformers and other programs"),
     "explain": ("look.explain", "say what a run's record shows, and what to try"),
     "watch": ("look.watch", "serve a page in the browser that follows runs as they train"),

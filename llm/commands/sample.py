@@ -1,7 +1,6 @@
 """`sample`: a trained model continues a prompt. The text is printed token by token."""
 
 import argparse
-import codecs
 import re
 import sys
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
     from llm.arch import Model
     from llm.tokens.tokenizer import Tokenizer
+    from llm.tokens.writing import Writing
 
 SEPARATOR = "---------------"
 DEFAULT_PROMPT = "ROMEO:"  # the chapter's
@@ -27,41 +27,30 @@ DEFAULT_PROMPT = "ROMEO:"  # the chapter's
 def main(argv: list[str]) -> int:
     args = parse_flags(argv)
     config = from_settings(typed_settings(args))
-    prompt = read_prompt(args.prompt_file) if args.prompt_file else args.prompt
-    check_flags(args, prompt)
+    prompts = read_prompts(args)
+    check_flags(args, prompts)
 
     from llm.generate import check_knobs, continue_text
     from llm.machine.device import choose_device, choose_dtype, precision
+    from llm.tokens.writing import Writing
 
-    check_knobs(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    knobs = (args.temperature, args.top_k, args.top_p)
+    more = {"min_p": args.min_p, "repetition_penalty": args.repetition_penalty}
+    check_knobs(args.max_new_tokens, *knobs, **more)
     device = choose_device(config.device)
     model, tokenizer, default_prompt = load(args, config, device)
-    prompt = default_prompt if prompt is None else prompt
     seed = config.seed if hasattr(args, "seed") else None
     # On a CPU, sampling is limited by memory bandwidth: bfloat16 would only add conversions (docs/performance.md).
     # One precision for any number of samples makes the first of several equal to a sample drawn alone.
     is_float32 = config.dtype == "auto" and device.type == "cpu"
     with precision(choose_dtype("float32" if is_float32 else config.dtype, device), device):
-        tokens = continue_text(
-            model,
-            tokenizer,
-            prompt,
-            args.max_new_tokens,
-            seed,
-            args.num_samples,
-            args.temperature,
-            args.top_k,
-            args.top_p,
-        )
-        if args.num_samples == 1:
-            print_sample(prompt, tokenizer, (token for (token,) in tokens))
-            return 0
-        # several samples are drawn together, and printed one after the other
-        samples = list(zip(*tokens, strict=True)) or [()] * args.num_samples
-    for number, sample in enumerate(samples):
-        if number > 0:
-            print(SEPARATOR)
-        print_sample(prompt, tokenizer, sample)
+        prompts = prompts or [default_prompt]
+        size = (args.max_new_tokens, seed, args.num_samples)
+        streams = [continue_text(model, tokenizer, prompt, *size, *knobs, **more) for prompt in prompts]
+        for number, (prompt, tokens) in enumerate(zip(prompts, streams, strict=True)):
+            if number > 0:
+                print(SEPARATOR)
+            print_samples(prompt, tokens, [Writing(tokenizer, args.stop, args.ignore_end) for _ in range(size[2])])
     return 0
 
 
@@ -76,6 +65,9 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     prompts.add_argument(
         "--prompt_file", metavar="PATH", type=expanded, help="read the prompt from a file, or - for standard input"
     )
+    prompts.add_argument(
+        "--prompts", metavar="PATH", type=expanded, help="read several prompts from a file, one a line, or - as above"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=100, metavar="N", help="tokens to draw (default: 100)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1)")
     parser.add_argument("--top_k", type=int, metavar="K", help="draw from the K most likely tokens only")
@@ -86,27 +78,50 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         metavar="P",
         help="draw from the most likely tokens whose probabilities add up to P",
     )
+    parser.add_argument(
+        "--min_p", type=float, default=0.0, metavar="P", help="draw no token below P times the likeliest's probability"
+    )
+    parser.add_argument(
+        "--repetition_penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1: make tokens less likely that stand in the prompt or were drawn (default: 1)",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a continuation before this text; may be given several times",
+    )
+    parser.add_argument(
+        "--ignore_end", action="store_true", help="go on after end-of-text, where a continuation otherwise ends"
+    )
     parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="continuations to draw (default: 1)")
     parser.add_argument("--weights", choices=("last", "best"), default="last", help="model.pt or best.pt")
     parser.add_argument(
         "--checkpoint",
-        metavar="FILE.pt|DIR|NAME",
+        metavar="FILE|DIR|NAME",
         type=path,
-        help="instead of a run: a state_dict saved by torch.save, a model in Hugging Face's format, or its name",
+        help="instead of a run: a state_dict saved by torch.save, a GGUF file, a model in Hugging Face's format, or "
+        "its name",
     )
     add_settings(parser, ["out_dir", "seed", "device", "dtype", "n_head", "gelu"])
     return parser.read(argv)
 
 
-def check_flags(args: argparse.Namespace, prompt: str | None) -> None:
+def check_flags(args: argparse.Namespace, prompts: list[str]) -> None:
     """Raise UserError for flags that cannot work or do not go together."""
     if args.prompt and re.search("[\ud800-\udfff]", args.prompt):  # lone surrogates: bytes that are not UTF-8
         raise UserError(
             f"the argument --prompt is not valid UTF-8 ({escape_bytes(args.prompt)[:80]}); type it in a UTF-8 "
             "terminal, or write it to a file, in UTF-8, and give --prompt_file"
         )
-    if prompt == "":
+    if "" in prompts:
         raise UserError("prompt = '': expected at least one character")
+    if "" in args.stop:
+        raise UserError("stop = '': expected at least one character")
     if not args.checkpoint and (hasattr(args, "n_head") or hasattr(args, "gelu")):
         raise UserError("n_head and gelu are for a bare --checkpoint; a run has its own, so leave them out")
     if args.checkpoint and args.weights != "last":
@@ -127,13 +142,26 @@ def load(args: argparse.Namespace, config: TrainConfig, device: "torch.device") 
     return run.model(args.weights, str(device)), run.tokenizer, DEFAULT_PROMPT if prompt is None else prompt
 
 
-def print_sample(prompt: str, tokenizer: "Tokenizer", tokens: Iterable[int]) -> None:
-    """Print a prompt and its continuation as the tokens arrive. A character waits until all its bytes are there."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    print(prompt, end="", flush=True)
-    for token in tokens:
-        print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+def print_samples(prompt: str, tokens: "Iterable[list[int]]", writings: "list[Writing]") -> None:
+    """Print a prompt and its continuation as the tokens arrive; several are drawn together, and printed after that."""
+    alone = len(writings) == 1
+    texts = [""] * len(writings)
+    if alone:
+        print(prompt, end="", flush=True)
+    for row in tokens:
+        for number, (writing, token) in enumerate(zip(writings, row, strict=True)):
+            text = writing.add(token)
+            if alone:
+                print(text, end="", flush=True)
+            else:
+                texts[number] += text
+        if all(writing.ended for writing in writings):
+            break
+    for number, (writing, text) in enumerate(zip(writings, texts, strict=True)):
+        if number > 0:
+            print(SEPARATOR)
+        print("" if alone else prompt + text, end="")
+        print(writing.rest())
 
 
 def load_weights(source: str, n_head: int, gelu: str, device: "torch.device") -> "tuple[Model, Tokenizer]":
@@ -152,10 +180,23 @@ def load_weights(source: str, n_head: int, gelu: str, device: "torch.device") ->
     return opened.model(device), opened.tokenizer or gpt2()
 
 
-def read_prompt(source: str) -> str:
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """Return the prompts of the flags; none if they say nothing. Raises UserError."""
+    if args.prompts:
+        lines = _read(args.prompts, "prompts").replace("\r\n", "\n").split("\n")
+        prompts = [line for line in lines if line]
+        if not prompts:
+            raise UserError(f"prompts {args.prompts}: holds no prompt; write one a line")
+        return prompts
+    if args.prompt_file:
+        return [_read(args.prompt_file, "prompt_file")]
+    return [] if args.prompt is None else [args.prompt]
+
+
+def _read(source: str, flag: str) -> str:
     """Return the text of a file, or of standard input for "-". Raises UserError."""
     try:
         content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     except OSError as error:
-        raise UserError(f"prompt_file {source}: cannot be read ({error.strerror})") from None
-    return decode(content, f"prompt_file {source}", "" if source == "-" else source)
+        raise UserError(f"{flag} {source}: cannot be read ({error.strerror})") from None
+    return decode(content, f"{flag} {source}", "" if source == "-" else source)

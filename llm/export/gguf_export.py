@@ -12,13 +12,13 @@ from llm import storage
 from llm.arch import make_model
 from llm.errors import Failure, UserError
 from llm.export import llama_cpp
-from llm.export.gguf_file import read_gguf, write_gguf
+from llm.export.gguf_file import write_gguf
 from llm.export.proof import FLOAT32_BOUND, Proof, prove
 from llm.export.source import Source
+from llm.weights.gguf_file import MAGIC, read_gguf
 
 # Largest difference of a logit as a share of the largest: what the type's rounding of weights and activations can do
 BOUNDS = {"float32": FLOAT32_BOUND, "float16": 0.02, "bfloat16": 0.1, "q8_0": 0.2}
-MAGIC = b"GGUF"
 GELU_BOUND = 0.005  # of gpt2 in float32: llama.cpp computes GELU by tanh, from a table in float16
 
 
@@ -84,16 +84,17 @@ def _say_proof(source: Source, path: Path, dtype: str, say: Callable[[str], None
 
 def _prove_by_gguf(source: Source, path: Path, bound: float) -> Proof:
     """Compare the run with a model of ours that has the weights and the tokenizer in the file, and llama.cpp's GELU."""
-    copy, tokenizer = read_gguf(path)
-    if copy.config.arch == "gpt2":
-        weights = copy.state_dict()
-        copy = make_model(dataclasses.replace(copy.config, gelu="tanh")).eval()
-        copy.load_state_dict(weights)
+    found = read_gguf(path)
+    assert found.tokenizer is not None
+    encode = found.tokenizer.encode
+    shape = found.config if found.config.arch == "llama" else dataclasses.replace(found.config, gelu="tanh")
+    copy = make_model(shape).eval()
+    copy.load_state_dict(found.weights)
 
     @torch.no_grad()
     def logits(ids: list[int]) -> Tensor:
-        found: Tensor = copy(torch.tensor([ids]))[0][0]
-        return found
+        rows: Tensor = copy(torch.tensor([ids]))[0][0]
+        return rows
 
     reader = f"the package gguf {metadata.version('gguf')}, into a model of losscurve"
-    return prove(source, reader, lambda text: tokenizer.encode(text).tolist(), logits, bound)
+    return prove(source, reader, lambda text: encode(text).tolist(), logits, bound)

@@ -30,6 +30,7 @@ LOOK = 4 * BLOCK  # bytes of a record read by one update, so that the page can s
 SAMPLE = 20_000  # characters of a sample that the page shows
 TAIL = 64  # bytes before the offset, compared to notice a replaced file
 WEIGHTS = {"best": "best.pt", "last": "model.pt"}
+MODEL = "model"  # the weights of a model that is no run
 Stamp = tuple[int, ...]
 
 
@@ -44,7 +45,8 @@ class Follower:
         self.config: TrainConfig | None = None
         self.band: Band | None = None
         self.samples: list[int] = []  # steps of the evaluations that have a sample
-        self.weights: list[str] = []  # those of WEIGHTS that exist
+        self.is_model = is_model(path)  # for the playground only: there is no record to follow
+        self.weights = [MODEL] if self.is_model else []  # of a run: those of WEIGHTS that exist
         self.errors: dict[str, str] = {}  # by file
         self._settings_stamp: object = None
         self._samples_stamp: object = None
@@ -77,6 +79,8 @@ class Follower:
 
     def update(self) -> None:
         """Read what is new. A file that cannot be read adds to `errors`, and is tried again at the next update."""
+        if self.is_model:
+            return
         state_before = self._state()
         evaluations_before = (self.generation, len(self.val))
         self._update_settings()
@@ -205,6 +209,11 @@ class Follower:
             self.verdicts = [*origin_lines(self.path), *explain(self.rows(), self.config, self.band)]
         except (ArithmeticError, ValueError, TypeError) as error:  # a record that another program wrote
             self.verdicts = [f"no verdict: {error}"]
+
+
+def is_model(path: Path) -> bool:
+    """Whether a path is a model and no run folder: a file of weights, or a folder in Hugging Face's format."""
+    return path.is_file() or ((path / "config.json").is_file() and not (path / "config.toml").exists())
 
 
 def stamp_from(found: os.stat_result) -> Stamp:

@@ -92,6 +92,7 @@ def facts(run: Follower) -> dict[str, Any]:
     band = run.band
     return {
         "name": run.name,
+        "is_model": run.is_model,
         "has_record": run.has_record,
         "error": "; ".join(run.errors.values()),
         "settings": {key: format_setting(value) for key, value in to_settings(config).items()} if config else {},

@@ -13,6 +13,7 @@ import { drawPlayground, setPrompt } from "./playground.js";
 
 function stateOf({ facts, pace }) {
   const ago = pace.changed_at ? Date.now() / 1000 - pace.changed_at : null;
+  if (facts.is_model) return "a model without a record, for the playground";
   if (!facts.has_record) return "waiting for a run in this folder";
   if (pace.read < 1) return `reading its record, ${Math.floor(100 * pace.read)} %`;
   if (facts.max_steps && pace.step >= facts.max_steps) return "finished";
@@ -28,6 +29,10 @@ function drawRuns() {
     const { facts, pace } = run, box = element("div", undefined, "run"), head = element("div"), state = stateOf(run);
     head.append(element("div", nameOf(run), "name"), element("div", state, "state"));
     head.firstChild.style.color = colour(i);
+    if (facts.is_model) {
+      box.append(head);
+      return box;
+    }
     const low = facts.lowest;
     const lines = [
       ["step", `${integer(pace.step)} of ${integer(facts.max_steps)}`],
@@ -49,6 +54,8 @@ function drawRuns() {
     if (facts.error) box.append(element("div", facts.error, "error"));
     return box;
   }));
+  // what a record fills stays hidden beside models only
+  document.body.classList.toggle("only-models", knownRuns().every((run) => run.facts.is_model));
   document.title = knownRuns().length === 1 ? `${showControls(knownRuns()[0].facts.name)} – losscurve` : "losscurve";
 }
 

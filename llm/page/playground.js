@@ -4,9 +4,10 @@
 import { $, element, integer, number, setChoices, showControls } from "./words.js";
 import { knownRuns, selectedRun } from "./runs.js";
 
-const KNOBS = ["temperature", "top_k", "top_p"];
+const OFF = { top_k: "0", top_p: "1", min_p: "0", repetition_penalty: "1" };
+const KNOBS = ["temperature", ...Object.keys(OFF)];
 const STAGES = ["before", "temperature", "top_k", "after"];
-const NAMES = { best: "best (best.pt)", last: "last (model.pt)" };
+const NAMES = { best: "best (best.pt)", last: "last (model.pt)", model: "the model’s" };
 let tokens = []; // generated so far
 let pressed = null; // the selected token, whose alternatives are shown
 let writing = null; // aborts the generation in progress
@@ -34,7 +35,8 @@ function question(more) {
   const k = Number($("top_k").value), seed = Math.max(0, Math.floor(Number($("seed").value) || 0));
   return {
     prompt: $("prompt").value, ids: tokens.map((token) => token.id), weights: $("weights").value || "last",
-    temperature: Number($("temperature").value), top_k: k || null, top_p: Number($("top_p").value), seed, ...more,
+    temperature: Number($("temperature").value), top_k: k || null, top_p: Number($("top_p").value),
+    min_p: Number($("min_p").value), repetition_penalty: Number($("repetition_penalty").value), seed, ...more,
   };
 }
 const post = (what, body, signal) => fetch(`runs/${$("play-run").value || 0}/${what}`, {
@@ -171,7 +173,7 @@ async function* events(body) { // yields the data of server-sent events; throws 
 
 function knobWords() {
   for (const id of KNOBS) {
-    const off = { top_k: "0", top_p: "1" }[id] === $(id).value;
+    const off = OFF[id] === $(id).value;
     document.querySelector(`output[for=${id}]`).textContent = off ? "off" : String(Number($(id).value));
   }
 }

@@ -1,4 +1,4 @@
-"""The playground: next-token probabilities of a run's saved weights, before and after each sampling parameter.
+"""The playground: next-token probabilities of a run or another model, before and after each sampling parameter.
 
 It runs on the CPU, one request at a time, and samples exactly as `llm.generate` does: with the same functions of the
 same logits. Shapes: T time, V vocabulary.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.errors import UserError
-from llm.page.follow import WEIGHTS
+from llm.page.follow import MODEL, WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +35,8 @@ class Question:
     temperature: float
     top_k: int | None
     top_p: float
+    min_p: float
+    repetition_penalty: float
     seed: int
     count: int  # tokens to generate
 
@@ -60,12 +62,14 @@ def parse_question(body: bytes) -> Question:
         raise UserError(f"prompt: give 1 to {PROMPT:,} characters")
     if not isinstance(ids, list) or len(ids) > TOKENS or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise UserError(f"ids: expected at most {TOKENS:,} token ids; start over")
-    if weights not in tuple(WEIGHTS):
-        raise UserError("weights: expected last or best")
+    if weights not in (*WEIGHTS, MODEL):
+        raise UserError(f"weights: expected last or best, or {MODEL} for what is no run")
     top_k = None if given.get("top_k") is None else _integer(given, "top_k", 1, 2**31)
     temperature = _number(given, "temperature", 1.0)
     top_p = _number(given, "top_p", 1.0)
-    check_knobs(0, temperature, top_k, top_p)
+    min_p = _number(given, "min_p", 0.0)
+    repetition_penalty = _number(given, "repetition_penalty", 1.0)
+    check_knobs(0, temperature, top_k, top_p, min_p, repetition_penalty)
     return Question(
         prompt,
         ids,
@@ -73,6 +77,8 @@ def parse_question(body: bytes) -> Question:
         temperature,
         top_k,
         top_p,
+        min_p,
+        repetition_penalty,
         seed=_integer(given, "seed", 0, 2**53, 1337),
         count=_integer(given, "count", 0, TOKENS, 1),
     )
@@ -101,28 +107,36 @@ class Playground:
     _tokenizer: "Tokenizer | None" = None
 
     def load(self, path: Path, weights: str) -> tuple["Model", "Tokenizer"]:
-        """Return model and tokenizer of a run.
+        """Return model and tokenizer of a run, or of a file or folder that is no run.
 
         Raises:
-            UserError: the run has no such weights, or they cannot be read.
+            UserError: there are no such weights, or they cannot be read.
         """
         import torch
 
+        from llm.config import GPTConfig
         from llm.run import Run
+        from llm.tokens.bpe import gpt2
+        from llm.weights import open_weights
 
-        file = path / WEIGHTS[weights]
+        file = path if weights == MODEL else path / WEIGHTS[weights]
         try:
             found = file.stat()
         except OSError:
-            raise UserError(f"{WEIGHTS[weights]}: not saved yet; the run saves it at an evaluation") from None
+            raise UserError(f"{file.name}: not saved yet; the run saves it at an evaluation") from None
         key = (file, found.st_mtime_ns, found.st_size, found.st_ino)
         if key != self._key or self._model is None or self._tokenizer is None:
             self._key = ()
             self._model = None  # free the memory of the old model first
             torch.set_num_threads(1)  # leave the other cores to the training
-            run = Run.open(path)
-            self._tokenizer = run.tokenizer
-            self._model = run.model(weights, "cpu")
+            if weights == MODEL:
+                opened = open_weights(str(path), GPTConfig())
+                self._tokenizer = opened.tokenizer or gpt2()
+                self._model = opened.model(torch.device("cpu"))
+            else:
+                run = Run.open(path)
+                self._tokenizer = run.tokenizer
+                self._model = run.model(weights, "cpu")
             self._key = key
         return self._model, self._tokenizer
 
@@ -130,20 +144,24 @@ class Playground:
         """Return the most likely next tokens, each with its probability before and after the sampling parameters."""
         import torch
 
+        from llm.generate import penalise, tokens_in
+
         model, tokenizer = self.load(path, asked.weights)
+        ids = context(tokenizer, asked)
         with torch.no_grad():
-            logits = next(logits_after(model, context(tokenizer, asked), tokenizer.vocab_size))
-        return {"likely": likely(logits, asked, tokenizer), **knob_counts(logits, asked)}
+            logits = next(logits_after(model, ids, tokenizer.vocab_size))
+        weighed = penalise(logits, tokens_in(ids, tokenizer.vocab_size), asked.repetition_penalty)
+        return {"likely": likely(logits, weighed, asked, tokenizer), **knob_counts(logits, weighed, asked)}
 
     def stream(self, path: Path, asked: Question) -> Iterator[dict[str, Any]]:
-        """Yield tokens as they are generated, each with the likely alternatives in its place.
+        """Yield tokens as they are generated, each with the likely alternatives in its place. End-of-text is the last.
 
         Directly after the prompt they are those that `losscurve sample` generates with this seed. After earlier tokens,
         the seed is derived from the seed and the number of these tokens, so that single steps do not repeat a draw.
         """
         import torch
 
-        from llm.generate import candidates
+        from llm.generate import candidates, penalise, tokens_in
 
         model, tokenizer = self.load(path, asked.weights)
         generator = torch.Generator()
@@ -153,20 +171,26 @@ class Playground:
         generator.manual_seed(seed)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         decoder.decode(tokenizer.decode_bytes(asked.ids))  # they may end inside a character
-        logits_stream = logits_after(model, context(tokenizer, asked), tokenizer.vocab_size)
+        context_ids = context(tokenizer, asked)
+        seen = tokens_in(context_ids, tokenizer.vocab_size)
+        logits_stream = logits_after(model, context_ids, tokenizer.vocab_size)
         with torch.no_grad():
             logits = next(logits_stream)
         for _ in range(asked.count):
             with torch.no_grad():
-                probabilities, ids = candidates(logits, asked.temperature, asked.top_k, asked.top_p)
+                weighed = penalise(logits, seen, asked.repetition_penalty)
+                probabilities, ids = candidates(weighed, asked.temperature, asked.top_k, asked.top_p, asked.min_p)
                 drawn = torch.multinomial(probabilities, 1, generator=generator)
                 token = drawn if ids is None else ids.gather(1, drawn)
                 token_id = int(token.item())
                 yield {
                     "id": token_id,
                     "text": decoder.decode(tokenizer.decode_bytes([token_id])),
-                    "likely": likely(logits, asked, tokenizer, token_id),
+                    "likely": likely(logits, weighed, asked, tokenizer, token_id),
                 }
+                if token_id == tokenizer.end_of_text:
+                    return
+                seen[0, token_id] = True
                 logits = logits_stream.send(token)
 
 
@@ -209,10 +233,13 @@ def logits_after(model: "Model", ids: "Tensor", vocab_size: int) -> Any:
         past = torch.cat([past, new], 1)[:, -limit:]
 
 
-def likely(logits: "Tensor", asked: Question, tokenizer: "Tokenizer", drawn: int | None = None) -> list[dict[str, Any]]:
+def likely(
+    logits: "Tensor", weighed: "Tensor", asked: Question, tokenizer: "Tokenizer", drawn: int | None = None
+) -> list[dict[str, Any]]:
     """Return the CANDIDATES most likely tokens of logits (1, V), and the one `drawn`, with their probabilities.
 
-    There is one probability before the sampling parameters, and one after each of them in turn.
+    There is one probability before the sampling parameters, and one after each of them in turn. `weighed` (1, V) are
+    the logits after the repetition penalty.
     """
     import torch
 
@@ -221,9 +248,9 @@ def likely(logits: "Tensor", asked: Question, tokenizer: "Tokenizer", drawn: int
     before = torch.softmax(logits.float(), 1)
     stages = {
         "before": before,
-        "temperature": next_probabilities(logits, asked.temperature),
-        "top_k": next_probabilities(logits, asked.temperature, asked.top_k),
-        "after": next_probabilities(logits, asked.temperature, asked.top_k, asked.top_p),
+        "temperature": next_probabilities(weighed, asked.temperature),
+        "top_k": next_probabilities(weighed, asked.temperature, asked.top_k),
+        "after": next_probabilities(weighed, asked.temperature, asked.top_k, asked.top_p, asked.min_p),
     }
     ids = before[0].topk(min(CANDIDATES, before.size(1))).indices.tolist()
     ids += [drawn] if drawn is not None and drawn not in ids else []
@@ -234,13 +261,13 @@ def likely(logits: "Tensor", asked: Question, tokenizer: "Tokenizer", drawn: int
     ]
 
 
-def knob_counts(logits: "Tensor", asked: Question) -> dict[str, Any]:
+def knob_counts(logits: "Tensor", weighed: "Tensor", asked: Question) -> dict[str, Any]:
     """Return how many tokens of the vocabulary can be drawn, and the entropy (nats) before and after the parameters."""
     import torch
 
     from llm.generate import next_probabilities
 
-    after = next_probabilities(logits, asked.temperature, asked.top_k, asked.top_p)
+    after = next_probabilities(weighed, asked.temperature, asked.top_k, asked.top_p, asked.min_p)
     before = torch.softmax(logits.float(), 1)
     entropies = [float(-torch.special.xlogy(p, p).sum()) for p in (before, after)]
     return {"possible": int((after > 0).sum()), "vocab_size": after.size(1), "entropy": entropies}

@@ -59,8 +59,9 @@ def starting_point(config: TrainConfig, say: Say, given: Collection[str] | None 
     changes: dict[str, Any] = {"tokenizer": kind}
     if kind in ("bpe", "char", "hf") and config.text and config.data_dir is None:  # of one kind, but not the same
         folder = default_folder(dataclasses.replace(config, tokenizer="auto"))
-        name = opened.path.resolve() if opened.path.is_dir() else opened.path.resolve().parent
-        changes["data_dir"] = f"{folder}-for-{name.name}"
+        place = opened.path.resolve()
+        name = place.parent.name if place.suffix == ".pt" else place.name  # a .pt file is called as all others are
+        changes["data_dir"] = f"{folder}-for-{name}"
     if not opened.is_ours:
         changes |= fine_tuning.settings(shape, given)
     block_size = changes.pop("block_size", config.model.block_size if "block_size" in given else shape.block_size)

@@ -31,7 +31,7 @@ TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
 class ForeignModel:
     """A model of another program, in our terms."""
 
-    folder: Path
+    path: Path  # its folder or file
     config: GPTConfig
     weights: dict[str, Tensor]  # float32
     tokenizer: Tokenizer | None  # None: the folder has no tokenizer.json

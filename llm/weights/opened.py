@@ -1,4 +1,4 @@
-"""Weights to go on from, whoever wrote them: of a run, of a .pt file, or of a model in Hugging Face's format."""
+"""Weights to go on from, whoever wrote them: of a run, a .pt file, a GGUF file, or a model in Hugging Face's format."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from llm.tokens.saved_tokenizer import load_tokenizer
 from llm.tokens.token_files import GPT2_VOCAB
 from llm.tokens.tokenizer import Tokenizer
 from llm.weights.foreign import is_foreign, read_foreign
+from llm.weights.gguf_file import is_gguf, read_gguf
 from llm.weights.pt_file import read_weights, weights_file
 
 
@@ -34,17 +35,22 @@ class Opened:
         return model.to(device).eval()
 
 
-def open_weights(source: str, base: GPTConfig) -> Opened:
-    """Return the weights of a run folder (the best), a .pt file, a model in Hugging Face's format or its name there.
+def open_weights(source: str, base: GPTConfig, preferred: str = "best") -> Opened:
+    """Return the weights of a run folder, a .pt or GGUF file, a model in Hugging Face's format or its name there.
 
-    `base` has what a .pt file does not tell: heads and GELU. Raises UserError for what cannot be used, and Failure if
-    the hub cannot be read.
+    Args:
+        base: has what a .pt file does not tell: heads and GELU.
+        preferred: the weights of a run, "best" or "last"; the others if it has only those.
+
+    Raises:
+        UserError: the weights cannot be used.
+        Failure: the hub cannot be read.
     """
-    if is_foreign(source):
-        found = read_foreign(source)
-        path, config, weights, tokenizer, is_ours = found.folder, found.config, found.weights, found.tokenizer, False
+    if is_foreign(source) or is_gguf(Path(source)):
+        found = read_foreign(source) if is_foreign(source) else read_gguf(Path(source))
+        path, config, weights, tokenizer, is_ours = found.path, found.config, found.weights, found.tokenizer, False
     else:
-        path = weights_file(source)
+        path = weights_file(source, preferred)
         config, weights = read_weights(path, base)
         tokenizer = _tokenizer_beside(path)
         is_ours = path.with_name("config.toml").is_file()

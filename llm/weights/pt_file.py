@@ -34,16 +34,18 @@ def run_config(folder: Path) -> TrainConfig:
     return from_settings(read_toml(str(folder / "config.toml")))
 
 
-def weights_file(source: str) -> Path:
-    """Return the best weights of a run folder, else its last; for the path of a .pt file, return that path."""
+def weights_file(source: str, preferred: str = "best") -> Path:
+    """Return the "best" weights of a run folder or its "last", the others if it lacks these; a file as it is."""
     path = Path(source)
-    candidates = [path / "best.pt", path / "model.pt"] if path.is_dir() else [path]
+    names = ["best.pt", "model.pt"] if preferred == "best" else ["model.pt", "best.pt"]
+    candidates = [path / name for name in names] if path.is_dir() else [path]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
     what = "no weights in this folder" if path.is_dir() else "no such file or folder"
     raise UserError(
-        f"{source}: {what}; give a run folder, a state_dict saved by torch.save, or a model in Hugging Face's format"
+        f"{source}: {what}; give a run folder, a state_dict saved by torch.save, a GGUF file, or a model in Hugging "
+        "Face's format"
     )
 
 

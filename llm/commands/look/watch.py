@@ -1,4 +1,4 @@
-"""`watch [RUN …]`: a page in the browser that follows runs while they train.
+"""`watch [RUN …]`: a page in the browser that follows runs while they train, with a playground for any model.
 
 `train --watch` serves the page in a process beside the training.
 """
@@ -20,7 +20,7 @@ from llm.errors import Failure, UserError
 
 DESCRIPTION = "Serve a page on this machine that follows one or several runs while they train: curves, samples, the \
 learning-rate slider and a playground. It only reads the run folders. It waits for a run in a folder that has none. Of \
-a try, it follows all runs."
+a try, it follows all runs. Of a model that is no run, it serves the playground."
 
 PATIENCE = 10  # seconds that a training run waits for the page's address
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f'the page needs {error.name}; pip install "losscurve[dashboard]"') from None
     plotly_script()  # raises if Plotly's script is missing
     args.runs = [run for folder in args.runs for run in runs_of(folder)]
-    check_folders(args.runs, wait_for_runs=not args.until_eof)
+    check_sources(args.runs, wait_for_runs=not args.until_eof)
     lower_priority()
     with listen_on(args.port) as listener:
         port = listener.getsockname()[1]
@@ -69,7 +69,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=input_path,
         default=[Path("checkpoints")],
         metavar="RUN",
-        help="run folders (default: checkpoints)",
+        help="run folders (default: checkpoints), or models: FILE.gguf, FILE.pt, folders in Hugging Face's format",
     )
     parser.add_argument("--port", type=int, default=0, metavar="PORT", help="on 127.0.0.1 (default: a free one)")
     parser.add_argument("--until_eof", action="store_true", help="end when standard input ends (for other programs)")
@@ -89,13 +89,29 @@ def runs_of(folder: Path) -> list[Path]:
     return [tried.run_dir(setting, seed) for setting in tried.settings for seed in tried.seeds]
 
 
-def check_folders(folders: list[Path], wait_for_runs: bool) -> None:
-    """Raise UserError for a file in place of a run folder; with `wait_for_runs`, warn about a folder without a run."""
-    for folder in folders:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder}: not a folder; give the --out_dir of a training run")
-        if wait_for_runs and not (folder / "metrics.jsonl").exists():
-            warn(f"{folder}: no run there yet; the page waits for one")
+def check_sources(sources: list[Path], wait_for_runs: bool) -> None:
+    """Raise UserError for what is neither a folder nor a model that can be used, before anything is served.
+
+    With `wait_for_runs`, warn about a folder without a run.
+    """
+    from llm.page.follow import is_model
+
+    for source in sources:
+        if is_model(source):
+            _check_model(source)
+        elif source.exists() and not source.is_dir():
+            raise UserError(f"{source}: neither a folder nor a plain file; give the --out_dir of a training run")
+        elif wait_for_runs and not (source / "metrics.jsonl").exists():
+            warn(f"{source}: no run there yet; the page waits for one")
+
+
+def _check_model(source: Path) -> None:
+    """Raise UserError if a model cannot be used. It is read anew when somebody uses the playground."""
+    from llm.config import GPTConfig
+    from llm.weights import open_weights
+
+    if open_weights(str(source), GPTConfig()).tokenizer is None:
+        warn(f"{source}: has no tokenizer beside it, so GPT-2's tokens are assumed")
 
 
 def listen_on(port: int) -> socket.socket:

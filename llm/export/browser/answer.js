@@ -1,6 +1,6 @@
 // For Node: open the file of an export as a browser does, and answer questions, one JSON object a line: {encode: text}
 // with {ids}; {decode: ids} with {text}; {feed: ids, whole: whether together or one by one} with {logits}: those after each id, in base64; {greedy:
-// ids, count} with {ids}; {candidates: [logits, temperature, top_k, top_p]} with {ids, probabilities}.
+// ids, count} with {ids}; {candidates: [logits, temperature, top_k, top_p, min_p], seen: ids, penalty} with {ids, probabilities}.
 
 const fs = require("fs");
 const vm = require("vm");
@@ -37,7 +37,10 @@ function* eachOfChunks(model, ids) { // at most a window, in chunks as the page 
 function answer({ model, tokenizer }, asked) {
   if (asked.encode !== undefined) return { ids: tokenizer.encode(asked.encode) };
   if (asked.decode) return { text: textOf(tokenizer, asked.decode) };
-  if (asked.candidates) return vm.runInThisContext("candidates")(...asked.candidates);
+  if (asked.candidates) {
+    const [logits, ...knobs] = asked.candidates;
+    return vm.runInThisContext("candidates")(vm.runInThisContext("penalised")(logits, asked.seen, asked.penalty), ...knobs);
+  }
   model.reset();
   if (asked.feed) {
     const found = asked.whole ? [...eachOfChunks(model, asked.feed)] : asked.feed.map((id) => bytesOf(logitsAfter(model, [id])));

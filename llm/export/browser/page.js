@@ -3,7 +3,8 @@
 const $ = (id) => document.getElementById(id);
 const LIKELY = 10; // tokens shown
 const PAINT = 30; // milliseconds after which the browser may draw what was written
-const KNOBS = ["temperature", "top_k", "top_p", "count"];
+const OFF = { top_k: "0", top_p: "1", min_p: "0", penalty: "1" };
+const KNOBS = ["temperature", ...Object.keys(OFF), "count"];
 const SHOWN = { "\n": "↵", "\t": "⇥", " ": "␣" };
 
 let model = null, tokenizer = null;
@@ -36,7 +37,10 @@ const pause = (() => { // until the browser has drawn; unlike setTimeout, it is 
 // ---- the model
 
 const knob = (id) => Number($(id).value);
-const drawable = () => candidates(logits, knob("temperature"), knob("top_k"), knob("top_p"));
+function drawable() {
+  const weighed = penalised(logits, fed, knob("penalty"));
+  return candidates(weighed, knob("temperature"), knob("top_k"), knob("top_p"), knob("min_p"));
+}
 
 // Feed the model what it has not seen of prompt and tokens. Return whether `mine` is still the newest job.
 async function catchUp(mine) {
@@ -197,7 +201,7 @@ function bar(probability, most, style) {
 
 function showKnobs() {
   for (const id of KNOBS) {
-    const isOff = { top_k: "0", top_p: "1" }[id] === $(id).value;
+    const isOff = OFF[id] === $(id).value;
     document.querySelector(`output[for=${id}]`).textContent = isOff ? "off" : String(knob(id));
   }
 }

@@ -1,5 +1,5 @@
-// What can be drawn from logits (V): temperature, then top-k, then top-p, in the order and with the bounds of
-// llm/generate.py. Probabilities are float64.
+// What can be drawn from logits (V): repetition penalty, temperature, top-k, top-p, then min-p, in the order and with the
+// bounds of llm/generate.py. Probabilities are float64.
 
 const FEW = 200; // of so many at most, `largest` keeps a list in order; of more it sorts them all
 
@@ -27,8 +27,29 @@ function largest(values, count, floor = -Infinity) {
   return count > FEW ? found.sort((a, b) => values[b] - values[a] || a - b).slice(0, count) : found;
 }
 
-// {ids, probabilities} of the tokens that may be drawn; ids null: all, in order. topK 0 is all, as is topP 1.
-function candidates(logits, temperature, topK, topP) {
+// The logits with those of the tokens in `ids` made smaller.
+function penalised(logits, ids, penalty) {
+  if (penalty === 1) return logits;
+  const found = logits.slice();
+  for (const id of new Set(ids)) found[id] = logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty;
+  return found;
+}
+
+// {ids, probabilities} of the tokens that may be drawn; ids null: all, in order. topK 0 is all, as are topP 1 and minP 0.
+function candidates(logits, temperature, topK, topP, minP = 0) {
+  const { ids, probabilities } = likeliest(logits, temperature, topK, topP);
+  if (!minP) return { ids, probabilities };
+  const least = minP * probabilities.reduce((most, p) => Math.max(most, p), 0), kept = [];
+  let sum = 0;
+  probabilities.forEach((p, i) => {
+    if (p < least) return;
+    kept.push(i);
+    sum += p;
+  });
+  return { ids: kept.map((i) => (ids ? ids[i] : i)), probabilities: kept.map((i) => probabilities[i] / sum) };
+}
+
+function likeliest(logits, temperature, topK, topP) { // without min-p
   if (temperature === 0) return { ids: largest(logits, 1), probabilities: [1] };
   const all = softmaxOf(logits, temperature);
   if (!topK && topP === 1) return { ids: null, probabilities: all };

@@ -85,42 +85,63 @@ def _llama_block(block: Weights, config: GPTConfig) -> Weights:
 
 
 def from_gguf(theirs: Weights, config: GPTConfig) -> dict[str, Tensor]:
-    """Return the state_dict of a model of this shape. Raises KeyError for a tensor that is missing."""
-    ours = {"wte.weight": theirs["token_embd.weight"], "ln_f.weight": theirs["output_norm.weight"]}
-    ours["lm_head.weight"] = theirs["token_embd.weight" if config.tied_lm_head else "output.weight"]
+    """Return the state_dict of a model of this shape.
+
+    Raises KeyError for a tensor that is missing, and ValueError for one that no model of ours has.
+    """
+    left = dict(theirs)
+    ours = {"wte.weight": left.pop("token_embd.weight"), "ln_f.weight": left.pop("output_norm.weight")}
+    if not config.tied_lm_head:
+        ours["lm_head.weight"] = left.pop("output.weight")
     if config.arch == "gpt2":
-        ours["wpe.weight"] = theirs["position_embd.weight"]
-        ours["ln_f.bias"] = theirs["output_norm.bias"]
+        ours["wpe.weight"] = left.pop("position_embd.weight")
+        ours["ln_f.bias"] = left.pop("output_norm.bias")
     for layer in range(config.n_layer):
-        block = {
-            name.removeprefix(f"blk.{layer}."): w for name, w in theirs.items() if name.startswith(f"blk.{layer}.")
-        }
-        found = _our_gpt2_block(block, config) if config.arch == "gpt2" else _our_llama_block(block, config)
-        ours |= {f"h.{layer}.{name}": weight for name, weight in found.items()}
-    return {name: torch.from_numpy(np.array(weight)) for name, weight in ours.items()}
-
-
-def _our_gpt2_block(block: Weights, config: GPTConfig) -> Weights:
-    found: Weights = {}
-    for theirs, ours in (NORMS | GPT2_LINEARS).items():
-        found[f"{ours}.weight"] = block[f"{theirs}.weight"]
-        if config.bias or not ours.startswith("attn."):
-            found[f"{ours}.bias"] = block[f"{theirs}.bias"]
+        take = _our_gpt2_block if config.arch == "gpt2" else _our_llama_block
+        ours |= {f"h.{layer}.{name}": weight for name, weight in take(left, f"blk.{layer}.", config).items()}
+    if left:
+        raise ValueError(f"it has {min(left)}, which no model of ours has")
+    # what is as the file has it is a read-only part of the file: copied, so that nothing depends on the file
+    found = {name: torch.from_numpy(np.require(weight, requirements=["C", "W"])) for name, weight in ours.items()}
+    if config.tied_lm_head:
+        found["lm_head.weight"] = found["wte.weight"]
     return found
 
 
-def _our_llama_block(block: Weights, config: GPTConfig) -> Weights:
-    q, k = block["attn_q.weight"], block["attn_k.weight"]
-    found = {f"{ours}.weight": block[f"{theirs}.weight"] for theirs, ours in NORMS.items()}
+def _our_gpt2_block(left: Weights, prefix: str, config: GPTConfig) -> Weights:
+    """Return the block under our names, and remove from `left` what it takes. Raises KeyError if something is missing.
+
+    `prefix`: before the names of the block's tensors in the file.
+    """
+    found: Weights = {}
+    for theirs, ours in (NORMS | GPT2_LINEARS).items():
+        found[f"{ours}.weight"] = left.pop(f"{prefix}{theirs}.weight")
+        bias = left.pop(f"{prefix}{theirs}.bias")
+        if config.bias or not ours.startswith("attn."):
+            found[f"{ours}.bias"] = bias
+    return found
+
+
+def _our_llama_block(left: Weights, prefix: str, config: GPTConfig) -> Weights:
+    """Return the block under our names, and remove from `left` what it takes. Raises KeyError if something is missing.
+
+    `prefix`: before the names of the block's tensors in the file.
+    """
+
+    def take(name: str) -> npt.NDArray[np.float32]:
+        return left.pop(f"{prefix}{name}.weight")
+
+    q, k, v = take("attn_q"), take("attn_k"), take("attn_v")
+    found = {f"{ours}.weight": take(theirs) for theirs, ours in NORMS.items()}
     if config.qk_norm:
-        found["qk_norm.q.weight"] = block["attn_q_norm.weight"]
-        found["qk_norm.k.weight"] = block["attn_k_norm.weight"]
+        found["qk_norm.q.weight"] = take("attn_q_norm")
+        found["qk_norm.k.weight"] = take("attn_k_norm")
     else:
         q, k = _split_pairs(q, config.n_head), _split_pairs(k, config.kv_heads)
-    found["attn.c_attn.weight"] = np.concatenate([q, k, block["attn_v.weight"]])
-    found["attn.c_proj.weight"] = block["attn_output.weight"]
-    found["mlp.c_fc.weight"] = np.concatenate([block["ffn_gate.weight"], block["ffn_up.weight"]])
-    found["mlp.c_proj.weight"] = block["ffn_down.weight"]
+    found["attn.c_attn.weight"] = np.concatenate([q, k, v])
+    found["attn.c_proj.weight"] = take("attn_output")
+    found["mlp.c_fc.weight"] = np.concatenate([take("ffn_gate"), take("ffn_up")])
+    found["mlp.c_proj.weight"] = take("ffn_down")
     return found
 
 

@@ -73,6 +73,9 @@ def test_transformers_opens_it_and_is_the_run(here, shape):
     assert set(tokenizer(text)) == {"input_ids", "attention_mask"}  # GPT-2 would embed token types
     if tokenizer.eos_token_id is not None:
         assert tokenizer("<|endoftext|>")["input_ids"] == [tokenizer.eos_token_id]
+    tokenizer.save_pretrained("saved")  # as after fine-tuning there: it is still ours
+    saved = tokenizer_json.read(Path("saved/tokenizer.json").read_text(encoding="utf-8"), tokenizer.eos_token)
+    assert saved.to_json() == source.tokenizer.to_json()
     settings = json.loads(Path("hf/tokenizer_config.json").read_text(encoding="utf-8"))
     assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # before version 5, others by default
     padding = list(range(source.tokenizer.vocab_size, ours.config.vocab_size))

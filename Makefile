@@ -32,7 +32,8 @@ test: setup
 
 torture: setup
 	-$(BIN)/pip install --quiet --disable-pip-version-check "atheris>=2.3"
-	LOSSCURVE_TORTURE=1 $(BIN)/python -m pytest -n auto --dist load tests/faults tests/test_distributed.py tests/test_rehearse.py $(ARGS)
+	-$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt peft trl lm-eval transformer-lens
+	LOSSCURVE_TORTURE=1 $(BIN)/python -m pytest -n auto --dist load tests/faults tests/test_distributed.py tests/test_recipes.py tests/test_rehearse.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

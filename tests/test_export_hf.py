@@ -3,7 +3,9 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +75,9 @@ def test_transformers_opens_it_and_is_the_run(here, shape):
     assert set(tokenizer(text)) == {"input_ids", "attention_mask"}  # GPT-2 would embed token types
     if tokenizer.eos_token_id is not None:
         assert tokenizer("<|endoftext|>")["input_ids"] == [tokenizer.eos_token_id]
+    tokenizer.save_pretrained("saved")  # as after fine-tuning there: it is still ours
+    saved = tokenizer_json.read(Path("saved/tokenizer.json").read_text(encoding="utf-8"), tokenizer.eos_token)
+    assert saved.to_json() == source.tokenizer.to_json()
     settings = json.loads(Path("hf/tokenizer_config.json").read_text(encoding="utf-8"))
     assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # before version 5, others by default
     padding = list(range(source.tokenizer.vocab_size, ours.config.vocab_size))
@@ -155,8 +160,25 @@ def test_a_full_disk_in_the_middle_leaves_nothing(run, monkeypatch, losscurve):
     monkeypatch.setattr(storage, "write_text", full)
     code, _, err = losscurve("export run --to hf --out hf")
     assert code == 1
-    assert "No space left on device" in err
+    assert err.startswith("error: hf: cannot be written (No space left on device); ")
     assert nothing_left() == []
+
+
+def test_a_signal_in_the_middle_leaves_nothing(run, monkeypatch, losscurve):
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(huggingface, "read_back", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert losscurve("export run --to hf --out hf")[0] == 143
+    assert nothing_left() == []
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf", "html"])
+def test_a_folder_that_cannot_be_made_is_refused_before_work(run, losscurve, monkeypatch, to):
+    monkeypatch.setattr("llm.export.huggingface._write_model", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("llm.export.gguf_export.write_gguf", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("llm.export.html.pack", lambda *_: pytest.fail("work began"))
+    code, _, err = losscurve(f"export run --to {to} --out text.txt/out")
+    assert (code, err) == (2, "error: text.txt: cannot write there (Not a directory); choose another folder\n")
 
 
 def test_without_transformers_it_is_read_back_by_us(run, monkeypatch):

@@ -25,7 +25,7 @@ from llm.export.proof import HOSTILE
 from llm.export.source import open_source
 from llm.generate import generate, next_probabilities, penalise, tokens_in
 from llm.report.gather import gather
-from llm.tokens.bpe import gpt2
+from llm.tokens.bpe import BPE, gpt2
 from llm.tokens.tokenizer import Bytes
 
 NODE = shutil.which("node")
@@ -198,6 +198,21 @@ def test_a_page_that_is_not_the_run_is_refused_and_leaves_nothing(run, monkeypat
     with pytest.raises(UserError, match=words):
         html.export(run, Path("model.html"), "float32")
     assert list(Path().glob("*model.html*")) == []
+
+
+@needs_node
+@pytest.mark.parametrize(("right", "wrong"), [("\\\\x85", ""), ('u3000"', 'u3000\\\\ufeff"')])
+def test_other_white_space_than_the_runs_is_refused(here, monkeypatch, right, wrong):
+    source = train({"tokenizer": "byte", "vocab_size": 259})
+    bytes_and_two = [*(bytes([i]) for i in range(256)), b" \xc2", b" \xef"]  # a space with half of U+0085, of U+FEFF
+    source = dataclasses.replace(source, tokenizer=BPE(bytes_and_two))
+    html.export(source, Path("model.html"), "int8")
+    read = html._read
+    assert read("tokenizer.js").count(right) == 1
+    monkeypatch.setattr(html, "_read", lambda name: read(name).replace(right, wrong))
+    with pytest.raises(UserError, match=r"^the export does not tokenize .*; nothing was written$"):
+        html.export(source, Path("other.html"), "int8")
+    assert not Path("other.html").exists()
 
 
 def test_without_node_our_own_reader_compares(run, monkeypatch):

@@ -17,6 +17,7 @@ from llm.errors import UserError
 from llm.export import gguf_export, llama_cpp
 from llm.export.gguf_export import BOUNDS, GELU_BOUND, export_gguf
 from llm.export.gguf_file import write_gguf
+from llm.export.proof import HOSTILE
 from llm.export.source import Source
 from llm.run import Run
 from llm.tokens import huggingface
@@ -134,7 +135,7 @@ def test_llama_cpp_tokenizes_as_gpt2_does():
     tokenizer = gpt2(offline=True)
     write_gguf(bare_model(tokenizer, padding=47), tokenizer, Path("m.gguf"), "float32", "m")
     with llama_cpp.llama_cpp(Path("m.gguf")) as reader:
-        for text in (*UNUSUAL, "".join(UNUSUAL), words(500)):
+        for text in (*UNUSUAL, "".join(UNUSUAL), *HOSTILE, words(500)):
             assert reader.encode(text) == tokenizer.encode(text).tolist()
 
 

@@ -2,8 +2,9 @@
 
 import argparse
 import shlex
+import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from llm.commands.flags import Parser, path
 from llm.config import expanded
@@ -28,14 +29,17 @@ def main(argv: list[str]) -> int:
     from llm.commands.flags import warn
     from llm.export.source import open_source
 
-    source = open_source(args.run, args.weights, args.data_dir, warn)
-    match args.to:
-        case "hf":
-            return to_huggingface(args, source)
-        case "gguf":
-            return to_gguf(args, source)
-        case _:  # html: the parser refuses any other
-            return to_html(args, source)
+    write = {"hf": to_huggingface, "gguf": to_gguf, "html": to_html}[args.to]
+    previous_handler = signal.signal(signal.SIGTERM, _exit)
+    try:
+        return write(args, open_source(args.run, args.weights, args.data_dir, warn))
+    finally:
+        signal.signal(signal.SIGTERM, previous_handler)
+
+
+def _exit(number: int, frame: object) -> NoReturn:
+    """Raise SystemExit, so that what is half-written is removed."""
+    raise SystemExit(128 + number)
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:

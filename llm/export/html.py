@@ -79,8 +79,8 @@ def export(source: Source, out: Path, dtype: Dtype = "float16", overwrite: bool 
         overwrite: replace an earlier export.
 
     Raises:
-        UserError: `out` exists, the page has no such tokenizer or no room for the model, a weight is too large for
-            float16, or the file does not give the run's ids and logits.
+        UserError: `out` exists or cannot be made, the page has no such tokenizer or no room for the model, a weight is
+            too large for float16, or the file does not give the run's ids and logits.
         Failure: the disk is full.
     """
     check_free(out, overwrite)
@@ -93,6 +93,7 @@ def export(source: Source, out: Path, dtype: Dtype = "float16", overwrite: bool 
         raise UserError(
             f"{source.run.path}: {size:,} bytes of weights in float32, and a browser has room for {LARGEST:,}"
         )
+    storage.check_writable(out.parent)
     packed = pack(source.model, dtype)
     rounded = deepcopy(source.model)
     load(rounded, unpack(packed))

@@ -47,14 +47,22 @@ def export(
         name: what the model card calls the model: the name of its repository on the hub (default: that of `out`).
 
     Raises:
-        UserError: `out` exists, the run's record cannot be read, or the export does not give the run's ids and logits.
+        UserError: `out` exists or cannot be made, the run's record cannot be read, or the export does not give the
+            run's ids and logits.
+        Failure: the disk is full.
     """
     check_free(out, overwrite)
-    with storage.folder_in_place(out) as folder:
-        _write_model(source, folder, dtype)
-        _write_tokenizer(source, folder)
-        proof = read_back(source, folder, dtype)
-        _write_card(source, folder, dtype, name or out.resolve().name, proof)
+    storage.check_writable(out.parent)
+    try:
+        with storage.folder_in_place(out) as folder:
+            _write_model(source, folder, dtype)
+            _write_tokenizer(source, folder)
+            proof = read_back(source, folder, dtype)
+            _write_card(source, folder, dtype, name or out.resolve().name, proof)
+    except OSError as error:
+        raise Failure(
+            f"{out}: cannot be written ({error.strerror or error}); free some disk space, or choose another --out"
+        ) from None
     return proof
 
 

@@ -38,6 +38,7 @@ HOSTILE = (
     "café cafe\u0301 Å A\u030a ﬁ fi İı ǅ ẞß",
     "Привет, мир! Γειά σου שלום مرحبا नमस्ते สวัสดี 你好世界。こんにちは 안녕하세요",
     "👍 👍🏽 👨\u200d👩\u200d👧\u200d👦 🇨🇭 🏴\U000e0067\U000e0062 ❤️ ☃",
+    "a \u0085b \ufeffc",  # white space: the first to Unicode only, the second to JavaScript only
     "zero\u200bwidth\u200d\u2060 \ufeffmark \u202ereversed\u202c soft\u00adhyphen",
     "control\x00\x01\x07\x1b[0m\x7f\x85 and \ufffd \U0010fffd \ue000",
     "Ġ Ċ ▁ ## ĠĠ ▁▁ <0x0A> Ã© â€™",

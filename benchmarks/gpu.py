@@ -1,6 +1,6 @@
 """Compare training steps on a GPU: ours, the chapter's plain loop, and a transformers GPT-2 of the same shape.
 
-One process builds all sides of a preset and then times them in turn, round after round. The table has tokens per
+One process builds all sides of a preset, and times each when it is built and then all in turn. The table has tokens per
 second, the share of the GPU's rate of matrix products, measured here too, and the peak of its memory beside what `plan`
 predicts. A side that fails is reported, and the others go on. `benchmarks/gpu.sh` calls this for each preset.
 
@@ -14,6 +14,7 @@ name it right after `ours-compiled`. `llama-124m` is the modern model in the siz
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu_tables import print_rows, write_profile
+from benchmarks.gpu_tables import print_rows, update_seconds, write_profile
 from benchmarks.step import plain_batch, settings_of, transformers_model
 from llm import GPT
 from llm.config import TrainConfig, from_settings, read_toml
@@ -63,37 +64,65 @@ class Side:
 
 
 def main() -> None:
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
+    if unknown := set(args.sides.split(",")) - set(SIDES):
+        parser.error(f"--sides: no {', '.join(unknown)}; there are {', '.join(SIDES)}")
     device = torch.device(args.device)
     config = config_of(args.preset, args.batch_size, args.small)
     tokens, text = tokens_for(config.model.vocab_size)
-    sides, failed = [], {}
-    for name in args.sides.split(","):
-        try:
-            sides.append(ready_side(name, config, tokens, device, sides[-1] if sides else None))
-            if name == "ours-compiled" and args.train_seconds:
-                train(sides[-1], device, args.train_seconds)
-        except Exception as error:  # the other sides go on
-            traceback.print_exc()
-            failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
-    rate = time_rounds(sides, config, device, args.rounds, args.steps)
-    for side in sides:
-        if side.parts is not None:
-            side.facts["update_ms"] = 1000 * update_seconds(side, device)
-        if args.profile and side.name == "ours-compiled":
-            seconds = config.tokens_per_step / statistics.median(side.rates)
-            with mode(side.name, device):
-                write_profile(lambda side=side: next_steps(side, 3), 3, seconds, Path(args.profile))
+    sides: list[Side] = []
+    failed: dict[str, str] = {}
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        for name in args.sides.split(","):
+            try:
+                sides.append(ready_side(name, config, tokens, device, sides[-1] if sides else None))
+                if name == "ours-compiled" and args.train_seconds:
+                    train(sides[-1], device, args.train_seconds)
+                time_side(sides[-1], config, device, args.steps)
+            except Exception as error:  # the other sides go on
+                traceback.print_exc()
+                failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
+        for side in (args.rounds - 1) * sides:  # in turn
+            time_side(side, config, device, args.steps)
+        look_inside(sides, config, device, args.profile)
+    except TimeUp:
+        failed["the rest"] = "stopped at the time limit"
+    rate = matrix_rate(device, torch.bfloat16)
     shared = {"preset": args.preset, "parameters": count_parameters(config.model), "batch_size": config.batch_size}
     shared |= {"block_size": config.model.block_size, "text": text, "matrix_rate": rate}
     shared |= {"device": describe_device(device, torch.bfloat16), "torch": torch.__version__}
-    rows = [shared | row(side, config, rate) for side in sides]
+    rows = [shared | row(side, config, rate) for side in sides if side.rates]
     rows += [shared | {"side": name, "failed": reason} for name, reason in failed.items()]
     print_rows(rows)
     if args.json:
         with open(args.json, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(each) + "\n" for each in rows)
     sys.exit(1 if failed else 0)
+
+
+class TimeUp(BaseException):
+    """The time limit: `timeout` sent SIGTERM. What was measured until then is printed."""
+
+
+def stop(number: int, frame: object) -> None:
+    """Handle SIGTERM once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise TimeUp
+
+
+def look_inside(sides: list[Side], config: TrainConfig, device: torch.device, file: str | None) -> None:
+    """Measure the optimizer's part of a step of ours, and write where the time of the compiled one goes."""
+    for side in sides:
+        if side.parts is None:
+            continue
+        with mode(side.name, device):
+            seconds = update_seconds(side.parts, lambda side=side: next_steps(side, 5), device)
+            side.facts["update_ms"] = 1000 * seconds
+            if file and side.name == "ours-compiled":
+                step_seconds = config.tokens_per_step / statistics.median(side.rates)
+                write_profile(lambda side=side: next_steps(side, 3), 3, step_seconds, Path(file))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -232,39 +261,12 @@ def train(side: Side, device: torch.device, seconds: float) -> None:
     side.facts |= {"trained_steps": side.done, "trained_seconds": seconds, "trained_loss": losses[-1]}
 
 
-def time_rounds(sides: list[Side], config: TrainConfig, device: torch.device, rounds: int, steps: int) -> float:
-    """Time all sides in turn; return the best rate of matrix products, in FLOP/s, measured before each round."""
-    best = 0.0
-    for _ in range(rounds):
-        matrix_rate.cache_clear()
-        best = max(best, matrix_rate(device, torch.bfloat16))
-        for side in sides:
-            with mode(side.name, device):
-                start = time.perf_counter()
-                side.facts["loss"] = next_steps(side, steps)
-                side.rates.append(steps * config.tokens_per_step / (time.perf_counter() - start))
-    return best
-
-
-def update_seconds(side: Side, device: torch.device) -> float:
-    """Return the median seconds of the optimizer's part of a step, with the device idle before it."""
-    assert side.parts is not None
-    optimizer, times = side.parts.optimizer, []
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    plain = optimizer.step
-
-    def timed(*arguments: Any) -> None:
-        wait()
-        start = time.perf_counter()
-        plain(*arguments)
-        wait()
-        times.append(time.perf_counter() - start)
-
-    optimizer.step = timed  # type: ignore[method-assign, assignment]
+def time_side(side: Side, config: TrainConfig, device: torch.device, steps: int) -> None:
+    """Add the tokens per second of `steps` steps to the rates of a side."""
     with mode(side.name, device):
-        next_steps(side, 5)
-    optimizer.step = plain  # type: ignore[method-assign]
-    return statistics.median(times)
+        start = time.perf_counter()
+        side.facts["loss"] = next_steps(side, steps)
+        side.rates.append(steps * config.tokens_per_step / (time.perf_counter() - start))
 
 
 def allocated(device: torch.device) -> int:

@@ -24,12 +24,11 @@
 # Variables: PYTHON (python3); GPU_SECONDS (480), for all of it; LOSSCURVE_CACHE, a folder with tinyshakespeare/input.txt
 # and tiktoken/ (without it: the bytes of docs/decisions.md); GPU_WHEELS, a folder of wheels to install first, offline.
 set -u
-cd "$(dirname "$0")/.." || exit 2
 if [[ $# -lt 1 || $# -gt 2 || $1 == -* || ${2:---dry} != --dry ]]; then
     echo "usage: benchmarks/gpu.sh OUT [--dry]" >&2
     exit 2
 fi
-mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
+mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit 2
 dry=${2:+2} # the factor of the limits, on a CPU
 python=${PYTHON:-python3}
 total=${GPU_SECONDS:-480}
@@ -81,7 +80,7 @@ model+=(--max_steps 1200 --save_every 50 --log_every 20 --eval_every 400 --eval_
 checks=()
 steps=(--json "$out/results.jsonl")
 all=plain,plain-bf16,transformers-bf16,ours,ours-any-order,ours-compiled
-large=ours-compiled,ours-plain-loss,ours,ours-any-order
+large=ours,ours-any-order,ours-compiled,ours-plain-loss
 times=(--rounds 3 --steps 10 --batch_size 32 --train_seconds 25)
 if [[ -n $dry ]]; then
     model=(--n_layer 1 --n_head 1 --n_embd 16 --block_size 16 --batch_size 2 --max_steps 120)

@@ -1,6 +1,8 @@
-"""Tables of benchmarks/gpu.py: the sides, and the kernels of a step by kind, as torch.profiler saw them."""
+"""What benchmarks/gpu.py prints: a table of the sides, the optimizer's part of a step, and its kernels by kind."""
 
 import re
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,8 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from llm.training.parts import Parts
 
 KINDS = {  # the first pattern that a kernel's name matches decides
     "attention": "flash|fmha|attention|cudnn.*sdpa",
@@ -45,6 +49,25 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         if "trained_loss" in found:
             steps, seconds = found["trained_steps"], found["trained_seconds"]
             print(f"{found['side']}: loss {found['trained_loss']:.4f} after {steps} steps, {seconds:.0f} s of training")
+
+
+def update_seconds(parts: Parts, run: Callable[[], object], device: torch.device) -> float:
+    """Return the median seconds of the optimizer in the steps of `run`, with the device idle before it."""
+    times: list[float] = []
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    plain = parts.optimizer.step
+
+    def timed(*arguments: Any) -> None:
+        wait()
+        start = time.perf_counter()
+        plain(*arguments)
+        wait()
+        times.append(time.perf_counter() - start)
+
+    parts.optimizer.step = timed  # type: ignore[method-assign, assignment]
+    run()
+    parts.optimizer.step = plain  # type: ignore[method-assign]
+    return statistics.median(times)
 
 
 def write_profile(run: Callable[[], object], steps: int, step_seconds: float, file: Path) -> None:

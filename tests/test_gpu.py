@@ -6,13 +6,13 @@ import subprocess
 
 import pytest
 import torch
+from conftest import ROOT
 
 from benchmarks import gpu, gpu_checks
 from llm.checks import prove
 from llm.commands import train
 from llm.commands.main import main
 from llm.machine.device import fixed_order
-from tests.conftest import ROOT
 
 # A Python that notes its arguments, and fails in the part whose name is in FAILS
 FAKE_PYTHON = """#!/bin/bash

@@ -172,15 +172,16 @@ def fixed_order(device: torch.device) -> Iterator[None]:
         return
     before = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, PyTorch refuses products in this mode
     torch.use_deterministic_algorithms(True)  # not `warn_only`: attention would then keep its atomic sums
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over each new tensor, and none is read unset
+    memory.fill_uninitialized_memory = False  # a pass over each new tensor, and none is read unset
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled
 
 
 def onto(device: torch.device, array: npt.NDArray[Any]) -> Tensor:

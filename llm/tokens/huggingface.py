@@ -164,15 +164,7 @@ def _ours(description: dict[str, Any]) -> Tokenizer | None:
         found = BPE([tokens[name] for name in names]) if model["merges"] else Bytes()
     else:
         return None
-    return found if _encoding_of(json.loads(write(found))) == _encoding_of(description) else None
-
-
-def _encoding_of(description: dict[str, Any]) -> dict[str, Any]:
-    """Return the parts of a tokenizer.json that decide the ids of a text: `HuggingFace.encode` asks for no others.
-
-    transformers adds a post-processor, truncation or padding when it saves a tokenizer.
-    """
-    return {name: part for name, part in description.items() if name not in ("post_processor", "truncation", "padding")}
+    return found if json.loads(write(found)) == description else None
 
 
 def _splits_like_gpt2(description: dict[str, Any]) -> bool:

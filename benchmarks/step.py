@@ -216,24 +216,29 @@ def reused(config: Any, tokens: Any) -> Callable[[int], float]:
     return plain(config, tokens)
 
 
-def transformers(config: Any, tokens: Any) -> Callable[[int], float]:
-    """Return a step of the plain loop with a GPT-2 of the transformers package, of the same shape."""
+def transformers_model(shape: Any) -> Any:
+    """Return a GPT-2 of the transformers package in the shape of a `GPTConfig`."""
     import transformers as peer
 
-    shape = config.model
-    model = peer.GPT2LMHeadModel(
+    return peer.GPT2LMHeadModel(
         peer.GPT2Config(
             vocab_size=shape.vocab_size,
             n_positions=shape.block_size,
             n_layer=shape.n_layer,
             n_head=shape.n_head,
             n_embd=shape.n_embd,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
+            resid_pdrop=shape.dropout,
+            embd_pdrop=shape.dropout,
+            attn_pdrop=shape.dropout,
             tie_word_embeddings=shape.tied_lm_head,
         )
     )
+
+
+def transformers(config: Any, tokens: Any) -> Callable[[int], float]:
+    """Return a step of the plain loop with a GPT-2 of the transformers package, of the same shape."""
+    model = transformers_model(config.model)
+    model.train()
 
     def loss_of(x: Any, y: Any) -> Any:
         import torch

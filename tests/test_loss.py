@@ -78,6 +78,16 @@ def test_autocast_is_close(dtype, vocab_size):
     assert error(weight.grad, weight_grad) < 1e-2
 
 
+def test_float16_holds_the_small_gradients_of_tokens_that_are_no_target():
+    """Each is a probability of 1 / V over n tokens, so a number of float16 has few bits for it, or none."""
+    hidden, weight, targets = inputs(1024, 16, 20000, 0.02)
+    targets %= 10
+    with torch.autocast("cpu", dtype=torch.float16):
+        linear_cross_entropy(hidden, weight, targets).backward()
+    _, _, weight_grad = reference(hidden, weight, targets)
+    assert error(weight.grad[10:], weight_grad[10:]) < 1e-2
+
+
 def test_huge_logits_stay_finite():
     hidden, weight, targets = inputs(20, 16, 40, 1e4)
     loss = linear_cross_entropy(hidden, weight, targets)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.checks.check import Check
+from llm.errors import Failure
 
 if TYPE_CHECKING:
     import torch
@@ -35,21 +36,26 @@ class Outcome:
     update: "Tensor"
 
 
-def one_step(device: "torch.device", arch: str = "gpt2", dropout: float = 0.0) -> Outcome:
-    """Run the first update of a tiny model on random tokens, in float32; equal on all devices except for rounding.
+def one_step(
+    device: "torch.device", arch: str = "gpt2", dropout: float = 0.0, dtype: str = "float32", compiles: bool = False
+) -> Outcome:
+    """Run the first update of a tiny model on random tokens; in float32 equal on all devices except for rounding.
 
     TF32, which training uses on CUDA, is off here. The update is AdamW's: Muon's iteration runs in bfloat16 on CUDA.
+    Raises Failure if it `compiles` and torch.compile does not work.
     """
     import numpy as np
     import torch
 
     from llm.config import from_settings
     from llm.data import TokenData
+    from llm.machine.device import DTYPES
     from llm.optim import make_optimizer
+    from llm.start.build import compile_forward
     from llm.train import train_step
     from llm.training.parts import Parts
 
-    recipe = {"batch_size": 8, "max_steps": 10, "warmup_steps": 0, "dtype": "float32"}
+    recipe = {"batch_size": 8, "max_steps": 10, "warmup_steps": 0, "dtype": dtype}
     config = from_settings({"vocab_size": 257, "block_size": 32, "dropout": dropout} | SHAPES[arch] | recipe)
     tokens = np.random.default_rng(0).integers(0, 257, 4096).astype(np.uint16)
     data = TokenData(Path(), tokens, tokens, 257, True, "random", {})
@@ -60,12 +66,18 @@ def one_step(device: "torch.device", arch: str = "gpt2", dropout: float = 0.0) -
     model.to(device).train()
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     optimizer = make_optimizer(model, config)
-    parts = Parts(config, model, model, optimizer, scaler, data, None, device, torch.float32)
+    parts = Parts(config, model, model, optimizer, scaler, data, None, device, DTYPES[dtype])
+    if compiles:
+        compile_forward(parts, _refuse)
     loss = train_step(parts, 0).loss.item()
     after = [p.detach().cpu().double() for p in model.parameters()]
     gradients = [p.grad.detach().cpu().double().flatten() for p in model.parameters() if p.grad is not None]
     updates = [(new - old).flatten() for old, new in zip(before, after, strict=True)]
     return Outcome(loss, torch.cat(gradients), torch.cat(updates))
+
+
+def _refuse(reason: str) -> None:
+    raise Failure(reason)
 
 
 def tiny_model(config: "GPTConfig") -> "Model":

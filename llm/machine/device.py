@@ -8,12 +8,14 @@ import platform
 import re
 import sys
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+import torch.utils.deterministic
 from torch import Tensor
 
 from llm.errors import UserError
@@ -122,10 +124,11 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
     A step that was nothing but such products would reach this rate, so matrix-product utilisation is relative to it.
     The size of the product is fixed beforehand: a size that depended on measured times would end with small products
-    on a busy machine.
+    on a busy machine. The numbers are random: a GPU computes faster on constant ones, because they take less power.
     """
     size = _product_size(device, dtype)
-    a = torch.ones(size, size, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)  # leaves PyTorch's own generator as it is
+    a = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
     times: list[float] = []
     first_start = time.perf_counter()
     while len(times) < 11 and (len(times) < 3 or time.perf_counter() - first_start < RATE_SECONDS):
@@ -155,6 +158,30 @@ def fast_products(device: torch.device) -> None:
     """Enable TF32 for float32 products on an NVIDIA GPU: 10 bits of mantissa, several times the speed."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+
+
+@contextmanager
+def fixed_order(device: torch.device) -> Iterator[None]:
+    """Within the block, operations on CUDA add up in a fixed order, so that the same step gives the same bits.
+
+    Otherwise the backward pass of attention and `index_add_` add atomically, each time in another order, and a resumed
+    run would differ from the uninterrupted one. On other devices the order is fixed in any case.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, PyTorch refuses products in this mode
+    torch.use_deterministic_algorithms(True)  # not `warn_only`: attention would then keep its atomic sums
+    memory.fill_uninitialized_memory = False  # a pass over each new tensor, and none is read unset
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+        memory.fill_uninitialized_memory = filled
 
 
 def onto(device: torch.device, array: npt.NDArray[Any]) -> Tensor:

@@ -15,7 +15,7 @@ from llm.config import TrainConfig, from_settings
 from llm.data import TokenData
 from llm.evaluate import WINDOW_TOKENS, evaluate
 from llm.generate import generate
-from llm.machine.device import choose_device, choose_dtype, precision
+from llm.machine.device import choose_device, choose_dtype, fixed_order, precision
 from llm.plan.arithmetic import (
     MIB,
     bytes_copied_to_save,
@@ -70,11 +70,14 @@ def probe(config: TrainConfig, seconds: float = PROBE_SECONDS) -> Pace:
     tokens = np.random.default_rng(0).integers(0, vocab_size, max(100_000, 2 * block_size)).astype(np.uint32)
     val = tokens[: max(WINDOW_TOKENS, block_size) + 1]
     data = TokenData(Path(), tokens, val, vocab_size, True, "random", {})
-    parts = build(config, data, None, device, choose_dtype(config.dtype, device))
     others = seconds / 6  # for evaluation, and as long for sampling
-    return Pace(
-        _step_seconds(parts, seconds), _evaluated_token_seconds(parts, others), _sampled_token_seconds(parts, others)
-    )
+    with fixed_order(device):
+        parts = build(config, data, None, device, choose_dtype(config.dtype, device))
+        return Pace(
+            _step_seconds(parts, seconds),
+            _evaluated_token_seconds(parts, others),
+            _sampled_token_seconds(parts, others),
+        )
 
 
 def _median_seconds(work: Callable[[int], object], seconds: float) -> float:

@@ -13,7 +13,7 @@ from llm import storage
 from llm.config import TrainConfig, from_settings, write_toml
 from llm.data import TokenData
 from llm.errors import UserError
-from llm.machine.device import DTYPES, choose_device, choose_dtype
+from llm.machine.device import DTYPES, choose_device, choose_dtype, fixed_order
 from llm.machine.parallel import check_parallel
 from llm.machine.world import ALONE, World
 from llm.prepare.reuse import default_folder
@@ -53,6 +53,7 @@ def new_run(
             device, dtype = check_request(config, overwrite, world)
             config, text, weights = open_new_text(config, dtype, say, progress, world, given)
             agree(config, text.data, device, world)
+        stack.enter_context(fixed_order(device))
         parts = build(config, text.data, text.tokenizer, device, dtype, world, weights)
         del weights  # the model has copied them
         with world.together():

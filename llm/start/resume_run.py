@@ -12,7 +12,7 @@ from llm import storage
 from llm.config import TrainConfig, coerce, from_settings, to_settings, write_toml
 from llm.data import TokenData
 from llm.errors import UserError
-from llm.machine.device import DTYPES, choose_device, environment
+from llm.machine.device import DTYPES, choose_device, environment, fixed_order
 from llm.machine.parallel import check_parallel
 from llm.machine.world import ALONE, World
 from llm.prepare.reuse import default_folder, made_from, unused
@@ -66,6 +66,7 @@ def resume_run(
             config = from_settings({"data_dir": beside(data.folder, out_dir)}, config)
             tokenizer = run_tokenizer(out_dir, config.model.vocab_size, say, data.folder)
             agree(config, data, device, world)
+        stack.enter_context(fixed_order(device))
         parts = build(config, data, tokenizer, device, DTYPES[config.dtype], world)
         progress = restore(parts, groups, facts)
         with world.together():

@@ -3,8 +3,10 @@
 import itertools
 import os
 import shutil
+import statistics
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import append, flags
 
@@ -12,7 +14,7 @@ from llm.commands.look.watch import runs_of
 from llm.config import from_settings, read_toml
 from llm.experiments import rounds
 from llm.experiments.jobs import steps_of
-from llm.experiments.outcome import outcomes
+from llm.experiments.outcome import differences_from, outcomes
 from llm.experiments.picture import draw_try
 from llm.experiments.trials import combinations, make_setting, parse_vary, read_try
 from llm.record.metrics import losses, read_record
@@ -271,3 +273,16 @@ def test_the_report_and_the_page_of_a_try(tmp_path, losscurve):
         f"t/max_lr={rate}/seed-{seed}" for rate in ("0.01", "0.03") for seed in range(3)
     ]
     assert runs_of(tmp_path) == [tmp_path]
+
+
+@pytest.mark.parametrize("against", ["best", "first"])
+def test_settings_without_a_difference_are_rarely_called_different(against):
+    """1,000 tries of six equal settings with three seeds: at 5 %, more than 75 alarms have a chance of 1 in 5,000."""
+    draws = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(1000):
+        known = {f"s{i}": list(draws.normal(0, 1, 3)) for i in range(6)}
+        best = min(known, key=lambda name: statistics.fmean(known[name]))
+        found = differences_from(best if against == "best" else "s0", known, against)
+        alarms += any(difference.is_real for difference in found.values())
+    assert alarms <= 75

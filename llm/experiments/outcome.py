@@ -34,8 +34,7 @@ def outcomes(tried: Try) -> list[Outcome]:
     ranked = sorted(known, key=lambda name: statistics.fmean(known[name]))
     by_name = {setting.name: setting for setting in tried.settings}
     reference = tried.settings[0].name if tried.against == "first" else next(iter(ranked), "")
-    others = [name for name in ranked if name != reference and reference in known]
-    differences = dict(zip(others, holm([paired_difference(known[n], known[reference]) for n in others]), strict=True))
+    differences = differences_from(reference, known, tried.against) if reference in known else {}
     found = []
     for name in ranked:
         difference = differences.get(name)
@@ -48,6 +47,14 @@ def outcomes(tried: Try) -> list[Outcome]:
         elif setting.name not in known:
             found.append(Outcome(setting, words="not finished"))
     return found
+
+
+def differences_from(reference: str, known: dict[str, list[float]], against: str) -> dict[str, Difference]:
+    """Return the difference of each other setting from the reference, which is the "best" or the "first" of them."""
+    others = [name for name in known if name != reference]
+    looks = max(1, len(known) / 2) if against == "best" else 1
+    found = holm([paired_difference(known[name], known[reference]) for name in others], looks)
+    return dict(zip(others, found, strict=True))
 
 
 def _mean_bits(tried: Try, setting: Setting) -> float | None:

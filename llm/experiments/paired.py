@@ -91,7 +91,7 @@ def _with_interval(difference: Difference, level: float = FALSE_ALARMS) -> Diffe
     return dataclasses.replace(difference, low=difference.mean - half, high=difference.mean + half, level=level)
 
 
-def holm(differences: Sequence[Difference], looks: int = 1) -> list[Difference]:
+def holm(differences: Sequence[Difference], looks: float = 1) -> list[Difference]:
     """Return the differences of several settings from one, with intervals that are wider by Holm's correction.
 
     With them, the chance that any of the settings without a difference is called better or worse is 5 %. Holm judges
@@ -100,6 +100,8 @@ def holm(differences: Sequence[Difference], looks: int = 1) -> list[Difference]:
     excludes 0 exactly if Holm's test rejects.
 
     If the same question is asked `looks` times, as more seeds come in, each time has its share of the 5 % (Bonferroni).
+    If the one is the best of k settings by these very losses, `looks` = k / 2 keeps false alarms below 5 %: all of the
+    k (k - 1) / 2 pairs could have been compared.
     """
     order = sorted(range(len(differences)), key=lambda i: differences[i].p_value)
     corrected = list(differences)

@@ -84,7 +84,7 @@ def stop_behind(tried: Try, settings: Sequence[Setting], share: float, say: Say)
         return
     leader = min(known, key=lambda name: statistics.fmean(known[name]))
     others = [name for name in known if name != leader and (tried.against == "best" or name != tried.settings[0].name)]
-    differences = holm([paired_difference(known[name], known[leader]) for name in others])
+    differences = holm([paired_difference(known[name], known[leader]) for name in others], max(1, len(known) / 2))
     behind = {name: found for name, found in zip(others, differences, strict=True) if found.low > 0}
     worst = sorted(known, key=lambda name: statistics.fmean(known[name]))[(len(known) + 1) // 2 :]
     for setting in settings:

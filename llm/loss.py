@@ -23,6 +23,7 @@ BLOCK_BYTES = 8192  # one row in a block of columns on a CPU; measured too
 GPU_ROWS_BYTES = 2**30  # a chunk on a GPU, where a block is a whole row, because every kernel launch costs time
 ROUND = 64  # chunks are multiples of so many rows: other products are slower
 SMALL = 256  # vocabulary up to which all logits at once, by plain operations, are faster in bfloat16 on a CPU
+HALF_SCALE = 16  # the sums of a product in float16 are divided by this before it, and by the rest of n after it
 SAFE = 60.0  # exp of numbers up to this size, and its sum over a row, stay in the range of float32 and bfloat16
 
 
@@ -135,7 +136,9 @@ def _loss_and_gradients(
         if grad_hidden is not None:
             torch.sub(sums / norm, ours, out=grad_hidden[start : start + chunk]).div_(n)
         if grad_weight is not None:
-            norm *= n
+            # float16 has no numbers as small as 1 / (n V), and none above 65,504
+            early = HALF_SCALE if dtype == torch.float16 else n
+            norm *= early
             scaled = (rows / norm).to(dtype)
             for block, exponentials, shift in parts:
                 if shift is not known:
@@ -144,6 +147,8 @@ def _loss_and_gradients(
                     grad_weight[block].addmm_(exponentials.t(), scaled, beta=1 if start else 0)
                 else:
                     product = torch.mm(exponentials.t(), scaled)
+                    if early != n:
+                        product = product.float() * (early / n)
                     (grad_weight[block].add_ if start else grad_weight[block].copy_)(product)
             grad_weight.index_add_(0, wanted, rows.float(), alpha=-1 / n)
     found = [g if g is None else g.to(kind) for g, kind in zip((grad_hidden, grad_weight), dtypes, strict=True)]

@@ -292,7 +292,7 @@ def test_help_says_that_a_word_is_a_text(capsys):
         assert main([command, "--nonsense", "--help"]) == 0
         help_text = " ".join(capsys.readouterr().out.split())
         assert ("A word without a flag is a value of --text." in help_text) == (
-            command in ("train", "plan", "schedule", "prepare", "prove-resume", "rehearse")
+            command in ("train", "plan", "schedule", "prepare", "prove-resume", "rehearse", "try")
         )
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from conftest import environment, flags
 
 from llm.commands.main import COMMANDS
@@ -22,6 +23,14 @@ def test_importing_the_package_or_asking_for_help_loads_no_torch():
         )
         shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert shown.stdout.strip() == "[]", command
+
+
+def test_the_page_loads_no_torch():
+    """It stands beside a training, in a process of its own."""
+    pytest.importorskip("uvicorn")
+    code = "import sys, llm.page.server; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    assert shown.stdout == "False\n"
 
 
 def test_reading_weights_and_sampling_load_no_compiler(here, losscurve):

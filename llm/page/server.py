@@ -22,7 +22,6 @@ from starlette.routing import Route
 
 from llm.config import TrainConfig, from_settings
 from llm.errors import Failure, UserError
-from llm.page.comparison import comparison_of
 from llm.page.follow import Follower
 from llm.page.guard import Guard
 from llm.page.messages import Viewer, names_of, schedule_points
@@ -118,6 +117,8 @@ class Page:
             return JSONResponse({"error": str(error)}, 400)
 
     async def comparison(self, request: Request) -> Response:
+        from llm.page.comparison import comparison_of  # imports torch, which a page does not otherwise need
+
         return JSONResponse(await run_in_threadpool(comparison_of, [run.path for run in self.runs]))
 
     def sample(self, request: Request) -> Response:

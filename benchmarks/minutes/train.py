@@ -1,12 +1,12 @@
 """Train for several times on several texts: `train --time` and presets in turn.
 
-The rows that are kept are in budgets.csv beside this file (docs/decisions.md, "The rule, tried").
+The rows that are kept are in runs.csv beside this file (docs/decisions.md, "The rule, tried").
 
-    python -m benchmarks.budgets TEXT [TEXT ...] [--times 15 30 60 120] [--recipes time shakespeare-char-cpu]
-    python -m benchmarks.budgets TEXT --flags="--n_layer 3 --n_embd 128"    # beside what the rule chooses
+    python -m benchmarks.minutes.train TEXT [TEXT ...] [--times 15 30 60 120] [--recipes time shakespeare-char-cpu]
+    python -m benchmarks.minutes.train TEXT --flags="--n_layer 3 --n_embd 128"    # beside what the rule chooses
 
 One run at a time, on a machine that does nothing else: a neighbour changes the shape that is chosen. A row is appended
-as soon as its run has ended; the runs stay in runs/budgets. A preset's schedule is stretched over the time, and its row
+as soon as its run has ended; the runs stay in runs/minutes. A preset's schedule is stretched over the time, and its row
 has its lowest loss.
 """
 
@@ -29,7 +29,7 @@ from llm.plan.text_facts import look_at
 from llm.record.metrics import read_record
 from llm.weights import run_config
 
-TABLE = Path(__file__).with_suffix(".csv")
+TABLE = Path(__file__).with_name("runs.csv")
 TIME = "time"  # the recipe that is chosen by `train --time`
 SPEED_STEPS = 200  # of a preset, to see how many fit the time
 FILL = 0.97  # of the time that a preset fills, with
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--flags", default="", help="of train, for every run")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=TABLE)
-    parser.add_argument("--runs", type=Path, default=Path("runs/budgets"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/minutes"))
     args = parser.parse_args()
     for text in args.texts:
         for seconds in args.times:

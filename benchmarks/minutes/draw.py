@@ -1,15 +1,15 @@
-"""Draw bits per byte against minutes: the runs of `train --time` beside those of presets, from benchmarks/budgets.py.
+"""Draw bits per byte against minutes: `train --time` beside presets, from the runs of benchmarks/minutes/train.py.
 
-python -m benchmarks.budgets shakespeare --times 30 70 140
-python -m benchmarks.budgets shakespeare --times 140 --recipes chapter shakespeare-char-cpu
-python -m benchmarks.minutes shakespeare [--runs runs/budgets] [--out docs/minutes.png]
+python -m benchmarks.minutes.train shakespeare --times 30 70 140
+python -m benchmarks.minutes.train shakespeare --times 140 --recipes chapter shakespeare-char-cpu
+python -m benchmarks.minutes.draw shakespeare [--runs runs/minutes] [--out docs/minutes.png]
 """
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.budgets import TIME
+from benchmarks.minutes.train import TIME
 from llm.record import chart_style
 from llm.record.chart_style import COLOURS, MARKERS, add_curve, add_end_labels, add_text, make_canvas, save_figure
 from llm.record.metrics import read_record
@@ -24,7 +24,7 @@ Curve = list[tuple[float, float]]  # (minutes, bits per byte)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text")
-    parser.add_argument("--runs", type=Path, default=Path("runs/budgets"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/minutes"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("docs/minutes.png"))
     args = parser.parse_args()

@@ -54,7 +54,7 @@ def picture(curves: dict[str, Curve], text: str) -> "Figure":
     from matplotlib.ticker import StrMethodFormatter
 
     end = max(minutes for points in curves.values() for minutes, _ in points)
-    figure, axes = make_canvas(f"Bits per byte against minutes: {text}", "validation", "bits per byte", 1, right=0.7)
+    figure, axes = make_canvas(f"Bits per byte against minutes: {text}", "validation", "bits per byte", 1, right=0.66)
     axes.set_xlabel("minutes", fontsize=12)
     axes.set_xlim(0, end)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -66,7 +66,7 @@ def picture(curves: dict[str, Curve], text: str) -> "Figure":
         if minutes > 0.9 * end:
             labels.append((bits, f"{name}: {bits:.2f}", colour, marker))
         else:
-            add_text(axes, minutes, bits, f"{name}: {bits:.2f}", dx=6, color=colour, va="center", fontsize=11)
+            add_text(axes, minutes, bits, f"{name}: {bits:.2f}", dx=4, dy=-8, color=colour, va="top", fontsize=11)
     add_end_labels(axes, end, labels)
     return figure
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import config_for, trained, words
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from llm.export.gguf_file import write_gguf
 from llm.record.metrics import losses, read_record
@@ -151,3 +151,32 @@ def test_what_cannot_be_evaluated_is_one_line(here, losscurve):
         assert (code, out) == (2, ""), line
         assert err.startswith(f"error: {reason}"), err
         assert err.count("\n") == 1
+
+
+def test_whole_numbers_are_no_weights(here, losscurve):
+    trained(config_for(here, max_steps=1, warmup_steps=0, arch="llama", tokenizer="byte"))
+    weights = dict(torch.load("checkpoints/model.pt"))
+    write_hf(Run.open("checkpoints"), "hf")
+    whole = {name: tensor.to(torch.int8) for name, tensor in load_file("hf/model.safetensors").items()}
+    save_file(whole, "hf/model.safetensors")
+    torch.save(weights | {"wte.weight": weights["wte.weight"].to(torch.int8)}, "checkpoints/model.pt")
+    code, _, err = losscurve("evaluate hf --text text.txt")
+    assert code == 2
+    assert re.fullmatch(r"error: hf/model\.safetensors: \S+ holds int8 numbers, and weights here are .*\n", err)
+    code, _, err = losscurve("evaluate checkpoints --weights last --text text.txt")
+    assert (code, err.startswith("error: checkpoints/model.pt: ")) == (2, True)
+
+
+def test_what_is_called_a_file_is_not_looked_for_on_the_hub(here, losscurve):
+    for name in ("b/nope.gguf", "b/nope.pt"):
+        code, _, err = losscurve(f"evaluate {name} --text text.txt")
+        assert code == 2
+        assert err.startswith(f"error: {name}: ")
+        assert "huggingface" not in err
+
+
+def test_sample_refuses_heads_for_weights_that_tell_their_own(here, losscurve):
+    trained(config_for(here, max_steps=1, warmup_steps=0))
+    code, _, err = losscurve("sample --checkpoint checkpoints/model.pt --n_head 4 --prompt a")
+    assert code == 2
+    assert "n_head and gelu are for a bare state_dict" in err

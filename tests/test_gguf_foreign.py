@@ -296,7 +296,7 @@ def test_an_unknown_tensor_a_missing_one_and_a_wrong_shape_are_named():
 
 def test_a_file_that_only_has_the_name_is_refused():
     Path("m.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(UserError, match=r"^m\.gguf: not a GGUF file that losscurve can read"):
+    with pytest.raises(UserError, match=r"^m\.gguf: not a GGUF file; give another"):
         opened()
 
 

@@ -16,7 +16,7 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 OURS = [line for line in COMMANDS if line.split()[0] in ("losscurve", "python", "torchrun")]
 OTHERS = ("make ", "pip ", "git ", "cd ", "python3 -m venv", "source ", ". ")
-SMALLER = flags(max_steps=3, warmup_steps=0, eval_every=3, eval_tokens=2000).replace("--tokenizer char", "--tokenizer byte")
+SMALLER = flags(max_steps=3, warmup_steps=0, eval_every=3, eval_tokens=2000, tokenizer="byte")
 
 
 def test_every_line_is_known():

@@ -34,8 +34,7 @@ def main(argv: list[str]) -> int:
     scores = []
     for source in args.sources:
         opened = open_weights(source, config.model, args.weights)
-        is_bare = opened.path.suffix == ".pt" and not opened.is_ours
-        if {"n_head", "gelu"} & given.keys() and not is_bare:
+        if {"n_head", "gelu"} & given.keys() and not opened.is_bare:
             raise UserError(f"n_head and gelu are for a bare state_dict; {source} has its own, so leave them out")
         if opened.tokenizer is None:
             warn(f"{source}: has no tokenizer beside it, so GPT-2's tokens are assumed")

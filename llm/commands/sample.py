@@ -107,7 +107,10 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         help="instead of a run: a state_dict saved by torch.save, a GGUF file, a model in Hugging Face's format, or "
         "its name",
     )
-    add_settings(parser, ["out_dir", "seed", "device", "dtype", "n_head", "gelu"])
+    parser.add_argument(
+        "--seed", default=argparse.SUPPRESS, metavar="SEED", help="seed of the drawing (default: another each time)"
+    )
+    add_settings(parser, ["out_dir", "device", "dtype", "n_head", "gelu"])
     return parser.read(argv)
 
 
@@ -135,7 +138,8 @@ def load(args: argparse.Namespace, config: TrainConfig, device: "torch.device") 
     from llm.run import Run
 
     if args.checkpoint:
-        model, tokenizer = load_weights(str(args.checkpoint), config.model.n_head, config.model.gelu, device)
+        typed = hasattr(args, "n_head") or hasattr(args, "gelu")
+        model, tokenizer = load_weights(str(args.checkpoint), config.model.n_head, config.model.gelu, typed, device)
         return model, tokenizer, DEFAULT_PROMPT
     run = Run.open(config.out_dir)
     prompt = run.config.sample_prompt
@@ -164,16 +168,19 @@ def print_samples(prompt: str, tokens: "Iterable[list[int]]", writings: "list[Wr
         print(writing.rest())
 
 
-def load_weights(source: str, n_head: int, gelu: str, device: "torch.device") -> "tuple[Model, Tokenizer]":
+def load_weights(source: str, n_head: int, gelu: str, typed: bool, device: "torch.device") -> "tuple[Model, Tokenizer]":
     """Return the model and tokenizer of a .pt file or of another program's model. Raises UserError.
 
-    Where nothing says which tokens they are, they are taken for GPT-2's, with a warning.
+    `typed`: whether `n_head` or `gelu` were given; weights that tell their own refuse them. Where nothing says which
+    tokens they are, they are taken for GPT-2's, with a warning.
     """
     from llm.tokens.bpe import gpt2
     from llm.weights import open_weights
 
     # the file gives the sizes; n_embd is only set to be divisible by n_head
     opened = open_weights(source, from_settings({"n_head": n_head, "gelu": gelu, "n_embd": n_head}).model)
+    if typed and not opened.is_bare:
+        raise UserError(f"n_head and gelu are for a bare state_dict; {source} has its own, so leave them out")
     if opened.tokenizer is None and not opened.is_ours:
         heads = f" and {opened.config.n_head} heads" if opened.path.is_file() else ""
         warn(f"{source}: has no tokenizer beside it, so GPT-2's tokens{heads} are assumed")

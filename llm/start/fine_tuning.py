@@ -48,6 +48,8 @@ def with_steps(config: TrainConfig, train_tokens: int, given: Collection[str]) -
 def line(config: TrainConfig, train_tokens: int, given: Collection[str]) -> str:
     """Return one line that names the settings which were chosen here."""
     names = [*settings(config.model, given), *(name for name in ("max_steps", "eval_every") if name not in given)]
+    remedy = "; a flag overrides each" if names else ""
+    names = names or ["max_lr", "max_steps"]  # all are given, or chosen for a time
     values = [f"{name} {getattr(config, name, None) or getattr(config.model, name, None)}" for name in names]
     epochs = config.max_steps * config.tokens_per_step / train_tokens
-    return f"fine-tuning: {', '.join(values)} ({epochs:.2g} passes over the text); a flag overrides each"
+    return f"fine-tuning: {', '.join(values)} ({epochs:.2g} passes over the text){remedy}"

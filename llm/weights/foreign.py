@@ -22,6 +22,8 @@ from llm.tokens.tokenizer import Tokenizer
 from llm.weights.hf_layout import settings_in, weights_in
 from llm.weights.pt_file import check_sums, check_tensors, load_plain_data
 
+MASKS = (".attn.bias", ".attn.masked_bias")  # which old versions of GPT-2 saved
+FILES = (".gguf", ".pt")  # what ends so is a file, and no name on the hub
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|gpt2(-medium|-large|-xl)?|distilgpt2")
 FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))  # names of the files of weights, in order of preference
 TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -42,7 +44,7 @@ def is_foreign(source: str) -> bool:
     path = Path(source)
     if path.exists():
         return (path / "config.json").is_file() and not (path / "config.toml").exists()
-    return HUB_NAME.fullmatch(source) is not None
+    return HUB_NAME.fullmatch(source) is not None and path.suffix not in FILES
 
 
 def read_foreign(source: str) -> ForeignModel:
@@ -111,6 +113,12 @@ def _read_weights(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in paths:
         tensors |= _read_file(path)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() and not name.endswith(MASKS):
+            raise UserError(
+                f"{paths[0]}: {name} holds {str(tensor.dtype).removeprefix('torch.')} numbers, and weights here are "
+                "float32, bfloat16 or float16; give the model in one of these"
+            )
     try:
         weights = weights_in(config, tensors)
     except UserError as error:

@@ -45,6 +45,10 @@ def read_gguf(path: Path) -> ForeignModel:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a .gguf file")
 
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise UserError(f"{path}: not a GGUF file; give another, or the model's folder in Hugging Face's format")
+
     class CheckedReader(GGUFReader):
         """Beyond the end of a file, the package's reader finds empty values, as many as a damaged length says."""
 
@@ -58,6 +62,12 @@ def read_gguf(path: Path) -> ForeignModel:
     try:
         reader = CheckedReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
+    except (ValueError, IndexError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"{path}: cut off or damaged, or of a version that the package gguf does not know "
+            f"({' '.join(str(error).split())}); copy or download it again"
+        ) from None
+    try:
         config = _read_shape(fields, {tensor.name for tensor in reader.tensors})
         tokenizer = read_tokenizer(fields)
         theirs = {tensor.name: quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}

@@ -28,6 +28,11 @@ class Opened:
     tokenizer: Tokenizer | None  # None: nothing beside the weights says; they are GPT-2's tokens then
     is_ours: bool  # from a run folder, so trained with the settings that losscurve trains with
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is a state_dict alone, beside which nothing tells heads and GELU."""
+        return self.path.suffix == ".pt" and not self.is_ours
+
     def model(self, device: torch.device) -> Model:
         """Return the model in evaluation mode."""
         model = make_model(self.config)

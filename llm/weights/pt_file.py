@@ -258,5 +258,7 @@ def check_tensors(path: Path, weights: dict[str, Tensor], expected: dict[str, to
             )
         if weights[name].layout != torch.strided:
             raise UserError(f"{path}: {name} is a sparse tensor; save a plain state_dict")
+        if not weights[name].is_floating_point():
+            raise UserError(f"{path}: {name} holds {weights[name].dtype} numbers; save the weights in float32")
         if not torch.isfinite(weights[name]).all():
             raise UserError(f"{path}: {name} holds a number that is not finite; use other weights")

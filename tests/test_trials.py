@@ -286,3 +286,14 @@ def test_settings_without_a_difference_are_rarely_called_different(against):
         found = differences_from(best if against == "best" else "s0", known, against)
         alarms += any(difference.is_real for difference in found.values())
     assert alarms <= 75
+
+
+def test_a_folder_with_other_files_is_refused_and_a_wrong_text_leaves_it_free(here, losscurve):
+    (here / "mine").mkdir()
+    (here / "mine" / "best.toml").write_text("my own")
+    code, _, err = losscurve(try_line("--vary max_lr=1e-2 --seeds 1", "mine"))
+    assert (code, err) == (2, "error: mine: holds other files; choose another --out_dir for the try\n")
+    assert (here / "mine" / "best.toml").read_text() == "my own"
+    assert losscurve(try_line("--vary max_lr=1e-2 --seeds 1").replace("text.txt", "none.txt"))[0] == 2
+    code, _, err = losscurve(try_line("--vary max_lr=1e-2 --seeds 1"))
+    assert code == 0, err

@@ -127,15 +127,16 @@ def open_try(args: argparse.Namespace, folder: Path, settings: "list[Setting]", 
             "trials": trials,
             "jobs": args.jobs,
         }
-    if (folder / NAME).exists():
-        tried = read_try(folder)
+    known = read_try(folder) if (folder / NAME).exists() else None
+    if known and known.has_begun():
+        tried = known
         check_same(tried, asked)
         names = {setting.name for setting in settings}
         kept = [setting for setting in tried.settings if setting.name not in names]
         tried.settings, tried.seeds, tried.against = [*settings, *kept], seeds, args.against
     else:
-        if (folder / "config.toml").exists():
-            raise UserError(f"{folder}: holds a run; choose another --out_dir for the try")
+        if not known and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise UserError(f"{folder}: holds other files; choose another --out_dir for the try")
         tried = Try(folder, preset, given, seeds, settings, args.against, asked=asked)
         check_settings(tried)
         if args.time:

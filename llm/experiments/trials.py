@@ -61,6 +61,12 @@ class Try:
         folders = {"seed": seed, "out_dir": self.run_dir(setting, seed)}
         return over_preset(self.preset, self.given | setting.changes | folders, lambda line: None)
 
+    def has_begun(self) -> bool:
+        """Whether any of its runs is there."""
+        return any(
+            (self.run_dir(setting, seed) / "config.toml").exists() for setting in self.settings for seed in self.seeds
+        )
+
     def save(self) -> None:
         """Write try.json."""
         facts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "folder"}

@@ -18,10 +18,15 @@ def make_model(config: GPTConfig) -> Model:
     return Llama(config) if config.arch == "llama" else GPT(config)
 
 
-def tensor_shapes(config: GPTConfig) -> dict[str, Size]:
-    """Return the shape of each tensor of a model's state_dict by its name; nothing is allocated."""
+def empty_model(config: GPTConfig) -> Model:
+    """Return a model on the meta device, for the names and shapes of its tensors: they have no values and no memory."""
     with _WithoutInitialising(), torch.device("meta"):
-        return {name: tensor.shape for name, tensor in make_model(config).state_dict().items()}
+        return make_model(config)
+
+
+def tensor_shapes(config: GPTConfig) -> dict[str, Size]:
+    """Return the shape of each tensor of a model's state_dict by its name."""
+    return {name: tensor.shape for name, tensor in empty_model(config).state_dict().items()}
 
 
 class _WithoutInitialising(TorchFunctionMode):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llm import storage
-from llm.arch import make_model
+from llm.arch import empty_model
 from llm.config import MODEL_FIELDS, TrainConfig, from_settings, over_preset, resolve_settings, to_settings, write_toml
 from llm.errors import UserError
 from llm.record import metrics, samples
@@ -128,8 +128,7 @@ def write_weights(
     """Write the checkpoint, model.pt, and best.pt if the run in `run_dir` still has the weights that were best then."""
     progress = facts["progress"]
     step, best_step = progress["step"], progress["best_step"]
-    with torch.device("meta"):  # for the names of the weights only
-        model = make_model(config.model)
+    model = empty_model(config.model)
     kind = "ema" if progress["best_weights"] == "ema" else "model"
     weights = best = weights_of(model, groups["model"])
     if kind == "ema" and best_step == step:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llm.config import TrainConfig, write_toml
-from llm.experiments.paired import Difference, holm, paired_difference, verdict
+from llm.experiments.paired import Difference, holm, looks_at_best, paired_difference, verdict
 from llm.experiments.rounds import losses_at
 from llm.experiments.trials import Setting, Try
 from llm.record.metrics import best, read_record
@@ -52,7 +52,7 @@ def outcomes(tried: Try) -> list[Outcome]:
 def differences_from(reference: str, known: dict[str, list[float]], against: str) -> dict[str, Difference]:
     """Return the difference of each other setting from the reference, which is the "best" or the "first" of them."""
     others = [name for name in known if name != reference]
-    looks = max(1, len(known) / 2) if against == "best" else 1
+    looks = looks_at_best(len(known)) if against == "best" else 1
     found = holm([paired_difference(known[name], known[reference]) for name in others], looks)
     return dict(zip(others, found, strict=True))
 

@@ -100,8 +100,7 @@ def holm(differences: Sequence[Difference], looks: float = 1) -> list[Difference
     excludes 0 exactly if Holm's test rejects.
 
     If the same question is asked `looks` times, as more seeds come in, each time has its share of the 5 % (Bonferroni).
-    If the one is the best of k settings by these very losses, `looks` = k / 2 keeps false alarms below 5 %: all of the
-    k (k - 1) / 2 pairs could have been compared.
+    If the one is the best of several settings by these very losses, `looks` is `looks_at_best` of their number.
     """
     order = sorted(range(len(differences)), key=lambda i: differences[i].p_value)
     corrected = list(differences)
@@ -113,6 +112,14 @@ def holm(differences: Sequence[Difference], looks: float = 1) -> list[Difference
         corrected[i] = _with_interval(differences[i], level)
         has_failed = has_failed or not corrected[i].is_real
     return corrected
+
+
+def looks_at_best(count: int) -> float:
+    """Return the `looks` of `holm` for differences from the best of `count` settings by the same losses.
+
+    All of the count (count - 1) / 2 pairs could have been compared, and Holm's correction is for count - 1 of them.
+    """
+    return max(1, count / 2)
 
 
 def seeds_needed(difference: Difference) -> int | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from llm.errors import UserError
 from llm.experiments.jobs import Job, Stop, steps_of, train_jobs
-from llm.experiments.paired import FEWEST, holm, paired_difference, verdict
+from llm.experiments.paired import FEWEST, holm, looks_at_best, paired_difference, verdict
 from llm.experiments.trials import Setting, Try
 from llm.record.metrics import best, read_record
 from llm.weights import run_config
@@ -84,7 +84,7 @@ def stop_behind(tried: Try, settings: Sequence[Setting], share: float, say: Say)
         return
     leader = min(known, key=lambda name: statistics.fmean(known[name]))
     others = [name for name in known if name != leader and (tried.against == "best" or name != tried.settings[0].name)]
-    differences = holm([paired_difference(known[name], known[leader]) for name in others], max(1, len(known) / 2))
+    differences = holm([paired_difference(known[name], known[leader]) for name in others], looks_at_best(len(known)))
     behind = {name: found for name, found in zip(others, differences, strict=True) if found.low > 0}
     worst = sorted(known, key=lambda name: statistics.fmean(known[name]))[(len(known) + 1) // 2 :]
     for setting in settings:

@@ -7,6 +7,7 @@ shows values and zooms; the charts are in the page without it.
 import base64
 import hashlib
 import json
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -34,23 +35,26 @@ def write_html(report: Report, out: Path) -> None:
     Raises:
         UserError: `out` exists and is not an earlier report, or it cannot be written.
     """
+    write_page(out, lambda: page(report))
+
+
+def write_page(out: Path, make: Callable[[], str]) -> None:
+    """Write the page that `make` returns to `out`, complete or not at all. Raises UserError, as `write_html` does."""
     check_overwritable(out, MARK.encode())
     try:
-        storage.write_text(out, page(report))
+        storage.write_text(out, make())
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
 
 
 def page(report: Report) -> str:
     """Return the HTML of a report."""
-    template = _read("report.html")
-    style = _read("report.css")
-    script = _read("report.js")
+    template = read_part("report.html")
+    style = read_part("report.css")
+    script = read_part("report.js")
     charts = make_charts(report)
     data = json.dumps({chart.name: chart.data() for chart in charts}, separators=(",", ":"))
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = template_environment()
     environment.filters |= {
         "thousands": "{:,}".format,
         "duration": format_duration,
@@ -72,7 +76,13 @@ def page(report: Report) -> str:
     )
 
 
-def _read(name: str) -> str:
+def template_environment() -> jinja2.Environment:
+    """Return how all reports read their templates: every text is escaped, and a missing name is an error."""
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def read_part(name: str) -> str:
+    """Return a file of this folder: a template, a style sheet or a script."""
     return resources.files("llm.report").joinpath(name).read_text(encoding="utf-8")
 
 

@@ -2,19 +2,14 @@
 
 import base64
 import io
-from importlib import resources
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
-from llm import storage
-from llm.errors import UserError
 from llm.experiments.outcome import best_toml, columns, outcomes
 from llm.experiments.picture import draw_try
 from llm.experiments.trials import read_try
-from llm.report.words import check_overwritable
-from llm.report.write_html import MARK, security_policy
+from llm.report.write_html import MARK, read_part, security_policy, template_environment, write_page
 
 STYLE = ".multiples { max-width: 100%; background: #fff; border-radius: 6px; }\n"
 
@@ -25,11 +20,7 @@ def write_try(folder: Path, out: Path) -> None:
     Raises:
         UserError: the try is damaged, `out` exists and is not an earlier report, or it cannot be written.
     """
-    check_overwritable(out, MARK.encode())
-    try:
-        storage.write_text(out, try_page(folder))
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
+    write_page(out, lambda: try_page(folder))
 
 
 def try_page(folder: Path) -> str:
@@ -39,12 +30,8 @@ def try_page(folder: Path) -> str:
     table = columns(tried, found)
     picture = io.BytesIO()
     draw_try(tried, found).savefig(picture, format="png")
-    style = resources.files("llm.report").joinpath("report.css").read_text(encoding="utf-8") + STYLE
-    template = resources.files("llm.report").joinpath("try.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return MARK + environment.from_string(template).render(
+    style = read_part("report.css") + STYLE
+    return MARK + template_environment().from_string(read_part("try.html")).render(
         name=folder.resolve().name,
         count=len(tried.settings),
         seeds=len(tried.seeds),

@@ -21,6 +21,7 @@ from llm.weights.pt_file import check_tensors
 MAGIC = b"GGUF"
 LAYER_NORM_EPS = 1e-5  # PyTorch's
 OUR_GELU = "losscurve.gelu"  # the only key that llama.cpp does not know: it always computes GELU by tanh
+MISREAD = (ValueError, IndexError, TypeError, RuntimeError)  # what the package raises for bytes that make no sense
 MISSING = "gguf is not installed; install it with: pip install gguf"
 
 
@@ -44,7 +45,6 @@ def read_gguf(path: Path) -> ForeignModel:
         raise UserError(MISSING) from None
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a .gguf file")
-
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise UserError(f"{path}: not a GGUF file; give another, or the model's folder in Hugging Face's format")
@@ -62,7 +62,7 @@ def read_gguf(path: Path) -> ForeignModel:
     try:
         reader = CheckedReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, IndexError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
+    except (*MISREAD, KeyError) as error:
         raise UserError(
             f"{path}: cut off or damaged, or of a version that the package gguf does not know "
             f"({' '.join(str(error).split())}); copy or download it again"
@@ -76,7 +76,7 @@ def read_gguf(path: Path) -> ForeignModel:
         weights = from_gguf(theirs, config)
     except KeyError as error:
         raise UserError(f"{path}: has no {error.args[0]}, which a model of ours needs; give another file") from None
-    except (ValueError, IndexError, TypeError, RuntimeError, NotImplementedError, UserError) as error:
+    except (*MISREAD, UserError) as error:
         cause = " ".join(str(error).split())
         raise UserError(
             f"{path}: not a GGUF file that losscurve can read ({cause}); give another file, or the model's folder in "

@@ -320,7 +320,10 @@ class SimpleUsage:
 
 
 def fake_job(monkeypatch, rehearsing: Rehearsal, script: str, limit: float = 5.0) -> None:
-    """Replace the job of several processes with a shell script, and its time limit with `limit` seconds."""
+    """Replace the job of several processes with a shell script, and its time limit with `limit` seconds.
+
+    A script makes the folder of a checkpoint in its second process: a third one, while it lasts, would be one too many.
+    """
     monkeypatch.setattr(processes, "TIME_LIMIT", limit)
     monkeypatch.setattr(
         prove,
@@ -365,7 +368,7 @@ def test_a_job_that_saves_nothing_or_hangs_is_killed(here, monkeypatch):
 def test_processes_that_outlive_a_kill_are_found_and_killed(here, monkeypatch):
     rehearsing = rehearsal(here)
     folder = shlex.quote(str(rehearsing.parts / "step-000004"))
-    fake_job(monkeypatch, rehearsing, f"{NAP} & {NAP} & mkdir -p {folder}; wait", limit=2.0)
+    fake_job(monkeypatch, rehearsing, f"{NAP} & (mkdir -p {folder}; exec {NAP}) & wait", limit=2.0)
     findings = list(rehearsing.findings())
     assert findings[-1].name == "a kill"
     assert "after one process was killed, the others did not end" in findings[-1].message
@@ -376,7 +379,7 @@ def test_processes_that_outlive_a_kill_are_found_and_killed(here, monkeypatch):
 def test_a_process_that_outlives_its_launcher_is_found_and_killed(here, monkeypatch):
     rehearsing = rehearsal(here)
     folder = shlex.quote(str(rehearsing.parts / "step-000004"))
-    fake_job(monkeypatch, rehearsing, f"{NAP} & {NAP} & mkdir -p {folder}; wait $!; exit 1", limit=2.0)
+    fake_job(monkeypatch, rehearsing, f"{NAP} & (mkdir -p {folder}; exec {NAP}) & wait $!; exit 1", limit=2.0)
     assert "the others did not end" in list(rehearsing.findings())[-1].message
     assert naps_end()
 
@@ -385,7 +388,7 @@ def test_an_incomplete_checkpoint_after_the_kill_is_reported(here, monkeypatch):
     rehearsing = rehearsal(here)
     folder = shlex.quote(str(rehearsing.parts / "step-000004"))
     ends = "wait $!; kill $first; exit 1"  # once the second of them is killed
-    fake_job(monkeypatch, rehearsing, f"sleep 100 & first=$!; sleep 100 & mkdir -p {folder}; {ends}")
+    fake_job(monkeypatch, rehearsing, f"sleep 100 & first=$!; (mkdir -p {folder}; exec sleep 100) & {ends}")
     finding = list(rehearsing.findings())[-1]
     assert (finding.name, finding.good) == ("a kill", False)
     assert "no checkpoint to resume from" in finding.message
@@ -401,7 +404,7 @@ def test_a_kill_without_effect_fails(here, monkeypatch, step, code, words):
     monkeypatch.setattr(module.checkpoint, "newest_state", lambda folder: ({}, {"step": step}, {}))
     folder = shlex.quote(str(rehearsing.parts / "step-000004"))
     ends = f"wait $!; kill $first; exit {code}"
-    fake_job(monkeypatch, rehearsing, f"sleep 100 & first=$!; sleep 100 & mkdir -p {folder}; {ends}")
+    fake_job(monkeypatch, rehearsing, f"sleep 100 & first=$!; (mkdir -p {folder}; exec sleep 100) & {ends}")
     assert words in list(rehearsing.findings())[-1].message
 
 

@@ -27,8 +27,9 @@ train: setup
 	$(BIN)/python -m scripts.train $(ARGS)
 	$(BIN)/python -m scripts.sample
 
+# The tests start hundreds of programs, so that the package is compiled once even where Python is told not to keep that.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 torture: setup
 	-$(BIN)/pip install --quiet --disable-pip-version-check "atheris>=2.3"

@@ -65,6 +65,12 @@ def orthogonalize_all(matrices: list[Tensor]) -> list[Tensor]:
     return found
 
 
+def scaled(matrix: Tensor) -> Tensor:
+    """Return an orthogonal matrix times sqrt(max(1, rows / columns))."""
+    rows, columns = matrix.shape
+    return matrix * math.sqrt(rows / columns) if rows > columns else matrix
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for the hidden matrices of a model, and the given AdamW for its other parameters: one optimizer.
 
@@ -122,14 +128,13 @@ class Muon(torch.optim.Optimizer):
             piece for p, update in zip(batch, updates, strict=True) for piece in torch.split(update, self.rows[p])
         ]
         del updates
-        orthogonal = iter(orthogonalize_all(pieces))
+        orthogonal = (scaled(matrix) for matrix in orthogonalize_all(pieces))
         lr = torch.where(is_refused, 0.0, group["lr"])
         for p in batch:
-            parts = [next(orthogonal) for _ in self.rows[p]]
-            scaled = [part.float() * math.sqrt(max(1, part.size(0) / part.size(1))) for part in parts]
+            update = take_shard(torch.cat([next(orthogonal) for _ in self.rows[p]]), p)
             weight = local_shard(p)
             weight.mul_(1 - lr * group["weight_decay"])
-            weight.sub_(lr * take_shard(torch.cat(scaled), p))
+            weight.addcmul_(update, lr, value=-1)
 
     def _nesterov(self, p: nn.Parameter, momentum: float, is_refused: Tensor) -> Tensor:
         """Update the momentum of `p`; return the whole matrix that follows from it, in the precision of the iteration.

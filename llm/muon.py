@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llm.machine.world import gather_shards, local_shard, take_shard
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: the steepest at 0 of those that keep singular values near 1
-ITERATIONS = 5
+ITERATIONS = 4  # Jordan's 5 bring no lower loss here (docs/decisions.md, "The optimizer")
 EPS = 1e-7  # smallest norm that a matrix is divided by
 BATCH = 2**27  # numbers that one batch of products holds: 134 M parameters, or a single larger matrix
 
@@ -40,8 +40,8 @@ def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, list[int]]:
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Return matrices (N, rows, columns), rows <= columns, whose singular values are near 1.
 
-    They keep their singular vectors. A singular value s becomes f(f(f(f(f(s / norm))))) with f(s) = a s + b s^3 +
-    c s^5, which is between 0.67 and 1.21 for every s above 0.0015 of the matrix's Frobenius norm.
+    They keep their singular vectors. A singular value s becomes f(f(f(f(s / norm)))) with f(s) = a s + b s^3 +
+    c s^5, which is between 0.67 and 1.21 for every s above 0.0051 of the matrix's Frobenius norm.
     """
     a, b, c = COEFFICIENTS
     x: Tensor = matrices / torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp(min=EPS)

@@ -77,7 +77,7 @@ def test_the_iteration_keeps_singular_vectors_and_maps_singular_values(shape):
 
 
 def test_singular_values_end_in_the_stated_interval():
-    s = polynomial(torch.linspace(0.0015, 1, 10**6, dtype=torch.float64))
+    s = polynomial(torch.linspace(0.0051, 1, 10**6, dtype=torch.float64))
     assert 0.67 < s.min() < 0.69
     assert 1.19 < s.max() < 1.21
     for dtype in (torch.float32, torch.bfloat16):
@@ -108,12 +108,14 @@ def test_matrices_of_one_shape_or_its_transpose_are_one_batch(monkeypatch):
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch before 2.9 has no Muon")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_updates_are_those_of_pytorchs_muon(dtype, tolerance, monkeypatch):
-    """Tolerance, of a change with singular values near lr: float32 rounds 5 iterations, and bfloat16 has 3 digits."""
+    """Tolerance, of a change with singular values near lr: float32 rounds each iteration, and bfloat16 has 3 digits."""
     if dtype == torch.float32:
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # PyTorch's knows bfloat16 only
     parameters, ours = muon_for(SHAPES.values(), dtype=dtype)
     twins = [nn.Parameter(p.detach().clone()) for p in parameters]
-    theirs = torch.optim.Muon(twins, lr=0.1, weight_decay=0.3, momentum=0.9, adjust_lr_fn="original")
+    theirs = torch.optim.Muon(
+        twins, lr=0.1, weight_decay=0.3, momentum=0.9, adjust_lr_fn="original", ns_steps=ITERATIONS
+    )
     for step in range(5):
         lr = 0.1 / (1 + step)
         ours.param_groups[-1]["lr"] = theirs.param_groups[0]["lr"] = lr

@@ -66,7 +66,7 @@ def test_too_little_time_says_how_much_it_needs_with_the_preparation(preparation
 
 
 def test_a_long_preparation_is_said_and_lengthens_the_command(here, losscurve, monkeypatch):
-    monkeypatch.setattr(proposal, "short_probe", machine(1e10))
+    monkeypatch.setattr(proposal, "short_probe", machine(3e9))
     monkeypatch.setattr(rule, "MOST_EPOCHS", 1)
     size = (here / "text.txt").stat().st_size
     for module in (timing, autopilot):

@@ -79,7 +79,8 @@ def test_stopped_at_any_step_and_resumed_it_is_the_same_run(here, kind, ledger, 
         list(train(run))
     expected, whole = fingerprint(Path("whole")), {step: set(batches) for step, batches in ledger.items()}
     assert sorted(whole) == list(range(12))
-    for step in range(1, 12):
+    stops = range(1, 12) if TORTURE else (1, 3, 4, 5, 8, 11)  # saved at 0, 4, 8 and 12
+    for step in stops:
         ledger.clear()
         with new_run(config_for(here, "parts", **settings), overwrite=True) as run:
             until(run, step)
@@ -88,7 +89,7 @@ def test_stopped_at_any_step_and_resumed_it_is_the_same_run(here, kind, ledger, 
             list(train(run))
         assert fingerprint(Path("parts")) == expected, f"stopped at step {step}"
         assert {step: set(batches) for step, batches in ledger.items()} == whole
-    record_property("stopped and resumed", 11)
+    record_property("stopped and resumed", len(stops))
 
 
 MUTANTS = {
@@ -167,13 +168,13 @@ def test_killed_at_random_moments_for_good(here, losscurve, kind, record_propert
 
 
 def test_preparing_survives_kills(here, start, record_property):
-    text = (here / "text.txt").read_text() * 30000
+    text = (here / "text.txt").read_text() * 12000
     (here / "long.txt").write_text(text)
     generator = random.Random(1)
     kills = 0
     for _ in range(12 if TORTURE else 3):
         process = start("prepare long.txt --data_dir data --tokenizer byte --overwrite")
-        time.sleep(generator.uniform(0.2, 1.0))
+        time.sleep(generator.uniform(0.2, 0.7))
         kills += process.poll() is None
         process.kill()
         process.communicate()

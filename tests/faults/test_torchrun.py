@@ -186,8 +186,9 @@ def test_sigterm_to_the_launcher_saves_a_checkpoint(here, torchrun, undisturbed,
 
 
 def test_a_job_that_torchrun_restarts_resumes_its_run(here, torchrun, undisturbed, record_property):
-    expected = undisturbed(here, "fsdp")
-    run = torchrun(2, flags(**LONG, parallel="fsdp"), "--max-restarts=2")
+    kind = "fsdp" if TORTURE else "ddp"
+    expected = undisturbed(here, kind)
+    run = torchrun(2, flags(**LONG, parallel=kind), "--max-restarts=2")
     run.send_signal(run.wait_for_step(30)[1], signal.SIGKILL)
     if TORTURE:
         first = run.members().get(0)

@@ -12,7 +12,8 @@ from llm.errors import UserError
 from llm.evaluate import Evaluation
 from llm.experiments.paired import Difference, holm, paired_difference, unpaired_difference
 from llm.experiments.parts import part_evaluations
-from llm.experiments.recorded import Axis, Group, RecordedRun, Unit, group_runs, read_run
+from llm.experiments.recorded import Axis, Group, RecordedRun, Unit, group_runs, read_run, shared_step
+from llm.storage.checkpoint import saved_steps
 
 Say = Callable[[str], None]
 EvaluateParts = Callable[[RecordedRun], list[Evaluation]]
@@ -93,17 +94,21 @@ def compare_pair(base: Group, other: Group, evaluate_parts: EvaluateParts | None
     unit, notes = common_unit(first, second)
     if unit is None:
         return Comparison(base, other, None, notes, {})
+    notes += _reservations(base, other)
+    shared = shared_until(base, other)
+    if (common_end(base, other, "step", unit) or 0) <= shared:
+        return Comparison(base, other, unit, [*notes, f"no {unit} after step {shared:,} in both yet"], {})
     findings: dict[str, Finding] = {}
     for axis in _axes(first, second):
         end = common_end(base, other, axis, unit)
         if end is not None:
             findings[axis] = Finding(_where(axis, end, first), difference_at(base, other, axis, end, unit))
-    notes += _reservations(base, other)
-    if not findings:
-        return Comparison(base, other, unit, [*notes, f"no {unit} after step 0 in both yet"], {})
     if evaluate_parts is not None and len(base.runs) == len(other.runs) == 1:
         try:
             findings["weights"] = compare_weights(first, second, evaluate_parts)
+            steps = [max(saved_steps(run.path), default=0) for run in (first, second)]
+            if steps[0] != steps[1]:
+                notes.append(f"the saved weights of {base.name} are of step {steps[0]:,}, of {other.name} {steps[1]:,}")
         except UserError as error:
             notes.append(f"the saved weights are not compared: {error}")
     return Comparison(base, other, unit, notes, findings)
@@ -149,6 +154,13 @@ def difference_at(base: Group, other: Group, axis: Axis, place: float, unit: Uni
     return paired_difference([ours[seed] for seed in shared], [theirs[seed] for seed in shared])
 
 
+def shared_until(base: Group, other: Group) -> int:
+    """Return the step up to which the runs of all pairs are one, because they are forks; else 0."""
+    theirs = {run.config.seed: run for run in base.runs}
+    steps = [shared_step(theirs[run.config.seed], run) for run in other.runs if run.config.seed in theirs]
+    return min(steps, default=0)
+
+
 def common_end(base: Group, other: Group, axis: Axis, unit: Unit) -> float | None:
     """Return the last place on an axis that all runs have reached; None before an evaluation after step 0."""
     ends = [setting.end(axis, unit) for setting in (base, other)]
@@ -156,14 +168,17 @@ def common_end(base: Group, other: Group, axis: Axis, unit: Unit) -> float | Non
 
 
 def difference_curve(base: Group, other: Group, axis: Axis, unit: Unit) -> list[tuple[float, Difference]]:
-    """Return (place, difference) at each evaluation of the first run of `base` that all runs have reached."""
+    """Return (place, difference) at each evaluation of the first run of `base` that all runs have reached.
+
+    Where the runs of all pairs are one up to a step, the curve starts there.
+    """
     end = common_end(base, other, axis, unit)
     runs = [*base.runs, *other.runs]
     if end is None:
         return []
     start = max(run.points(axis, unit)[0][0] for run in runs)
-    places = [place for place, _ in base.runs[0].points(axis, unit) if start <= place <= end]
-    return [(place, difference_at(base, other, axis, place, unit)) for place in places]
+    curve = base.runs[0].points(axis, unit, shared_until(base, other))
+    return [(place, difference_at(base, other, axis, place, unit)) for place, _ in curve if start <= place <= end]
 
 
 def compare_weights(first: RecordedRun, second: RecordedRun, evaluate_parts: EvaluateParts) -> Finding:
@@ -198,12 +213,24 @@ def _where(axis: Axis, end: float, run: RecordedRun) -> str:
     return f"{end:,.0f} tokens" if axis == "tokens" else f"{end:,.1f} seconds of training"
 
 
+def _fork_words(base: Group, other: Group, shared: int) -> str:
+    """Return which of two settings is a fork of the other, if their runs are one up to the step `shared`."""
+    same = f"up to step {shared:,} they are the same run"
+    for fork, run in ((other, base), (base, other)):
+        if run.forked_at is None or run.forked_at < shared:
+            way = "a fork" if fork.forked_at == shared else "a fork of a fork"
+            return f"{fork.name} is {way} of {run.name}: {same}"
+    return f"{base.name} and {other.name} are forks of one run: {same}"
+
+
 def _reservations(base: Group, other: Group) -> list[str]:
     """Return what a reader has to know beside the verdict."""
     first, second = base.runs[0], other.runs[0]
     notes = []
+    if shared := shared_until(base, other):
+        notes.append(_fork_words(base, other, shared))
     if first.machine != second.machine:
-        notes.append("the machines differ, so equal seconds are not compared")
+        notes.append("the machines differ or are not recorded, so equal seconds are not compared")
     steps = first.config.max_steps, second.config.max_steps
     if steps[0] != steps[1] and {first.config.schedule, second.config.schedule} != {"constant"}:
         words = f"{base.name} has {steps[0]:,} steps and {other.name} {steps[1]:,}"

@@ -170,7 +170,7 @@ def test_settings_that_are_not_given_are_named_by_their_value(here, losscurve):
     make("a", (5.0, 4.0))
     make("b", (5.0, 4.0), warmup_steps=3, schedule="wsd", decay_fraction=0.2, min_lr=1e-4)
     out = losscurve("compare a b")[1]
-    for words in ("warmup_steps 3 instead of 0", "min_lr 0.0001 instead of 3e-05", "decay_fraction 0.2 instead of none"):
+    for words in ("warmup_steps 3 instead of 0", "min_lr 0.0001 instead of 3e-05", "fraction 0.2 instead of none"):
         assert words in out
 
 

@@ -38,11 +38,6 @@ class Comparison:
     notes: Sequence[str]  # why not, or with which reservation
     findings: dict[str, Finding]  # by axis ("step", "tokens", "seconds"), and "weights"
 
-    @property
-    def is_paired(self) -> bool:
-        """Whether runs with the same seed are compared."""
-        return has_pairs(self.base, self.other)
-
 
 def compare(
     paths: Sequence[Path],

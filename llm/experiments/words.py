@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm.config.differences import settings_apart
-from llm.experiments.compare import Comparison, Finding
+from llm.experiments.compare import Comparison, Finding, has_pairs
 from llm.experiments.paired import Difference, verdict
 from llm.experiments.recorded import REPEATED, Group
 from llm.record.chart_style import plain
@@ -114,7 +114,7 @@ def numbers(difference: Difference, pair: str) -> str:
 
 def _pairing(comparison: Comparison) -> str:
     base, other = comparison.base, comparison.other
-    if not comparison.is_paired:
+    if not has_pairs(base, other):
         return "without pairs (other seeds, so the spread of both counts in full)"
     count = len(set(base.seeds) & set(other.seeds))
     return f"in {count} pair{'s' * (count > 1)} of runs with the same seed"

@@ -95,6 +95,9 @@ def test_several_settings_or_looks_widen_the_brackets(two_settings, losscurve):
     assert "interval 97.5 %" in family
     assert "C against A" in family
     assert "(Holm's correction)" in family
+    _, beside_one_seed, _ = losscurve("compare a1 a2 a3 b1 b2 b3 c1")
+    assert "better by 0.110 (0.085 to 0.135)" in beside_one_seed
+    assert "Holm" not in beside_one_seed
     _, twice, _ = losscurve("compare a1 a2 a3 b1 b2 b3 --looks 2")
     assert "better by 0.110 (0.074 to 0.146)" in twice
     assert "2 looks at the same question" in twice

@@ -70,10 +70,13 @@ def compare(
 
 
 def corrected(comparisons: Sequence[Comparison], looks: int = 1) -> list[Comparison]:
-    """Return comparisons with the same setting, their intervals widened by `paired.holm`, axis by axis."""
+    """Return comparisons with the same setting, their intervals widened by `paired.holm`, axis by axis.
+
+    One pair has no interval and so no false alarm: it does not widen those of others.
+    """
     found = [dict(comparison.findings) for comparison in comparisons]
     for axis in ("step", "tokens", "seconds", "weights"):
-        family = [findings for findings in found if axis in findings]
+        family = [findings for findings in found if axis in findings and findings[axis].difference.pairs > 1]
         wider = holm([findings[axis].difference for findings in family], looks)
         for findings, difference in zip(family, wider, strict=True):
             findings[axis] = dataclasses.replace(findings[axis], difference=difference)

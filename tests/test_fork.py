@@ -147,7 +147,7 @@ def test_the_best_weights_before_the_fork_come_along_if_they_are_there(base, los
         ("--max_time 0.001", "base: has used its max_time of 0.001 s; give a larger --max_time"),
         ("--at -1", "base: no state of step -1; saved are 0, 2, 4, 6, 8, 10, 12"),
         ("--data_dir nowhere", "nowhere: the run's token files are not there"),
-        ("--out_dir data", "data: holds other files (meta.json); choose another --out_dir"),
+        ("--out_dir data", "data: holds other files (val.bin); choose another --out_dir"),
         ("--out_dir text.txt", "text.txt: is a file; choose another --out_dir"),
         ("--at 7", "base: no state of step 7; saved are 0, 2, 4, 6, 8, 10, 12; give one of them, such as --at 6"),
         ("", "base: no --at given; saved are 0, 2, 4, 6, 8, 10, 12; give one of them"),

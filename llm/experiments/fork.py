@@ -129,14 +129,10 @@ def check_free(out_dir: Path) -> None:
             f"{out_dir}: holds a run; continue that with losscurve train --resume --out_dir {out_dir}, or choose "
             "another --out_dir"
         )
-    if out_dir.is_dir() and (found := sorted((path.name for path in out_dir.iterdir()), key=_hidden_last)):
-        raise UserError(f"{out_dir}: holds other files ({found[0]}); choose another --out_dir")
+    if out_dir.is_dir() and (found := [path.name for path in out_dir.iterdir()]):
+        raise UserError(f"{out_dir}: holds other files ({max(found)}); choose another --out_dir")  # max: not a hidden one
     if os.path.lexists(out_dir) and not out_dir.is_dir():
         raise UserError(f"{out_dir}: is a file; choose another --out_dir")
-
-
-def _hidden_last(name: str) -> tuple[bool, str]:
-    return name.startswith("."), name
 
 
 def check_goes_on(run_dir: Path, step: int, before: TrainConfig, after: TrainConfig, facts: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from saved_runs import same_bits
 from llm.commands.flags import Parser, add_settings, typed_settings
 from llm.commands.main import main
 from llm.config import FIELDS
+from llm.errors import UserError
 from llm.experiments.fork import usual_folder
 from llm.record.metrics import read_record
 from llm.record.plot import draw
@@ -173,6 +174,8 @@ def test_forks_of_one_state_have_names_that_say_what_changed(base, losscurve, mo
         add_settings(parser, FIELDS)
         assert usual_folder(Path("base"), 6, typed_settings(parser.read(typed.split()))) == Path(name)
     assert usual_folder(Path("runs/base/"), 6, {}) == Path("runs/base-at-6")
+    with pytest.raises(UserError, match="too long for the name of a folder; give a shorter one, with --out_dir"):
+        usual_folder(Path("long" * 60), 6, {})
     monkeypatch.chdir(base)
     assert usual_folder(Path(), 6, {}) == base.with_name("base-at-6")
     monkeypatch.chdir(base.parent)

@@ -115,11 +115,14 @@ def usual_folder(run_dir: Path, step: int, changes: dict[str, Any]) -> Path:
     """Return the folder of a fork for which none is given: beside the run, named by the step and what changes.
 
     Raises:
-        UserError: a change is no setting.
+        UserError: a change is no setting, or the name would be too long.
     """
     run_dir = run_dir if run_dir.name.strip(".") else Path(os.path.abspath(run_dir))
     name = make_setting({name: value for name, value in resolve_settings(changes).items() if name != "data_dir"}).name
-    return run_dir.with_name("-".join(filter(None, [run_dir.name, "at", str(step), name])))
+    name = "-".join(filter(None, [run_dir.name, "at", str(step), name]))
+    if len(name.encode()) > 240:  # file systems take 255 bytes
+        raise UserError(f"{name}: is too long for the name of a folder; give a shorter one, with --out_dir")
+    return run_dir.with_name(name)
 
 
 def check_free(out_dir: Path) -> None:
@@ -130,7 +133,8 @@ def check_free(out_dir: Path) -> None:
             "another --out_dir"
         )
     if out_dir.is_dir() and (found := [path.name for path in out_dir.iterdir()]):
-        raise UserError(f"{out_dir}: holds other files ({max(found)}); choose another --out_dir")  # max: not a hidden one
+        shown = max(found)  # a hidden one only if there is no other
+        raise UserError(f"{out_dir}: holds other files ({shown}); choose another --out_dir")
     if os.path.lexists(out_dir) and not out_dir.is_dir():
         raise UserError(f"{out_dir}: is a file; choose another --out_dir")
 

@@ -17,7 +17,7 @@ from tests.faults import checks
 from tests.faults.disk import Disk, Fault, Killed
 
 TORTURE = bool(os.environ.get("LOSSCURVE_TORTURE"))
-STRIDE = 1 if TORTURE else 17  # of the operations that fail
+STRIDE = 1 if TORTURE else 23  # of the operations that fail
 DONE = Path("forks/new")
 
 

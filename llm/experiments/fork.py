@@ -51,7 +51,8 @@ def fork(run_dir: Path, step: int, changes: dict[str, Any], out_dir: Path, say: 
     before = run_config(run_dir)
     state = find_state(run_dir, step)
     changes = resolve_settings(changes)
-    config = over_preset(to_settings(before), changes, say)
+    ruled_out: list[str] = []
+    config = over_preset(to_settings(before), changes, ruled_out.append)
     check_changes(before, config)
     check_free(out_dir)
     groups, facts = checkpoint.load_state(state)
@@ -59,6 +60,8 @@ def fork(run_dir: Path, step: int, changes: dict[str, Any], out_dir: Path, say: 
     data = open_run_data(run_dir, before, facts["data"], changes.get("data_dir"), say)
     config = from_settings({"out_dir": out_dir, "data_dir": beside(data.folder, out_dir)}, config)
 
+    for line in ruled_out:
+        say(line)
     storage.check_writable(out_dir, disk_needed(config))
     with storage.new_folder(out_dir) as folder:
         storage.write_text(folder / "config.toml", write_toml(config))
@@ -157,9 +160,14 @@ def check_changes(before: TrainConfig, after: TrainConfig) -> None:
         reason = OTHER_RUN.get(name) or _reason_by_value(name, before, after)
         if reason and old.get(name) != new.get(name):
             raise UserError(
-                f"{name} was {old.get(name)!r} in this run and cannot become {new.get(name)!r} in a fork: {reason}; "
+                f"{name} was {_shown(old.get(name))} in this run and cannot become {_shown(new.get(name))} in a fork: "
+                f"{reason}; "
                 f"leave it out, or start another run with: {new_run_command(before, {name: new.get(name)})}"
             )
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
 
 
 def _reason_by_value(name: str, before: TrainConfig, after: TrainConfig) -> str:

@@ -12,7 +12,7 @@ from llm.errors import UserError
 from llm.evaluate import Evaluation
 from llm.experiments.paired import Difference, holm, paired_difference, unpaired_difference
 from llm.experiments.parts import part_evaluations
-from llm.experiments.recorded import Axis, Group, RecordedRun, Unit, group_runs, read_run, shared_step
+from llm.experiments.recorded import Axis, Group, RecordedRun, Unit, group_runs, read_run
 from llm.storage.checkpoint import saved_steps
 
 Say = Callable[[str], None]
@@ -104,9 +104,6 @@ def compare_pair(base: Group, other: Group, evaluate_parts: EvaluateParts | None
     if evaluate_parts is not None and len(base.runs) == len(other.runs) == 1:
         try:
             findings["weights"] = compare_weights(first, second, evaluate_parts)
-            steps = [max(saved_steps(run.path), default=0) for run in (first, second)]
-            if steps[0] != steps[1]:
-                notes.append(f"the saved weights of {base.name} are of step {steps[0]:,}, of {other.name} {steps[1]:,}")
         except UserError as error:
             notes.append(f"the saved weights are not compared: {error}")
     return Comparison(base, other, unit, notes, findings)
@@ -155,7 +152,7 @@ def difference_at(base: Group, other: Group, axis: Axis, place: float, unit: Uni
 def shared_until(base: Group, other: Group) -> int:
     """Return the step up to which the runs of all pairs are one, because they are forks; else 0."""
     theirs = {run.config.seed: run for run in base.runs}
-    steps = [shared_step(theirs[run.config.seed], run) for run in other.runs if run.config.seed in theirs]
+    steps = [run.shared_with(theirs[run.config.seed]) for run in other.runs if run.config.seed in theirs]
     return min(steps, default=0)
 
 
@@ -192,7 +189,11 @@ def compare_weights(first: RecordedRun, second: RecordedRun, evaluate_parts: Eva
     ours, theirs = evaluate_parts(second), evaluate_parts(first)
     tokens = sum(part.tokens for part in ours)
     difference = paired_difference([part.loss for part in ours], [part.loss for part in theirs])
-    return Finding(f"the saved weights, on {tokens:,} validation tokens", difference, "part")
+    whose = "the saved weights"
+    steps = [max(saved_steps(run.path), default=None) for run in (first, second)]
+    if steps[0] != steps[1] and None not in steps:
+        whose += f" (of step {steps[1]:,} against step {steps[0]:,})"
+    return Finding(f"{whose}, on {tokens:,} validation tokens", difference, "part")
 
 
 def _axes(first: RecordedRun, second: RecordedRun) -> list[Axis]:
@@ -208,7 +209,9 @@ def _axes(first: RecordedRun, second: RecordedRun) -> list[Axis]:
 def _where(axis: Axis, end: float, run: RecordedRun) -> str:
     if axis == "step":
         return f"step {end:,.0f}"
-    return f"{end:,.0f} tokens" if axis == "tokens" else f"{end:,.1f} seconds of training"
+    if axis == "tokens":
+        return f"{end:,.0f} tokens"
+    return f"{end:,.1f} seconds of training" if end >= 1 else f"{end:.2g} seconds of training"
 
 
 def _fork_words(base: Group, other: Group, shared: int) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from llm.experiments.compare import Comparison, difference_curve
 from llm.experiments.paired import Difference
-from llm.experiments.recorded import Axis, Group, RecordedRun, Unit, shared_step
+from llm.experiments.recorded import Axis, Group, RecordedRun, Unit
 from llm.experiments.words import UNITS, apart_in_short
 from llm.record.chart_style import (
     COLOURS,
@@ -109,7 +109,7 @@ def _add_differences(
 
 def _own_points(run: RecordedRun, drawn: Sequence[Group], axis: Axis, unit: Unit) -> Points:
     """Return the losses of a run: of a fork only those from its fork on, if the run before it is drawn."""
-    shared = max((shared_step(other, run) for setting in drawn for other in setting.runs), default=0)
+    shared = max((run.shared_with(other) for setting in drawn for other in setting.runs), default=0)
     return run.points(axis, unit, shared)
 
 

@@ -66,6 +66,19 @@ class RecordedRun:
         text = sorted(self.hashes.items()) or self.config.text
         return repr((_compared(resolved_settings(self.config)), changed, text))
 
+    def shared_with(self, other: "RecordedRun") -> int:
+        """Return the step up to which two runs are one, as one is a fork of the other, or both are of a third; else 0.
+
+        A fork has copies of the rows before it, with their times, which no other training has.
+        """
+        last = 0
+        for ours, theirs in zip(self.evaluations, other.evaluations, strict=False):
+            if any(ours[name] != theirs[name] for name in ("step", "loss", "seconds")):
+                break
+            last = ours["step"]
+        forks = [fork.step for fork in (*self.origins, *other.origins) if fork.step >= last]
+        return min(forks, default=0) if last else 0
+
     def points(self, axis: Axis, unit: Unit, since: int = 0) -> list[tuple[float, float]]:
         """Return (place on the axis, loss) of each evaluation that has both, from the step `since` on."""
         rows = [row for row in self.evaluations if row["step"] >= since]
@@ -137,20 +150,6 @@ def read_run(path: Path, data_dir: str | None = None) -> RecordedRun:
 
 def _compared(settings: dict[str, Any]) -> list[tuple[str, Any]]:
     return sorted((name, value) for name, value in settings.items() if name not in REPEATED)
-
-
-def shared_step(first: RecordedRun, second: RecordedRun) -> int:
-    """Return the step up to which two runs are one, because one is a fork of the other, or both of a third; else 0.
-
-    A fork has copies of the rows before it, with their times, which no other training has.
-    """
-    steps = [fork.step for fork in (*first.origins, *second.origins)]
-    last = 0
-    for ours, theirs in zip(first.evaluations, second.evaluations, strict=False):
-        if any(ours[name] != theirs[name] for name in ("step", "loss", "seconds")):
-            break
-        last = ours["step"]
-    return min((step for step in steps if step >= last), default=0) if last else 0
 
 
 def _find_text(places: Sequence[Path], hashes: dict[str, str]) -> ValidationText | None:

@@ -214,16 +214,6 @@ def _where(axis: Axis, end: float, run: RecordedRun) -> str:
     return f"{end:,.1f} seconds of training" if end >= 1 else f"{end:.2g} seconds of training"
 
 
-def _fork_words(base: Group, other: Group, shared: int) -> str:
-    """Return which of two settings is a fork of the other, if their runs are one up to the step `shared`."""
-    same = f"up to step {shared:,} they are the same run"
-    for fork, run in ((other, base), (base, other)):
-        if run.forked_at is None or run.forked_at < shared:
-            way = "a fork" if fork.forked_at == shared else "a fork of a fork"
-            return f"{fork.name} is {way} of {run.name}: {same}"
-    return f"{base.name} and {other.name} are forks of one run: {same}"
-
-
 def _reservations(base: Group, other: Group) -> list[str]:
     """Return what a reader has to know beside the verdict."""
     first, second = base.runs[0], other.runs[0]
@@ -244,3 +234,13 @@ def _reservations(base: Group, other: Group) -> list[str]:
     if has_pairs(base, other) and left:
         notes.append(f"without a pair, and left out: seed {', '.join(map(str, left))}")
     return notes
+
+
+def _fork_words(base: Group, other: Group, shared: int) -> str:
+    """Return which of two settings is a fork of the other, if their runs are one up to the step `shared`."""
+    same = f"up to step {shared:,} they are the same run"
+    for fork, run in ((other, base), (base, other)):
+        if run.forked_at is None or run.forked_at < shared:
+            way = "a fork" if fork.forked_at == shared else "a fork of a fork"
+            return f"{fork.name} is {way} of {run.name}: {same}"
+    return f"{base.name} and {other.name} are forks of one run: {same}"

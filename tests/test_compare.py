@@ -13,8 +13,9 @@ import pytest
 from conftest import append, config_for, trained
 
 from llm.commands.look.compare import expand
-from llm.config import from_settings, write_toml
+from llm.config import from_settings, to_settings, write_toml
 from llm.errors import UserError
+from llm.evaluate import Evaluation
 from llm.experiments.compare import common_unit, compare, difference_curve
 from llm.experiments.comparison_picture import draw_comparisons
 from llm.experiments.parts import PARTS, part_evaluations
@@ -72,6 +73,19 @@ def test_a_folder_is_all_runs_below_it(two_settings):
     assert expand([Path(), Path("b1")]) == [Path(name) for name in ("a1", "a2", "a3", "b1", "b2", "b3")]
 
 
+def test_weights_of_other_steps_and_less_than_a_second_are_told(two_settings, losscurve, monkeypatch):
+    part = Evaluation(3.0, 1.5, 100)
+    monkeypatch.setattr("llm.experiments.compare.part_evaluations", lambda run, data_dir: [part])
+    for run, step in (("a1", 20), ("b1", 8)):
+        Path(run, f"step-{step:06d}").mkdir()
+    for run in ("a1", "b1"):  # 0, 2 and 4 seconds become hundredths
+        record = Path(run, "metrics.jsonl")
+        record.write_text(record.read_text().replace('.0, "', 'e-2, "').replace(".0}", "e-2}"))
+    _, out, _ = losscurve("compare a1 b1")
+    assert "the saved weights (of step 8 against step 20), on 100 validation tokens" in out
+    assert "at 0.04 seconds of training" in out
+
+
 def test_one_seed_each_is_not_known_and_other_seeds_have_no_pairs(two_settings, losscurve):
     _, out, err = losscurve("compare a1 b1")
     assert err == "evaluating b1/model.pt\n"  # before it turns out that it cannot
@@ -95,10 +109,96 @@ def test_several_settings_or_looks_widen_the_brackets(two_settings, losscurve):
     assert "interval 97.5 %" in family
     assert "C against A" in family
     assert "(Holm's correction)" in family
+    _, beside_one_seed, _ = losscurve("compare a1 a2 a3 b1 b2 b3 c1")
+    assert "better by 0.110 (0.085 to 0.135)" in beside_one_seed
+    assert "Holm" not in beside_one_seed
     _, twice, _ = losscurve("compare a1 a2 a3 b1 b2 b3 --looks 2")
     assert "better by 0.110 (0.074 to 0.146)" in twice
     assert "2 looks at the same question" in twice
     assert losscurve("compare a1 b1 --looks 0") == (2, "", "error: looks = 0: expected 1 or more\n")
+
+
+def fork_of(run: str, step: int, path: str, curve: tuple[float, ...], **before: float) -> Path:
+    """Make a run that shares the rows of `run` up to a step, with losses of its own after it."""
+    origin = json.loads(Path(run, "env.json").read_text())
+    forked_from = {"run": run, "step": step, "state": "", "before": before}
+    if "forked_from" in origin:
+        forked_from["forked_from"] = origin["forked_from"]
+    config = read_run(Path(run)).config
+    now = to_settings(config) | {name: 2 * value for name, value in before.items()}
+    fork = make(path, (), **{name: value for name, value in now.items() if name != "out_dir"})
+    (fork / "env.json").write_text(json.dumps(origin | {"forked_from": forked_from}))
+    rows = [row for row in read_record(Path(run)) if row["step"] <= step]
+    for i, loss in enumerate(curve, 1):
+        place = rows[-1]["step"] + 10 * i
+        rows.append({"step": place, "split": "val", "loss": loss, "bits_per_byte": loss / 2, "seconds": 100.0 + i})
+    for row in rows:
+        append(fork, **row)
+    return fork
+
+
+def test_forks_are_named_and_their_past_counts_as_shared(two_settings, losscurve):
+    for seed in (1, 2, 3):
+        fork_of(f"a{seed}", 10, f"f{seed}", (2.5 + 0.01 * seed,), max_lr=3e-4)
+    code, out, _ = losscurve("compare a1 a2 a3 f1 f2 f3")
+    assert code == 0
+    assert "B: f1, f2, f3 (seeds 1, 2, 3; forked from a1, a2, a3 at step 10): max_lr 0.0006 instead of 0.0003" in out
+    assert "note: B is a fork of A: up to step 10 they are the same run" in out
+    groups, _, _ = compare([Path(name) for name in ("a1", "a2", "a3", "f1", "f2", "f3")])
+    curve = difference_curve(*groups, "step", "loss")
+    assert [place for place, _ in curve] == [10, 20]
+    assert (curve[0][1].mean, curve[0][1].standard_error) == (0, 0)
+    assert curve[1][1].mean == pytest.approx(2.52 - (3.0 + 3.2 + 2.9) / 3)
+    upper = draw_comparisons(groups, compare([Path(name) for name in ("a1", "f1")])[1]).axes[0]
+    assert sorted(min(line.get_xdata()) for line in upper.lines if len(line.get_xdata()) > 1)[-1] == 10
+
+
+def test_forks_of_one_run_and_forks_that_go_no_further(two_settings, losscurve):
+    fork_of("a1", 10, "f", (2.5,), max_lr=3e-4)
+    fork_of("a1", 10, "g", (2.6,), dropout=0.1)
+    fork_of("f", 20, "h", (2.4,), dropout=0.2)
+    fork_of("a1", 10, "early", (), max_lr=3e-4)
+    assert "note: A is a fork of B: up to step 20 they are the same run" in losscurve("compare h f")[1]
+    out = losscurve("compare h g")[1]
+    assert "note: A and B are forks of one run: up to step 10 they are the same run" in out
+    assert "note: B is a fork of a fork of A: up to step 10" in losscurve("compare a1 h")[1]
+    out = losscurve("compare a1 early")[1]
+    assert "note: no loss after step 10 in both yet" in out
+    assert "at step" not in out.replace("at step 10", "")
+
+
+def test_a_fork_repeats_a_run_only_if_nothing_ever_changed(two_settings, losscurve):
+    """A fork whose rate was 0.0003 and is 0.001 is no repetition of a run with 0.001 from its start."""
+    fork_of("b1", 10, "same", (2.9,))
+    assert "same: left out, as it repeats b1 with the same seed" in losscurve("compare b1 same")[2]
+    make("c1", (5.0, 4.1, 2.9), seed=1, max_lr=5e-4)
+    changed = fork_of("c1", 10, "changed", (2.8,), max_lr=5e-4)
+    assert read_run(changed).config.max_lr == 1e-3
+    code, out, err = losscurve("compare b1 changed b2")
+    assert (code, "left out" in err) == (0, False)
+    assert "B: changed (seed 1; forked from c1 at step 10): the same settings, another past" in out
+    facts = json.loads((changed / "env.json").read_text())
+    del facts["forked_from"]["before"]  # as older versions wrote it
+    (changed / "env.json").write_text(json.dumps(facts))
+    assert "another past" in losscurve("compare b1 changed")[1]
+
+
+def test_settings_that_are_not_given_are_named_by_their_value(here, losscurve):
+    make("a", (5.0, 4.0))
+    make("b", (5.0, 4.0), warmup_steps=3, schedule="wsd", decay_fraction=0.2, min_lr=1e-4)
+    out = losscurve("compare a b")[1]
+    for words in ("warmup_steps 3 instead of 0", "min_lr 0.0001 instead of 3e-05", "fraction 0.2 instead of none"):
+        assert words in out
+
+
+def test_a_short_run_is_seen_whole_beside_a_long_one(here):
+    """The whole of its later part is above all later losses of the long one."""
+    make("long", (5.0, 3.9, 3.6, 3.4, *([3.0] * 40)))
+    make("short", (5.0, 4.8, 4.4, 4.2), max_lr=1e-3)
+    upper, lower = draw_comparisons(*compare([Path("long"), Path("short")])[:2]).axes
+    assert upper.get_ylim()[1] > 4.8
+    assert lower.get_ylim()[1] > 0.9  # at step 10
+    assert upper.get_ylim()[0] < 3.0
 
 
 def test_runs_that_do_not_compare_say_why(two_settings, losscurve):
@@ -160,11 +260,12 @@ def test_runs_that_still_train_are_compared_as_far_as_they_are(two_settings, los
     with Path("b1/metrics.jsonl").open("a") as record:
         record.write('{"step": 30, "split": "val", "lo')
     make("new", (5.0,), max_lr=1e-2)
+    make("started", (), max_lr=2e-2)
     make("burst", (5.0, 4.5, None, None), max_lr=1.0)
-    code, out, _ = losscurve("compare a1 b1 new burst")
+    code, out, _ = losscurve("compare a1 b1 new burst started")
     assert code == 0
     assert "at step 20: not known: 0.100 nats per token lower" in out
-    assert "note: no loss after step 0 in both yet" in out
+    assert out.count("note: no loss after step 0 in both yet") == 2
     assert "burst: its validation loss is not finite at step 20" in out
     assert "at step 10: not known: 0.50 nats per token higher" in out.replace("0.500", "0.50")
 

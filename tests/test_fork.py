@@ -2,17 +2,22 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import flags, words
 from saved_runs import same_bits
 
+from llm.commands.flags import Parser, add_settings, typed_settings
 from llm.commands.main import main
+from llm.config import FIELDS
+from llm.errors import UserError
+from llm.experiments.fork import usual_folder
 from llm.record.metrics import read_record
 from llm.record.plot import draw
-from llm.record.runs import origin_of
-from llm.storage import read_json, sha256
+from llm.record.runs import origin_of, origins
+from llm.storage import locked, read_json, sha256
 from llm.storage.checkpoint import load_state, saved_steps
 
 TIMES = ("seconds", "tokens_per_second", "matmul_utilisation", "data_seconds")
@@ -83,6 +88,7 @@ def test_a_fork_goes_its_own_way_from_the_fork_on(base, losscurve):
         "run": "base",
         "step": 6,
         "state": sha256(state),
+        "before": {"dropout": 0.2, "max_steps": 12, "min_lr": 1e-3},
     }
 
 
@@ -104,7 +110,12 @@ def test_where_it_comes_from_is_said_and_stays(base, losscurve):
     assert read_json(env)["python"] != "3.0"
     assert origin_of(base.with_name("hot")).step == 8
     assert losscurve("fork hot --at 12 --max_steps 14")[0] == 0  # a fork of a fork
-    assert origin_of(base.with_name("hot-at-12")).run == "hot"
+    assert origin_of(base.with_name("hot-at-12-max_steps=14")).run == "hot"
+    past = origins(read_json(base.with_name("hot-at-12-max_steps=14") / "env.json"))
+    assert [(origin.run, origin.step, origin.before) for origin in past] == [
+        ("hot", 12, {"max_steps": 13}),
+        ("base", 8, {"max_lr": 0.01}),
+    ]
 
 
 def test_the_best_weights_before_the_fork_come_along_if_they_are_there(base, losscurve):
@@ -112,7 +123,7 @@ def test_the_best_weights_before_the_fork_come_along_if_they_are_there(base, los
     facts = read_json(state)
     assert facts["progress"]["best_step"] == 8
     assert losscurve("fork base --at 10 --max_lr 5 --min_lr 5")[0] == 0
-    weights = torch.load(base.with_name("base-at-10") / "best.pt")
+    weights = torch.load(base.with_name("base-at-10-max_lr=5,min_lr=5") / "best.pt")
     kept = load_state(base / "step-000008")[0]["ema" if facts["progress"]["best_weights"] == "ema" else "model"]
     assert all(torch.equal(weights[name], value) for name, value in kept.items())
     shutil.rmtree(base / "step-000008")
@@ -126,13 +137,19 @@ def test_the_best_weights_before_the_fork_come_along_if_they_are_there(base, los
     [
         ("--n_layer 3", "n_layer was 2 in this run and cannot become 3 in a fork: the saved weights have this shape"),
         ("--tokenizer byte", "tokenizer was 'char' in this run and cannot become 'byte' in a fork: the saved weights"),
-        ("--text other.txt", "in a fork: the saved weights belong to the tokens of this text"),
+        ("--text other.txt", "error: text was text.txt in this run and cannot become other.txt in a fork: the saved"),
         ("--seed 2", "seed was 1337 in this run and cannot become 2 in a fork: a fork draws the same batches"),
         ("--order epochs", "order was 'replacement' in this run and cannot become 'epochs' in a fork"),
         ("--optimizer muon", "optimizer was 'adamw' in this run and cannot become 'muon' in a fork"),
         ("--ema 0", "ema was 0.9 in this run and cannot become 0.0 in a fork: the saved state has an average"),
         ("--dtype float16", "in a fork: float16 scales the loss"),
-        ("--max_steps 6", "base: complete at step 6; give a larger --max_steps to go on"),
+        ("--max_steps 5", "max_steps = 5: a fork at step 6 has no steps left; give a larger --max_steps, such as 12"),
+        ("--at 12", "max_steps = 12: a fork at step 12 has no steps left; give a larger --max_steps, such as 24"),
+        ("--max_time 0.001", "base: has used its max_time of 0.001 s; give a larger --max_time"),
+        ("--at -1", "base: no state of step -1; saved are 0, 2, 4, 6, 8, 10, 12"),
+        ("--data_dir nowhere", "nowhere: the run's token files are not there"),
+        ("--out_dir data", "data: holds other files (val.bin); choose another --out_dir"),
+        ("--out_dir text.txt", "text.txt: is a file; choose another --out_dir"),
         ("--at 7", "base: no state of step 7; saved are 0, 2, 4, 6, 8, 10, 12; give one of them, such as --at 6"),
         ("", "base: no --at given; saved are 0, 2, 4, 6, 8, 10, 12; give one of them"),
         ("--out_dir base", "base: holds a run; continue that with losscurve train --resume --out_dir base"),
@@ -142,9 +159,42 @@ def test_what_cannot_be_is_said_before_anything_is_written(base, losscurve, type
     before = files_of(base.parent)
     at = "" if "--at" in typed or not typed else "--at 6"
     code, _, err = losscurve(f"fork base {at} {typed}")
-    assert code == 2
+    assert (code, err.count("\n")) == (2, 1)
     assert told in err
     assert files_of(base.parent) == before
+
+
+def test_forks_of_one_state_have_names_that_say_what_changed(base, losscurve, monkeypatch):
+    for typed, name in (
+        ("--max_lr 2e-2", "base-at-6-max_lr=0.02"),
+        ("--max_lr 3e-2 --no_compile", "base-at-6-max_lr=0.03,compile=False"),
+        ("--data_dir ../x/data --sample_prompt=../a", "base-at-6-sample_prompt=.._a"),
+    ):
+        parser = Parser("fork", "")
+        add_settings(parser, FIELDS)
+        assert usual_folder(Path("base"), 6, typed_settings(parser.read(typed.split()))) == Path(name)
+    assert usual_folder(Path("runs/base/"), 6, {}) == Path("runs/base-at-6")
+    with pytest.raises(UserError, match="too long for the name of a folder; give a shorter one, with --out_dir"):
+        usual_folder(Path("long" * 60), 6, {})
+    monkeypatch.chdir(base)
+    assert usual_folder(Path(), 6, {}) == base.with_name("base-at-6")
+    monkeypatch.chdir(base.parent)
+    Path("base-at-6-max_lr=0.02").mkdir()  # an empty folder is taken
+    code, out, _ = losscurve("fork base --at 6 --max_lr 2e-2")
+    assert code == 0
+    assert out.startswith("base-at-6-max_lr=0.02: forked from base at step 6: --max_lr=2e-2")
+    assert sorted(path.name for path in Path().glob(".*")) == []
+    code, _, err = losscurve("fork base --at 6 --max_lr 2e-2")
+    assert code == 2
+    assert "base-at-6-max_lr=0.02: holds a run; continue that with losscurve train --resume" in err
+
+
+def test_a_run_that_trains_can_be_forked(base, losscurve):
+    """Its folder is locked, and its record ends in a row that is not complete."""
+    with locked(base, "this run folder"), (base / "metrics.jsonl").open("a") as record:
+        record.write('{"step": 14, "split": "tr')
+        record.flush()
+        assert losscurve("fork base --at 6")[0] == 0
 
 
 def test_with_epochs_a_step_keeps_its_windows(here, losscurve):
@@ -154,7 +204,7 @@ def test_with_epochs_a_step_keeps_its_windows(here, losscurve):
     assert "batch_size was 4 in this run and cannot become 8 in a fork: with order = 'epochs'" in err
     code, _, err = losscurve("fork e --at 4 --batch_size 2 --gradient_accumulation_steps 2")  # the same windows
     assert code == 0, err
-    assert saved_steps(here / "e-at-4")[-1] == 12
+    assert saved_steps(here / "e-at-4-batch_size=2,gradient_accumulation_steps=2")[-1] == 12
 
 
 def test_a_damaged_state_is_refused(base, losscurve):

@@ -276,3 +276,23 @@ def test_the_cache_folder(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "home")
     assert storage.cache_folder() == Path("home", ".cache", "losscurve")
+
+
+def test_a_new_folder_appears_when_it_is_complete(tmp_path):
+    final, hidden = tmp_path / "run", tmp_path / ".run.new"
+    hidden.mkdir()
+    (hidden / "half").write_bytes(b"half")  # as a kill leaves it
+    (hidden / "state").mkdir()
+    with storage.new_folder(final) as folder:
+        storage.write_bytes(folder / "a", b"whole")
+        assert not final.exists()
+        with pytest.raises(storage.InUse, match="in use by another process"), storage.new_folder(final):
+            pass
+    assert {path.name for path in final.iterdir()} == {"a", ".lock"}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    with pytest.raises(UserError, match="another process wrote to it"), storage.new_folder(final):
+        pass
+    assert (final / "a").read_bytes() == b"whole"
+    with pytest.raises(ZeroDivisionError), storage.new_folder(tmp_path / "other"):
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

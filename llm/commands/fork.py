@@ -19,18 +19,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--at", type=int, metavar="STEP", help="a step whose state is saved; without it, they are named"
     )
-    parser.add_argument("--out_dir", type=path, metavar="DIR", help="the new run folder (default: RUN-at-STEP)")
+    parser.add_argument(
+        "--out_dir", type=path, metavar="DIR", help="the new run folder (default: RUN-at-STEP-CHANGES, beside RUN)"
+    )
     add_settings(parser, [name for name in FIELDS if name != "out_dir"])
     add_run_flags(parser)
     args = parser.read(argv)
 
     from llm.commands.bars import print_best_effort
-    from llm.experiments.fork import find_state, fork
-    from llm.prepare.reuse import unused
+    from llm.experiments.fork import find_state, fork, usual_folder
 
     find_state(args.run, args.at)
-    out_dir = args.out_dir or path(unused(f"{args.run}-at-{args.at}"))
     changes = {name: value for name, value in typed_settings(args).items() if name != "out_dir"}
+    out_dir = args.out_dir or usual_folder(args.run, args.at, changes)
     fork(args.run, args.at, changes, out_dir, warn)
     own = ("--at", "--out_dir", *RUN_FLAGS)
     settings = [word for word in args.words if word.startswith("--") and word.partition("=")[0] not in (*own, "--")]

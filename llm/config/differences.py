@@ -26,12 +26,17 @@ def differing_settings(config: TrainConfig, ignored: Collection[str] = ()) -> di
 def settings_apart(ours: TrainConfig, theirs: TrainConfig, ignored: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
     """Return (ours, theirs) of each setting that differs, except those in `ignored`.
 
-    A value is None where a setting is not given, does not apply, or is the default that follows from other settings.
+    The values are those in force, given or by default; None where a setting is off or does not apply. A default that
+    follows from another setting, such as `min_lr` from `max_lr`, does not count if it follows in both.
     """
-    both = [_given_settings(config) for config in (ours, theirs)]
-    names = [name for name in dict.fromkeys([*both[0], *both[1]]) if name not in ignored]
-    pairs = {name: (both[0].get(name), both[1].get(name)) for name in names}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    given = [_given_settings(config) for config in (ours, theirs)]
+    in_force = [resolved_settings(config) for config in (ours, theirs)]
+    found = {}
+    for name in dict.fromkeys([*given[0], *given[1]]):
+        pair = in_force[0].get(name), in_force[1].get(name)
+        if name not in ignored and given[0].get(name) != given[1].get(name) and pair[0] != pair[1]:
+            found[name] = pair
+    return found
 
 
 def resolved_settings(config: TrainConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from llm.evaluate import Evaluation
 from llm.experiments.paired import Difference, holm, paired_difference, unpaired_difference
 from llm.experiments.parts import part_evaluations
 from llm.experiments.recorded import Axis, Group, RecordedRun, Unit, group_runs, read_run
+from llm.storage.checkpoint import saved_steps
 
 Say = Callable[[str], None]
 EvaluateParts = Callable[[RecordedRun], list[Evaluation]]
@@ -36,11 +37,6 @@ class Comparison:
     unit: Unit | None  # None if their losses do not compare
     notes: Sequence[str]  # why not, or with which reservation
     findings: dict[str, Finding]  # by axis ("step", "tokens", "seconds"), and "weights"
-
-    @property
-    def is_paired(self) -> bool:
-        """Whether runs with the same seed are compared."""
-        return has_pairs(self.base, self.other)
 
 
 def compare(
@@ -74,10 +70,13 @@ def compare(
 
 
 def corrected(comparisons: Sequence[Comparison], looks: int = 1) -> list[Comparison]:
-    """Return comparisons with the same setting, their intervals widened by `paired.holm`, axis by axis."""
+    """Return comparisons with the same setting, their intervals widened by `paired.holm`, axis by axis.
+
+    One pair has no interval and so no false alarm: it does not widen those of others.
+    """
     found = [dict(comparison.findings) for comparison in comparisons]
     for axis in ("step", "tokens", "seconds", "weights"):
-        family = [findings for findings in found if axis in findings]
+        family = [findings for findings in found if axis in findings and findings[axis].difference.pairs > 1]
         wider = holm([findings[axis].difference for findings in family], looks)
         for findings, difference in zip(family, wider, strict=True):
             findings[axis] = dataclasses.replace(findings[axis], difference=difference)
@@ -93,14 +92,15 @@ def compare_pair(base: Group, other: Group, evaluate_parts: EvaluateParts | None
     unit, notes = common_unit(first, second)
     if unit is None:
         return Comparison(base, other, None, notes, {})
+    notes += _reservations(base, other)
+    shared = shared_until(base, other)
+    if (common_end(base, other, "step", unit) or 0) <= shared:
+        return Comparison(base, other, unit, [*notes, f"no {unit} after step {shared:,} in both yet"], {})
     findings: dict[str, Finding] = {}
     for axis in _axes(first, second):
         end = common_end(base, other, axis, unit)
         if end is not None:
             findings[axis] = Finding(_where(axis, end, first), difference_at(base, other, axis, end, unit))
-    notes += _reservations(base, other)
-    if not findings:
-        return Comparison(base, other, unit, [*notes, f"no {unit} after step 0 in both yet"], {})
     if evaluate_parts is not None and len(base.runs) == len(other.runs) == 1:
         try:
             findings["weights"] = compare_weights(first, second, evaluate_parts)
@@ -149,6 +149,13 @@ def difference_at(base: Group, other: Group, axis: Axis, place: float, unit: Uni
     return paired_difference([ours[seed] for seed in shared], [theirs[seed] for seed in shared])
 
 
+def shared_until(base: Group, other: Group) -> int:
+    """Return the step up to which the runs of all pairs are one, because they are forks; else 0."""
+    theirs = {run.config.seed: run for run in base.runs}
+    steps = [run.shared_with(theirs[run.config.seed]) for run in other.runs if run.config.seed in theirs]
+    return min(steps, default=0)
+
+
 def common_end(base: Group, other: Group, axis: Axis, unit: Unit) -> float | None:
     """Return the last place on an axis that all runs have reached; None before an evaluation after step 0."""
     ends = [setting.end(axis, unit) for setting in (base, other)]
@@ -156,14 +163,17 @@ def common_end(base: Group, other: Group, axis: Axis, unit: Unit) -> float | Non
 
 
 def difference_curve(base: Group, other: Group, axis: Axis, unit: Unit) -> list[tuple[float, Difference]]:
-    """Return (place, difference) at each evaluation of the first run of `base` that all runs have reached."""
+    """Return (place, difference) at each evaluation of the first run of `base` that all runs have reached.
+
+    Where the runs of all pairs are one up to a step, the curve starts there.
+    """
     end = common_end(base, other, axis, unit)
     runs = [*base.runs, *other.runs]
     if end is None:
         return []
     start = max(run.points(axis, unit)[0][0] for run in runs)
-    places = [place for place, _ in base.runs[0].points(axis, unit) if start <= place <= end]
-    return [(place, difference_at(base, other, axis, place, unit)) for place in places]
+    curve = base.runs[0].points(axis, unit, shared_until(base, other))
+    return [(place, difference_at(base, other, axis, place, unit)) for place, _ in curve if start <= place <= end]
 
 
 def compare_weights(first: RecordedRun, second: RecordedRun, evaluate_parts: EvaluateParts) -> Finding:
@@ -179,7 +189,11 @@ def compare_weights(first: RecordedRun, second: RecordedRun, evaluate_parts: Eva
     ours, theirs = evaluate_parts(second), evaluate_parts(first)
     tokens = sum(part.tokens for part in ours)
     difference = paired_difference([part.loss for part in ours], [part.loss for part in theirs])
-    return Finding(f"the saved weights, on {tokens:,} validation tokens", difference, "part")
+    whose = "the saved weights"
+    steps = [max(saved_steps(run.path), default=None) for run in (first, second)]
+    if steps[0] != steps[1] and None not in steps:
+        whose += f" (of step {steps[1]:,} against step {steps[0]:,})"
+    return Finding(f"{whose}, on {tokens:,} validation tokens", difference, "part")
 
 
 def _axes(first: RecordedRun, second: RecordedRun) -> list[Axis]:
@@ -195,15 +209,19 @@ def _axes(first: RecordedRun, second: RecordedRun) -> list[Axis]:
 def _where(axis: Axis, end: float, run: RecordedRun) -> str:
     if axis == "step":
         return f"step {end:,.0f}"
-    return f"{end:,.0f} tokens" if axis == "tokens" else f"{end:,.1f} seconds of training"
+    if axis == "tokens":
+        return f"{end:,.0f} tokens"
+    return f"{end:,.1f} seconds of training" if end >= 1 else f"{end:.2g} seconds of training"
 
 
 def _reservations(base: Group, other: Group) -> list[str]:
     """Return what a reader has to know beside the verdict."""
     first, second = base.runs[0], other.runs[0]
     notes = []
+    if shared := shared_until(base, other):
+        notes.append(_fork_words(base, other, shared))
     if first.machine != second.machine:
-        notes.append("the machines differ, so equal seconds are not compared")
+        notes.append("the machines differ or are not recorded, so equal seconds are not compared")
     steps = first.config.max_steps, second.config.max_steps
     if steps[0] != steps[1] and {first.config.schedule, second.config.schedule} != {"constant"}:
         words = f"{base.name} has {steps[0]:,} steps and {other.name} {steps[1]:,}"
@@ -216,3 +234,13 @@ def _reservations(base: Group, other: Group) -> list[str]:
     if has_pairs(base, other) and left:
         notes.append(f"without a pair, and left out: seed {', '.join(map(str, left))}")
     return notes
+
+
+def _fork_words(base: Group, other: Group, shared: int) -> str:
+    """Return which of two settings is a fork of the other, if their runs are one up to the step `shared`."""
+    same = f"up to step {shared:,} they are the same run"
+    for fork, run in ((other, base), (base, other)):
+        if run.forked_at is None or run.forked_at < shared:
+            way = "a fork" if fork.forked_at == shared else "a fork of a fork"
+            return f"{fork.name} is {way} of {run.name}: {same}"
+    return f"{base.name} and {other.name} are forks of one run: {same}"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from llm.experiments.compare import Comparison, difference_curve
 from llm.experiments.paired import Difference
-from llm.experiments.recorded import Axis, Group, Unit
+from llm.experiments.recorded import Axis, Group, RecordedRun, Unit
 from llm.experiments.words import UNITS, apart_in_short
 from llm.record.chart_style import (
     COLOURS,
@@ -18,12 +18,13 @@ from llm.record.chart_style import (
     plain,
     set_height,
 )
+from llm.record.points import Item, Points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SETTLED = 0.2  # share of the axis after which the curves set the heights: the first fall would flatten the rest
+SETTLED = 0.2  # share of a curve after which it sets the heights: the first fall would flatten the rest
 
 
 def draw_comparisons(settings: Sequence[Group], comparisons: Sequence[Comparison]) -> "Figure":
@@ -42,6 +43,7 @@ def draw_comparisons(settings: Sequence[Group], comparisons: Sequence[Comparison
     figure.set_size_inches(10, 8)
     upper.set_position((0.1, 0.45, 0.54, 0.42))
     upper.set_xlabel("")
+    upper.set_xlim(-0.01 * end, 1.01 * end)
     upper.tick_params(labelbottom=False)
     lower = figure.add_axes((0.1, 0.08, 0.54, 0.29), sharex=upper)
     lower.set_xlabel("tokens" if axis == "tokens" else "step", fontsize=12)
@@ -57,20 +59,21 @@ def draw_comparisons(settings: Sequence[Group], comparisons: Sequence[Comparison
 def _add_losses(axes: "Axes", settings: Sequence[Group], axis: Axis, unit: Unit, end: float) -> None:
     """Draw the validation loss of every run, in the colour of its setting."""
     labels = []
-    every = []
+    every: list[tuple[float, float]] = []
+    settled: list[tuple[float, float]] = []
     for number, setting in enumerate(settings):
         colour, marker = _style(number)
-        curves = [run.points(axis, unit) for run in setting.runs]
+        curves = [_own_points(run, settings[:number], axis, unit) for run in setting.runs]
         for curve in curves:
             add_curve(axes, curve, colour, linewidth=1.6, marker=marker if len(curves) == 1 else "")
             every += curve
+            settled += _settled(curve)
         if any(curves):
             last = [curve[-1][1] for curve in curves if curve]
             words = "" if setting is settings[0] else plain(apart_in_short(settings[0], setting), 26)
             mean = sum(last) / len(last)
             labels.append((mean, f"{setting.name} {format_loss(mean)} {words}".rstrip(), colour, marker))
-    settled = [loss for place, loss in every if place >= SETTLED * end]
-    set_height(axes, [loss for _, loss in every], max(settled, default=float("inf")))
+    set_height(axes, [loss for _, loss in every], max((loss for _, loss in settled), default=float("inf")))
     add_end_labels(axes, end, labels, gap=0.075)
 
 
@@ -92,8 +95,7 @@ def _add_differences(
             places = [place for place, _ in banded]
             lows, highs = [difference.low for _, difference in banded], [difference.high for _, difference in banded]
             axes.fill_between(places, lows, highs, facecolor=colour, alpha=0.18, linewidth=0)
-        settled = [difference for place, difference in curve if place >= SETTLED * end]
-        heights += [value for difference in settled for value in (difference.mean, *_edges(difference))]
+        heights += [value for _, difference in _settled(curve) for value in (difference.mean, *_edges(difference))]
         if curve:
             labels.append((curve[-1][1].mean, f"{found.other.name} {curve[-1][1].mean:+.3f}", colour, marker))
     pad = 0.1 * (max(heights) - min(heights)) or 0.5
@@ -103,6 +105,17 @@ def _add_differences(
     words = "band: 95 % interval at each evaluation" if has_band else "one seed each: may be chance"
     axes.set_title(f"difference (below 0: better); {words}", loc="left", fontsize=12.5, parse_math=False)
     add_end_labels(axes, end, labels, gap=0.1)
+
+
+def _own_points(run: RecordedRun, drawn: Sequence[Group], axis: Axis, unit: Unit) -> Points:
+    """Return the losses of a run: of a fork only those from its fork on, if the run before it is drawn."""
+    shared = max((run.shared_with(other) for setting in drawn for other in setting.runs), default=0)
+    return run.points(axis, unit, shared)
+
+
+def _settled(curve: Sequence[tuple[float, Item]]) -> Sequence[tuple[float, Item]]:
+    """Return the later part of a curve, whatever the lengths of others."""
+    return [point for point in curve if point[0] >= SETTLED * curve[-1][0]]
 
 
 def _edges(difference: Difference) -> tuple[float, ...]:

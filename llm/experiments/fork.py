@@ -4,6 +4,7 @@ A fork is a run folder like any other, with that state as its newest checkpoint.
 """
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from llm import storage
 from llm.arch import empty_model
 from llm.config import MODEL_FIELDS, TrainConfig, from_settings, over_preset, resolve_settings, to_settings, write_toml
+from llm.config.differences import settings_apart
 from llm.errors import UserError
+from llm.experiments.trials import make_setting
 from llm.record import metrics, samples
 from llm.start.changes import new_run_command
 from llm.start.resume_run import check_unfinished
@@ -38,36 +41,37 @@ def fork(run_dir: Path, step: int, changes: dict[str, Any], out_dir: Path, say: 
     """Make `out_dir` a run that shares the past of the run in `run_dir` up to `step`; return its settings.
 
     `changes` are the settings that differ from then on, by field name. Of the record and the samples, the fork takes
-    what is there up to `step`; `env.json` names the run, the step and the SHA-256 of the state's manifest as
-    `forked_from`. Nothing is written to `run_dir`.
+    what is there up to `step`; `forked_from` in its env.json is what `describe_origin` returns. Nothing is written to
+    `run_dir`. A crash leaves `out_dir` complete, or as it was: see `storage.new_folder`.
 
     Raises:
         UserError: there is no state of `step`, it is damaged, a setting cannot change, the token files are not found,
-            or `out_dir` holds a run.
+            or `out_dir` holds files.
     """
     before = run_config(run_dir)
     state = find_state(run_dir, step)
     changes = resolve_settings(changes)
-    config = over_preset(to_settings(before), changes, say)
+    ruled_out: list[str] = []
+    config = over_preset(to_settings(before), changes, ruled_out.append)
     check_changes(before, config)
     check_free(out_dir)
     groups, facts = checkpoint.load_state(state)
-    check_unfinished(config, facts["progress"])
+    check_goes_on(run_dir, step, before, config, facts)
     data = open_run_data(run_dir, before, facts["data"], changes.get("data_dir"), say)
     config = from_settings({"out_dir": out_dir, "data_dir": beside(data.folder, out_dir)}, config)
 
+    for line in ruled_out:
+        say(line)
     storage.check_writable(out_dir, disk_needed(config))
-    with storage.locked(out_dir, "this run folder"):
-        check_free(out_dir)
-        storage.write_text(out_dir / "config.toml", write_toml(config))
-        origin = {"run": beside(run_dir, out_dir), "step": step, "state": storage.sha256(state / "manifest.json")}
-        write_environment(out_dir, data, origin)
+    with storage.new_folder(out_dir) as folder:
+        storage.write_text(folder / "config.toml", write_toml(config))
+        write_environment(folder, data, describe_origin(run_dir, state, before, config))
         for name in ("tokenizer.json", metrics.NAME, samples.NAME):
             if (run_dir / name).exists():
-                storage.write_bytes(out_dir / name, (run_dir / name).read_bytes())
-        metrics.cut(out_dir, step)
-        samples.Samples(out_dir).cut(step)
-        write_weights(run_dir, out_dir, config, groups, facts, say)
+                storage.write_bytes(folder / name, (run_dir / name).read_bytes())
+        metrics.cut(folder, step)
+        samples.Samples(folder).cut(step)
+        write_weights(run_dir, folder, config, groups, facts, say)
     return config
 
 
@@ -84,18 +88,69 @@ def find_state(run_dir: Path, step: int | None) -> Path:
     )
 
 
+def describe_origin(run_dir: Path, state: Path, before: TrainConfig, config: TrainConfig) -> dict[str, Any]:
+    """Return what the env.json of a fork with the settings `config` says of where it comes from.
+
+    "run" is the folder, "step" that of the state, "state" the SHA-256 of its manifest, "before" the run's values of the
+    settings that the fork changes. If the run is a fork too, "forked_from" is the same of its own origin.
+    """
+    facts = {
+        "run": beside(run_dir, Path(config.out_dir)),
+        "step": int(state.name.removeprefix("step-")),
+        "state": storage.sha256(state / "manifest.json"),
+        "before": {name: old for name, (_, old) in settings_apart(config, before, ("out_dir", "data_dir")).items()},
+    }
+    try:
+        earlier = storage.read_json(run_dir / "env.json")
+    except UserError:  # lost: the fork writes its own
+        earlier = {}
+    if isinstance(earlier, dict) and "forked_from" in earlier:
+        facts["forked_from"] = earlier["forked_from"]
+    return facts
+
+
 def _listed(steps: list[int]) -> str:
     shown = [str(step) for step in steps]
     return ", ".join(shown if len(shown) <= 10 else [*shown[:4], "…", *shown[-4:]])
 
 
+def usual_folder(run_dir: Path, step: int, changes: dict[str, Any]) -> Path:
+    """Return the folder of a fork for which none is given: beside the run, named by the step and what changes.
+
+    Raises:
+        UserError: a change is no setting, or the name would be too long.
+    """
+    run_dir = run_dir if run_dir.name.strip(".") else Path(os.path.abspath(run_dir))
+    name = make_setting({name: value for name, value in resolve_settings(changes).items() if name != "data_dir"}).name
+    name = "-".join(filter(None, [run_dir.name, "at", str(step), name]))
+    if len(name.encode()) > 240:  # file systems take 255 bytes
+        raise UserError(f"{name}: is too long for the name of a folder; give a shorter one, with --out_dir")
+    return run_dir.with_name(name)
+
+
 def check_free(out_dir: Path) -> None:
-    """Raise UserError if `out_dir` holds a run."""
-    if any((out_dir / name).exists() for name in ("config.toml", metrics.NAME)) or checkpoint.saved_steps(out_dir):
+    """Raise UserError if `out_dir` is a file or a folder with files."""
+    if (out_dir / "config.toml").exists():
         raise UserError(
             f"{out_dir}: holds a run; continue that with losscurve train --resume --out_dir {out_dir}, or choose "
             "another --out_dir"
         )
+    if out_dir.is_dir() and (found := [path.name for path in out_dir.iterdir()]):
+        shown = max(found)  # a hidden one only if there is no other
+        raise UserError(f"{out_dir}: holds other files ({shown}); choose another --out_dir")
+    if os.path.lexists(out_dir) and not out_dir.is_dir():
+        raise UserError(f"{out_dir}: is a file; choose another --out_dir")
+
+
+def check_goes_on(run_dir: Path, step: int, before: TrainConfig, after: TrainConfig, facts: dict[str, Any]) -> None:
+    """Raise UserError if a fork with the settings `after` would end before its first step."""
+    if after.max_steps <= step:
+        longer = before.max_steps if before.max_steps > step else 2 * step
+        raise UserError(
+            f"max_steps = {after.max_steps}: a fork at step {step} has no steps left; give a larger --max_steps, such "
+            f"as {longer}, or an earlier --at"
+        )
+    check_unfinished(from_settings({"out_dir": run_dir}, after), facts["progress"])
 
 
 def check_changes(before: TrainConfig, after: TrainConfig) -> None:
@@ -105,9 +160,14 @@ def check_changes(before: TrainConfig, after: TrainConfig) -> None:
         reason = OTHER_RUN.get(name) or _reason_by_value(name, before, after)
         if reason and old.get(name) != new.get(name):
             raise UserError(
-                f"{name} was {old.get(name)!r} in this run and cannot become {new.get(name)!r} in a fork: {reason}; "
+                f"{name} was {_shown(old.get(name))} in this run and cannot become {_shown(new.get(name))} in a fork: "
+                f"{reason}; "
                 f"leave it out, or start another run with: {new_run_command(before, {name: new.get(name)})}"
             )
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
 
 
 def _reason_by_value(name: str, before: TrainConfig, after: TrainConfig) -> str:

@@ -11,7 +11,8 @@ from llm import storage
 from llm.config import TrainConfig, from_settings, read_toml
 from llm.config.differences import resolved_settings
 from llm.errors import UserError
-from llm.record.metrics import read_record, with_lower_loss
+from llm.record.metrics import NAME, read_record, with_lower_loss
+from llm.record.runs import Origin, origins
 from llm.start.run_data import places_of
 from llm.tokens.token_files import files_of, read_meta
 
@@ -45,6 +46,7 @@ class RecordedRun:
     hashes: dict[str, str]  # SHA-256 of the token files, by name; empty if unknown
     machine: tuple[Any, ...]
     text: ValidationText | None  # None if the data folder is not there, or has no meta.json
+    origins: Sequence[Origin] = ()  # of a fork, and of the run that it was forked from, and so on
 
     @property
     def validation_hashes(self) -> dict[str, str]:
@@ -56,10 +58,31 @@ class RecordedRun:
         """Whether an evaluation predicts the whole validation split, as far as its size is known."""
         return self.text is not None and self.text.tokens - 1 <= self.config.eval_tokens
 
-    def points(self, axis: Axis, unit: Unit) -> list[tuple[float, float]]:
-        """Return (place on the axis, loss) of each evaluation that has both."""
-        rows = [row for row in self.evaluations if row[axis] is not None and row[unit] is not None]
-        return [(row[axis], row[unit]) for row in rows]
+    @property
+    def identity(self) -> str:
+        """The settings that repetitions have in common: its own, and those that it had before it was forked."""
+        past = [(fork.step, fork.run if fork.before is None else _compared(fork.before)) for fork in self.origins]
+        changed = [(step, before) for step, before in past if before]
+        text = sorted(self.hashes.items()) or self.config.text
+        return repr((_compared(resolved_settings(self.config)), changed, text))
+
+    def shared_with(self, other: "RecordedRun") -> int:
+        """Return the step up to which two runs are one, as one is a fork of the other, or both are of a third; else 0.
+
+        A fork has copies of the rows before it, with their times, which no other training has.
+        """
+        last = 0
+        for ours, theirs in zip(self.evaluations, other.evaluations, strict=False):
+            if any(ours[name] != theirs[name] for name in ("step", "loss", "seconds")):
+                break
+            last = ours["step"]
+        forks = [fork.step for fork in (*self.origins, *other.origins) if fork.step >= last]
+        return min(forks, default=0) if last else 0
+
+    def points(self, axis: Axis, unit: Unit, since: int = 0) -> list[tuple[float, float]]:
+        """Return (place on the axis, loss) of each evaluation that has both, from the step `since` on."""
+        rows = [row for row in self.evaluations if row["step"] >= since]
+        return [(row[axis], row[unit]) for row in rows if row[axis] is not None and row[unit] is not None]
 
     def at(self, axis: Axis, place: float, unit: Unit) -> float:
         """Return the loss at a place within the evaluations, on a straight line between the two around it."""
@@ -78,6 +101,11 @@ class Group:
     def seeds(self) -> list[int]:
         """The seeds of its runs."""
         return [run.config.seed for run in self.runs]
+
+    @property
+    def forked_at(self) -> int | None:
+        """The step at which its runs were forked from others; None if they are no forks."""
+        return self.runs[0].origins[0].step if self.runs[0].origins else None
 
     def end(self, axis: Axis, unit: Unit) -> float | None:
         """Return the last place on the axis that all its runs have reached; None before an evaluation after step 0."""
@@ -98,7 +126,8 @@ def read_run(path: Path, data_dir: str | None = None) -> RecordedRun:
     if not (path / "config.toml").is_file():
         raise UserError(f"{path}: no run here (no config.toml); give the folder of a training run")
     config = from_settings(read_toml(str(path / "config.toml")))
-    rows = [row for row in read_record(path) if row["split"] == "val"]
+    has_record = (path / NAME).exists()  # a run that has just begun has none
+    rows = [row for row in read_record(path) if row["split"] == "val"] if has_record else []
     try:
         environment = storage.read_json(path / "env.json")
     except UserError:  # lost; what cannot be compared without it is said
@@ -115,7 +144,12 @@ def read_run(path: Path, data_dir: str | None = None) -> RecordedRun:
         hashes=hashes,
         machine=(config.device, *(facts.get(name) for name in MACHINE)),
         text=_find_text(places, hashes),
+        origins=origins(facts),
     )
+
+
+def _compared(settings: dict[str, Any]) -> list[tuple[str, Any]]:
+    return sorted((name, value) for name, value in settings.items() if name not in REPEATED)
 
 
 def _find_text(places: Sequence[Path], hashes: dict[str, str]) -> ValidationText | None:
@@ -143,9 +177,7 @@ def group_runs(runs: Sequence[RecordedRun]) -> tuple[list[Group], list[str]]:
     settings: dict[str, dict[int, RecordedRun]] = {}
     notes = []
     for run in runs:
-        chosen = {name: value for name, value in resolved_settings(run.config).items() if name not in REPEATED}
-        text = sorted(run.hashes.items()) or run.config.text
-        by_seed = settings.setdefault(repr((sorted(chosen.items()), text)), {})
+        by_seed = settings.setdefault(run.identity, {})
         first = by_seed.setdefault(run.config.seed, run)
         if first is not run:
             notes.append(f"{run.path}: left out, as it repeats {first.path} with the same seed{_apart(first, run)}")

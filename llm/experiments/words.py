@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm.config.differences import settings_apart
-from llm.experiments.compare import Comparison, Finding
+from llm.experiments.compare import Comparison, Finding, has_pairs
 from llm.experiments.paired import Difference, verdict
 from llm.experiments.recorded import REPEATED, Group
 from llm.record.chart_style import plain
@@ -15,12 +15,23 @@ LEAST = 1e-9  # p-value that is printed
 NAME_LENGTH = 100  # characters of a path or a value
 
 
+def report_lines(settings: Sequence[Group], comparisons: Sequence[Comparison], looks: int = 1) -> list[str]:
+    """Return all that is to be said of settings and their comparisons with the first one."""
+    lines = setting_lines(settings)
+    if not comparisons:
+        return [*lines, spread_line(settings[0])]
+    for comparison in comparisons:
+        lines += ["", *comparison_lines(comparison)]
+    closing = closing_lines(comparisons, looks)
+    return [*lines, "", *closing] if closing else lines
+
+
 def setting_lines(settings: Sequence[Group]) -> list[str]:
     """Return a line for each setting: its runs, their seeds, and what differs from the first setting."""
     lines = []
     for setting in settings:
         paths = ", ".join(plain(str(run.path), NAME_LENGTH) for run in setting.runs)
-        line = f"{setting.name}: {paths} ({_seeds(setting.seeds)})"
+        line = f"{setting.name}: {paths} ({_seeds(setting.seeds)}{_forked(setting)})"
         lines.append(line if setting is settings[0] else f"{line}: {apart(settings[0], setting)}")
     return lines
 
@@ -29,12 +40,18 @@ def apart(base: Group, other: Group) -> str:
     """Return the settings of `other` that differ from those of `base`: "max_lr 0.01 instead of 0.003"."""
     pairs = differing(base, other).items()
     words = [f"{name} {_value(ours)} instead of {_value(theirs)}" for name, (ours, theirs) in pairs]
-    return ", ".join(words) or "the same settings, other token files"
+    return ", ".join(words) or f"the same settings, {_not_a_setting(base, other)}"
 
 
 def apart_in_short(base: Group, other: Group) -> str:
     """Return the values of `other` that differ from those of `base`: "max_lr 0.01"."""
-    return ", ".join(f"{name} {_value(ours)}" for name, (ours, _) in differing(base, other).items()) or "other tokens"
+    words = [f"{name} {_value(ours)}" for name, (ours, _) in differing(base, other).items()]
+    return ", ".join(words) or _not_a_setting(base, other)
+
+
+def _not_a_setting(base: Group, other: Group) -> str:
+    """Return what tells two settings apart that have the same values."""
+    return "other token files" if base.runs[0].hashes != other.runs[0].hashes else "another past"
 
 
 def differing(base: Group, other: Group) -> dict[str, tuple[Any, Any]]:
@@ -46,12 +63,19 @@ def differing(base: Group, other: Group) -> dict[str, tuple[Any, Any]]:
 
 def _value(value: object) -> str:
     if value is None:
-        return "(not given)"
+        return "none"
     return plain(" ".join(map(str, value)) if isinstance(value, tuple) else str(value), NAME_LENGTH)
 
 
 def _seeds(seeds: Sequence[int]) -> str:
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
+
+
+def _forked(setting: Group) -> str:
+    if setting.forked_at is None:
+        return ""
+    runs = {run.origins[0].run for run in setting.runs if run.origins}
+    return f"; forked from {', '.join(sorted(runs))} at step {setting.forked_at:,}"
 
 
 def comparison_lines(comparison: Comparison) -> list[str]:
@@ -83,36 +107,37 @@ def numbers(difference: Difference, pair: str) -> str:
     return (
         f"mean {difference.mean:+.4f}, standard error {difference.standard_error:.2g} over {difference.pairs} "
         f"{PAIRS[pair]}, "
-        f"{difference.freedom} degrees of freedom, {chance}, "
+        f"{difference.freedom} degree{'s' * (difference.freedom > 1)} of freedom, {chance}, "
         f"interval {100 * (1 - difference.level):.3g} %"
     )
 
 
 def _pairing(comparison: Comparison) -> str:
     base, other = comparison.base, comparison.other
-    if not comparison.is_paired:
-        return "without pairs (no common seeds, so the spread of both counts in full)"
+    if not has_pairs(base, other):
+        return "without pairs (other seeds, so the spread of both counts in full)"
     count = len(set(base.seeds) & set(other.seeds))
     return f"in {count} pair{'s' * (count > 1)} of runs with the same seed"
 
 
 def closing_lines(comparisons: Sequence[Comparison], looks: int = 1) -> list[str]:
-    """Return what the brackets mean; nothing if no verdict has any."""
+    """Return what the brackets mean and for what they are corrected; nothing if no verdict has any."""
     family = [found for found in comparisons if any(item.difference.pairs > 1 for item in found.findings.values())]
     if not family:
         return []
     lines = [
-        "Brackets: the true difference is between these two values in 95 of 100 experiments. So 5 of 100 comparisons "
-        "of settings that do not differ say better or worse."
+        "Brackets: the true difference is between these two values in 95 of 100 experiments. In the others, settings "
+        "that do not differ may be called better or worse. Equal steps, tokens, seconds and weights are questions of "
+        "their own, with 5 of 100 each."
     ]
     if len(family) > 1:
         lines.append(
             f"{len(family)} settings are compared with {family[0].base.name}, so the brackets are wider (Holm's "
-            "correction): the 5 of 100 are for all of them together."
+            "correction): the 5 of 100 are for all of them together, for each question."
         )
     if looks > 1:
         lines.append(
-            f"{looks} looks at the same question: the brackets are wider, and the 5 of 100 are for all of them."
+            f"{looks} looks at the same question: the brackets are wider, and the 5 of 100 are for all looks together."
         )
     elif any("would tell" in verdict(item.difference) for found in family for item in found.findings.values()):
         lines.append(

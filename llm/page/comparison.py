@@ -6,21 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm.errors import UserError
-from llm.experiments import words
 from llm.experiments.compare import compare
 from llm.experiments.comparison_picture import draw_comparisons
+from llm.experiments.words import report_lines
 
 
 def comparison_of(paths: Sequence[Path]) -> dict[str, str]:
     """Return {"words": the verdicts, "picture": a data URL, "" if there is nothing to draw}."""
     try:
         groups, comparisons, notes = compare(paths, with_weights=False)
-    except UserError as error:  # such as a run that has no record yet
+    except UserError as error:  # such as a run that is damaged
         return {"words": str(error), "picture": ""}
-    lines = [*notes, *words.setting_lines(groups)]
-    for comparison in comparisons:
-        lines += ["", *words.comparison_lines(comparison)]
-    lines += ["", *words.closing_lines(comparisons)] if comparisons else [words.spread_line(groups[0])]
+    lines = [*notes, *report_lines(groups, comparisons)]
     if not any(comparison.findings for comparison in comparisons):
         return {"words": "\n".join(lines), "picture": ""}
     picture = io.BytesIO()

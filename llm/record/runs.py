@@ -9,6 +9,7 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any
 
 from llm import storage
 from llm.config import TrainConfig, from_settings, read_toml
@@ -137,6 +138,7 @@ class Origin:
 
     run: str  # name of the run folder
     step: int
+    before: dict[str, Any] | None  # the run's values of the settings that the fork changed; None if not recorded
 
     @property
     def line(self) -> str:
@@ -144,16 +146,24 @@ class Origin:
         return f"forked from {self.run} at step {self.step:,}: up to there, the record is that run's"
 
 
+def origins(environment: object) -> list[Origin]:
+    """Return what the run with this content of env.json was forked from, then what that was forked from, and so on."""
+    known: list[Origin] = []
+    found = environment.get("forked_from") if isinstance(environment, dict) else None
+    while isinstance(found, dict) and type(found.get("step")) is int and isinstance(found.get("run"), str):
+        before = found.get("before")
+        name = plain(PurePath(found["run"]).name, 60)
+        known.append(Origin(name, found["step"], before if isinstance(before, dict) else None))
+        found = found.get("forked_from")
+    return known
+
+
 def origin_of(run_dir: Path) -> Origin | None:
     """Return the origin of the run in `run_dir`; None if it is no fork, or its env.json cannot be read."""
     try:
-        facts = storage.read_json(run_dir / "env.json")
+        return next(iter(origins(storage.read_json(run_dir / "env.json"))), None)
     except UserError:
         return None
-    found = facts.get("forked_from") if isinstance(facts, dict) else None
-    if not isinstance(found, dict) or type(found.get("step")) is not int or not isinstance(found.get("run"), str):
-        return None
-    return Origin(plain(PurePath(found["run"]).name, 60), found["step"])
 
 
 def origin_lines(run_dir: Path) -> list[str]:

@@ -20,7 +20,7 @@ from llm.storage.files import (
     write_json,
 )
 from llm.storage.filesystem_limits import REMOVED_SLOWLY, note
-from llm.storage.locks import sweep
+from llm.storage.locks import locked, sweep
 
 STAGING = ".preparing"  # a transaction before its commit
 
@@ -62,6 +62,35 @@ def folder_in_place(final: Path) -> Iterator[Path]:
         raise
     sync_folder(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `final` that is renamed to it when the block ends: until then `final` is untouched.
+
+    The block flushes what it writes. The hidden folder, `.NAME.new`, is locked. What a crash leaves of it, the next
+    call for the same `final` removes.
+
+    Raises: InUse if another process makes this folder; UserError if `final` has files by the end.
+    """
+    final = final.resolve()
+    hidden = final.with_name(f".{final.name}.new")
+    with locked(hidden, "this new folder"):
+        for path in hidden.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
+        try:
+            yield hidden
+            sync_folder(hidden)
+            os.replace(hidden, final)
+        except BaseException as error:
+            shutil.rmtree(hidden, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise UserError(f"{final}: another process wrote to it; choose another folder") from None
+            raise
+    sync_folder(final.parent)
 
 
 def remove_folder(folder: Path) -> None:

@@ -36,9 +36,9 @@ def main(argv: list[str]) -> int:
 
     from llm.commands.bars import print_result
     from llm.commands.flags import warn
-    from llm.experiments import words
     from llm.experiments.compare import compare
     from llm.experiments.comparison_picture import draw_comparisons
+    from llm.experiments.words import report_lines
     from llm.record.chart_style import save_figure
 
     def say(line: str) -> None:
@@ -47,14 +47,7 @@ def main(argv: list[str]) -> int:
     settings, comparisons, notes = compare(expand(args.runs), args.looks, args.data_dir, say=say)
     for note in notes:
         warn(note)
-    print_result("\n".join(words.setting_lines(settings)))
-    if not comparisons:
-        print_result(words.spread_line(settings[0]))
-        return 0
-    for comparison in comparisons:
-        print_result("\n" + "\n".join(words.comparison_lines(comparison)))
-    if closing := words.closing_lines(comparisons, args.looks):
-        print_result("\n" + "\n".join(closing))
+    print_result("\n".join(report_lines(settings, comparisons, args.looks)))
     if any(comparison.findings for comparison in comparisons):
         save_figure(lambda: draw_comparisons(settings, comparisons), args.out)
         print_result(f"wrote {args.out}")

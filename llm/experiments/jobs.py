@@ -15,13 +15,12 @@ from pathlib import Path
 
 from llm.config import TrainConfig
 from llm.errors import Failure
-from llm.record.runs import summary
+from llm.experiments.progress import read_run, step_at
 from llm.start.new_run import new_run
 from llm.start.resume_run import resume_run
 from llm.storage import checkpoint
 from llm.train import train
 from llm.training.live import Deadline
-from llm.weights import run_config
 
 Stop = Callable[[], bool]
 
@@ -44,21 +43,8 @@ class Job:
     def is_done(self) -> bool:
         """Whether the run is there already, with a state saved at the end of its share or later."""
         steps = checkpoint.saved_steps(self.run_dir)
-        if not steps or not (self.run_dir / "config.toml").exists():
-            return False
-        return steps[-1] >= steps_of(run_config(self.run_dir), self.share) or is_over(self.run_dir)
-
-
-def is_over(run_dir: Path) -> bool:
-    """Return whether a run has ended, at its last step or before, by one of its limits."""
-    return summary(run_dir).state in ("done", "stopped")
-
-
-def steps_of(config: TrainConfig, share: float) -> int:
-    """Return the step of the last evaluation within `share` of the steps; 0 if there is none."""
-    if share >= 1:
-        return config.max_steps
-    return int(share * config.max_steps / config.eval_every) * config.eval_every
+        run = read_run(self.run_dir)
+        return bool(steps and run and (steps[-1] >= step_at(run.config, self.share) or run.is_complete))
 
 
 def train_job(job: Job, stop: Stop) -> str:
@@ -69,7 +55,7 @@ def train_job(job: Job, stop: Stop) -> str:
         opened = new_run(job.config, overwrite=True, given=job.given)  # what is there was not saved yet
     try:
         with opened as run:
-            run.stop = lambda: stop() or run.progress.step >= steps_of(run.parts.config, job.share)
+            run.stop = lambda: stop() or run.progress.step >= step_at(run.parts.config, job.share)
             if job.seconds is not None:
                 run.deadline = Deadline(time.perf_counter() + job.seconds - run.seconds, job.most_steps)
             for _ in train(run):

@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm.errors import UserError
 from llm.experiments.outcome import Outcome
 from llm.experiments.trials import Try
 from llm.record.chart_style import COLOURS, GREY, format_loss, plain, save_figure
-from llm.record.metrics import losses, read_record
-from llm.record.points import Points
+from llm.record.metrics import losses
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +22,7 @@ def draw_try(tried: Try, found: Sequence[Outcome]) -> "Figure":
     from matplotlib.figure import Figure
 
     shown = found[:PANELS]
-    curves = [curves_of(tried, outcome) for outcome in shown]
+    curves = [[points for run in outcome.runs if (points := losses(run.rows, "val"))] for outcome in shown]
     across = min(4, max(1, math.ceil(math.sqrt(len(shown)))))
     down = math.ceil(len(shown) / across)
     figure = Figure(figsize=(3.1 * across, 2.4 * down + 0.6), dpi=130, layout="constrained")
@@ -60,17 +58,6 @@ def draw_try(tried: Try, found: Sequence[Outcome]) -> "Figure":
 def format_loss4(loss: float) -> str:
     """Return a loss with four decimals, or as `format_loss` if it is large."""
     return f"{loss:.4f}" if loss < 100 else format_loss(loss)
-
-
-def curves_of(tried: Try, outcome: Outcome) -> list[Points]:
-    """Return the validation losses of the runs of a setting, as far as they have a record."""
-    found = []
-    for seed in tried.seeds:
-        try:
-            found.append(losses(read_record(tried.run_dir(outcome.setting, seed)), "val"))
-        except UserError:
-            continue
-    return [points for points in found if points]
 
 
 def save_picture(tried: Try, found: Sequence[Outcome], out: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from llm.config import FIELDS, coerce, field_type
 from llm.errors import UserError
-from llm.experiments.rounds import losses_at
+from llm.experiments.progress import losses_at, read_runs
 from llm.experiments.trials import Setting, Try, check_varied, make_setting
 
 LOG = "optuna.log"
@@ -73,7 +73,7 @@ def search(
         elif not train(setting):
             return False
         else:
-            losses = losses_at(tried, 1).get(setting.name)
+            losses = losses_at(read_runs(tried), 1, len(tried.seeds)).get(setting.name)
             tell(study, number, None if setting.name in tried.stopped else losses)
     return True
 

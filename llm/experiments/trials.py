@@ -51,6 +51,7 @@ class Try:
     most_steps: int = 10**9  # of such a run: more would gain little
     asked: dict[str, Any] = field(default_factory=dict)  # what a later call must ask for too
     stopped: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name: "step" and "words"
+    judged: dict[str, float] = field(default_factory=dict)  # by name: the share of the steps where it last could stop
 
     def run_dir(self, setting: Setting, seed: int) -> Path:
         """Return the run folder of a setting and a seed."""

@@ -76,7 +76,7 @@ def simulate() -> None:
         stopped = [first_to_stop(np.random.default_rng(i), settings) for i in range(EXPERIMENTS)]
         some = statistics.fmean(bool(names) for names in stopped)
         best = statistics.fmean("0" in names for names in stopped)
-        print(f"try: {settings} settings, {SEEDS} seeds, none differs: one stops in {some:.1%}, the first in {best:.1%}")
+        print(f"try: {settings} settings, none differs: one stops in {some:.1%}, the first one in {best:.1%}")
     for correlation in (0.0, 0.5, 0.9, 0.97):
         losses = windows(np.random.default_rng(1), correlation)
         zeros = [0.0] * len(losses)

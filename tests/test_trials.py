@@ -41,6 +41,7 @@ def test_a_try_ends_with_table_picture_verdicts_and_best(here, losscurve):
     assert saved_steps(here / "t" / "max_lr=0.03" / "seed-1338")[-1] == 12
     best = read_toml(str(here / "t" / "best.toml"))
     assert (best["max_lr"], best["seed"], best["out_dir"]) == (3e-2, 1337, "checkpoints")
+    assert best["text"] == (str(here / "text.txt"),)  # so it trains from any folder
     panels = [axes.get_title(loc="left") for axes in draw_try(tried, outcomes(tried)).axes]
     assert [title.partition("\n")[0] for title in panels if title] == ranked
     assert (here / "t" / "try.png").stat().st_size > 5000
@@ -222,10 +223,17 @@ def test_bad_requests_are_one_line(here, losscurve, typed, told):
 def test_another_request_in_the_same_folder_is_refused(tmp_path, losscurve):
     tried = made(tmp_path / "t", {1e-2: lambda s, step: 2.0})
     tried.asked = {"given": {"n_layer": 1}, "preset": {}, "first seed": 1337, "search": []}
+    preset = tmp_path / "my.toml"
+    preset.write_text('schedule = "linear"\n')
     tried.save()
     code, _, err = losscurve(f"try --n_layer 2 --vary max_lr=1e-2 --out_dir {tmp_path / 't'}")
     assert code == 2
-    assert "holds a try with given = {'n_layer': 1}, and this one has {'n_layer': 2}" in err
+    assert "t: holds another try: n_layer was 1 and is 2 now; to go on with it give the same, otherwise choose" in err
+    line = f"try --n_layer 1 --vary max_lr=1e-2 --out_dir {tmp_path / 't'}"
+    code, _, err = losscurve(f"{line} --seed 5 --dropout 0.1 --preset {preset}")
+    assert "schedule was cosine and is linear now, dropout was 0.0 and is 0.1 now, first seed was 1337 and is 5" in err
+    code, _, err = losscurve(f"{line} --seeds 2")
+    assert (code, "seeds = 2: " in err, "has 3 seeds of each setting; give that many or more" in err) == (2, True, True)
     (tmp_path / "t" / "try.json").write_text("[]")
     assert "not what losscurve try writes" in losscurve(f"try --vary max_lr=1e-2 --out_dir {tmp_path / 't'}")[2]
 
@@ -250,6 +258,7 @@ def test_without_optuna_one_line_says_how_to_get_it(here, losscurve, monkeypatch
     code, _, err = losscurve(try_line("--search max_lr=1e-4..1e-2"))
     assert code == 2
     assert err.strip() == 'error: --search needs optuna; pip install "losscurve[search]"'
+    assert not (here / "t" / "try.json").exists()
 
 
 def test_time_is_divided(here, losscurve, monkeypatch):
@@ -276,7 +285,7 @@ def test_time_is_divided(here, losscurve, monkeypatch):
     assert {read_toml(str(path / "config.toml"))["max_steps"] for path in here.glob("t/*/*")} <= {8, 9}
     code, _, err = losscurve(line.replace("20s", "30s"))
     assert code == 2
-    assert "holds a try with time = 20s, and this one has 30s" in err
+    assert "holds another try: time was 20s and is 30s now" in err
     assert losscurve(line)[0] == 0
     assert asked == [5]
 

@@ -1,14 +1,17 @@
 """The outcome of a try: the settings in order, each with its losses and the verdict about it."""
 
 import dataclasses
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llm.config import TrainConfig, write_toml
 from llm.experiments.paired import Difference, holm, looks_at_best, paired_difference, verdict
 from llm.experiments.progress import Losses, TriedRun, best_first, losses_at, read_runs
 from llm.experiments.trials import Setting, Try
+from llm.text.corpus import NAMED_TEXTS
 
 
 @dataclass(frozen=True)
@@ -79,20 +82,23 @@ def columns(tried: Try, found: Sequence[Outcome]) -> dict[str, list[str]]:
     }
 
 
-def best_config(tried: Try, found: Sequence[Outcome]) -> TrainConfig | None:
-    """Return the settings of the best setting, for a run of its own; None if none is finished."""
+def best_toml(tried: Try, found: Sequence[Outcome], anchored: bool = False) -> str | None:
+    """Return the best setting as TOML, for a run of its own, with the verdicts as comments; None if none is finished.
+
+    With `anchored`, what is named by its path has an absolute one, so that the file means the same in any folder.
+    """
     if not found or not found[0].losses:
         return None
     config = tried.config(found[0].setting, tried.seeds[0])
-    return dataclasses.replace(config, out_dir=TrainConfig().out_dir)
-
-
-def best_toml(tried: Try, found: Sequence[Outcome]) -> str | None:
-    """Return the best setting as TOML, with the verdicts as comments; None if none is finished."""
-    config = best_config(tried, found)
-    if config is None:
-        return None
+    places: dict[str, Any] = {"out_dir": TrainConfig().out_dir}
+    if anchored:
+        places["text"] = tuple(word if word in NAMED_TEXTS else _absolute(word) for word in config.text)
+        places |= {name: _absolute(value) for name in ("data_dir", "init_from") if (value := getattr(config, name))}
     lines = [f"# {outcome.setting.name}: {outcome.words}" for outcome in found]
-    return "\n".join(
-        [f"# the best of {len(found)} settings, with {len(tried.seeds)} seeds each", *lines, write_toml(config)]
-    )
+    title = f"# the best of {len(found)} settings, with {len(tried.seeds)} seeds each"
+    return "\n".join([title, *lines, write_toml(dataclasses.replace(config, **places))])
+
+
+def _absolute(place: str) -> str:
+    """Return the absolute path of a file or folder that is there; else the name as it is, such as one on the hub."""
+    return os.path.abspath(place) if os.path.exists(place) else place

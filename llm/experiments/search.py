@@ -38,16 +38,22 @@ def parse_ranges(words: list[str]) -> Ranges:
     return found
 
 
-def open_study(tried: Try) -> Any:
-    """Return the Optuna study of a try, a new one or that in its folder. Raises UserError if Optuna is missing."""
+def import_optuna() -> Any:
+    """Return the module. Raises UserError if it is missing."""
     try:
         import optuna
-        from optuna.storages.journal import JournalFileBackend
+        import optuna.storages.journal
     except ModuleNotFoundError as error:
         raise UserError(f'--search needs {error.name}; pip install "losscurve[search]"') from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def open_study(tried: Try) -> Any:
+    """Return the Optuna study of a try, a new one or that in its folder."""
+    optuna = import_optuna()
     tried.folder.mkdir(parents=True, exist_ok=True)
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(tried.folder / LOG)))
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tried.folder / LOG)))
     study = optuna.create_study(storage=storage, study_name="try", load_if_exists=True)
     # a sampler draws the same numbers again after a restart if it has the same seed
     study.sampler = optuna.samplers.TPESampler(seed=(tried.seeds[0] + len(study.trials)) % 2**32)

@@ -4,6 +4,7 @@ import itertools
 import os
 import shutil
 import statistics
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +13,12 @@ from conftest import append, flags
 
 from llm.commands.look.watch import runs_of
 from llm.config import from_settings, read_toml
-from llm.experiments import rounds
+from llm.experiments import jobs, rounds
 from llm.experiments.outcome import differences_from, outcomes
 from llm.experiments.picture import draw_try
 from llm.experiments.progress import step_at
 from llm.experiments.trials import combinations, make_setting, parse_vary, read_try
+from llm.plan.timing import Pace
 from llm.record.metrics import losses, read_record
 from llm.storage.checkpoint import saved_steps
 
@@ -72,7 +74,7 @@ def test_a_try_goes_on_after_an_interrupt(here, losscurve, monkeypatch):
     line = try_line("--vary n_layer=1,2 --seeds 2").replace("--n_layer 1 ", "")
     seen = itertools.count()
     real = rounds.train_jobs
-    monkeypatch.setattr(rounds, "train_jobs", lambda jobs, n, stop: real(jobs, n, lambda: stop() or next(seen) > 20))
+    monkeypatch.setattr(rounds, "train_jobs", lambda left, n, stop: real(left, n, lambda: stop() or next(seen) > 20))
     monkeypatch.setattr("llm.run.signal.signal", lambda number, handler: None)
     losscurve(line)
     half = {path.parent.name + path.name: saved_steps(path)[-1] for path in here.glob("t/*/seed-*")}
@@ -97,6 +99,22 @@ def test_several_at_once_are_the_same_runs(here, losscurve):
     assert code == 0, err
     assert out.splitlines()[:3] == losscurve(try_line(rest, "one"))[1].splitlines()[:3]
     assert "OMP_NUM_THREADS" in os.environ
+
+
+def test_the_pace_of_several_is_measured_with_all_of_them_at_work(tmp_path, monkeypatch):
+    sent, paces = [], iter([Pace(0.1, 0, 0), Pace(0.3, 0, 0), Pace(0.2, 0, 0)])
+
+    class Process:
+        def send(self, task):
+            sent.append(task)
+
+        def recv(self):
+            assert len(sent) == 3
+            return next(paces), ""
+
+    monkeypatch.setattr(jobs, "other_processes", lambda count, of: nullcontext([Process() for _ in range(count)]))
+    with jobs.slowest_pace(3) as measure:
+        assert measure(from_settings({})) == Pace(0.3, 0, 0)
 
 
 def made(folder, levels, seeds=3, steps=(4, 8, 12)):
@@ -266,8 +284,9 @@ def test_time_is_divided(here, losscurve, monkeypatch):
     asked = []
     chosen = from_settings({"text": "text.txt", **settings_of(flags(n_layer=1, max_steps=8))})
 
-    def choose(request, overwrite, say, progress):
+    def choose(request, overwrite, say, progress, measure):
         asked.append(request.seconds)
+        assert measure is None
         return SimpleNamespace(
             proposal=SimpleNamespace(config=chosen), deadline=lambda began: SimpleNamespace(most_steps=9)
         )

@@ -1,21 +1,23 @@
-"""Train the runs of a try up to a part of their steps, one after the other or several at once."""
+"""Train the runs of a try up to a part of their steps, one after the other or several at once, in other processes."""
 
 import contextlib
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 from llm.config import TrainConfig
-from llm.errors import Failure
+from llm.errors import Failure, UserError
 from llm.experiments.progress import read_run, step_at
+from llm.plan.proposal import Measure, short_probe
+from llm.plan.timing import Pace
 from llm.start.new_run import new_run
 from llm.start.resume_run import resume_run
 from llm.storage import checkpoint
@@ -79,19 +81,70 @@ def train_jobs(jobs: Sequence[Job], processes: int, stop: Stop) -> Iterator[tupl
                 return
             yield job, train_job(job, stop)
         return
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    waiting = list(reversed(jobs))
+    if not waiting:
+        return
+    with other_processes(min(processes, len(jobs)), of=processes) as idle:
+        busy: dict[Connection, Job] = {}
+        has_told = False
+        while busy or (waiting and not stop()):
+            while idle and waiting and not stop():
+                busy[idle[-1]] = waiting.pop()
+                idle[-1].send((train_job, busy[idle.pop()]))
+            if stop() and not has_told:
+                has_told = True
+                for connection in busy:
+                    connection.send(None)
+            ready = wait(list(busy), timeout=0.2)
+            for connection in [connection for connection in busy if connection in ready]:
+                yield busy.pop(connection), answer(connection)
+                idle.append(connection)
+
+
+@contextlib.contextmanager
+def slowest_pace(processes: int) -> Iterator[Measure]:
+    """Yield a measurement of a config's pace while so many processes train it at once: that of the slowest of them."""
+    with other_processes(processes, of=processes) as others:
+
+        def measure(config: TrainConfig) -> Pace:
+            for connection in others:
+                connection.send((_pace, config))
+            paces: list[Pace] = [answer(connection) for connection in others]
+            return max(paces, key=lambda pace: pace.step)
+
+        yield measure
+
+
+def _pace(config: TrainConfig, stop: Stop) -> Pace:
+    return short_probe(config)
+
+
+@contextlib.contextmanager
+def other_processes(count: int, of: int) -> Iterator[list[Connection]]:
+    """Start `count` processes, each with the cores of one of `of`, and yield a connection to each.
+
+    A process takes (function, argument) from its connection and answers with the result. It ends with the block, and
+    also when this process dies: then its connection closes, and it saves the run that it trains.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // of)))
     context = multiprocessing.get_context("spawn")
-    reader, writer = context.Pipe(duplex=False)  # closing it tells the processes to stop, and so does our death
-    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(reader,)) as pool, writer:
+    connections, started = [], []
+    try:
         with _signals_held():
-            waiting = {pool.submit(_work, job): job for job in jobs}
-        while waiting:
-            ended, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-            if stop() and not writer.closed:
-                writer.close()
-                waiting = {future: job for future, job in waiting.items() if not future.cancel()}
-            for future in ended & waiting.keys():
-                yield waiting.pop(future), _result(future)
+            for _ in range(count):
+                ours, theirs = context.Pipe()
+                connections.append(ours)
+                started.append(context.Process(target=_serve, args=(theirs,)))
+                started[-1].start()
+                theirs.close()
+        for connection in connections:
+            answer(connection)  # it has loaded what it needs
+        yield list(connections)
+    finally:
+        for connection in connections:
+            connection.close()
+        for process in started:
+            process.join()
 
 
 @contextlib.contextmanager
@@ -107,37 +160,41 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _result(future: Future[str]) -> str:
+def answer(connection: Connection) -> Any:
+    """Return the answer of another process. Raises UserError as it did, Failure if it was killed."""
     try:
-        return future.result()
-    except BrokenProcessPool:
+        found, refusal = connection.recv()
+    except (EOFError, OSError):
         raise Failure(
             "a process of the try was killed, perhaps for its memory; the same command goes on, with fewer --jobs"
         ) from None
+    if refusal:
+        raise UserError(refusal)
+    return found
 
 
 # ---- in the other processes
 
-_stopping = threading.Event()
-_working = threading.Lock()
+
+def _serve(connection: Connection) -> None:
+    """Do what comes through the connection, one after the other, until it says None or closes."""
+    stopping = threading.Event()
+    tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, tasks, stopping), daemon=True).start()
+    with contextlib.suppress(OSError):  # the first process died
+        connection.send((None, ""))
+        while (task := tasks.get()) is not None:
+            function, argument = task
+            try:
+                connection.send((function(argument, stopping.is_set), ""))
+            except UserError as error:
+                connection.send((None, str(error)))
 
 
-def _begin(reader: Connection) -> None:
-    threading.Thread(target=_wait_for_end, args=(reader,), daemon=True).start()
-
-
-def _wait_for_end(reader: Connection) -> None:
-    """Stop the job when the first process says so or dies; end this process if it died, after the job has saved."""
+def _listen(connection: Connection, tasks: "queue.SimpleQueue[Any]", stopping: threading.Event) -> None:
+    """Pass on what comes; at its end, stop the job in progress, which saves."""
     with contextlib.suppress(EOFError, OSError):
-        reader.recv_bytes()
-    _stopping.set()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    with _working:
-        os._exit(1)
-
-
-def _work(job: Job) -> str:
-    with _working:
-        return "" if _stopping.is_set() else train_job(job, _stopping.is_set)
+        while (task := connection.recv()) is not None:
+            tasks.put(task)
+    stopping.set()
+    tasks.put(None)

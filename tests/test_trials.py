@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from conftest import append, flags
 
-from llm.commands.look.watch import runs_of
+from llm.commands.look.watch import in_words, runs_of
 from llm.config import from_settings, read_toml
 from llm.experiments import jobs, rounds
+from llm.experiments.followed import FollowedTry
 from llm.experiments.outcome import differences_from, outcomes
 from llm.experiments.picture import draw_try
 from llm.experiments.progress import step_at
@@ -330,6 +331,16 @@ def test_the_report_and_the_page_of_a_try(tmp_path, losscurve):
         f"t/max_lr={rate}/seed-{seed}" for rate in ("0.01", "0.03") for seed in range(3)
     ]
     assert runs_of(tmp_path) == [tmp_path]
+    assert in_words(tmp_path / "t") == f"{tmp_path / 't'} (6 runs)"
+    followed = FollowedTry(tmp_path / "t")
+    answer = followed.answer()
+    assert [row[0] for row in answer["rows"]] == ["setting", "max_lr=0.01", "max_lr=0.03"]
+    assert answer["picture"].startswith("data:image/png;base64,")
+    assert followed.answer() is answer  # nothing has changed, so it is not drawn again
+    append(tmp_path / "t/max_lr=0.01/seed-0", step=12, split="val", loss=1.0)
+    assert followed.answer()["rows"][1][1] == "1.6767"  # (1 + 2.01 + 2.02) / 3
+    (tmp_path / "t" / "try.json").write_text("[]")
+    assert "not what losscurve try writes" in followed.answer()["error"]
 
 
 @pytest.mark.parametrize("against", ["best", "first"])

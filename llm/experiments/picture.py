@@ -1,5 +1,7 @@
 """Draw a try as small multiples: a panel for each setting, with the validation losses of its seeds."""
 
+import base64
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +55,19 @@ def draw_try(tried: Try, found: Sequence[Outcome]) -> "Figure":
         color=GREY,
     )
     return figure
+
+
+def picture_url(tried: Try, found: Sequence[Outcome]) -> str:
+    """Return the picture as a data URL, for a page."""
+    picture = io.BytesIO()
+    draw_try(tried, found).savefig(picture, format="png")
+    return f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+
+
+def alternative(found: Sequence[Outcome]) -> str:
+    """Return the picture in words."""
+    settings = "; ".join(f"{outcome.setting.name}: {outcome.words}" for outcome in found)
+    return f"Validation loss over the steps, a panel for each setting: {settings}"
 
 
 def format_loss4(loss: float) -> str:

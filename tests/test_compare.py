@@ -15,6 +15,7 @@ from conftest import append, config_for, trained
 from llm.commands.look.compare import expand
 from llm.config import from_settings, write_toml
 from llm.errors import UserError
+from llm.evaluate import Evaluation
 from llm.experiments.compare import common_unit, compare, difference_curve
 from llm.experiments.comparison_picture import draw_comparisons
 from llm.experiments.parts import PARTS, part_evaluations
@@ -70,6 +71,19 @@ def test_repetitions_are_paired_by_seed_and_the_numbers_are_those_of_a_sum_by_ha
 
 def test_a_folder_is_all_runs_below_it(two_settings):
     assert expand([Path(), Path("b1")]) == [Path(name) for name in ("a1", "a2", "a3", "b1", "b2", "b3")]
+
+
+def test_weights_of_other_steps_and_less_than_a_second_are_told(two_settings, losscurve, monkeypatch):
+    part = Evaluation(3.0, 1.5, 100)
+    monkeypatch.setattr("llm.experiments.compare.part_evaluations", lambda run, data_dir: [part])
+    for run, step in (("a1", 20), ("b1", 8)):
+        Path(run, f"step-{step:06d}").mkdir()
+    for run in ("a1", "b1"):  # 0, 2 and 4 seconds become hundredths
+        record = Path(run, "metrics.jsonl")
+        record.write_text(record.read_text().replace('.0, "', 'e-2, "').replace(".0}", "e-2}"))
+    _, out, _ = losscurve("compare a1 b1")
+    assert "the saved weights (of step 8 against step 20), on 100 validation tokens" in out
+    assert "at 0.04 seconds of training" in out
 
 
 def test_one_seed_each_is_not_known_and_other_seeds_have_no_pairs(two_settings, losscurve):

@@ -13,6 +13,7 @@ from llm.evaluate import Evaluation
 from llm.experiments.paired import Difference, holm, paired_difference, unpaired_difference
 from llm.experiments.parts import part_evaluations
 from llm.experiments.recorded import Axis, Group, RecordedRun, Unit, group_runs, read_run
+from llm.storage.checkpoint import saved_steps
 
 Say = Callable[[str], None]
 EvaluateParts = Callable[[RecordedRun], list[Evaluation]]
@@ -179,7 +180,11 @@ def compare_weights(first: RecordedRun, second: RecordedRun, evaluate_parts: Eva
     ours, theirs = evaluate_parts(second), evaluate_parts(first)
     tokens = sum(part.tokens for part in ours)
     difference = paired_difference([part.loss for part in ours], [part.loss for part in theirs])
-    return Finding(f"the saved weights, on {tokens:,} validation tokens", difference, "part")
+    whose = "the saved weights"
+    steps = [max(saved_steps(run.path), default=None) for run in (first, second)]
+    if steps[0] != steps[1] and None not in steps:
+        whose += f" (of step {steps[1]:,} against step {steps[0]:,})"
+    return Finding(f"{whose}, on {tokens:,} validation tokens", difference, "part")
 
 
 def _axes(first: RecordedRun, second: RecordedRun) -> list[Axis]:
@@ -195,7 +200,9 @@ def _axes(first: RecordedRun, second: RecordedRun) -> list[Axis]:
 def _where(axis: Axis, end: float, run: RecordedRun) -> str:
     if axis == "step":
         return f"step {end:,.0f}"
-    return f"{end:,.0f} tokens" if axis == "tokens" else f"{end:,.1f} seconds of training"
+    if axis == "tokens":
+        return f"{end:,.0f} tokens"
+    return f"{end:,.1f} seconds of training" if end >= 1 else f"{end:.2g} seconds of training"
 
 
 def _reservations(base: Group, other: Group) -> list[str]:

@@ -95,7 +95,7 @@ def best_toml(tried: Try, found: Sequence[Outcome], anchored: bool = False) -> s
         places["text"] = tuple(word if word in NAMED_TEXTS else _absolute(word) for word in config.text)
         places |= {name: _absolute(value) for name in ("data_dir", "init_from") if (value := getattr(config, name))}
     lines = [f"# {outcome.setting.name}: {outcome.words}" for outcome in found]
-    title = f"# the best of {len(found)} settings, with {len(tried.seeds)} seeds each"
+    title = f"# the best of {len(found)} settings; seeds of each: {len(tried.seeds)}"
     return "\n".join([title, *lines, write_toml(dataclasses.replace(config, **places))])
 
 

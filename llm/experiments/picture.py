@@ -47,8 +47,9 @@ def draw_try(tried: Try, found: Sequence[Outcome]) -> "Figure":
     if settled:
         low, high = min(settled), max(settled)
         panels.flat[0].set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
+    seeds = f"{len(tried.seeds)} seed{'s' * (len(tried.seeds) > 1)}"
     figure.suptitle(
-        f"validation loss (nats per token) over the steps; {len(tried.seeds)} seeds each, the best in grey",
+        f"validation loss (nats per token) over the steps; {seeds} each, the best in grey",
         fontsize=10,
         x=0.01,
         ha="left",

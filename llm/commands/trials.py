@@ -193,14 +193,15 @@ def finish(folder: Path) -> None:
     from llm.commands.bars import print_result
     from llm.commands.look.runs import draw
     from llm.experiments.outcome import best_toml, columns, outcomes
-    from llm.experiments.picture import save_picture
+    from llm.experiments.picture import draw_try
     from llm.experiments.trials import read_try
+    from llm.record.chart_style import save_figure
 
     tried = read_try(folder)
     found = outcomes(tried)
     table = columns(tried, found)
     print_result("\n".join(draw(table, left=(next(iter(table)), list(table)[-1]))))
-    save_picture(tried, found, folder / "try.png")
+    save_figure(lambda: draw_try(tried, found), folder / "try.png")
     toml = best_toml(tried, found, anchored=True)
     if toml is not None:
         storage.write_text(folder / "best.toml", toml)

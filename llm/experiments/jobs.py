@@ -89,12 +89,13 @@ def train_jobs(jobs: Sequence[Job], processes: int, stop: Stop) -> Iterator[tupl
         has_told = False
         while busy or (waiting and not stop()):
             while idle and waiting and not stop():
-                busy[idle[-1]] = waiting.pop()
-                idle[-1].send((train_job, busy[idle.pop()]))
+                connection = idle.pop()
+                busy[connection] = waiting.pop()
+                ask(connection, (train_job, busy[connection]))
             if stop() and not has_told:
                 has_told = True
                 for connection in busy:
-                    connection.send(None)
+                    ask(connection, None)
             ready = wait(list(busy), timeout=0.2)
             for connection in [connection for connection in busy if connection in ready]:
                 yield busy.pop(connection), answer(connection)
@@ -108,7 +109,7 @@ def slowest_pace(processes: int) -> Iterator[Measure]:
 
         def measure(config: TrainConfig) -> Pace:
             for connection in others:
-                connection.send((_pace, config))
+                ask(connection, (_pace, config))
             paces: list[Pace] = [answer(connection) for connection in others]
             return max(paces, key=lambda pace: pace.step)
 
@@ -158,6 +159,12 @@ def _signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ask(connection: Connection, task: Any) -> None:
+    """Send a task, (function, argument), or None to end; if the process was killed, `answer` says so."""
+    with contextlib.suppress(OSError):
+        connection.send(task)
 
 
 def answer(connection: Connection) -> Any:

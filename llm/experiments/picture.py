@@ -4,12 +4,11 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm.experiments.outcome import Outcome
 from llm.experiments.trials import Try
-from llm.record.chart_style import COLOURS, GREY, format_loss, plain, save_figure
+from llm.record.chart_style import COLOURS, GREY, plain
 from llm.record.metrics import losses
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def draw_try(tried: Try, found: Sequence[Outcome]) -> "Figure":
             panel.plot(*zip(*run, strict=True), color=LIGHT, linewidth=1)
         for run, colour in zip(runs, COLOURS * len(runs), strict=False):
             panel.plot(*zip(*run, strict=True), color=colour, linewidth=1.3, marker="o", markersize=2.5)
-        mean = outcome.words.partition(":")[0] if outcome.mean is None else format_loss4(outcome.mean)
+        mean = outcome.words.partition(":")[0] if outcome.mean is None else f"{outcome.mean:.4f}"
         name = plain(outcome.setting.name.replace(",", ", "), 40)
         panel.set_title(f"{name}\n{mean}", loc="left", fontsize=9, parse_math=False)
         panel.spines[["top", "right"]].set_visible(False)
@@ -69,13 +68,3 @@ def alternative(found: Sequence[Outcome]) -> str:
     """Return the picture in words."""
     settings = "; ".join(f"{outcome.setting.name}: {outcome.words}" for outcome in found)
     return f"Validation loss over the steps, a panel for each setting: {settings}"
-
-
-def format_loss4(loss: float) -> str:
-    """Return a loss with four decimals, or as `format_loss` if it is large."""
-    return f"{loss:.4f}" if loss < 100 else format_loss(loss)
-
-
-def save_picture(tried: Try, found: Sequence[Outcome], out: Path) -> None:
-    """Draw the try into the file `out`. Raises UserError if it cannot be written."""
-    save_figure(lambda: draw_try(tried, found), out)

@@ -25,6 +25,7 @@ from llm.experiments.compare import Comparison, compare_pair, corrected
 from llm.experiments.paired import Difference, holm, paired_difference, seeds_needed, unpaired_difference
 from llm.experiments.parts import PARTS, part_evaluations
 from llm.experiments.recorded import Group, RecordedRun, read_run
+from llm.experiments.rounds import CHECKS, find_behind
 
 EXPERIMENTS = 2000
 SPREAD = 0.02  # standard deviation of a simulated loss over seeds, nats per token
@@ -71,6 +72,11 @@ def simulate() -> None:
         alarms = share(two_looks(np.random.default_rng(i), 0.0, looks) for i in range(EXPERIMENTS))
         power = share(two_looks(np.random.default_rng(i), -SPREAD, looks) for i in range(EXPERIMENTS))
         print(f"3 seeds, then as many as advised, --looks {looks}: false alarms {alarms:.1%}, seen {power:.1%}")
+    for settings in (2, 6, 12):
+        stopped = [first_to_stop(np.random.default_rng(i), settings) for i in range(EXPERIMENTS)]
+        some = statistics.fmean(bool(names) for names in stopped)
+        best = statistics.fmean("0" in names for names in stopped)
+        print(f"try: {settings} settings, none differs: one stops in {some:.1%}, the first one in {best:.1%}")
     for correlation in (0.0, 0.5, 0.9, 0.97):
         losses = windows(np.random.default_rng(1), correlation)
         zeros = [0.0] * len(losses)
@@ -139,6 +145,20 @@ def two_looks(draws: Draws, apart: float, looks: int) -> Difference:
         return first
     losses += draws.normal(apart, SPREAD, needed - SEEDS).tolist()
     return holm([paired_difference(losses, [0.0] * needed)], looks)[0]
+
+
+def first_to_stop(draws: Draws, settings: int) -> list[str]:
+    """Return the settings that `try` stops first among settings that do not differ; none if all are trained whole.
+
+    The losses at both looks share what a seed does to all settings, and half of what it does to one.
+    """
+    losses = draws.normal(0, SPREAD, SEEDS) + draws.normal(0, SPREAD, (settings, SEEDS))
+    for _ in CHECKS:
+        _, behind = find_behind({str(i): row for i, row in enumerate(losses.tolist())})
+        if behind:
+            break
+        losses += draws.normal(0, SPREAD, losses.shape)
+    return list(behind)
 
 
 def windows(draws: Draws, correlation: float) -> "np.ndarray[tuple[int, int], np.dtype[np.float64]]":

@@ -15,6 +15,7 @@ import torch
 from conftest import append, flags, words, write_samples
 
 from llm.commands.main import main
+from llm.experiments.trials import Setting, Try
 from llm.run import Run
 
 for package in ("starlette", "uvicorn", "plotly"):
@@ -162,6 +163,26 @@ def test_two_runs_lie_over_each_other_and_hostile_ones_stay_text(browser, tmp_pa
         until(lambda: page.locator("#sample").inner_text(), "early", "the first sample")
         assert page.evaluate("window.hacked") is None
         assert page.locator("main img:not(#comparison-picture), main script, main b:not(.bar b)").count() == 0
+
+
+def test_a_try_has_its_table_and_small_multiples(browser, tmp_path):
+    tried = Try(tmp_path / "t", {}, {}, [1, 2], [Setting("max_lr=0.5", {}), Setting(HOSTILE.replace("/", ""), {})])
+    for place, setting in enumerate(tried.settings):
+        for seed in tried.seeds:
+            tried.run_dir(setting, seed).mkdir(parents=True)
+            (tried.run_dir(setting, seed) / "config.toml").write_text("vocab_size = 100\nmax_steps = 10\n")
+            for step in (0, 5, 10)[: 3 - place]:
+                append(tried.run_dir(setting, seed), **row(step, "val", 4.0 + seed / 10 - step / 100))
+    tried.save()
+    with opened(browser, tmp_path / "t") as page:
+        page.locator("#tries img").wait_for()
+        rows = [text.split("\t") for text in page.locator("#tries tbody tr").all_inner_texts()]
+        assert [(cells[0], cells[1], cells[4]) for cells in rows] == [
+            ("max_lr=0.5", "4.0500", "the best"),
+            (HOSTILE.replace("/", ""), "", "not finished"),
+        ]
+        assert page.evaluate("document.querySelector('#tries img').naturalWidth") > 300
+        assert page.evaluate("window.hacked") is None
 
 
 def test_the_slider_moves_curve_table_and_flags(browser, tmp_path):

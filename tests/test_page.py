@@ -49,7 +49,9 @@ def test_the_page_and_its_parts_are_served_below_the_token(tmp_path):
         assert set(found) <= set(server.SCRIPTS)
 
 
-@pytest.mark.parametrize("path", ["", "page.js", "plotly.js", "events", "schedule", "comparison", "runs/0/samples/1"])
+@pytest.mark.parametrize(
+    "path", ["", "page.js", "plotly.js", "events", "schedule", "comparison", "tries", "runs/0/samples/1"]
+)
 @pytest.mark.parametrize("token", [None, "wrong", TOKEN[:-1], TOKEN + "x", f"x/{TOKEN}", f"?token={TOKEN}", "\u00e9"])
 def test_without_the_token_everything_is_refused(tmp_path, path, token):
     answer = client(tmp_path, token=None).get(f"/{token}/{path}" if token else f"/{path}")

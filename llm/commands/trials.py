@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +56,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="a range that Optuna searches; logarithmic if its ends differ by a factor of 10 or more",
     )
     parser.add_argument("--trials", type=int, metavar="N", help=f"settings that --search tries (default: {TRIALS})")
-    parser.add_argument(
-        "--seeds", type=int, default=SEEDS, metavar="N", help=f"seeds of each setting (default: {SEEDS})"
-    )
+    parser.add_argument("--seeds", type=int, metavar="N", help=f"seeds of each setting (default: {SEEDS})")
     parser.add_argument("--time", metavar="TIME", help="the time for all runs together (20m), divided equally")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, each a process (default: 1)")
     parser.add_argument(
@@ -83,12 +82,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def train_all(args: argparse.Namespace, folder: Path, stop: Any) -> bool:
     """Train the runs that are not there yet; return whether nothing interrupted it. Raises UserError."""
     from llm.experiments.rounds import train_settings
-    from llm.experiments.search import parse_ranges, search
+    from llm.experiments.search import import_optuna, parse_ranges, search
     from llm.experiments.trials import combinations, parse_vary
 
     vary, ranges = parse_vary(args.vary), parse_ranges(args.search)
     if both := vary.keys() & ranges.keys():
         raise UserError(f"{min(both)}: is both in --vary and in --search; give it once")
+    if ranges:
+        import_optuna()  # before anything is measured
     count = args.trials or TRIALS
     tried = open_try(args, folder, [] if ranges else combinations(vary), count if ranges else 0)
     given = frozenset(FIELDS if args.time else given_names(tried.preset, tried.given) | vary.keys() | ranges.keys())
@@ -117,30 +118,37 @@ def open_try(args: argparse.Namespace, folder: Path, settings: "list[Setting]", 
     given = {name: value for name, value in typed_settings(args).items() if name not in ("out_dir", "seed")}
     given = resolve_settings(given)
     first = int(resolve_settings(typed_settings(args)).get("seed", FIELDS["seed"].default))
-    seeds = [first + i for i in range(args.seeds)]
+    known = read_try(folder) if (folder / NAME).exists() else None
+    known = known if known and known.has_begun() else None
+    seeds = [first + i for i in range(args.seeds or (len(known.seeds) if known else SEEDS))]
     asked: dict[str, Any] = {"preset": preset, "given": given, "first seed": first, "search": sorted(args.search)}
     if args.time:  # which would give the runs another time each
         asked |= {
             "time": args.time,
             "vary": sorted(args.vary),
-            "seeds": args.seeds,
+            "seeds": len(seeds),
             "trials": trials,
             "jobs": args.jobs,
         }
-    known = read_try(folder) if (folder / NAME).exists() else None
-    if known and known.has_begun():
+    if known:
         tried = known
         check_same(tried, asked)
+        if len(seeds) < len(tried.seeds):
+            raise UserError(
+                f"seeds = {len(seeds)}: {folder} has {len(tried.seeds)} seeds of each setting; give that many or more, "
+                "or leave --seeds out"
+            )
         names = {setting.name for setting in settings}
         kept = [setting for setting in tried.settings if setting.name not in names]
         tried.settings, tried.seeds, tried.against = [*settings, *kept], seeds, args.against
     else:
-        if not known and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        others = folder.is_dir() and not (folder / NAME).exists() and os.listdir(folder)
+        if others and any(not name.startswith(".") for name in others):
             raise UserError(f"{folder}: holds other files; choose another --out_dir for the try")
         tried = Try(folder, preset, given, seeds, settings, args.against, asked=asked)
         check_settings(tried)
         if args.time:
-            choose_for_time(args, tried, args.seeds * (trials or len(settings)))
+            choose_for_time(args, tried, len(seeds) * (trials or len(settings)))
     check_settings(tried)
     tried.save()
     return tried
@@ -158,6 +166,7 @@ def check_settings(tried: "Try") -> None:
 def choose_for_time(args: argparse.Namespace, tried: "Try", runs: int) -> None:
     """Divide the time by the runs, and choose the settings that are not given for one of them. Raises UserError."""
     from llm.commands.bars import print_best_effort, tokenizing_bar
+    from llm.experiments.jobs import slowest_pace
     from llm.experiments.trials import Setting
     from llm.plan.autopilot import choose_new_run
     from llm.plan.choice_lines import choice_lines
@@ -167,8 +176,9 @@ def choose_for_time(args: argparse.Namespace, tried: "Try", runs: int) -> None:
     first = tried.settings[0] if tried.settings else Setting("first", {})
     given = tried.given | first.changes | {"out_dir": tried.run_dir(first, tried.seeds[0])}
     request = read_request(f"{seconds:.3f}", tried.preset, given, warn)
-    with tokenizing_bar() as progress:
-        choice = choose_new_run(request, True, warn, progress)
+    together = slowest_pace(args.jobs) if args.jobs > 1 else contextlib.nullcontext()  # as many as will train
+    with tokenizing_bar() as progress, together as measure:
+        choice = choose_new_run(request, True, warn, progress, measure)
     print_best_effort(f"{runs} runs of {seconds:.0f} s each; the settings of the first:")
     for line in choice_lines(choice):
         print_best_effort(line)
@@ -183,15 +193,16 @@ def finish(folder: Path) -> None:
     from llm.commands.bars import print_result
     from llm.commands.look.runs import draw
     from llm.experiments.outcome import best_toml, columns, outcomes
-    from llm.experiments.picture import save_picture
+    from llm.experiments.picture import draw_try
     from llm.experiments.trials import read_try
+    from llm.record.chart_style import save_figure
 
     tried = read_try(folder)
     found = outcomes(tried)
     table = columns(tried, found)
     print_result("\n".join(draw(table, left=(next(iter(table)), list(table)[-1]))))
-    save_picture(tried, found, folder / "try.png")
-    toml = best_toml(tried, found)
+    save_figure(lambda: draw_try(tried, found), folder / "try.png")
+    toml = best_toml(tried, found, anchored=True)
     if toml is not None:
         storage.write_text(folder / "best.toml", toml)
         print_result(f"in {folder}: try.png, best.toml; next: losscurve train --preset {folder / 'best.toml'}")

@@ -1,27 +1,28 @@
-"""Train the runs of a try up to a part of their steps, one after the other or several at once."""
+"""Train the runs of a try up to a part of their steps, one after the other or several at once, in other processes."""
 
 import contextlib
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 from llm.config import TrainConfig
-from llm.errors import Failure
-from llm.record.runs import summary
+from llm.errors import Failure, UserError
+from llm.experiments.progress import read_run, step_at
+from llm.plan.proposal import Measure, short_probe
+from llm.plan.timing import Pace
 from llm.start.new_run import new_run
 from llm.start.resume_run import resume_run
 from llm.storage import checkpoint
 from llm.train import train
 from llm.training.live import Deadline
-from llm.weights import run_config
 
 Stop = Callable[[], bool]
 
@@ -44,21 +45,8 @@ class Job:
     def is_done(self) -> bool:
         """Whether the run is there already, with a state saved at the end of its share or later."""
         steps = checkpoint.saved_steps(self.run_dir)
-        if not steps or not (self.run_dir / "config.toml").exists():
-            return False
-        return steps[-1] >= steps_of(run_config(self.run_dir), self.share) or is_over(self.run_dir)
-
-
-def is_over(run_dir: Path) -> bool:
-    """Return whether a run has ended, at its last step or before, by one of its limits."""
-    return summary(run_dir).state in ("done", "stopped")
-
-
-def steps_of(config: TrainConfig, share: float) -> int:
-    """Return the step of the last evaluation within `share` of the steps; 0 if there is none."""
-    if share >= 1:
-        return config.max_steps
-    return int(share * config.max_steps / config.eval_every) * config.eval_every
+        run = read_run(self.run_dir)
+        return bool(steps and run and (steps[-1] >= step_at(run.config, self.share) or run.is_complete))
 
 
 def train_job(job: Job, stop: Stop) -> str:
@@ -69,7 +57,7 @@ def train_job(job: Job, stop: Stop) -> str:
         opened = new_run(job.config, overwrite=True, given=job.given)  # what is there was not saved yet
     try:
         with opened as run:
-            run.stop = lambda: stop() or run.progress.step >= steps_of(run.parts.config, job.share)
+            run.stop = lambda: stop() or run.progress.step >= step_at(run.parts.config, job.share)
             if job.seconds is not None:
                 run.deadline = Deadline(time.perf_counter() + job.seconds - run.seconds, job.most_steps)
             for _ in train(run):
@@ -93,19 +81,71 @@ def train_jobs(jobs: Sequence[Job], processes: int, stop: Stop) -> Iterator[tupl
                 return
             yield job, train_job(job, stop)
         return
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    waiting = list(reversed(jobs))
+    if not waiting:
+        return
+    with other_processes(min(processes, len(jobs)), of=processes) as idle:
+        busy: dict[Connection, Job] = {}
+        has_told = False
+        while busy or (waiting and not stop()):
+            while idle and waiting and not stop():
+                connection = idle.pop()
+                busy[connection] = waiting.pop()
+                ask(connection, (train_job, busy[connection]))
+            if stop() and not has_told:
+                has_told = True
+                for connection in busy:
+                    ask(connection, None)
+            ready = wait(list(busy), timeout=0.2)
+            for connection in [connection for connection in busy if connection in ready]:
+                yield busy.pop(connection), answer(connection)
+                idle.append(connection)
+
+
+@contextlib.contextmanager
+def slowest_pace(processes: int) -> Iterator[Measure]:
+    """Yield a measurement of a config's pace while so many processes train it at once: that of the slowest of them."""
+    with other_processes(processes, of=processes) as others:
+
+        def measure(config: TrainConfig) -> Pace:
+            for connection in others:
+                ask(connection, (_pace, config))
+            paces: list[Pace] = [answer(connection) for connection in others]
+            return max(paces, key=lambda pace: pace.step)
+
+        yield measure
+
+
+def _pace(config: TrainConfig, stop: Stop) -> Pace:
+    return short_probe(config)
+
+
+@contextlib.contextmanager
+def other_processes(count: int, of: int) -> Iterator[list[Connection]]:
+    """Start `count` processes, each with the cores of one of `of`, and yield a connection to each.
+
+    A process takes (function, argument) from its connection and answers with the result. It ends with the block, and
+    also when this process dies: then its connection closes, and it saves the run that it trains.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // of)))
     context = multiprocessing.get_context("spawn")
-    reader, writer = context.Pipe(duplex=False)  # closing it tells the processes to stop, and so does our death
-    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(reader,)) as pool, writer:
+    connections, started = [], []
+    try:
         with _signals_held():
-            waiting = {pool.submit(_work, job): job for job in jobs}
-        while waiting:
-            ended, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-            if stop() and not writer.closed:
-                writer.close()
-                waiting = {future: job for future, job in waiting.items() if not future.cancel()}
-            for future in ended & waiting.keys():
-                yield waiting.pop(future), _result(future)
+            for _ in range(count):
+                ours, theirs = context.Pipe()
+                connections.append(ours)
+                started.append(context.Process(target=_serve, args=(theirs,)))
+                started[-1].start()
+                theirs.close()
+        for connection in connections:
+            answer(connection)  # it has loaded what it needs
+        yield list(connections)
+    finally:
+        for connection in connections:
+            connection.close()
+        for process in started:
+            process.join()
 
 
 @contextlib.contextmanager
@@ -121,37 +161,47 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _result(future: Future[str]) -> str:
+def ask(connection: Connection, task: Any) -> None:
+    """Send a task, (function, argument), or None to end; if the process was killed, `answer` says so."""
+    with contextlib.suppress(OSError):
+        connection.send(task)
+
+
+def answer(connection: Connection) -> Any:
+    """Return the answer of another process. Raises UserError as it did, Failure if it was killed."""
     try:
-        return future.result()
-    except BrokenProcessPool:
+        found, refusal = connection.recv()
+    except (EOFError, OSError):
         raise Failure(
             "a process of the try was killed, perhaps for its memory; the same command goes on, with fewer --jobs"
         ) from None
+    if refusal:
+        raise UserError(refusal)
+    return found
 
 
 # ---- in the other processes
 
-_stopping = threading.Event()
-_working = threading.Lock()
+
+def _serve(connection: Connection) -> None:
+    """Do what comes through the connection, one after the other, until it says None or closes."""
+    stopping = threading.Event()
+    tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, tasks, stopping), daemon=True).start()
+    with contextlib.suppress(OSError):  # the first process died
+        connection.send((None, ""))
+        while (task := tasks.get()) is not None:
+            function, argument = task
+            try:
+                connection.send((function(argument, stopping.is_set), ""))
+            except UserError as error:
+                connection.send((None, str(error)))
 
 
-def _begin(reader: Connection) -> None:
-    threading.Thread(target=_wait_for_end, args=(reader,), daemon=True).start()
-
-
-def _wait_for_end(reader: Connection) -> None:
-    """Stop the job when the first process says so or dies; end this process if it died, after the job has saved."""
+def _listen(connection: Connection, tasks: "queue.SimpleQueue[Any]", stopping: threading.Event) -> None:
+    """Pass on what comes; at its end, stop the job in progress, which saves."""
     with contextlib.suppress(EOFError, OSError):
-        reader.recv_bytes()
-    _stopping.set()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    with _working:
-        os._exit(1)
-
-
-def _work(job: Job) -> str:
-    with _working:
-        return "" if _stopping.is_set() else train_job(job, _stopping.is_set)
+        while (task := connection.recv()) is not None:
+            tasks.put(task)
+    stopping.set()
+    tasks.put(None)

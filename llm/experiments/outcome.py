@@ -1,15 +1,17 @@
 """The outcome of a try: the settings in order, each with its losses and the verdict about it."""
 
 import dataclasses
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llm.config import TrainConfig, write_toml
 from llm.experiments.paired import Difference, holm, looks_at_best, paired_difference, verdict
-from llm.experiments.rounds import losses_at
+from llm.experiments.progress import Losses, TriedRun, best_first, losses_at, read_runs
 from llm.experiments.trials import Setting, Try
-from llm.record.metrics import best, read_record
+from llm.text.corpus import NAMED_TEXTS
 
 
 @dataclass(frozen=True)
@@ -17,8 +19,8 @@ class Outcome:
     """What came out of one setting. Losses are the lowest validation losses of its runs, in nats per token."""
 
     setting: Setting
+    runs: Sequence[TriedRun]  # those that are there
     losses: Sequence[float] = ()  # of each seed; () if the setting was stopped, or is not finished
-    bits_per_byte: float | None = None  # mean over the seeds
     difference: Difference | None = None  # from the reference; None for the reference itself
     words: str = ""
 
@@ -27,11 +29,23 @@ class Outcome:
         """The mean loss over the seeds."""
         return statistics.fmean(self.losses) if self.losses else None
 
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The mean bits per byte over the seeds; None if the setting has no losses, or its text is unknown."""
+        rows = [run.lowest() for run in self.runs]
+        bits = [row["bits_per_byte"] for row in rows if row and row["bits_per_byte"] is not None]
+        return statistics.fmean(bits) if self.losses and len(bits) == len(rows) else None
+
 
 def outcomes(tried: Try) -> list[Outcome]:
-    """Return the outcome of each setting: the finished ones, best first, then the others in their order."""
-    known = {name: losses for name, losses in losses_at(tried, 1).items() if name not in tried.stopped}
-    ranked = sorted(known, key=lambda name: statistics.fmean(known[name]))
+    """Return the outcome of each setting: the finished ones, best first, then the others in their order.
+
+    Raises UserError if a run is damaged.
+    """
+    runs = read_runs(tried)
+    finished = losses_at(runs, 1, len(tried.seeds))
+    known = {name: losses for name, losses in finished.items() if name not in tried.stopped}
+    ranked = best_first(known)
     by_name = {setting.name: setting for setting in tried.settings}
     reference = tried.settings[0].name if tried.against == "first" else next(iter(ranked), "")
     differences = differences_from(reference, known, tried.against) if reference in known else {}
@@ -39,28 +53,20 @@ def outcomes(tried: Try) -> list[Outcome]:
     for name in ranked:
         difference = differences.get(name)
         words = verdict(difference) if difference else f"the {tried.against}" if name == reference else "not compared"
-        found.append(Outcome(by_name[name], known[name], _mean_bits(tried, by_name[name]), difference, words))
-    for setting in tried.settings:
-        if setting.name in tried.stopped:
-            stop = tried.stopped[setting.name]
-            found.append(Outcome(setting, words=f"stopped at step {stop['step']:,}: {stop['words']}"))
-        elif setting.name not in known:
-            found.append(Outcome(setting, words="not finished"))
+        found.append(Outcome(by_name[name], runs[name], known[name], difference, words))
+    for name in (name for name in by_name if name not in known):
+        stop = tried.stopped.get(name)
+        words = f"stopped at step {stop['step']:,}: {stop['words']}" if stop else "not finished"
+        found.append(Outcome(by_name[name], runs[name], words=words))
     return found
 
 
-def differences_from(reference: str, known: dict[str, list[float]], against: str) -> dict[str, Difference]:
+def differences_from(reference: str, known: Losses, against: str) -> dict[str, Difference]:
     """Return the difference of each other setting from the reference, which is the "best" or the "first" of them."""
     others = [name for name in known if name != reference]
     looks = looks_at_best(len(known)) if against == "best" else 1
     found = holm([paired_difference(known[name], known[reference]) for name in others], looks)
     return dict(zip(others, found, strict=True))
-
-
-def _mean_bits(tried: Try, setting: Setting) -> float | None:
-    rows = [best(read_record(tried.run_dir(setting, seed))) for seed in tried.seeds]
-    bits = [row["bits_per_byte"] for row in rows if row and row["bits_per_byte"] is not None]
-    return statistics.fmean(bits) if len(bits) == len(rows) else None
 
 
 def columns(tried: Try, found: Sequence[Outcome]) -> dict[str, list[str]]:
@@ -76,20 +82,23 @@ def columns(tried: Try, found: Sequence[Outcome]) -> dict[str, list[str]]:
     }
 
 
-def best_config(tried: Try, found: Sequence[Outcome]) -> TrainConfig | None:
-    """Return the settings of the best setting, for a run of its own; None if none is finished."""
+def best_toml(tried: Try, found: Sequence[Outcome], anchored: bool = False) -> str | None:
+    """Return the best setting as TOML, for a run of its own, with the verdicts as comments; None if none is finished.
+
+    With `anchored`, what is named by its path has an absolute one, so that the file means the same in any folder.
+    """
     if not found or not found[0].losses:
         return None
     config = tried.config(found[0].setting, tried.seeds[0])
-    return dataclasses.replace(config, out_dir=TrainConfig().out_dir)
-
-
-def best_toml(tried: Try, found: Sequence[Outcome]) -> str | None:
-    """Return the best setting as TOML, with the verdicts as comments; None if none is finished."""
-    config = best_config(tried, found)
-    if config is None:
-        return None
+    places: dict[str, Any] = {"out_dir": TrainConfig().out_dir}
+    if anchored:
+        places["text"] = tuple(word if word in NAMED_TEXTS else _absolute(word) for word in config.text)
+        places |= {name: _absolute(value) for name in ("data_dir", "init_from") if (value := getattr(config, name))}
     lines = [f"# {outcome.setting.name}: {outcome.words}" for outcome in found]
-    return "\n".join(
-        [f"# the best of {len(found)} settings, with {len(tried.seeds)} seeds each", *lines, write_toml(config)]
-    )
+    title = f"# the best of {len(found)} settings; seeds of each: {len(tried.seeds)}"
+    return "\n".join([title, *lines, write_toml(dataclasses.replace(config, **places))])
+
+
+def _absolute(place: str) -> str:
+    """Return the absolute path of a file or folder that is there; else the name as it is, such as one on the hub."""
+    return os.path.abspath(place) if os.path.exists(place) else place

@@ -1,16 +1,15 @@
 """Draw a try as small multiples: a panel for each setting, with the validation losses of its seeds."""
 
+import base64
+import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm.errors import UserError
 from llm.experiments.outcome import Outcome
 from llm.experiments.trials import Try
-from llm.record.chart_style import COLOURS, GREY, format_loss, plain, save_figure
-from llm.record.metrics import losses, read_record
-from llm.record.points import Points
+from llm.record.chart_style import COLOURS, GREY, plain
+from llm.record.metrics import losses
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +23,7 @@ def draw_try(tried: Try, found: Sequence[Outcome]) -> "Figure":
     from matplotlib.figure import Figure
 
     shown = found[:PANELS]
-    curves = [curves_of(tried, outcome) for outcome in shown]
+    curves = [[points for run in outcome.runs if (points := losses(run.rows, "val"))] for outcome in shown]
     across = min(4, max(1, math.ceil(math.sqrt(len(shown)))))
     down = math.ceil(len(shown) / across)
     figure = Figure(figsize=(3.1 * across, 2.4 * down + 0.6), dpi=130, layout="constrained")
@@ -39,7 +38,7 @@ def draw_try(tried: Try, found: Sequence[Outcome]) -> "Figure":
             panel.plot(*zip(*run, strict=True), color=LIGHT, linewidth=1)
         for run, colour in zip(runs, COLOURS * len(runs), strict=False):
             panel.plot(*zip(*run, strict=True), color=colour, linewidth=1.3, marker="o", markersize=2.5)
-        mean = outcome.words.partition(":")[0] if outcome.mean is None else format_loss4(outcome.mean)
+        mean = outcome.words.partition(":")[0] if outcome.mean is None else f"{outcome.mean:.4f}"
         name = plain(outcome.setting.name.replace(",", ", "), 40)
         panel.set_title(f"{name}\n{mean}", loc="left", fontsize=9, parse_math=False)
         panel.spines[["top", "right"]].set_visible(False)
@@ -47,8 +46,9 @@ def draw_try(tried: Try, found: Sequence[Outcome]) -> "Figure":
     if settled:
         low, high = min(settled), max(settled)
         panels.flat[0].set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
+    seeds = f"{len(tried.seeds)} seed{'s' * (len(tried.seeds) > 1)}"
     figure.suptitle(
-        f"validation loss (nats per token) over the steps; {len(tried.seeds)} seeds each, the best in grey",
+        f"validation loss (nats per token) over the steps; {seeds} each, the best in grey",
         fontsize=10,
         x=0.01,
         ha="left",
@@ -57,22 +57,14 @@ def draw_try(tried: Try, found: Sequence[Outcome]) -> "Figure":
     return figure
 
 
-def format_loss4(loss: float) -> str:
-    """Return a loss with four decimals, or as `format_loss` if it is large."""
-    return f"{loss:.4f}" if loss < 100 else format_loss(loss)
+def picture_url(tried: Try, found: Sequence[Outcome]) -> str:
+    """Return the picture as a data URL, for a page."""
+    picture = io.BytesIO()
+    draw_try(tried, found).savefig(picture, format="png")
+    return f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
 
 
-def curves_of(tried: Try, outcome: Outcome) -> list[Points]:
-    """Return the validation losses of the runs of a setting, as far as they have a record."""
-    found = []
-    for seed in tried.seeds:
-        try:
-            found.append(losses(read_record(tried.run_dir(outcome.setting, seed)), "val"))
-        except UserError:
-            continue
-    return [points for points in found if points]
-
-
-def save_picture(tried: Try, found: Sequence[Outcome], out: Path) -> None:
-    """Draw the try into the file `out`. Raises UserError if it cannot be written."""
-    save_figure(lambda: draw_try(tried, found), out)
+def alternative(found: Sequence[Outcome]) -> str:
+    """Return the picture in words."""
+    settings = "; ".join(f"{outcome.setting.name}: {outcome.words}" for outcome in found)
+    return f"Validation loss over the steps, a panel for each setting: {settings}"

@@ -1,28 +1,25 @@
 """Train the settings of a try in rounds, and stop early what is clearly behind.
 
-The rule, successive halving with a paired test: at a third and at two thirds of the steps, all settings are compared
-with the leader, which has the lowest mean validation loss over the seeds. A setting stops if two things hold: Student's
-t over the pairs with the same seed calls it worse, at 5 % with Holm's correction for the number of settings, and it is
-in the worse half. With fewer than 3 seeds nothing stops early.
+The rule, successive halving with a paired test: at a third and at two thirds of the steps, each setting is compared,
+once, with the leader, which has the lowest mean validation loss over the seeds. It stops if two things hold: it is in
+the worse half, and Student's t over the pairs with the same seed calls it worse. The 5 % of this test are for all pairs
+of settings (Holm) and for both looks together (Bonferroni). With fewer than 3 seeds nothing stops, and a setting with a
+complete run never does, since there is little to save.
 
 Sources: Jamieson and Talwalkar, Non-stochastic best arm identification and hyperparameter optimization (2016), for
 successive halving; `paired` for the test.
 """
 
-import statistics
 from collections.abc import Callable, Sequence
 
-from llm.errors import UserError
-from llm.experiments.jobs import Job, Stop, steps_of, train_jobs
-from llm.experiments.paired import FEWEST, holm, looks_at_best, paired_difference, verdict
+from llm.experiments.jobs import Job, Stop, train_jobs
+from llm.experiments.paired import FEWEST, Difference, holm, looks_at_best, paired_difference, verdict
+from llm.experiments.progress import Losses, best_first, losses_at, read_run, read_runs, step_at
 from llm.experiments.trials import Setting, Try
-from llm.record.metrics import best, read_record
-from llm.weights import run_config
 
 CHECKS = (1 / 3, 2 / 3)  # shares of the steps
 
 Say = Callable[[str], None]
-Losses = dict[str, list[float]]  # of each setting: the lowest validation loss of each seed, nats per token
 
 
 def train_settings(
@@ -33,8 +30,7 @@ def train_settings(
     With `checks` false, or fewer than 3 seeds, nothing is stopped early. Runs that are there already are kept. A
     setting whose run cannot go on is stopped too.
     """
-    shares = (*CHECKS, 1.0) if checks and len(tried.seeds) >= FEWEST else (1.0,)
-    for share in shares:
+    for share in (*CHECKS, 1.0) if checks and len(tried.seeds) >= FEWEST else (1.0,):
         alive = [setting for setting in settings if setting.name not in tried.stopped]
         jobs = {
             Job(tried.config(setting, seed), given, share, tried.seconds, tried.most_steps): (setting, seed)
@@ -44,13 +40,16 @@ def train_settings(
         left = [job for job in jobs if not job.is_done]
         for number, (job, error) in enumerate(train_jobs(left, processes, stop), 1):
             setting, seed = jobs[job]
+            run = read_run(job.run_dir)
+            step = max((row["step"] for row in run.rows), default=0) if run else 0
             if error and not stop():
-                tried.stopped[setting.name] = {"step": last_step(job), "words": f"cannot go on: {error}"}
+                tried.stopped[setting.name] = {"step": step, "words": f"cannot go on: {error}"}
                 tried.save()
             if not error and not job.is_done:  # interrupted
                 continue
-            words = error or f"step {last_step(job):,}, validation loss {loss_until(tried, setting, seed, 1):.4f}"
-            say(f"{number} of {len(left)}: {setting.name}, seed {seed}: {words}")
+            lowest = run.lowest() if run else None
+            words = f"step {step:,}, validation loss {lowest['loss']:.4f}" if lowest else f"step {step:,}"
+            say(f"{number} of {len(left)}: {setting.name}, seed {seed}: {error or words}")
         if stop():
             return False
         if share < 1:
@@ -58,52 +57,33 @@ def train_settings(
     return True
 
 
-def last_step(job: Job) -> int:
-    """Return the last recorded step of a run, 0 if it has no record."""
-    try:
-        return max((row["step"] for row in read_record(job.run_dir)), default=0)
-    except UserError:
-        return 0
-
-
-def loss_until(tried: Try, setting: Setting, seed: int, share: float) -> float:
-    """Return the lowest validation loss of a run within `share` of its steps; infinity if it has none."""
-    run_dir = tried.run_dir(setting, seed)
-    limit = steps_of(run_config(run_dir), share)
-    lowest = best([row for row in read_record(run_dir) if row["step"] <= limit])
-    return float(lowest["loss"]) if lowest else float("inf")
-
-
 def stop_behind(tried: Try, settings: Sequence[Setting], share: float, say: Say) -> None:
     """Stop those of `settings` that are clearly behind at `share` of the steps, as the rule of this module says.
 
-    The leader is the best of all settings of the try that have come that far and were not stopped.
+    All settings of the try that have come that far and were not stopped are compared, at equal shares of their steps.
     """
-    known = {name: found for name, found in losses_at(tried, share).items() if name not in tried.stopped}
-    if len(known) < 2:
-        return
-    leader = min(known, key=lambda name: statistics.fmean(known[name]))
-    others = [name for name in known if name != leader and (tried.against == "best" or name != tried.settings[0].name)]
-    differences = holm([paired_difference(known[name], known[leader]) for name in others], looks_at_best(len(known)))
-    behind = {name: found for name, found in zip(others, differences, strict=True) if found.low > 0}
-    worst = sorted(known, key=lambda name: statistics.fmean(known[name]))[(len(known) + 1) // 2 :]
+    runs = read_runs(tried)
+    known = losses_at(runs, share, len(tried.seeds))
+    known = {name: found for name, found in known.items() if name not in tried.stopped}
+    leader, behind = find_behind(known)
     for setting in settings:
-        if setting.name in behind and setting.name in worst:
-            step = steps_of(run_config(tried.run_dir(setting, tried.seeds[0])), share)
-            words = f"{verdict(behind[setting.name])} than {leader}"
-            tried.stopped[setting.name] = {"step": step, "words": words}
-            say(f"stopped {setting.name} at step {step:,}: {words}")
+        name = setting.name
+        if name not in known or tried.judged.get(name, 0) >= share or any(run.is_complete for run in runs[name]):
+            continue
+        tried.judged[name] = share
+        if name in behind and (tried.against == "best" or setting is not tried.settings[0]):
+            step = step_at(runs[name][0].config, share)
+            words = f"{verdict(behind[name])} than {leader}"
+            tried.stopped[name] = {"step": step, "words": words}
+            say(f"stopped {name} at step {step:,}: {words}")
     tried.save()
 
 
-def losses_at(tried: Try, share: float) -> Losses:
-    """Return the losses of each setting within `share` of its steps, if all its seeds came that far."""
-    found: Losses = {}
-    for setting in tried.settings:
-        jobs = [Job(tried.config(setting, seed), frozenset(), share) for seed in tried.seeds]
-        if not all(job.is_done for job in jobs):
-            continue
-        losses = [loss_until(tried, setting, seed, share) for seed in tried.seeds]
-        if max(losses) < float("inf"):
-            found[setting.name] = losses
-    return found
+def find_behind(known: Losses) -> tuple[str, dict[str, Difference]]:
+    """Return the leader ("" if there is none), and how far those are behind it that are clearly behind it."""
+    leader, *others = best_first(known) or [""]
+    looks = len(CHECKS) * looks_at_best(len(known))
+    differences = holm([paired_difference(known[name], known[leader]) for name in others], looks)
+    worse_half = others[(len(known) + 1) // 2 - 1 :]
+    found = zip(others, differences, strict=True)
+    return leader, {name: apart for name, apart in found if apart.low > 0 and name in worse_half}

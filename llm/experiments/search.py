@@ -10,7 +10,7 @@ from typing import Any
 
 from llm.config import FIELDS, coerce, field_type
 from llm.errors import UserError
-from llm.experiments.rounds import losses_at
+from llm.experiments.progress import losses_at, read_runs
 from llm.experiments.trials import Setting, Try, check_varied, make_setting
 
 LOG = "optuna.log"
@@ -38,16 +38,22 @@ def parse_ranges(words: list[str]) -> Ranges:
     return found
 
 
-def open_study(tried: Try) -> Any:
-    """Return the Optuna study of a try, a new one or that in its folder. Raises UserError if Optuna is missing."""
+def import_optuna() -> Any:
+    """Return the module. Raises UserError if it is missing."""
     try:
         import optuna
-        from optuna.storages.journal import JournalFileBackend
+        import optuna.storages.journal
     except ModuleNotFoundError as error:
         raise UserError(f'--search needs {error.name}; pip install "losscurve[search]"') from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def open_study(tried: Try) -> Any:
+    """Return the Optuna study of a try, a new one or that in its folder."""
+    optuna = import_optuna()
     tried.folder.mkdir(parents=True, exist_ok=True)
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(tried.folder / LOG)))
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tried.folder / LOG)))
     study = optuna.create_study(storage=storage, study_name="try", load_if_exists=True)
     # a sampler draws the same numbers again after a restart if it has the same seed
     study.sampler = optuna.samplers.TPESampler(seed=(tried.seeds[0] + len(study.trials)) % 2**32)
@@ -73,7 +79,7 @@ def search(
         elif not train(setting):
             return False
         else:
-            losses = losses_at(tried, 1).get(setting.name)
+            losses = losses_at(read_runs(tried), 1, len(tried.seeds)).get(setting.name)
             tell(study, number, None if setting.name in tried.stopped else losses)
     return True
 

@@ -14,10 +14,12 @@ from typing import Any
 
 from llm import storage
 from llm.config import TrainConfig, coerce, over_preset
+from llm.config.differences import settings_apart
 from llm.config.settings import resolve_name
 from llm.errors import UserError
 
 NAME = "try.json"
+NAMED = 6  # differences that a message names
 FIXED = {  # settings that cannot differ within a try, and why
     "seed": "is the same for all settings; give the number of seeds by --seeds",
     "out_dir": "is the folder of the whole try",
@@ -51,6 +53,7 @@ class Try:
     most_steps: int = 10**9  # of such a run: more would gain little
     asked: dict[str, Any] = field(default_factory=dict)  # what a later call must ask for too
     stopped: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name: "step" and "words"
+    judged: dict[str, float] = field(default_factory=dict)  # by name: the share of the steps where it last could stop
 
     def run_dir(self, setting: Setting, seed: int) -> Path:
         """Return the run folder of a setting and a seed."""
@@ -84,14 +87,29 @@ def read_try(folder: Path) -> Try:
 
 
 def check_same(known: Try, asked: dict[str, Any]) -> None:
-    """Raise UserError that names a difference between the try in a folder and what is `asked` for now."""
+    """Raise UserError that names what differs between the try in a folder and what is `asked` for now."""
     asked = json.loads(json.dumps(asked, default=str))
-    for name in sorted(asked.keys() | known.asked.keys()):
+    changes = known.settings[0].changes
+    now, before = (
+        over_preset(one["preset"], one["given"] | changes, lambda line: None) for one in (asked, known.asked)
+    )
+    pairs = settings_apart(now, before)
+    for name in sorted((asked.keys() | known.asked.keys()) - {"preset", "given"}):
         if asked.get(name) != known.asked.get(name):
-            raise UserError(
-                f"{known.folder}: holds a try with {name} = {known.asked.get(name)}, and this one has "
-                f"{asked.get(name)}; give the same to go on with it, or choose another --out_dir"
-            )
+            pairs[name] = (asked.get(name), known.asked.get(name))
+    if pairs:
+        words = [f"{name} was {_value(then)} and is {_value(ours)} now" for name, (ours, then) in pairs.items()]
+        more = f" and {len(words) - NAMED} more" if len(words) > NAMED else ""
+        raise UserError(
+            f"{known.folder}: holds another try: {', '.join(words[:NAMED])}{more}; to go on with it give the same, "
+            "otherwise choose another --out_dir"
+        )
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value)) or "none"
+    return "not given" if value is None else str(value)
 
 
 def parse_vary(words: Sequence[str], flag: str = "vary") -> dict[str, list[Any]]:

@@ -97,6 +97,35 @@ async function drawComparison() { // of several runs; only where somebody looks,
   }
 }
 
+// ---- tries: the server reads and draws them anew only if one of their files has changed
+
+async function drawTries() {
+  let tries;
+  try {
+    tries = await (await fetch("tries")).json();
+  } catch {
+    return; // the connection line says that the server is gone
+  }
+  $("tries").hidden = !tries.length;
+  $("tries").replaceChildren(...tries.flatMap(({ name, error, rows, picture, words }) => {
+    const title = element("h2", name);
+    if (error) return [title, element("p", error, "words")];
+    const table = element("table"), scroll = element("div", undefined, "scroll"), image = element("img");
+    const [heads, ...cells] = rows;
+    table.append(element("thead"), element("tbody"));
+    table.tHead.append(tableRow(heads, heads.length));
+    table.tBodies[0].append(...cells.map((row) => tableRow(row, 1)));
+    scroll.append(table);
+    scroll.tabIndex = 0;
+    scroll.setAttribute("role", "region");
+    scroll.setAttribute("aria-label", `settings of ${showControls(name)}`);
+    image.src = picture;
+    image.alt = showControls(words);
+    return [title, scroll, image];
+  }));
+  if (tries.length) setTimeout(() => drawSoon(drawTries), 10000);
+}
+
 // ---- samples over time
 
 let atEnd = true; // whether the slider is at its end and follows the newest sample
@@ -193,4 +222,5 @@ $("comparison").ontoggle = drawComparison;
 dark.addEventListener("change", () => drawSoon(drawRuns, drawCharts, drawSlider));
 setInterval(() => drawSoon(drawRuns), 10000); // to update how long a run has been quiet
 drawSlider();
+drawTries();
 follow(changed, setConnection);

@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from llm.config import TrainConfig, from_settings
 from llm.errors import Failure, UserError
+from llm.experiments.followed import FollowedTry
 from llm.page.follow import Follower
 from llm.page.guard import Guard
 from llm.page.messages import Viewer, names_of, schedule_points
@@ -39,12 +40,14 @@ ERRORS = (UserError, Failure, OSError, RuntimeError, MemoryError)  # what a chan
 class Page:
     """The run folders that the server follows, and the answers of its addresses."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], tries: Sequence[Path]) -> None:
+        self.tries = [FollowedTry(folder) for folder in tries]
         self.runs = [Follower(path, name) for path, name in zip(paths, names_of(paths), strict=True)]
         self.ended = asyncio.Event()  # set when the server is about to stop
         self._playground = Playground()
         self._playing = asyncio.Lock()  # one request of the playground at a time
         self._updating = asyncio.Lock()
+        self._drawing = asyncio.Lock()
         self._updated_at = -UPDATE_EVERY
 
     def app(self) -> Starlette:
@@ -56,6 +59,7 @@ class Page:
             Route("/events", self.events),
             Route("/schedule", self.schedule),
             Route("/comparison", self.comparison),
+            Route("/tries", self.try_answers),
             Route("/runs/{run:int}/samples/{step:int}", self.sample),
             Route("/runs/{run:int}/next", self.next, methods=["POST"]),
             Route("/runs/{run:int}/stream", self.stream, methods=["POST"]),
@@ -121,6 +125,10 @@ class Page:
 
         return JSONResponse(await run_in_threadpool(comparison_of, [run.path for run in self.runs]))
 
+    async def try_answers(self, request: Request) -> Response:
+        async with self._drawing:  # of all pages: one draws, the others get the same
+            return JSONResponse(await run_in_threadpool(lambda: [followed.answer() for followed in self.tries]))
+
     def sample(self, request: Request) -> Response:
         run = request.path_params["run"]
         step = request.path_params["step"]
@@ -163,10 +171,13 @@ class Page:
 
 
 class Server(uvicorn.Server):
-    """Serve the page of run folders on 127.0.0.1:`port`, and notify open pages when the server stops."""
+    """Serve the page of run folders on 127.0.0.1:`port`, and notify open pages when the server stops.
 
-    def __init__(self, paths: Sequence[Path], token: str, port: int) -> None:
-        self.page = Page(paths)
+    `tries` are the folders of tries that some of the runs belong to.
+    """
+
+    def __init__(self, paths: Sequence[Path], token: str, port: int, tries: Sequence[Path] = ()) -> None:
+        self.page = Page(paths, tries)
         super().__init__(
             uvicorn.Config(
                 Guard(self.page.app(), token, port),

@@ -11,7 +11,7 @@ from llm.config.recipe import MUON_SETTINGS
 from llm.machine.device import choose_device
 from llm.plan import proposal, rule
 from llm.plan.forecast import spoken
-from llm.plan.proposal import Proposal
+from llm.plan.proposal import Measure, Proposal
 from llm.plan.request import Request
 from llm.plan.steps import useful_steps
 from llm.plan.text_facts import TextFacts, look_at
@@ -49,16 +49,27 @@ class Choice:
 
 
 def choose_new_run(
-    request: Request, overwrite: bool, say: Callable[[str], None], progress: Progress | None = None
+    request: Request,
+    overwrite: bool,
+    say: Callable[[str], None],
+    progress: Progress | None = None,
+    measure: Measure | None = None,
 ) -> Choice:
-    """Prepare the text and return the run for the time of `request`. Raises UserError, before any work if it can."""
+    """Prepare the text and return the run for the time of `request`. Raises UserError, before any work if it can.
+
+    `measure` returns the pace of a config; unless it is given, this process measures it alone.
+    """
     choose_device(request.config.device)
     refuse_existing(Path(request.config.out_dir), overwrite)
-    return choose_run(request, prepares=True, say=say, progress=progress)
+    return choose_run(request, prepares=True, say=say, progress=progress, measure=measure)
 
 
 def choose_run(
-    request: Request, prepares: bool, say: Callable[[str], None], progress: Progress | None = None
+    request: Request,
+    prepares: bool,
+    say: Callable[[str], None],
+    progress: Progress | None = None,
+    measure: Measure | None = None,
 ) -> Choice:
     """Return the run for the time of `request`. With `prepares`, the text is tokenized first, else its tokens may be
     estimated. Raises UserError.
@@ -81,7 +92,7 @@ def choose_run(
     text = with_uncounted(text, request.seconds)
     if not request.config.init_from:
         request = dataclasses.replace(request, config=with_vocabulary(request.config, text.vocabulary))
-    return Choice(request, facts, proposal.propose(request, text, proposal.short_probe))
+    return Choice(request, facts, proposal.propose(request, text, measure or proposal.short_probe))
 
 
 def small_text(facts: TextFacts, config: TrainConfig) -> str:

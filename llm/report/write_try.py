@@ -1,13 +1,11 @@
 """Write a try as one HTML file: its table, its small multiples and its best setting. It has no script."""
 
-import base64
-import io
 from pathlib import Path
 
 from markupsafe import Markup
 
 from llm.experiments.outcome import best_toml, columns, outcomes
-from llm.experiments.picture import draw_try
+from llm.experiments.picture import alternative, picture_url
 from llm.experiments.trials import read_try
 from llm.report.write_html import MARK, read_part, security_policy, template_environment, write_page
 
@@ -28,8 +26,6 @@ def try_page(folder: Path) -> str:
     tried = read_try(folder)
     found = outcomes(tried)
     table = columns(tried, found)
-    picture = io.BytesIO()
-    draw_try(tried, found).savefig(picture, format="png")
     style = read_part("report.css") + STYLE
     return MARK + template_environment().from_string(read_part("try.html")).render(
         name=folder.resolve().name,
@@ -38,8 +34,8 @@ def try_page(folder: Path) -> str:
         best=found[0].setting.name if found and found[0].losses else "",
         columns=list(table),
         rows=list(zip(*table.values(), strict=True)),
-        alt="; ".join(f"{outcome.setting.name}: {outcome.words}" for outcome in found),
-        picture=base64.b64encode(picture.getvalue()).decode(),
+        alt=alternative(found),
+        picture=picture_url(tried, found),
         toml=best_toml(tried, found),
         style=Markup(style),
         policy=security_policy(style, ""),

@@ -27,6 +27,7 @@ from llm.record.samples import Samples
 from llm.start.new_run import new_run
 from llm.start.resume_run import resume_run
 from llm.storage import checkpoint, files
+from llm.storage.locks import in_use
 from llm.train import train
 from llm.training.events import Notice, Saved, Step
 
@@ -393,3 +394,18 @@ def test_show_batch_prints_what_the_step_was_trained_on(here, losscurve, ledger)
     for shown, ids in zip(windows, x, strict=True):
         assert shown.split(" ---\n", 1)[1].startswith(tokenizer.decode(ids.tolist()))
     assert losscurve("show-batch --step 0")[0] == 2
+
+
+@pytest.mark.skipif(not TORTURE, reason="starts three processes: in make torture")
+def test_a_killed_try_of_several_at_once_leaves_no_process_and_no_warning(here, start):
+    line = f"try text.txt {flags(max_steps=3000).replace('--max_lr 0.01', '')} --vary max_lr=1e-2,1e-3 --seeds 1"
+    process = start(f"{line} --jobs 2 --out_dir t")
+    end = time.monotonic() + 60
+    while len(list(here.glob("t/*/*/step-*"))) < 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    process.kill()
+    _, err = process.communicate(timeout=60)  # ends when the last process that shares its stderr has ended
+    assert err == ""
+    for run in here.glob("t/*/seed-*"):
+        assert 0 < checkpoint.saved_steps(run)[-1] < 3000  # each saved what it had
+        assert not in_use(run)

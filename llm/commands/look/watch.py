@@ -37,13 +37,14 @@ def main(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         raise UserError(f'the page needs {error.name}; pip install "losscurve[dashboard]"') from None
     plotly_script()  # raises if Plotly's script is missing
-    args.runs = [run for folder in args.runs for run in runs_of(folder)]
-    check_sources(args.runs, wait_for_runs=not args.until_eof)
+    tries = [folder for folder in args.runs if (folder / "try.json").exists()]
+    check_sources([folder for folder in args.runs if folder not in tries], wait_for_runs=not args.until_eof)
+    runs = [run for folder in args.runs for run in runs_of(folder)]
     lower_priority()
     with listen_on(args.port) as listener:
         port = listener.getsockname()[1]
         token = secrets.token_urlsafe(24)
-        server = Server(args.runs, token, port)
+        server = Server(runs, token, port, tries)
         if args.until_eof:
 
             def stop() -> None:
@@ -55,7 +56,8 @@ def main(argv: list[str]) -> int:
         else:
             end = "Ctrl-C ends it"
         with contextlib.suppress(KeyboardInterrupt):
-            print_result(f"watching {', '.join(map(str, args.runs))} at http://127.0.0.1:{port}/{token}/ ({end})")
+            names = ", ".join(in_words(folder) for folder in args.runs)
+            print_result(f"watching {names} at http://127.0.0.1:{port}/{token}/ ({end})")
             server.run(sockets=[listener])
     return 0
 
@@ -87,6 +89,12 @@ def runs_of(folder: Path) -> list[Path]:
 
     tried = read_try(folder)
     return [tried.run_dir(setting, seed) for setting in tried.settings for seed in tried.seeds]
+
+
+def in_words(folder: Path) -> str:
+    """Return a folder as it is printed: of a try, with the number of its runs."""
+    runs = runs_of(folder)
+    return str(folder) if runs == [folder] else f"{folder} ({len(runs)} runs)"
 
 
 def check_sources(sources: list[Path], wait_for_runs: bool) -> None:

@@ -147,8 +147,7 @@ def _loss_and_gradients(
                     grad_weight[block].addmm_(exponentials.t(), scaled, beta=1 if start else 0)
                 else:
                     product = torch.mm(exponentials.t(), scaled)
-                    if early != n:
-                        product = product.float() * (early / n)
+                    product = product if early == n else product.float() * (early / n)
                     (grad_weight[block].add_ if start else grad_weight[block].copy_)(product)
             grad_weight.index_add_(0, wanted, rows.float(), alpha=-1 / n)
     found = [g if g is None else g.to(kind) for g, kind in zip((grad_hidden, grad_weight), dtypes, strict=True)]

@@ -15,9 +15,8 @@ from llm.commands.look.watch import in_words, runs_of
 from llm.config import from_settings, read_toml
 from llm.experiments import jobs, rounds
 from llm.experiments.followed import FollowedTry
-from llm.experiments.outcome import differences_from, outcomes
+from llm.experiments.outcome import differences_from, outcomes, step_at
 from llm.experiments.picture import draw_try
-from llm.experiments.progress import step_at
 from llm.experiments.trials import combinations, make_setting, parse_vary, read_try
 from llm.plan.timing import Pace
 from llm.record.metrics import losses, read_record

@@ -15,7 +15,7 @@ from typing import Any
 
 from llm.config import TrainConfig
 from llm.errors import Failure, UserError
-from llm.experiments.progress import read_run, step_at
+from llm.experiments.outcome import read_run, step_at
 from llm.plan.proposal import Measure, short_probe
 from llm.plan.timing import Pace
 from llm.start.new_run import new_run

@@ -13,8 +13,8 @@ successive halving; `paired` for the test.
 from collections.abc import Callable, Sequence
 
 from llm.experiments.jobs import Job, Stop, train_jobs
+from llm.experiments.outcome import Losses, best_first, losses_at, read_run, read_runs, step_at
 from llm.experiments.paired import FEWEST, Difference, holm, looks_at_best, paired_difference, verdict
-from llm.experiments.progress import Losses, best_first, losses_at, read_run, read_runs, step_at
 from llm.experiments.trials import Setting, Try
 
 CHECKS = (1 / 3, 2 / 3)  # shares of the steps

@@ -10,7 +10,7 @@ from typing import Any
 
 from llm.config import FIELDS, coerce, field_type
 from llm.errors import UserError
-from llm.experiments.progress import losses_at, read_runs
+from llm.experiments.outcome import losses_at, read_runs
 from llm.experiments.trials import Setting, Try, check_varied, make_setting
 
 LOG = "optuna.log"

@@ -6,10 +6,10 @@ import time
 
 import pytest
 from conftest import words
-from test_autopilot import machine
+from test_autopilot import free_machine, machine  # noqa: F401
 
 from llm.errors import UserError
-from llm.plan import autopilot, proposal, rule, timing
+from llm.plan import arithmetic, autopilot, forecast, proposal, rule, timing
 from llm.plan.request import read_request
 from llm.plan.text_size import Text, with_vocabulary
 from llm.plan.timing import Pace
@@ -108,3 +108,19 @@ def test_a_line_is_said_once():
     for line in ("a", "b", "a"):
         say(line)
     assert said == ["a", "b"]
+
+
+def test_memory_counts_what_choosing_leaves_in_the_process():
+    text = Text(10**6, 1024, preparation=2.0)
+    proposal_ = proposed(text, 60, machine())
+    bpe = dataclasses.replace(proposal_.config, tokenizer="bpe")
+    chosen = autopilot.Choice(None, None, dataclasses.replace(proposal_, config=bpe, measured=3))
+    there = dataclasses.replace(chosen.proposal, text=Text(10**6, 1024), measured=1)
+    assert chosen.kept_bytes == 2 * arithmetic.MEASURED_SHAPE_BYTES + arithmetic.TRAINED_BPE_BYTES
+    assert dataclasses.replace(chosen, proposal=there).kept_bytes == 0
+
+    first, second = (forecast.outline(bpe, 10**6, kept) for kept in (0, 100 * 2**20))
+    before, after = (
+        int(re.search(r"about ([\d,]+) MiB of memory", line)[1].replace(",", "")) for line in (first, second)
+    )
+    assert abs(after - before - 100) <= 1

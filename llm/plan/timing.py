@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -39,6 +40,12 @@ SAVING_RATE = 500 * MIB  # bytes per second: copying, hashing and writing a chec
 TOKENIZING_RATE = 10 * MIB  # bytes per second: from text to token files
 
 PROBE_SECONDS = 3.0  # of steps
+
+
+def other_load() -> float:
+    """Return the system's load of the last minute, 0 if it left half of the cores free or the system has none."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return load if load > 0.5 * (os.cpu_count() or 1) else 0.0
 
 
 def fits(config: TrainConfig) -> bool:

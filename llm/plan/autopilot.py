@@ -19,7 +19,7 @@ from llm.plan.request import Request
 from llm.plan.steps import useful_steps
 from llm.plan.text_facts import TextFacts, look_at
 from llm.plan.text_size import Text, text_of, with_vocabulary
-from llm.plan.timing import TOKENIZING_RATE, other_load, preparing_seconds
+from llm.plan.timing import other_load, preparing_seconds, tokenizing_seconds
 from llm.prepare.reuse import default_folder, ensure
 from llm.prepare.shards import Progress
 from llm.start import fine_tuning
@@ -193,8 +193,9 @@ def prepare_text(
     """
     was_there = has_tokens(Path(request.config.data_dir or default_folder(request.config)))
     size = facts.train_bytes / (1 - request.config.val_fraction) if facts and not was_there else 0.0
+    seconds = tokenizing_seconds(size, request.config.tokenizer == "bpe" and tokenizer is None)
     if size > LARGE:
-        say(f"preparing {size / 1e6:,.0f} MB of text takes at least {spoken(size / TOKENIZING_RATE)}, once")
+        say(f"preparing {size / 1e6:,.0f} MB of text takes at least {spoken(seconds)}, once")
     start = time.perf_counter()
     ensure(request.config, progress=progress, say=say, given=tokenizer)
     return 0.0 if was_there else time.perf_counter() - start

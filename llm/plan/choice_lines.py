@@ -25,7 +25,9 @@ def choice_lines(choice: Choice) -> Iterator[str]:
 
 def _text(choice: Choice) -> str:
     config, text, facts = choice.proposal.config, choice.proposal.text, choice.facts
-    tokens = f"{text.tokens:,} training tokens" + (" (estimated)" if text.unprepared else "")
+    tokens = f"{text.tokens:,} training tokens"
+    if text.unprepared:  # estimated: three digits
+        tokens = f"about {round(text.tokens, 3 - len(str(text.tokens))):,} training tokens"
     if facts is None:
         return f"{tokens}, vocabulary {text.vocabulary:,}, as its token files have them"
     distinct = "" if facts.distinct is None else f", {counted(facts.distinct, 'distinct character')}"

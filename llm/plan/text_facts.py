@@ -7,10 +7,9 @@ from llm.config import TrainConfig
 from llm.errors import UserError
 from llm.plan import rule
 from llm.plan.prediction.ngram import cross_entropy
-from llm.plan.text_size import TEXT_BYTES
+from llm.plan.text_size import SAMPLE, TEXT_BYTES, beginning
 from llm.text import corpus, hub
 
-SAMPLE = 2**24  # characters that are read of a large text
 SHAKESPEARE_CHARACTERS = 65  # distinct ones
 SHAKESPEARE_CROSS_ENTROPY = 2.5669  # its last tenth
 LEAST_VALIDATED = 10_000  # bytes of a validation split, below which its cross-entropy says little
@@ -42,7 +41,7 @@ def look_at(config: TrainConfig, say: corpus.Say = lambda line: None) -> TextFac
         _refuse_pipes(files)
         with corpus.opened(files, say=say, text_field=config.text_field) as source:
             size += sum(file.text_bytes() for file in source.files)
-            pieces = _sample(source)
+            pieces = beginning(source)
     train_bytes = int(size * (1 - config.val_fraction))
     if train_bytes < rule.LEAST_BYTES:
         raise UserError(
@@ -67,18 +66,6 @@ def look_at(config: TrainConfig, say: corpus.Say = lambda line: None) -> TextFac
         bytes_per_character=sampled_bytes / max(characters, 1),
         cross_entropy=_cross_entropy("".join(pieces), config.val_fraction) if is_whole else None,
     )
-
-
-def _sample(source: corpus.Corpus) -> list[str]:
-    """Return the first SAMPLE characters of a text, or a piece more."""
-    pieces: list[str] = []
-    characters = 0
-    for piece in (piece for file in source.files for piece in file.read()):
-        pieces.append(piece)
-        characters += len(piece)
-        if characters >= SAMPLE:
-            break
-    return pieces
 
 
 def _cross_entropy(text: str, val_fraction: float) -> float | None:

@@ -26,8 +26,8 @@ MEASURED = {  # lowest and highest of these runs
 
 # ---- the prediction
 
-# Times above or below what was measured, within which there is a prediction. A run of 594 steps on a fourth text, manual
-# pages in Russian, reached 1.60 bits per byte, where this formula gives 1.36.
+# Times above or below what was measured, within which there is a prediction. Not more: a run of 594 steps on a fourth
+# text, manual pages in Russian, reached 1.60 bits per byte, where this formula gives 1.36.
 BEYOND = 1.2
 WORDS = {  # for a message
     "train_bytes": "a training text of {} bytes",

@@ -28,7 +28,13 @@ from llm.training import keep_time
 from llm.training.events import Notice
 from llm.training.live import Deadline
 
-LINES = ("text", "machine", "model", "steps")
+LINES = ("text", "machine", "model", "steps", "loss")
+
+
+@pytest.fixture(autouse=True)
+def free_machine(monkeypatch):
+    """No other work: it would keep a short time from being refused."""
+    monkeypatch.setattr("llm.plan.timing.os.getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
 def machine(flops_per_second=2e11, growth=1.0):
@@ -316,6 +322,25 @@ def test_too_little_time_says_how_much_it_needs(here, losscurve, monkeypatch):
     assert losscurve(f"plan --text text.txt --time {int(needed[1]) - 5}s")[0] == 2
 
 
+def test_beside_other_work_the_smallest_model_is_trained_instead(here, losscurve, monkeypatch):
+    monkeypatch.setattr(proposal, "short_probe", lambda config: Pace(1.0, 1e-6, 1e-3))
+    monkeypatch.setattr("llm.plan.timing.os.getloadavg", lambda: (77.0, 0.0, 0.0))
+    code, out, err = losscurve("plan --text text.txt --time 4s")
+    assert code == 0, err
+    (line,) = err.splitlines()[-1:]
+    assert "load 77.0" in line
+    assert "20 steps are planned, and the run takes more if the machine becomes faster" in line
+    assert "llama 2 x 64" in out
+    assert "steps      20 of" in out
+    code, _, err = losscurve("plan --text text.txt --time 2s")  # not enough to start
+    assert code == 2
+    assert "time = 2 s: too short" in err
+    monkeypatch.setattr(proposal, "short_probe", machine())
+    code, _, err = losscurve("plan --text text.txt --time 60s")
+    assert code == 0
+    assert err.splitlines()[-1].endswith("the times assume that it continues")
+
+
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
@@ -351,7 +376,7 @@ def test_plan_and_train_choose_the_same(here, losscurve, monkeypatch):
     monkeypatch.setattr("llm.train.keep_time", lambda *_: iter(()))
     code, out, err = losscurve(f"train {typed}")
     assert code == 0, err
-    assert out.splitlines()[:4] == planned.splitlines()[:4]
+    assert out.splitlines()[:5] == planned.splitlines()[:5]
     found, trained = from_settings(read_toml("found.toml")), from_settings(read_toml("checkpoints/config.toml"))
     changed = {name for name, value in to_settings(trained).items() if to_settings(found).get(name) != value}
     assert changed == {"data_dir", "vocab_size", "dtype", "warmup_steps", "sample_prompt"}  # automatic in a plan
@@ -362,9 +387,9 @@ def test_a_plan_is_written_as_train_reads_it(here, losscurve, monkeypatch):
     (here / "text.txt").write_text(words(9000), encoding="utf-8")
     code, out, err = losscurve("plan --text text.txt --time 60s --out found.toml")
     assert code == 0, err
-    assert [line.split()[0] for line in out.splitlines()[:4]] == list(LINES)
+    assert [line.split()[0] for line in out.splitlines()[:5]] == list(LINES)
     assert "bytes to train on, 12 distinct characters: bpe tokens of 512" in out
-    assert "(estimated)" in out
+    assert re.search(r"bpe tokens of 512, about \d+,?\d*00 training tokens", out)
     assert not (here / "data").exists()
     assert read_toml("found.toml")["vocab_size"] == 512
     assert losscurve("plan --text text.txt --time 60s --out found.toml")[0] == 2
@@ -386,7 +411,7 @@ def test_a_run_ends_in_its_time_and_resumes(here, losscurve):
     assert code == 0, err
     assert time.perf_counter() - start < 12
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines[:4]] == list(LINES)
+    assert [line.split()[0] for line in lines[:5]] == list(LINES)
     assert "estimated" not in lines[0]  # the text was prepared before
     assert lines[-1].startswith("saved run")
     assert (here / "run" / "best.pt").exists()

@@ -6,13 +6,14 @@ import time
 
 import pytest
 from conftest import words
-from test_autopilot import machine
+from test_autopilot import free_machine, machine  # noqa: F401
 
 from llm.errors import UserError
-from llm.plan import autopilot, proposal, rule, timing
+from llm.plan import arithmetic, autopilot, forecast, proposal, rule, text_size, timing
 from llm.plan.request import read_request
 from llm.plan.text_size import Text, with_vocabulary
 from llm.plan.timing import Pace
+from llm.prepare.reuse import ensure
 from llm.start.run_folder import once
 
 
@@ -69,8 +70,7 @@ def test_a_long_preparation_is_said_and_lengthens_the_command(here, losscurve, m
     monkeypatch.setattr(proposal, "short_probe", machine(3e9))
     monkeypatch.setattr(rule, "MOST_EPOCHS", 1)
     size = (here / "text.txt").stat().st_size
-    for module in (timing, autopilot):
-        monkeypatch.setattr(module, "TOKENIZING_RATE", size / 38.5)
+    monkeypatch.setattr(timing, "TOKENIZING_RATE", size / 38.5)
     code, out, err = losscurve("plan --text text.txt --time 20s")
     assert code == 0, err
     assert "; preparing it takes at least 38.5 s, so the command takes 48.5 s instead of 20 s" in out.splitlines()[0]
@@ -108,3 +108,43 @@ def test_a_line_is_said_once():
     for line in ("a", "b", "a"):
         say(line)
     assert said == ["a", "b"]
+
+
+def test_memory_counts_what_choosing_leaves_in_the_process():
+    text = Text(10**6, 1024, preparation=2.0)
+    proposal_ = proposed(text, 60, machine())
+    bpe = dataclasses.replace(proposal_.config, tokenizer="bpe")
+    chosen = autopilot.Choice(None, None, dataclasses.replace(proposal_, config=bpe, measured=3))
+    there = dataclasses.replace(chosen.proposal, text=Text(10**6, 1024), measured=1)
+    assert chosen.kept_bytes == 2 * arithmetic.MEASURED_SHAPE_BYTES + arithmetic.TRAINED_BPE_BYTES
+    assert dataclasses.replace(chosen, proposal=there).kept_bytes == 0
+
+    first, second = (forecast.outline(bpe, 10**6, kept) for kept in (0, 100 * 2**20))
+    before, after = (
+        int(re.search(r"about ([\d,]+) MiB of memory", line)[1].replace(",", "")) for line in (first, second)
+    )
+    assert abs(after - before - 100) <= 1
+
+
+def test_the_time_to_prepare_counts_the_training_of_a_bpe_on_a_bounded_part():
+    alone, both = (timing.tokenizing_seconds(50e6, trains) for trains in (False, True))
+    assert alone == pytest.approx(50e6 / timing.TOKENIZING_RATE)
+    assert both - alone == pytest.approx(50e6 / timing.BPE_TRAINING_RATE)
+    larger = [timing.tokenizing_seconds(size, True) for size in (1e9, 2e9)]
+    assert larger[1] - larger[0] == pytest.approx(1e9 / timing.TOKENIZING_RATE)
+    text = Text(10**7, 2048, unprepared=50_000_000, trains_bpe=True)
+    assert timing.preparing_seconds(text) == both
+
+
+def test_the_tokens_of_a_bpe_are_estimated_from_the_text(here, monkeypatch):
+    monkeypatch.setattr(text_size, "BPE_SAMPLE", 2**16)  # of 300,000 characters
+    mixed = "".join(words(3000, seed) + "ещё одно слово, и ещё " * 20 for seed in range(12))
+    (here / "mixed.txt").write_text(mixed, encoding="utf-8")
+    config = read_request("60", {}, {"text": ["mixed.txt"], "tokenizer": "bpe", "vocab_size": 400}).config
+    estimated = text_size.text_of(config)
+    assert estimated.trains_bpe
+    ensure(config)
+    counted = text_size.text_of(config)
+    assert not counted.trains_bpe
+    assert estimated.tokens == pytest.approx(counted.tokens, rel=0.06)
+    assert text_size.bpe_bytes_per_token("", 400) == 1.0

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llm.commands.bars import StepBar
     from llm.machine.world import World
     from llm.plan.forecast import Forecast
+    from llm.plan.prediction.loss import Prediction
     from llm.record.explain import News
     from llm.record.tracker import Start
     from llm.training.live import Deadline, LiveRun
@@ -111,6 +112,8 @@ def run_process(argv: list[str], world: "World", began: float) -> int:
     with world.together():
         say = warn if world.leads else lambda line: None
         deadline: Deadline | None = None
+        predicted: Prediction | str = ""
+        kept_bytes = 0
         args = parse_flags(argv)
         config = read_config(args, say)
         if world.started and args.nproc is not None:
@@ -121,6 +124,7 @@ def run_process(argv: list[str], world: "World", began: float) -> int:
             choice = choose(args, world, say)
             config = choice.proposal.config
             deadline = choice.deadline(began)
+            predicted, kept_bytes = choice.predicted, choice.kept_bytes
 
     # torchrun --max-restarts restarted the processes: resume this job's run, however its first start began
     out_dir = Path(config.out_dir)
@@ -141,13 +145,13 @@ def run_process(argv: list[str], world: "World", began: float) -> int:
             check_saved(run)
             return exit_code(run, caught)
 
-        print_start(run)
+        print_start(run, kept_bytes)
         if print_address:
             print_address()
-        forecast = Forecast(run.parts.config)
+        forecast = Forecast(run.parts.config, kept_bytes)
         train_with_output(run, forecast, trackers, explains=args.explain)
     check_saved(run)
-    print_end(run, forecast)
+    print_end(run, forecast, predicted)
     return exit_code(run, caught)
 
 

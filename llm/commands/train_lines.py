@@ -11,13 +11,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from llm.plan.forecast import Forecast
+    from llm.plan.prediction.loss import Prediction
     from llm.training.live import LiveRun
 
 REASONS = {"max_time": "max_time is used up", "patience": "no improvement within patience"}
 
 
-def print_start(run: "LiveRun") -> None:
-    """Print the device, the model, the data, the steps, and what the run will need."""
+def print_start(run: "LiveRun", kept_bytes: int) -> None:
+    """Print the device, the model, the data, the steps, and what the run will need.
+
+    `kept_bytes`: of memory that the choice of the run leaves.
+    """
     from llm.machine.device import describe_device
     from llm.plan.forecast import outline
     from llm.schedule import warmup_warning
@@ -28,7 +32,7 @@ def print_start(run: "LiveRun") -> None:
         warn(warning)
     print_best_effort(f"training on {describe_device(run.parts.device, run.parts.dtype)}")
     print_best_effort(start_lines(run))
-    print_best_effort(outline(config, len(run.parts.data.train)))
+    print_best_effort(outline(config, len(run.parts.data.train), kept_bytes))
 
 
 def start_lines(run: "LiveRun") -> str:
@@ -56,8 +60,11 @@ def start_lines(run: "LiveRun") -> str:
     )
 
 
-def print_end(run: "LiveRun", forecast: "Forecast") -> None:
-    """Print the result of the run, the accuracy of its forecast, and the next command."""
+def print_end(run: "LiveRun", forecast: "Forecast", predicted: "Prediction | str" = "") -> None:
+    """Print the result of the run, the accuracy of its forecasts, and the next command.
+
+    `predicted`: its loss, or why there is no prediction.
+    """
     if run.reason == "interrupted":
         print_best_effort(
             f"saved step {run.progress.step} in {run.out_dir}; continue with: {resume_command(run)}",
@@ -67,6 +74,8 @@ def print_end(run: "LiveRun", forecast: "Forecast") -> None:
     accuracy = None if run.reason == "patience" else forecast.ended(run.progress.seconds)
     if accuracy:
         print_best_effort(accuracy)
+    if not isinstance(predicted, str):
+        print_best_effort(f"predicted {predicted}, reached {last_bits(run):.2f}")
     print_best_effort(f"saved {run.out_dir / 'model.pt'}")
 
 
@@ -106,6 +115,13 @@ def end_lines(run: "LiveRun") -> Iterator[str]:
     yield f"in {run.out_dir}: loss_curve.png, samples.txt, metrics.jsonl, best.pt, {folder_name(progress.step)}/"
     weights = " --weights best" if overfitting else ""
     yield f"next: losscurve sample {flag('out_dir', run.out_dir)}{weights}"
+
+
+def last_bits(run: "LiveRun") -> float:
+    """Return bits per byte of the last evaluation of the weights."""
+    from llm.record.metrics import read_record
+
+    return float([row["bits_per_byte"] for row in read_record(run.out_dir) if row["split"] == "val"][-1])
 
 
 def resume_command(run: "LiveRun") -> str:

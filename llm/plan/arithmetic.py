@@ -35,6 +35,11 @@ TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal for text that
 PROCESS_BYTES = 365 * MIB
 BFLOAT16_BYTES = 20 * MIB
 
+# What the choice of a run leaves in the process that trains: the code for the products of each shape that was measured
+# besides the chosen one, and what training a BPE keeps for its threads. Measured, see docs/plan.md
+MEASURED_SHAPE_BYTES = 18 * MIB
+TRAINED_BPE_BYTES = 20 * MIB
+
 # Share of a step's own tensors that lies in gaps between smaller ones, where no tensor of the next step fits. Autograd
 # keeps many tensors of many sizes, a fused block few of the same sizes. Measured, see docs/plan.md
 FRAGMENTATION = 0.2

@@ -10,13 +10,16 @@ from llm.config import MODEL_FIELDS, TrainConfig, from_settings
 from llm.config.recipe import MUON_SETTINGS
 from llm.machine.device import choose_device
 from llm.plan import proposal, rule
+from llm.plan.arithmetic import MEASURED_SHAPE_BYTES, TRAINED_BPE_BYTES, run_flops
 from llm.plan.forecast import spoken
+from llm.plan.prediction import loss
+from llm.plan.prediction.loss import Prediction
 from llm.plan.proposal import Measure, Proposal
 from llm.plan.request import Request
 from llm.plan.steps import useful_steps
 from llm.plan.text_facts import TextFacts, look_at
 from llm.plan.text_size import Text, text_of, with_vocabulary
-from llm.plan.timing import TOKENIZING_RATE, preparing_seconds
+from llm.plan.timing import other_load, preparing_seconds, tokenizing_seconds
 from llm.prepare.reuse import default_folder, ensure
 from llm.prepare.shards import Progress
 from llm.start import fine_tuning
@@ -41,6 +44,34 @@ class Choice:
     def seconds(self) -> float:
         """The seconds of the whole command: the given time, and what preparing the text takes beyond its share."""
         return self.request.seconds + self.proposal.text.uncounted
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that the choice leaves in the process that trains."""
+        trains_bpe = self.proposal.config.tokenizer == "bpe" and (
+            self.proposal.text.unprepared > 0 or self.proposal.text.preparation > 0
+        )
+        return (self.proposal.measured - 1) * MEASURED_SHAPE_BYTES + trains_bpe * TRAINED_BPE_BYTES
+
+    @property
+    def predicted(self) -> Prediction | str:
+        """The loss at the end, or why it cannot be predicted."""
+        config, given = self.proposal.config, self.request.given
+        if config.init_from:
+            return "its weights have learned from other texts"
+        if self.facts is None or self.facts.cross_entropy is None:
+            return "of its text only the tokens are known, or it is too small or too large to count its bytes"
+        changed = sorted(name for name, value in given.items() if name not in loss.OPEN)
+        if changed:
+            return f"no runs with a given {', '.join(changed)} were measured"
+        return loss.predict(
+            {
+                "train_bytes": self.facts.train_bytes,
+                "cross_entropy": self.facts.cross_entropy,
+                "flops": run_flops(config),
+                "steps": config.max_steps,
+            }
+        )
 
     def deadline(self, began: float) -> Deadline:
         """Return when the run has to end if its time began at `began`, as `time.perf_counter` counts."""
@@ -92,7 +123,18 @@ def choose_run(
     text = with_uncounted(text, request.seconds)
     if not request.config.init_from:
         request = dataclasses.replace(request, config=with_vocabulary(request.config, text.vocabulary))
-    return Choice(request, facts, proposal.propose(request, text, measure or proposal.short_probe))
+    choice = Choice(request, facts, proposal.propose(request, text, measure or proposal.short_probe))
+    if load := other_load():
+        say(beside_other_work(load, choice.proposal.config))
+    return choice
+
+
+def beside_other_work(load: float, config: TrainConfig) -> str:
+    """Return a line about a choice that was measured beside other work."""
+    line = f"other work was running here in the last minute (load {load:.1f}); the times assume that it continues"
+    if config.max_steps > rule.LEAST_STEPS:
+        return line
+    return f"{line}: {config.max_steps} steps are planned, and the run takes more if the machine becomes faster"
 
 
 def small_text(facts: TextFacts, config: TrainConfig) -> str:
@@ -162,8 +204,9 @@ def prepare_text(
     """
     was_there = has_tokens(Path(request.config.data_dir or default_folder(request.config)))
     size = facts.train_bytes / (1 - request.config.val_fraction) if facts and not was_there else 0.0
+    seconds = tokenizing_seconds(size, request.config.tokenizer == "bpe" and tokenizer is None)
     if size > LARGE:
-        say(f"preparing {size / 1e6:,.0f} MB of text takes at least {spoken(size / TOKENIZING_RATE)}, once")
+        say(f"preparing {size / 1e6:,.0f} MB of text takes at least {spoken(seconds)}, once")
     start = time.perf_counter()
     ensure(request.config, progress=progress, say=say, given=tokenizer)
     return 0.0 if was_there else time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Four lines about a run that was chosen for a given time: text, machine, model and run, each with its reason."""
+"""Five lines about a run that was chosen for a given time: text, machine, model, run and loss, each with its reason."""
 
 from collections.abc import Iterator
 
@@ -8,22 +8,26 @@ from llm.machine.device import choose_device, choose_dtype, describe_device
 from llm.plan import rule
 from llm.plan.autopilot import Choice
 from llm.plan.forecast import counted, short, spoken
+from llm.plan.prediction.loss import Prediction
 from llm.plan.timing import preparing_seconds, run_seconds
 
 SHORT_PREPARATION = 0.1  # of the time: a preparation that takes less is not mentioned
 
 
 def choice_lines(choice: Choice) -> Iterator[str]:
-    """Yield the four lines."""
+    """Yield the five lines."""
     yield f"text       {_text(choice)}"
     yield f"machine    {_machine(choice)}"
     yield f"model      {_model(choice)}"
     yield f"steps      {_steps(choice)}"
+    yield f"loss       {_loss(choice.predicted)}"
 
 
 def _text(choice: Choice) -> str:
     config, text, facts = choice.proposal.config, choice.proposal.text, choice.facts
-    tokens = f"{text.tokens:,} training tokens" + (" (estimated)" if text.unprepared else "")
+    tokens = f"{text.tokens:,} training tokens"
+    if text.unprepared:  # estimated: three digits
+        tokens = f"about {round(text.tokens, 3 - len(str(text.tokens))):,} training tokens"
     if facts is None:
         return f"{tokens}, vocabulary {text.vocabulary:,}, as its token files have them"
     distinct = "" if facts.distinct is None else f", {counted(facts.distinct, 'distinct character')}"
@@ -91,3 +95,9 @@ def _steps(choice: Choice) -> str:
         f"so weight decay {config.weight_decay:g} and dropout {config.model.dropout:g}; "
         f"about {spoken(seconds)} of {spoken(choice.seconds)}{reason}"
     )
+
+
+def _loss(predicted: Prediction | str) -> str:
+    if isinstance(predicted, str):
+        return f"no prediction: {predicted}"
+    return f"{predicted} at the end, by what counts of its bytes tell of this text"

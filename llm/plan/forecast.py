@@ -25,12 +25,12 @@ def spoken(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days"
 
 
-def outline(config: TrainConfig, tokens: int) -> str:
+def outline(config: TrainConfig, tokens: int, kept_bytes: int = 0) -> str:
     """Return two lines for the start of a run: its memory, disk, FLOPs and tokens per parameter. Nothing is measured.
 
-    `tokens`: tokens of the training split.
+    `tokens`: tokens of the training split. `kept_bytes`: of memory that was used before.
     """
-    memory_mib = sum(memory(config).values()) / MIB
+    memory_mib = (sum(memory(config).values()) + kept_bytes) / MIB
     disk_mib = sum(disk(config, tokens).values()) / MIB
     tokens_per_parameter = config.max_steps * config.tokens_per_step / count_parameters(config.model)
     return (
@@ -50,8 +50,9 @@ class Forecast:
     STEPS = 20
     SECONDS = 5.0
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, kept_bytes: int = 0) -> None:
         self.config = config
+        self.kept_bytes = kept_bytes  # of memory that was used before
         self.first: tuple[int, float] | None = None  # the first step seen, and the seconds of steps until its end
         self.predicted: float | None = None  # seconds of the whole run
         self.peak_before = peak_memory() or 0  # of preparing the text, for one, which the plan does not count
@@ -92,7 +93,7 @@ class Forecast:
         planned = memory(self.config)
         peak = peak_memory() if "process" in planned else None  # on a GPU, the plan is of the GPU's memory
         if peak:
-            total = sum(planned.values())
+            total = sum(planned.values()) + self.kept_bytes
             line += f"; {total / MIB:,.0f} MiB, "
             if peak > self.peak_before:
                 line += f"took {peak / MIB:,.0f} MiB: {_error(total, peak)}"

@@ -13,7 +13,7 @@ from llm.plan import rule
 from llm.plan.request import Request
 from llm.plan.steps import affordable_steps, useful_steps, with_steps
 from llm.plan.text_size import Text
-from llm.plan.timing import Pace, fits, preparing_seconds, probe
+from llm.plan.timing import Pace, fits, other_load, preparing_seconds, probe, starting_seconds
 
 Measure = Callable[[TrainConfig], Pace]
 Shapes = dict[GPTConfig, TrainConfig]
@@ -42,7 +42,7 @@ def propose(request: Request, text: Text, measure: Measure) -> Proposal:
     From the pace of the smallest shape it estimates the steps of every shape. Then it measures the shape that it would
     choose and estimates the others again, until the chosen one has been measured.
 
-    Raises UserError if not even LEAST_STEPS steps of the smallest shape fit.
+    Raises UserError if not even LEAST_STEPS steps of the smallest shape fit, and no other work is to blame.
     """
     shapes = {trial.model: trial for trial in candidates(request, text) if fits(trial)}
     if not shapes:
@@ -139,9 +139,14 @@ def suits(config: TrainConfig, request: Request, text: Text, pace: Pace) -> bool
 
 
 def check_time(config: TrainConfig, request: Request, text: Text, pace: Pace) -> None:
-    """Raise UserError, with the time that it needs, if LEAST_STEPS steps of the smallest shape do not fit."""
+    """Raise UserError, with the time that it needs, if LEAST_STEPS steps of the smallest shape do not fit.
+
+    Other work on this machine may have held up the measurement, and may end soon. Then the time is only too short if
+    starting takes all of it.
+    """
     steps = affordable_steps(config, request, text, pace, 1)
-    if steps >= rule.LEAST_STEPS:
+    starts_in_time = starting_seconds(text) - text.uncounted < rule.FILL * request.seconds
+    if steps >= rule.LEAST_STEPS or (other_load() and starts_in_time):
         return
     prepared = dataclasses.replace(text, unprepared=0, preparation=0.0, uncounted=0.0)
     needed = math.ceil(rule.PREPARING_SHARE * request.seconds)  # first without the preparation

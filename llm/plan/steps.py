@@ -11,7 +11,8 @@ from llm.plan.timing import PICTURE_SECONDS, SAVING_RATE, Pace, starting_seconds
 
 def with_steps(config: TrainConfig, request: Request, text: Text, pace: Pace, probes: int) -> TrainConfig:
     """Return `config` with as many steps as fit, and the evaluations that they allow. Raises UserError."""
-    steps = affordable_steps(config, request, text, pace, probes)
+    # beside other work fewer may fit; the run gets more once the machine is faster, or ends by max_time
+    steps = max(rule.LEAST_STEPS, affordable_steps(config, request, text, pace, probes))
     warmup = request.given.get("warmup_steps", 0)
     if warmup >= steps:
         raise UserError(f"warmup_steps = {warmup}: only {steps} steps fit this time; lower it, or give more --time")

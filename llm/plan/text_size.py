@@ -11,9 +11,14 @@ from llm.errors import Failure, UserError
 from llm.prepare.prepare import prepare
 from llm.prepare.reuse import default_folder
 from llm.text import corpus, hub
+from llm.tokens.bpe import train_bpe
 from llm.tokens.token_files import GPT2_VOCAB, check_length, has_tokens, read_meta, vocabulary_of
 
-# of tiny Shakespeare; hf: as for GPT-2's; for bpe by the size of its vocabulary
+SAMPLE = 2**24  # characters that are read of a large text
+BPE_SAMPLE = 2**19  # of these, characters that a BPE is trained on to estimate the tokens
+BPE_CHUNKS = 16  # that these are in, evenly spread
+
+# of tiny Shakespeare; hf: as for GPT-2's; for bpe, by the size of its vocabulary, of a text that is not here yet
 BYTES_PER_TOKEN = {"gpt2": 3.3, "auto": 3.3, "hf": 3.3, "byte": 1.0, "char": 1.0}
 BYTES_PER_BPE_TOKEN = ((0, 1.9), (1024, 2.4), (2048, 2.9), (4096, 3.2))
 
@@ -32,6 +37,7 @@ class Text:
     tokens: int  # of the training split
     vocabulary: int
     unprepared: int = 0  # bytes still to be tokenized, so that `tokens` is an estimate; 0: the tokens were counted
+    trains_bpe: bool = False  # whether a BPE is trained before
     preparation: float = 0.0  # seconds that its preparation has taken after the start of a given time
     uncounted: float = 0.0  # seconds of its preparation, taken or estimated, that are added to a given time
 
@@ -39,8 +45,8 @@ class Text:
 def text_of(config: TrainConfig) -> Text:
     """Return the text of a run.
 
-    Its tokens are counted if its token files exist, otherwise estimated from the size of the text. With a character
-    tokenizer the text is read, so that the count is exact.
+    Its tokens are counted if its token files exist, otherwise estimated from the size of the text; for a BPE by
+    training one on a sample of it. With a character tokenizer the text is read, so that the count is exact.
 
     Raises UserError for a text that does not exist, is empty, too short or cannot be read, and for a damaged meta.json.
     """
@@ -74,27 +80,57 @@ def _estimate(config: TrainConfig) -> Text:
             size += TEXT_BYTES
     characters = size
     vocabulary = VOCABULARY.get(config.tokenizer, config.model.vocab_size)  # of hf: that of the weights
+    bytes_per_token = _bytes_per_token(config, vocabulary)
     if files:
         with corpus.opened(files, text_field=config.text_field) as source:
             size += sum(file.text_bytes() for file in source.files)
+            if config.tokenizer == "bpe":
+                bytes_per_token = bpe_bytes_per_token("".join(beginning(source)), config.vocab_size or vocabulary)
             if config.tokenizer == "char":
                 survey = corpus.look(source, alphabet=True)
                 characters += survey.total
                 vocabulary = len(survey.alphabet)
-    count = characters if config.tokenizer == "char" else int(size / _bytes_per_token(config, vocabulary))
+    count = characters if config.tokenizer == "char" else int(size / bytes_per_token)
     tokens = int(count * (1 - config.val_fraction))
     are_paths = all(Path(name).is_file() or Path(name).is_dir() for name in names)
     if tokens < FEW_WINDOWS * config.model.block_size and are_paths and config.tokenizer != "hf":
         check_short(config)
     if tokens == 0:
         raise UserError("text: there is nothing in it to train on; give more")
-    return Text(tokens, config.vocab_size or vocabulary, size)
+    return Text(tokens, config.vocab_size or vocabulary, size, config.tokenizer == "bpe")
 
 
 def _bytes_per_token(config: TrainConfig, vocabulary: int) -> float:
     if config.tokenizer != "bpe":
         return BYTES_PER_TOKEN[config.tokenizer]
     return [size for least, size in BYTES_PER_BPE_TOKEN if least <= (config.vocab_size or vocabulary)][-1]
+
+
+def beginning(source: corpus.Corpus) -> list[str]:
+    """Return the first SAMPLE characters of a text in pieces, up to the end of the last piece."""
+    pieces: list[str] = []
+    characters = 0
+    for piece in (piece for file in source.files for piece in file.read()):
+        pieces.append(piece)
+        characters += len(piece)
+        if characters >= SAMPLE:
+            break
+    return pieces
+
+
+def bpe_bytes_per_token(text: str, vocab_size: int) -> float:
+    """Return the bytes of a token of a BPE that is trained on a sample of `text`. Raises UserError for `vocab_size`.
+
+    The sample has fewer distinct words than the whole text, so a token is a few percent too long.
+    """
+    size = BPE_SAMPLE // BPE_CHUNKS
+    chunks = [text]
+    if len(text) > BPE_SAMPLE:
+        starts = [number * (len(text) - size) // (BPE_CHUNKS - 1) for number in range(BPE_CHUNKS)]
+        chunks = [text[start : start + size] for start in starts]
+    sample = "".join(chunks)
+    tokens = len(train_bpe(chunks, vocab_size).encode(sample))
+    return len(sample.encode("utf-8")) / tokens if tokens else 1.0
 
 
 def check_short(config: TrainConfig) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from llm.plan.arithmetic import (
     memory,
 )
 from llm.plan.text_size import Text
+from llm.prepare.choose_tokenizer import SAMPLE
 from llm.start.build import build
 from llm.train import train_step
 from llm.training.evaluating import PICTURE_PACE
@@ -38,7 +40,15 @@ SAVING_RATE = 500 * MIB  # bytes per second: copying, hashing and writing a chec
 
 TOKENIZING_RATE = 10 * MIB  # bytes per second: from text to token files
 
+BPE_TRAINING_RATE = 5 * MIB  # bytes per second, before that, of at most the SAMPLE of `choose_tokenizer`
+
 PROBE_SECONDS = 3.0  # of steps
+
+
+def other_load() -> float:
+    """Return the system's load of the last minute, 0 if it left half of the cores free or the system has none."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return load if load > 0.5 * (os.cpu_count() or 1) else 0.0
 
 
 def fits(config: TrainConfig) -> bool:
@@ -178,7 +188,13 @@ def starting_seconds(text: Text) -> float:
 
 def preparing_seconds(text: Text) -> float:
     """Return the seconds that preparing the text took or, estimated, will take."""
-    return text.preparation + text.unprepared / TOKENIZING_RATE
+    return text.preparation + tokenizing_seconds(text.unprepared, text.trains_bpe)
+
+
+def tokenizing_seconds(size: float, trains_bpe: bool) -> float:
+    """Return the seconds from a text of `size` bytes to its token files."""
+    trained = min(size, SAMPLE) if trains_bpe else 0.0
+    return trained / BPE_TRAINING_RATE + size / TOKENIZING_RATE
 
 
 def validated_tokens(config: TrainConfig, text: Text) -> float:

@@ -4,7 +4,6 @@ A run on many accelerators: `plan_scale.py`. The lines that it prints: `plan_lin
 """
 
 import argparse
-import os
 from typing import TYPE_CHECKING, Any
 
 from llm.commands.flags import Parser, add_settings, config_from, flag, given_settings, path, request_from, warn
@@ -46,7 +45,6 @@ def main(argv: list[str]) -> int:
     pace: Pace | None
     if request:
         choice = choose_run(request, prepares=False, say=warn)
-        warn_if_busy()
         config, text, pace = choice.proposal.config, choice.proposal.text, choice.proposal.pace
         lines += choice_lines(choice)
     else:
@@ -61,6 +59,8 @@ def main(argv: list[str]) -> int:
         warn_if_busy()
         pace = probe(config) if fits(config) else None
     facts = predict(config, text, pace)
+    if request and "process" in facts["memory"]:
+        facts["memory"]["process"] += choice.kept_bytes
     lines += plan_lines(config, facts, text, request.seconds if request else None)
     print_result(json.dumps(facts) if args.json else "\n".join(lines))
     if args.out:
@@ -85,8 +85,9 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
 def warn_if_busy() -> None:
     """Warn if other work slows this machine down, because it distorts the measurements."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load > 0.5 * (os.cpu_count() or 1):
+    from llm.plan.timing import other_load
+
+    if load := other_load():
         warn(f"other work was running here in the last minute (load {load:.1f}); the times assume that it continues")
 
 

@@ -33,9 +33,7 @@ def main(argv: list[str]) -> int:
     device = choose_device(config.device)
     scores = []
     for source in args.sources:
-        opened = open_weights(source, config.model, args.weights)
-        if {"n_head", "gelu"} & given.keys() and not opened.is_bare:
-            raise UserError(f"n_head and gelu are for a bare state_dict; {source} has its own, so leave them out")
+        opened = open_weights(source, config.model, args.weights, given)
         if opened.tokenizer is None:
             warn(f"{source}: has no tokenizer beside it, so GPT-2's tokens are assumed")
         scores.append(score(opened, task, device, warn))

@@ -1,5 +1,6 @@
 """Weights to go on from, whoever wrote them: of a run, a .pt file, a GGUF file, or a model in Hugging Face's format."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +41,13 @@ class Opened:
         return model.to(device).eval()
 
 
-def open_weights(source: str, base: GPTConfig, preferred: str = "best") -> Opened:
+def open_weights(source: str, base: GPTConfig, preferred: str = "best", typed: Collection[str] = ()) -> Opened:
     """Return the weights of a run folder, a .pt or GGUF file, a model in Hugging Face's format or its name there.
 
     Args:
         base: has what a .pt file does not tell: heads and GELU.
         preferred: the weights of a run, "best" or "last"; the others if it has only those.
+        typed: the names of the settings that a person gave. Weights that tell their own heads and GELU refuse them.
 
     Raises:
         UserError: the weights cannot be used.
@@ -68,7 +70,10 @@ def open_weights(source: str, base: GPTConfig, preferred: str = "best") -> Opene
             f"{path}: its vocabulary is {config.vocab_size}, and the tokenizer beside it has {tokenizer.vocab_size} "
             "tokens; put the right one there"
         )
-    return Opened(path, config, weights, tokenizer, is_ours)
+    opened = Opened(path, config, weights, tokenizer, is_ours)
+    if not opened.is_bare and {"n_head", "gelu"}.intersection(typed):
+        raise UserError(f"n_head and gelu are for a bare state_dict; {source} has its own, so leave them out")
+    return opened
 
 
 def _tokenizer_beside(path: Path) -> Tokenizer | None:

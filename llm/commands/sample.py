@@ -121,8 +121,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "--checkpoint",
         metavar="FILE|DIR|NAME",
         type=path,
-        help="instead of a run: a state_dict saved by torch.save, a GGUF file, a model in Hugging Face's format, or "
-        "its name",
+        help="instead of a run: a saved state in one (step-000500), a state_dict saved by torch.save, a GGUF file, a "
+        "model in Hugging Face's format, or its name",
     )
     parser.add_argument(
         "--seed", default=argparse.SUPPRESS, metavar="SEED", help="seed of the drawing (default: another each time)"

@@ -101,6 +101,7 @@ class Run:
         max_new_tokens: int = 100,
         seed: int | None = None,
         weights: str = "last",
+        *,
         stop: str | Sequence[str] = (),
         ignore_end: bool = False,
         **knobs: Unpack[Knobs],
@@ -124,8 +125,7 @@ class Run:
 
     def _repr_png_(self) -> bytes:
         """Return the loss curve as PNG, for front ends that show only pictures."""
-        picture = io.BytesIO()
-        draw([self.path]).savefig(picture, format="png")
+        draw([self.path]).savefig(picture := io.BytesIO(), format="png")
         return picture.getvalue()
 
     def _repr_html_(self) -> str:

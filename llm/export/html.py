@@ -36,7 +36,7 @@ from llm.report.write_html import format_count, format_duration
 MARK = "<!DOCTYPE html>\n<!-- losscurve model -->"  # identifies an earlier export
 PART = 3 * 2**22  # bytes in a script element: a browser's texts end at 512 MiB, a page's do not
 LARGEST = 3 * 2**30  # bytes of float32 weights: WebAssembly's memory ends at 4 GiB, and holds the cache too
-ENGINE = ("model.js", "tokenizer.js", "sampling.js", "load.js")
+ENGINE = ("model.js", "tokenizer.js", "sampling.js", "writing.js", "load.js")
 TOKENIZERS = ("gpt2", "bpe", "byte", "char")  # that tokenizer.js has
 PROMPT = "The "  # without validation text to take one from
 PROMPT_LENGTH = 40  # characters, at most

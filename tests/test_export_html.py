@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,28 @@ def test_the_page_draws_what_the_run_draws_past_its_window_too(here, shape):
         with read_back.ask_node(NODE, Path("model.html"), *flags) as ask:
             for prompt in prompts:
                 assert ask(greedy=prompt, count=90)["ids"] == greedy(source.model, prompt, 90, V)
+
+
+def test_comments_are_left_out_and_no_string():
+    for name in (*html.ENGINE, "page.js"):
+        script = html._read(name)
+        for line in script.splitlines():
+            code, mark, _ = line.partition("// ")
+            if mark:
+                assert not code.strip() or code[-1] == " "
+                assert all(code.count(quote) % 2 == 0 for quote in "\"'`"), line
+                assert html.without_comments(line) == code.strip()
+
+
+@needs_node
+@pytest.mark.parametrize("size", range(6))
+def test_base85_is_read_as_it_was_written(size, tmp_path):
+    content = np.random.default_rng(size).integers(0, 256, 997 + size, dtype=np.uint8).tobytes()
+    (part,) = html._in_base85(content)
+    assert not set("<\"'\\ \n") & set(part)
+    script = html._read("load.js") + "process.stdout.write(Buffer.from(fromBase85(process.argv[1])).toString('hex'));"
+    done = subprocess.run([NODE, "-e", script, part], capture_output=True, text=True, check=True)
+    assert bytes.fromhex(done.stdout) == zlib.compress(content, 9)
 
 
 @needs_node

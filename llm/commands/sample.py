@@ -79,6 +79,32 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         help="read several prompts from a file, or - as above: each line is one, empty lines are skipped",
     )
     parser.add_argument("--max_new_tokens", type=int, default=100, metavar="N", help="tokens to draw (default: 100)")
+    add_knobs(parser)
+    parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="continuations to draw (default: 1)")
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        default=True,
+        help="print the first sample while it is drawn (default); the others are drawn with it, and follow",
+    )
+    parser.add_argument("--no_stream", dest="stream", action="store_false", help="print samples when all are complete")
+    parser.add_argument("--weights", choices=("last", "best"), default="last", help="model.pt or best.pt")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE|DIR|NAME",
+        type=path,
+        help="instead of a run: a saved state in one (step-000500), a state_dict saved by torch.save, a GGUF file, a "
+        "model in Hugging Face's format, or its name",
+    )
+    parser.add_argument(
+        "--seed", default=argparse.SUPPRESS, metavar="SEED", help="seed of the drawing (default: another each time)"
+    )
+    add_settings(parser, ["out_dir", "device", "dtype", "n_head", "gelu"])
+    return parser.read(argv)
+
+
+def add_knobs(parser: Parser) -> None:
+    """Add the flags that say how a token is drawn, and where a continuation ends."""
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1)")
     parser.add_argument("--top_k", type=int, metavar="K", help="draw from the K most likely tokens only")
     parser.add_argument(
@@ -108,27 +134,6 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--ignore_end", action="store_true", help="go on after end-of-text, where a continuation otherwise ends"
     )
-    parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="continuations to draw (default: 1)")
-    parser.add_argument(
-        "--stream",
-        action="store_true",
-        default=True,
-        help="print the first sample while it is drawn (default); the others are drawn with it, and follow",
-    )
-    parser.add_argument("--no_stream", dest="stream", action="store_false", help="print samples when all are complete")
-    parser.add_argument("--weights", choices=("last", "best"), default="last", help="model.pt or best.pt")
-    parser.add_argument(
-        "--checkpoint",
-        metavar="FILE|DIR|NAME",
-        type=path,
-        help="instead of a run: a saved state in one (step-000500), a state_dict saved by torch.save, a GGUF file, a "
-        "model in Hugging Face's format, or its name",
-    )
-    parser.add_argument(
-        "--seed", default=argparse.SUPPRESS, metavar="SEED", help="seed of the drawing (default: another each time)"
-    )
-    add_settings(parser, ["out_dir", "device", "dtype", "n_head", "gelu"])
-    return parser.read(argv)
 
 
 def check_flags(args: argparse.Namespace, prompts: Prompts) -> None:

@@ -4,6 +4,7 @@ B windows, T block_size.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +48,7 @@ def evaluate(
     token_bytes: npt.NDArray[np.int64] | None = None,
     world: World = ALONE,
     stride: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Return the mean loss of `model` over fixed windows of `tokens`, at most `limit` tokens of them.
 
@@ -56,6 +58,7 @@ def evaluate(
     token_bytes (V,): length of each token in UTF-8 bytes; bits per byte divides by the bytes of exactly the
     tokens that were predicted. The model keeps its mode, training or evaluation. The batches are distributed over
     the processes and their sums are added in a fixed order, so the result does not depend on the number of processes.
+    `progress` is called with the number of batches that are done, and of all.
     """
     device = next(model.parameters()).device
     batches = _batches(len(tokens), block_size, limit)
@@ -78,6 +81,8 @@ def evaluate(
                 size = 0 if token_bytes is None else int(token_bytes[ids[:, -new:]].sum())
                 count = len(starts) * new
                 sums[mine] = torch.tensor([loss.item() * count, count, size], dtype=torch.float64)
+            if progress is not None:
+                progress(min(deal + world.size, len(batches)), len(batches))
     model.train(training)
     nats, predicted, total = (math.fsum(column) for column in world.sum(sums).T.tolist())
     nats = max(nats, 0.0) + 0.0  # rounding can make the loss of a certain model negative; NaN stays NaN

@@ -7,6 +7,7 @@ B samples, T tokens so far, V vocabulary.
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -15,12 +16,23 @@ from torch import Tensor
 from llm.arch import Model
 from llm.errors import UserError
 from llm.model import KVCache
-from llm.tokens.tokenizer import Tokenizer
+from llm.tokens.tokenizer import Tokenizer, encode_prompt
+from llm.tokens.writing import Writing
 
 LIKELIEST = 1024  # tokens that top-p looks at before it sorts them all
 GROUP = 64  # neighbours whose maximum stands for them in `largest`
 SAMPLES = 2**16  # maximum number of samples drawn together
 BLOCK = 256  # rows of the output matrix in one product, see `last_logits`
+
+
+class Knobs(TypedDict, total=False):
+    """How a token is drawn from the logits. What is not given is off."""
+
+    temperature: float  # 0 is greedy; default 1
+    top_k: int | None  # draw from the k most likely tokens only
+    top_p: float  # draw from the most likely tokens whose probabilities add up to this
+    min_p: float  # draw no token below this share of the likeliest's probability
+    repetition_penalty: float  # above 1: tokens of the prompt and after it are less likely
 
 
 def next_probabilities(
@@ -125,9 +137,9 @@ def last_logits(model: Model, hidden: Tensor) -> Tensor:
 
 def check_knobs(
     max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
 ) -> None:
@@ -138,15 +150,18 @@ def check_knobs(
         ("top_k", top_k, top_k is None or top_k >= 1, "1 or more"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
         ("min_p", min_p, 0 <= min_p <= 1, "0 to 1"),
-        (
-            "repetition_penalty",
-            repetition_penalty,
-            math.isfinite(repetition_penalty) and repetition_penalty > 0,
-            "above 0; 1 is none",
-        ),
+        ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "above 0; 1 is none"),
     ):
         if not good:
             raise UserError(f"{name} = {value!r}: expected {expected}")
+
+
+def check_stop(stop: str | Sequence[str]) -> Sequence[str]:
+    """Return the texts that end a continuation; one may come by itself. Raises UserError for an empty one."""
+    texts = [stop] if isinstance(stop, str) else stop
+    if "" in texts:
+        raise UserError("stop = '': expected at least one character")
+    return texts
 
 
 @torch.no_grad()
@@ -242,12 +257,7 @@ def continue_text(
     max_new_tokens: int,
     seed: int | None = None,
     num_samples: int = 1,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    *,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
+    **knobs: Unpack[Knobs],
 ) -> Iterator[list[int]]:
     """Yield the next token id of each of `num_samples` continuations of `prompt`, `max_new_tokens` times.
 
@@ -255,18 +265,36 @@ def continue_text(
     UserError for an argument out of its range, and for a prompt that is empty or cannot be encoded.
     """
     device = next(model.parameters()).device
-    generator = generators(seed, num_samples, device)
-    ids = torch.from_numpy(tokenizer.encode(prompt).astype(np.int64)).to(device).expand(num_samples, -1)
-    tokens = generate(
-        model,
-        ids,
-        max_new_tokens,
-        temperature,
-        top_k,
-        top_p,
-        generator,
-        tokenizer.vocab_size,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )
+    own = generators(seed, num_samples, device)
+    ids = torch.from_numpy(encode_prompt(tokenizer, prompt).astype(np.int64)).to(device).expand(num_samples, -1)
+    tokens = generate(model, ids, max_new_tokens, generator=own, vocab_size=tokenizer.vocab_size, **knobs)
     return (token.tolist() for token in tokens)
+
+
+def write(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    seed: int | None = None,
+    num_samples: int = 1,
+    stop: str | Sequence[str] = (),
+    ignore_end: bool = False,
+    **knobs: Unpack[Knobs],
+) -> Iterator[list[str]]:
+    """Yield the text that each token adds to each of `num_samples` continuations of `prompt`, until all have ended.
+
+    A continuation ends before the first of the texts `stop`, at end-of-text unless `ignore_end`, or after
+    `max_new_tokens`. The pieces of one, joined, are its text. The rest is as in `continue_text`.
+    """
+    tokens = continue_text(model, tokenizer, prompt, max_new_tokens, seed, num_samples, **knobs)
+    writings = [Writing(tokenizer, check_stop(stop), ignore_end) for _ in range(num_samples)]
+    return _pieces(tokens, writings)
+
+
+def _pieces(tokens: Iterator[list[int]], writings: list[Writing]) -> Iterator[list[str]]:
+    for row in tokens:
+        yield [writing.add(token) for writing, token in zip(writings, row, strict=True)]
+        if all(writing.ended for writing in writings):
+            return
+    yield [writing.rest() for writing in writings]

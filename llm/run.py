@@ -10,12 +10,12 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Unpack, get_args, get_origin
 
 from llm.arch import Model
 from llm.config import (
@@ -31,7 +31,7 @@ from llm.config import (
     read_toml,
 )
 from llm.errors import Failure, UserError
-from llm.generate import continue_text
+from llm.generate import Knobs, write
 from llm.machine.device import choose_device
 from llm.plan.autopilot import choose_new_run
 from llm.plan.choice_lines import choice_lines
@@ -101,16 +101,18 @@ class Run:
         max_new_tokens: int = 100,
         seed: int | None = None,
         weights: str = "last",
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
+        *,
+        stop: str | Sequence[str] = (),
+        ignore_end: bool = False,
+        **knobs: Unpack[Knobs],
     ) -> str:
-        """Return `prompt` (default: the run's own) and its continuation by the "last" or "best" weights."""
-        model, tokenizer = self.model(weights), self.tokenizer
+        """Return `prompt` (default: the run's own) and its continuation by the "last" or "best" weights.
+
+        The knobs, as in `losscurve sample`: temperature, top_k, top_p, min_p, repetition_penalty. Raises UserError.
+        """
         prompt = prompt if prompt is not None else self.config.sample_prompt or "\n"
-        knobs = (temperature, top_k, top_p)
-        tokens = continue_text(model, tokenizer, prompt, max_new_tokens, seed, 1, *knobs)
-        return prompt + tokenizer.decode([token for (token,) in tokens])
+        pieces = write(self.model(weights), self.tokenizer, prompt, max_new_tokens, seed, 1, stop, ignore_end, **knobs)
+        return prompt + "".join(piece for (piece,) in pieces)
 
     @property
     def samples(self) -> list[Sample]:
@@ -123,8 +125,7 @@ class Run:
 
     def _repr_png_(self) -> bytes:
         """Return the loss curve as PNG, for front ends that show only pictures."""
-        picture = io.BytesIO()
-        draw([self.path]).savefig(picture, format="png")
+        draw([self.path]).savefig(picture := io.BytesIO(), format="png")
         return picture.getvalue()
 
     def _repr_html_(self) -> str:

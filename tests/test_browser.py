@@ -235,6 +235,7 @@ def test_the_playground_streams_and_shows_the_models_probabilities(browser, trai
         page.click("#stream")
         page.locator("#written .token").nth(11).wait_for()
         page.locator("#stop[disabled]").wait_for()
+        written = page.locator("#written").text_content()
         page.locator("#written .token").nth(3).click()
         assert "at token 4" in page.locator("#likely-title").inner_text()
         assert page.locator("#likely tr.drawn").count() == 1
@@ -246,6 +247,14 @@ def test_the_playground_streams_and_shows_the_models_probabilities(browser, trai
         page.locator("#written .token").nth(12).wait_for()
         page.click("#again")
         until(lambda: page.locator("#written .token").count(), 0, "start over")
+        page.fill("#stops", f"never\n{line_of(written[3:5])}")
+        page.click("#stream")
+        page.get_by_text("Next token, after what was cut off").wait_for()
+        assert page.locator("#written").text_content() == "ab" + written[2:].partition(written[3:5])[0]
+        page.fill("#stops", "")
+        page.click("#step-one")  # goes on, and shows what was cut off
+        until(lambda: page.locator("#written").text_content()[:5], written[:5], "all of it")
+        page.click("#again")
         page.locator("#top_k").focus()
         page.keyboard.press("ArrowRight")  # top-k 1: one token is sure
         until(lambda: shares(page, "after")[:2], [100.0, 0.0], "after top-k 1")
@@ -261,6 +270,11 @@ def test_the_playground_streams_and_shows_the_models_probabilities(browser, trai
         assert page.locator("#play-words").inner_text()
         assert page.locator("#likely").is_hidden()  # what it showed was said of another prompt
         assert page.locator("#likely-words").inner_text() == ""
+
+
+def line_of(stop):
+    """A stop text as one types it."""
+    return stop.replace("\\", "\\\\").replace("\n", "\\n")
 
 
 def test_of_a_model_without_a_record_only_the_playground_is_there(browser, trained, tmp_path):
@@ -394,7 +408,19 @@ def test_an_exported_page_runs_the_model_without_server_and_network(browser, tra
     assert drawn.locator(".after").inner_text() == "100.0 %"
     page.click("#go")  # goes on
     until(lambda: page.locator("#written .token").count(), 40, "40 tokens")
-    assert page.locator("#written").text_content() == run.sample("ab", 40, weights="best", temperature=0.0)
+    whole = run.sample("ab", 40, weights="best", temperature=0.0)
+    assert page.locator("#written").text_content() == whole
+    until(lambda: page.locator("#go").is_enabled(), True, "the end of it")
+    stop = whole[5:7]  # of one token each
+    page.fill("#stops", f"never\n{line_of(stop)}")
+    page.click("#again")
+    page.click("#go")
+    page.get_by_text("Stopped before a stop text").wait_for()
+    stopped = run.sample("ab", 40, weights="best", temperature=0.0, stop=stop)
+    assert page.locator("#written").text_content() == stopped == "ab" + whole[2:].partition(stop)[0]
+    page.fill("#stops", "")
+    page.click("#go")  # goes on, and shows what was cut off
+    until(lambda: page.locator("#written").text_content()[:20], whole[:20], "all of it")
     page.fill("#prompt", "\u00e9")
     until(lambda: page.locator("#words").get_attribute("class"), "bad", "a character without a token")
     assert "never seen" in page.locator("#words").inner_text()

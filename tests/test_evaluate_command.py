@@ -1,18 +1,22 @@
 """`evaluate`: the figures of a run's record, and those that transformers gives the same weights on the same text."""
 
+import itertools
 import json
 import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import rich.progress
 import torch
 import torch.nn.functional as F
 from conftest import config_for, trained, words
 from safetensors.torch import load_file, save_file
 
+from llm.commands import bars
 from llm.export.gguf_file import write_gguf
 from llm.record.metrics import losses, read_record
 from llm.run import Run
@@ -120,6 +124,44 @@ def test_documents_are_apart_and_a_table_shows_it(here, losscurve):
     assert cells[:2] == ["checkpoints/best.pt", "a.jsonl"]
     assert cells[5:] == ["5", "4", "16", "float32"]  # b, end-of-text, c, d, e
     assert float(cells[3].replace(",", "")) == pytest.approx(math.exp(float(cells[2])), rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [{"gelu": "tanh"}, {"arch": "llama", "tied_lm_head": True}])
+def test_a_saved_state_is_evaluated_as_its_row_of_the_record(here, scores, losscurve, shape):
+    trained(config_for(here, max_steps=8, eval_every=4, save_every=4, **shape))
+    rows = {row["step"]: row["loss"] for row in read_record(Path("checkpoints")) if row["split"] == "val"}
+    found = scores("checkpoints/step-000004 checkpoints/step-000008/")
+    assert [row["loss"] for row in found] == [rows[4], rows[8]]
+    last = "--prompt ab --seed 1 --max_new_tokens 20"
+    state, run = (losscurve(f"sample {of} {last}")[1] for of in ("--checkpoint checkpoints/step-000008", ""))
+    assert state == run != ""
+    code, _, err = losscurve("sample --out_dir checkpoints/step-000004")
+    assert (code, err.partition("; ")[0]) == (2, "error: checkpoints/step-000004: a saved state and no run")
+    assert losscurve(f"sample {err.rpartition(' with ')[2]} --prompt a")[0] == 0  # the remedy works when pasted
+    shutil.copytree("checkpoints/step-000004", "step-000004")
+    assert losscurve("evaluate step-000004")[2].startswith("error: step-000004: a saved state outside its run; copy ")
+    with open("checkpoints/step-000004/model.safetensors", "r+b") as file:
+        file.seek(500)
+        file.write(b"damage")
+    code, _, err = losscurve("evaluate checkpoints/step-000004")
+    assert code == 2
+    assert "changed since it was written" in err
+
+
+def test_a_long_evaluation_shows_a_bar_after_a_while(here, losscurve, monkeypatch):
+    trained(config_for(here, max_steps=1, warmup_steps=0))
+    drawn, seconds = [], itertools.count()
+    monkeypatch.setattr(rich.progress.Progress, "start", lambda bar: drawn.append(bar.tasks[0]))
+    monkeypatch.setattr(rich.progress.Progress, "update", lambda bar, task, **how: drawn.append(how))
+    expected = losscurve("evaluate --text text.txt --stride 1")
+    assert drawn == []  # no terminal
+    monkeypatch.setattr(bars, "shows_bars", lambda: True)
+    monkeypatch.setattr(bars, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    assert losscurve("evaluate --text text.txt --stride 1")[:2] == expected[:2]
+    total = drawn[0]["total"]
+    assert [how["completed"] for how in drawn if isinstance(how, dict)] == list(range(1, total + 1))
+    assert isinstance(drawn[1], rich.progress.Task)  # at second 2: the bar waits that long
+    assert drawn[1].description == "evaluating checkpoints"
 
 
 REFUSED = {

@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from llm.generate import generate, next_probabilities, penalise, tokens_in
 from llm.report.gather import gather
 from llm.tokens.bpe import BPE, gpt2
 from llm.tokens.tokenizer import Bytes
+from llm.tokens.writing import Writing
 
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="no node here")
@@ -86,6 +88,28 @@ def test_the_page_draws_what_the_run_draws_past_its_window_too(here, shape):
         with read_back.ask_node(NODE, Path("model.html"), *flags) as ask:
             for prompt in prompts:
                 assert ask(greedy=prompt, count=90)["ids"] == greedy(source.model, prompt, 90, V)
+
+
+def test_comments_are_left_out_and_no_string():
+    for name in (*html.ENGINE, "page.js"):
+        script = html._read(name)
+        for line in script.splitlines():
+            code, mark, _ = line.partition("// ")
+            if mark:
+                assert not code.strip() or code[-1] == " "
+                assert all(code.count(quote) % 2 == 0 for quote in "\"'`"), line
+                assert html.without_comments(line) == code.strip()
+
+
+@needs_node
+@pytest.mark.parametrize("size", range(6))
+def test_base85_is_read_as_it_was_written(size, tmp_path):
+    content = np.random.default_rng(size).integers(0, 256, 997 + size, dtype=np.uint8).tobytes()
+    (part,) = html._in_base85(content)
+    assert not set("<\"'\\ \n") & set(part)
+    script = html._read("load.js") + "process.stdout.write(Buffer.from(fromBase85(process.argv[1])).toString('hex'));"
+    done = subprocess.run([NODE, "-e", script, part], capture_output=True, text=True, check=True)
+    assert bytes.fromhex(done.stdout) == zlib.compress(content, 9)
 
 
 @needs_node
@@ -180,6 +204,28 @@ def test_the_page_draws_from_the_same_tokens_with_the_same_probabilities(run, sp
             listed = values if isinstance(values, list) else list(values.values())  # JSON of a typed array
             found[list(ids)] = torch.tensor(listed, dtype=torch.float32)
             assert torch.allclose(found, expected, atol=1e-6), knobs
+
+
+@needs_node
+def test_the_page_stops_where_sample_stops(here):
+    source = train({"tokenizer": "bpe"})
+    html.export(source, Path("model.html"), "int8")
+    draw, ends = np.random.default_rng(0), []
+    with read_back.ask_node(NODE, Path("model.html")) as ask:
+        for _ in range(100):
+            ids = draw.integers(0, source.tokenizer.vocab_size - 1, 40).tolist()  # much of it is no UTF-8
+            text = source.tokenizer.decode(ids)
+            places = draw.integers(0, len(text) - 4, 3)
+            stops = [text[place : place + draw.integers(1, 4)] for place in places]
+            lines = [stop.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t") for stop in stops]
+            writing, shown, count = Writing(source.tokenizer, stops), "", 0
+            while not writing.ended:
+                shown += writing.add(ids[count])
+                count += 1
+            assert ask(write=ids, stops="\n".join([*lines, ""])) == {"text": shown, "count": count}
+            ends.append(count)
+        assert ask(write=[], stops="") == {"text": "", "count": 0}
+    assert len(set(ends)) > 10
 
 
 @needs_node

@@ -184,7 +184,7 @@ def test_a_stream_is_what_sample_draws_with_that_seed_beyond_the_context_too(tra
     body = {"prompt": "ab", "seed": 7, "count": 30, "temperature": 0.9, "top_k": 8, "top_p": 0.95}
     *tokens, last = events(client(trained).post("runs/0/stream", json=body))
     assert last == {}
-    expected = Run.open(trained).sample("ab", 30, 7, "last", 0.9, 8, 0.95)
+    expected = Run.open(trained).sample("ab", 30, 7, temperature=0.9, top_k=8, top_p=0.95)
     assert "ab" + "".join(token["text"] for token in tokens) == expected
     for token in tokens:
         assert next(t for t in token["likely"] if t["id"] == token["id"])["after"] > 0
@@ -202,6 +202,37 @@ def test_stepping_goes_on_from_the_tokens_so_far(trained):
         t["id"] for t in events(page.post("runs/0/stream", json={"prompt": "ab", "count": 4, "temperature": 0}))[:-1]
     ]
     assert ids == whole
+
+
+def test_a_continuation_ends_before_a_stop_text_also_one_that_began_before(trained):
+    page, run = client(trained), Run.open(trained)
+    asked = {"prompt": "ab", "seed": 7, "count": 40}
+    plain = events(page.post("runs/0/stream", json=asked))[:-1]
+    assert {token["cut"] for token in plain} == {""}
+    text = "".join(token["text"] for token in plain)
+    stop = text[9:12]
+    assert text.index(stop) == 9
+    ended = events(page.post("runs/0/stream", json=asked | {"stop": ["never", stop]}))[:-1]
+    assert ended[:-1] == plain[: len(ended) - 1]
+    shown = "".join(token["text"] for token in ended).removesuffix(ended[-1]["cut"])
+    assert "ab" + shown == run.sample("ab", 40, 7, stop=stop) == "ab" + text[:9]
+
+    def single(ids, **more):  # the next token after some
+        return events(page.post("runs/0/stream", json=asked | {"ids": ids, "count": 1} | more))[0]
+
+    ids = [token["id"] for token in plain]
+    for place in range(9, 12):
+        token = single(ids[:place])
+        across = plain[place - 1]["text"] + token["text"]  # begins before this request
+        assert single(ids[:place], stop=[across])["cut"] == across
+        assert single(ids[:place], stop=[plain[place - 1]["text"] + "never"])["cut"] == ""
+    token = single(ids[:12])
+    spelled = plain[11]["text"]
+    assert single(ids[:12], stop=[spelled, spelled + token["text"]])["cut"] == (
+        token["text"] if token["text"] == spelled else ""
+    )  # the end before has been passed
+    for wrong in ("x", [1], ["x"] * 21, ["x" * 20_001], [""]):
+        assert page.post("runs/0/stream", json=asked | {"stop": wrong}).json()["error"].startswith("stop")
 
 
 def test_a_character_of_several_tokens_is_shown_where_it_ends():

@@ -10,6 +10,7 @@ import torch
 from conftest import config_for, trained
 
 from llm.commands.main import main
+from llm.commands.sample import print_samples
 from llm.config import GPTConfig
 from llm.errors import UserError
 from llm.generate import generate, next_probabilities, penalise, tokens_in
@@ -154,24 +155,62 @@ def test_sample_speaks(here, losscurve, capsys):
     trained(config_for(here, tokenizer="byte", max_steps=8))
     run = Run.open("checkpoints")
     plain = losscurve("sample --prompt ab --max_new_tokens 40 --seed 1 --ignore_end")[1]
-    assert plain[:-1] == run.sample("ab", 40, 1)
+    assert plain[:-1] == run.sample("ab", 40, 1, ignore_end=True)
     stop = plain[12:14]
     assert main(["sample", "--prompt=ab", "--max_new_tokens=40", "--seed=1", f"--stop={stop}", "--stop=never"]) == 0
-    assert capsys.readouterr().out == "ab" + plain[2:].partition(stop)[0] + "\n"
+    stopped = "ab" + plain[2:].partition(stop)[0]
+    assert capsys.readouterr().out == stopped + "\n"
+    assert run.sample("ab", 40, 1, stop=stop) == run.sample("ab", 40, 1, stop=["never", stop]) == stopped
+    knobs = {"temperature": 1.5, "top_k": 90, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.3}
+    line = " ".join(f"--{name} {value}" for name, value in knobs.items())
+    knobbed = losscurve(f"sample --prompt ab --max_new_tokens 30 --seed 1 {line}")[1]
+    assert run.sample("ab", 30, 1, **knobs) + "\n" == knobbed != plain
     Path("prompts.txt").write_text("ab\r\n\ncd\n", encoding="utf-8")
     line = "--max_new_tokens 9 --seed 1 --num_samples 2 --min_p 0.1 --repetition_penalty 1.3"
     alone = [losscurve(f"sample --prompt {prompt} {line}")[1] for prompt in ("ab", "cd")]
-    assert losscurve(f"sample --prompts prompts.txt {line}")[1] == "---------------\n".join(alone)
+    assert losscurve(f"sample --prompts prompts.txt {line}")[1] == "===============\n".join(alone)
+    assert losscurve(f"sample --prompts prompts.txt {line} --no-stream")[1] == "===============\n".join(alone)
     Path("none.txt").write_text("\n\n")
+    Path("latin.txt").write_bytes("ab\ncafé\n".encode("latin-1"))
     for flags, reason in {
         "--stop=": "stop = '': expected at least one character",
         "--min_p 2": "min_p = 2.0: expected 0 to 1",
         "--prompts no.txt": "prompts no.txt: cannot be read (No such file or directory)",
         "--prompts none.txt": "prompts none.txt: holds no prompt; write one a line",
+        "--prompts latin.txt": "prompts latin.txt: not UTF-8 at byte 6 (line 2): ",
+        "--checkpoint checkpoints/model.pt --out_dir checkpoints": "out_dir = 'checkpoints' is a run, and checkpoint = "
+        "'checkpoints/model.pt' stands instead of one; leave one of them out",
     }.items():
         code, out, err = losscurve(f"sample {flags}")
         assert (code, out) == (2, ""), flags
         assert err.startswith(f"error: {reason}"), err
+
+
+def test_a_prompt_that_the_model_cannot_read_is_named_before_anything_is_drawn(here, losscurve):
+    trained(config_for(here, tokenizer="char", max_steps=1, warmup_steps=0))
+    Path("prompts.txt").write_text("ab\n\naß\n", encoding="utf-8")
+    cause = "character 'ß' (U+00DF, at position 1) is not in the vocabulary of 12 characters; remove it, since"
+    for line in ("sample --prompts prompts.txt", "sample --checkpoint checkpoints/model.pt --prompts prompts.txt"):
+        code, out, err = losscurve(line)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: prompts prompts.txt, line 3: {cause}"), err
+    with pytest.raises(UserError, match=r"^prompt: character 'ß' .*; remove it, since this model"):
+        Run.open("checkpoints").sample("aß")
+
+
+def test_one_sample_is_printed_while_it_is_drawn(capsys):
+    for stream, count in itertools.product((True, False), (1, 2)):
+        printed = []
+
+        def pieces(count=count, printed=printed):
+            for number in range(3):
+                printed.append(capsys.readouterr().out)
+                yield [f"{number}{sample}" for sample in "ab"[:count]]
+
+        print_samples("p", pieces(), count, stream)
+        assert printed == (["p", "0a", "1a"] if stream else ["", "", ""])
+        other = "---------------\np0b1b2b\n" if count == 2 else ""
+        assert "".join([*printed, capsys.readouterr().out]) == f"p0a1a2a\n{other}"
 
 
 def test_the_playground_draws_as_sample_does_and_ends_a_document(here, monkeypatch):

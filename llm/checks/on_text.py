@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from llm.tokens.token_files import Tokens
 from llm.tokens.tokenizer import Ids, Tokenizer
 from llm.weights import Opened
 
+Progress = Callable[[int, int], None]  # (done, of all)
 FOREIGN_WINDOW = 1024  # tokens, at most: attention over a context of 32,768 would not fit in memory
 
 
@@ -52,10 +54,11 @@ class Score:
         return math.exp(self.found.loss) if self.found.loss < 700 else math.inf
 
 
-def score(opened: Opened, task: Task, device: torch.device, say: Say) -> Score:
+def score(opened: Opened, task: Task, device: torch.device, say: Say, progress: Progress | None = None) -> Score:
     """Evaluate a model on the text of `task`, or on the validation split of its run as the run does.
 
-    `say` gets a line about each thing that the figures depend on and a person may not expect. Raises UserError.
+    `say` gets a line about each thing that the figures depend on and a person may not expect. `progress` is as in
+    `evaluate`. Raises UserError.
     """
     window = _window(opened, task.window)
     if task.stride is not None and task.stride > window:
@@ -77,7 +80,8 @@ def score(opened: Opened, task: Task, device: torch.device, say: Say) -> Score:
     if not tokenizer.is_lossless:
         say(f"{opened.path}: its tokenizer changes a text before it cuts it, so the bytes are those of its tokens")
     with precision(dtype, device):
-        found = evaluate(opened.model(device), tokens, window, limit, tokenizer.token_bytes(), stride=task.stride)
+        lengths = tokenizer.token_bytes()
+        found = evaluate(opened.model(device), tokens, window, limit, lengths, stride=task.stride, progress=progress)
     return Score(str(opened.path), name, found, window, task.stride, str(dtype).removeprefix("torch."))
 
 

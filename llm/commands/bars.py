@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -32,10 +33,10 @@ def print_best_effort(line: str) -> None:
 
 
 @contextmanager
-def tokenizing_bar() -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a function `(done, total)` that shows the progress of tokenizing; None if nobody would see the bar.
+def progress_bar(words: str, patience: float = 0.0) -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a function `(done, total)` that shows the progress of what `words` name; None if nobody would see the bar.
 
-    The bar appears with the first call.
+    The bar appears with the first call after `patience` seconds.
     """
     if not shows_bars():
         yield None
@@ -43,12 +44,15 @@ def tokenizing_bar() -> Iterator[Callable[[int, int], None] | None]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("tokenizing"), BarColumn(), "{task.percentage:3.0f}%", TimeRemainingColumn())
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), "{task.percentage:3.0f}%", TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task("", total=None)
+    task = bar.add_task(words, total=None)
+    begin = time.monotonic() + patience
 
     def show(done: int, total: int) -> None:
-        bar.start()
+        if time.monotonic() >= begin:
+            bar.start()
         bar.update(task, completed=done, total=total)
 
     try:

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     check_flags(args, given)
 
     from llm.checks.on_text import Task, score
-    from llm.commands.bars import print_result
+    from llm.commands.bars import print_result, progress_bar
     from llm.machine.device import choose_device
     from llm.weights import open_weights
 
@@ -33,12 +33,11 @@ def main(argv: list[str]) -> int:
     device = choose_device(config.device)
     scores = []
     for source in args.sources:
-        opened = open_weights(source, config.model, args.weights)
-        if {"n_head", "gelu"} & given.keys() and not opened.is_bare:
-            raise UserError(f"n_head and gelu are for a bare state_dict; {source} has its own, so leave them out")
+        opened = open_weights(source, config.model, args.weights, given)
         if opened.tokenizer is None:
             warn(f"{source}: has no tokenizer beside it, so GPT-2's tokens are assumed")
-        scores.append(score(opened, task, device, warn))
+        with progress_bar(f"evaluating {source}", patience=2) as show:
+            scores.append(score(opened, task, device, warn, show))
     print_result(as_json(scores) if args.json else table(scores))
     return 0
 
@@ -52,8 +51,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=expanded,
         default=["checkpoints"],
         metavar="WEIGHTS",
-        help="a run folder, FILE.pt, FILE.gguf, a folder in Hugging Face's format or its name there "
-        "(default: checkpoints)",
+        help="a run folder, a saved state in one (step-000500), FILE.pt, FILE.gguf, a folder in Hugging Face's format "
+        "or its name there (default: checkpoints)",
     )
     parser.add_argument(
         "--text",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from llm.commands.bars import tokenizing_bar
+from llm.commands.bars import progress_bar
 from llm.commands.flags import Parser, add_settings, config_from, flag, warn
 
 DESCRIPTION = (
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     from llm.prepare.prepare import prepare
 
     folder = Path(config.data_dir or "data")
-    with tokenizing_bar() as progress:
+    with progress_bar("tokenizing") as progress:
         meta = prepare(
             config.text,
             folder,

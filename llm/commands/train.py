@@ -183,14 +183,14 @@ def open_run(
     """Start or resume the run. It stays open, with its folder locked, until `stack` closes. Raises UserError."""
     from pathlib import Path
 
-    from llm.commands.bars import tokenizing_bar
+    from llm.commands.bars import progress_bar
     from llm.start.new_run import new_run
     from llm.start.resume_run import resume_run
 
     if resumes:
         return stack.enter_context(resume_run(Path(config.out_dir), typed_settings(args), say, world))
     overwrite = args.overwrite or world.restarted
-    with tokenizing_bar() if world.leads else contextlib.nullcontext() as progress:
+    with progress_bar("tokenizing") if world.leads else contextlib.nullcontext() as progress:
         given = set(FIELDS) if args.time is not None else given_settings(args)  # --time has chosen every setting
         return stack.enter_context(new_run(config, overwrite, say, progress, world, given))
 

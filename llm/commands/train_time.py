@@ -29,13 +29,13 @@ def read_time_config(args: argparse.Namespace, say: Say) -> "TrainConfig":
 
 def choose(args: argparse.Namespace, world: "World", say: Say) -> "Choice":
     """Prepare the text, choose the run for `--time`, print why, and return it. Raises UserError."""
-    from llm.commands.bars import print_best_effort, tokenizing_bar
+    from llm.commands.bars import print_best_effort, progress_bar
     from llm.plan.autopilot import choose_new_run
     from llm.plan.choice_lines import choice_lines
 
     if world.started:
         raise UserError("--time works with one process; start it without torchrun")
-    with tokenizing_bar() as progress:
+    with progress_bar("tokenizing") as progress:
         choice = choose_new_run(request_from(args, lambda line: None), args.overwrite, say, progress)
     for line in choice_lines(choice):
         print_best_effort(line)

@@ -165,7 +165,7 @@ def check_settings(tried: "Try") -> None:
 
 def choose_for_time(args: argparse.Namespace, tried: "Try", runs: int) -> None:
     """Divide the time by the runs, and choose the settings that are not given for one of them. Raises UserError."""
-    from llm.commands.bars import print_best_effort, tokenizing_bar
+    from llm.commands.bars import print_best_effort, progress_bar
     from llm.experiments.jobs import slowest_pace
     from llm.experiments.trials import Setting
     from llm.plan.autopilot import choose_new_run
@@ -177,7 +177,7 @@ def choose_for_time(args: argparse.Namespace, tried: "Try", runs: int) -> None:
     given = tried.given | first.changes | {"out_dir": tried.run_dir(first, tried.seeds[0])}
     request = read_request(f"{seconds:.3f}", tried.preset, given, warn)
     together = slowest_pace(args.jobs) if args.jobs > 1 else contextlib.nullcontext()  # as many as will train
-    with tokenizing_bar() as progress, together as measure:
+    with progress_bar("tokenizing") as progress, together as measure:
         choice = choose_new_run(request, True, warn, progress, measure)
     print_best_effort(f"{runs} runs of {seconds:.0f} s each; the settings of the first:")
     for line in choice_lines(choice):

@@ -1,13 +1,15 @@
 """Write a run as one HTML file that opens offline in a browser and runs the model there.
 
 The page computes in float32, whatever the file stores: it unpacks the weights when it opens. Its scripts and its kernel
-(WebAssembly, assembled here from kernel.wat) are readable in `llm/export/browser/`.
+(WebAssembly, assembled here from kernel.wat) are readable in `llm/export/browser/`; the file has them without comments
+and indentation.
 """
 
 import base64
 import contextlib
 import hashlib
 import json
+import re
 import zlib
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -36,7 +38,7 @@ from llm.report.write_html import format_count, format_duration
 MARK = "<!DOCTYPE html>\n<!-- losscurve model -->"  # identifies an earlier export
 PART = 3 * 2**22  # bytes in a script element: a browser's texts end at 512 MiB, a page's do not
 LARGEST = 3 * 2**30  # bytes of float32 weights: WebAssembly's memory ends at 4 GiB, and holds the cache too
-ENGINE = ("model.js", "tokenizer.js", "sampling.js", "load.js")
+ENGINE = ("model.js", "tokenizer.js", "sampling.js", "writing.js", "load.js")
 TOKENIZERS = ("gpt2", "bpe", "byte", "char")  # that tokenizer.js has
 PROMPT = "The "  # without validation text to take one from
 PROMPT_LENGTH = 40  # characters, at most
@@ -150,8 +152,9 @@ def describe_quality(quality: Quality, dtype: str) -> str:
 
 def page(source: Source, report: Report, packed: Packed, quality: Quality | None) -> str:
     """Return the HTML of an export."""
-    engine = '"use strict";\n' + "\n".join(_read(name) for name in ENGINE)
-    script = _read("page.js")
+    engine = '"use strict"; // with comments: llm/export/browser of losscurve\n'
+    engine += "\n".join(without_comments(_read(name)) for name in ENGINE)
+    script = without_comments(_read("page.js"))
     style = _read("page.css")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -167,8 +170,8 @@ def page(source: Source, report: Report, packed: Packed, quality: Quality | None
         else "trained from scratch on this text alone",
         token={"char": "a character", "byte": "a byte"}.get(source.tokenizer.kind, "a word or a piece of one"),
         prompt=first_prompt(source),
-        about=_in_base64(description),
-        weights=_in_base64(packed.content),
+        about=_in_base85(description),
+        weights=_in_base85(packed.content),
         engine=Markup(engine),
         script=Markup(script),
         style=Markup(style),
@@ -232,10 +235,20 @@ def security_policy(style: str, *scripts: str) -> str:
     )
 
 
-def _in_base64(content: bytes) -> list[str]:
-    """Return compressed content in parts for script elements, which the page joins again."""
+def without_comments(script: str) -> str:
+    """Return a script of the page without comments, indentation and empty lines. None of its strings has " // "."""
+    lines = (re.sub(r"(^|\s)// .*", "", line).strip() for line in script.splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def _in_base85(content: bytes) -> list[Markup]:
+    """Return compressed content in parts for script elements, which the page joins again.
+
+    Base85 takes 5 characters for 4 bytes, where base64 takes 4 for 3. A dot stands for its <, which HTML would read.
+    """
     small = zlib.compress(content, 9)
-    return [base64.b64encode(small[start : start + PART]).decode() for start in range(0, len(small), PART)]
+    parts = (base64.b85encode(small[start : start + PART]).decode() for start in range(0, len(small), PART))
+    return [Markup(part.replace("<", ".")) for part in parts]
 
 
 def _read(name: str) -> str:

@@ -7,8 +7,9 @@ import { knownRuns, selectedRun } from "./runs.js";
 const OFF = { top_k: "0", top_p: "1", min_p: "0", repetition_penalty: "1" };
 const KNOBS = ["temperature", ...Object.keys(OFF)];
 const STAGES = ["before", "temperature", "top_k", "after"];
+const ESCAPES = { n: "\n", t: "\t", "\\": "\\" };
 const NAMES = { best: "best (best.pt)", last: "last (model.pt)", model: "the model’s" };
-let tokens = []; // generated so far
+let tokens = []; // generated so far: {id, text, likely, cut, button}
 let pressed = null; // the selected token, whose alternatives are shown
 let writing = null; // aborts the generation in progress
 let asking = null; // aborts the request in progress
@@ -36,9 +37,14 @@ function question(more) {
   return {
     prompt: $("prompt").value, ids: tokens.map((token) => token.id), weights: $("weights").value || "last",
     temperature: Number($("temperature").value), top_k: k || null, top_p: Number($("top_p").value),
-    min_p: Number($("min_p").value), repetition_penalty: Number($("repetition_penalty").value), seed, ...more,
+    min_p: Number($("min_p").value), repetition_penalty: Number($("repetition_penalty").value), stop: stopTexts(), seed,
+    ...more,
   };
 }
+const stopTexts = () => $("stops").value.split("\n").filter(Boolean).map(
+  (line) => line.replace(/\\([nt\\])/g, (_, kind) => ESCAPES[kind]),
+);
+const isCut = () => Boolean(tokens.at(-1)?.cut); // whether the shown text ends before a stop text
 const post = (what, body, signal) => fetch(`runs/${$("play-run").value || 0}/${what}`, {
   method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal,
 });
@@ -56,7 +62,7 @@ async function ask() { // requests the next-token distribution
       return say(answer.error, true);
     }
     say("");
-    showLikely(answer.likely, null, "Next token");
+    showLikely(answer.likely, null, isCut() ? "Next token, after what was cut off" : "Next token");
     const [before, after] = answer.entropy.map((nats) => number(nats, 2));
     const can = `${integer(answer.possible)} of ${integer(answer.vocab_size)} tokens can be drawn`;
     $("likely-words").textContent = `${can}; entropy ${before} nats before the parameters, ${after} after`;
@@ -100,7 +106,7 @@ function startOver() {
 }
 function addToken(token) {
   const place = tokens.push(token) - 1;
-  const button = element("span", token.text || "·", "token"); // not a <button>, which cannot break across lines
+  const button = (token.button = element("span", token.text || "·", "token")); // a <button> cannot break across lines
   if (token.text === "\n") button.classList.add("newline");
   button.tabIndex = place ? -1 : 0; // one tab stop; arrow keys move from there
   button.setAttribute("role", "button");
@@ -115,6 +121,21 @@ function addToken(token) {
   };
   $("written").append(button);
   $("written").scrollTop = $("written").scrollHeight;
+}
+function cutOff(length) { // takes the last characters off the shown text; the tokens stay, for what is generated next
+  for (const { text, button } of [...tokens].reverse()) {
+    if (!length && text) return;
+    const kept = Math.max(0, text.length - length);
+    length -= text.length - kept;
+    if (kept) return (button.textContent = showControls(text.slice(0, kept)));
+    button.remove();
+  }
+}
+function showAll() { // again, what was cut off
+  for (const { text, button } of tokens) {
+    button.textContent = showControls(text) || "·";
+    $("written").append(button);
+  }
 }
 function release() {
   pressed?.setAttribute("aria-pressed", "false");
@@ -139,6 +160,7 @@ async function write(count) {
   writing?.abort();
   release();
   if ($("written").firstChild.textContent !== showControls($("prompt").value)) startOver();
+  if (isCut()) showAll();
   const mine = (writing = new AbortController());
   $("stop").disabled = false;
   say("generating");
@@ -146,7 +168,8 @@ async function write(count) {
     const response = await post("stream", question({ count }), mine.signal);
     if (!response.ok) throw new Error((await response.json()).error);
     for await (const token of events(response.body)) if (writing === mine) addToken(token);
-    say(`${integer(tokens.length)} tokens`);
+    if (isCut()) cutOff(tokens.at(-1).cut.length);
+    say(`${integer(tokens.length)} tokens${isCut() ? "; ended before a stop text" : ""}`);
   } catch (error) {
     const stopped = error.name === "AbortError";
     say(stopped ? "stopped" : error.message, !stopped);

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PROMPT = 20_000  # characters, at most
 TOKENS = 2_000  # after the prompt, at most
+STOPS = 20  # stop texts, at most, and of at most PROMPT characters together
 CANDIDATES = 20  # likely tokens in an answer
 
 
@@ -37,6 +38,7 @@ class Question:
     top_p: float
     min_p: float
     repetition_penalty: float
+    stop: list[str]  # texts before which a continuation ends
     seed: int
     count: int  # tokens to generate
 
@@ -47,7 +49,7 @@ def parse_question(body: bytes) -> Question:
     Raises:
         UserError: the body is not JSON, or a field is out of its range; the message names the field.
     """
-    from llm.generate import check_knobs
+    from llm.generate import check_knobs, check_stop
 
     try:
         given = json.loads(body)
@@ -64,6 +66,12 @@ def parse_question(body: bytes) -> Question:
         raise UserError(f"ids: expected at most {TOKENS:,} token ids; start over")
     if weights not in (*WEIGHTS, MODEL):
         raise UserError(f"weights: expected last or best, or {MODEL} for what is no run")
+    stop = given.get("stop", [])
+    if not isinstance(stop, list) or len(stop) > STOPS or not all(isinstance(text, str) for text in stop):
+        raise UserError(f"stop: expected at most {STOPS} texts")
+    if sum(map(len, stop)) > PROMPT:
+        raise UserError(f"stop: expected at most {PROMPT:,} characters")
+    check_stop(stop)
     top_k = None if given.get("top_k") is None else _integer(given, "top_k", 1, 2**31)
     temperature = _number(given, "temperature", 1.0)
     top_p = _number(given, "top_p", 1.0)
@@ -79,6 +87,7 @@ def parse_question(body: bytes) -> Question:
         top_p,
         min_p,
         repetition_penalty,
+        stop,
         seed=_integer(given, "seed", 0, 2**53, 1337),
         count=_integer(given, "count", 0, TOKENS, 1),
     )
@@ -154,7 +163,10 @@ class Playground:
         return {"likely": likely(logits, weighed, asked, tokenizer), **knob_counts(logits, weighed, asked)}
 
     def stream(self, path: Path, asked: Question) -> Iterator[dict[str, Any]]:
-        """Yield tokens as they are generated, each with the likely alternatives in its place. End-of-text is the last.
+        """Yield tokens as they are generated, each with the likely alternatives in its place.
+
+        The last is end-of-text, or the one that completes a stop text: its "cut" is what the page then takes off the
+        end of the text. An end among the tokens generated before has been passed; the next is looked for behind it.
 
         Directly after the prompt they are those that `losscurve sample` generates with this seed. After earlier tokens,
         the seed is derived from the seed and the number of these tokens, so that single steps do not repeat a draw.
@@ -162,6 +174,7 @@ class Playground:
         import torch
 
         from llm.generate import candidates, penalise, tokens_in
+        from llm.tokens.writing import Writing
 
         model, tokenizer = self.load(path, asked.weights)
         generator = torch.Generator()
@@ -171,6 +184,11 @@ class Playground:
         generator.manual_seed(seed)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         decoder.decode(tokenizer.decode_bytes(asked.ids))  # they may end inside a character
+        writing = Writing(tokenizer, asked.stop)
+        for token_id in asked.ids:
+            writing.add(token_id)
+            if writing.ended:
+                writing.go_on()
         context_ids = context(tokenizer, asked)
         seen = tokens_in(context_ids, tokenizer.vocab_size)
         logits_stream = logits_after(model, context_ids, tokenizer.vocab_size)
@@ -183,12 +201,14 @@ class Playground:
                 drawn = torch.multinomial(probabilities, 1, generator=generator)
                 token = drawn if ids is None else ids.gather(1, drawn)
                 token_id = int(token.item())
+                writing.add(token_id)
                 yield {
                     "id": token_id,
                     "text": decoder.decode(tokenizer.decode_bytes([token_id])),
                     "likely": likely(logits, weighed, asked, tokenizer, token_id),
+                    "cut": writing.cut,
                 }
-                if token_id == tokenizer.end_of_text:
+                if writing.ended:
                     return
                 seen[0, token_id] = True
                 logits = logits_stream.send(token)
@@ -202,11 +222,11 @@ def context(tokenizer: "Tokenizer", asked: Question) -> "Tensor":
     """
     import torch
 
-    prompt = tokenizer.encode(asked.prompt).tolist()
+    from llm.tokens.tokenizer import encode_prompt
+
+    prompt = encode_prompt(tokenizer, asked.prompt).tolist()
     if any(i >= tokenizer.vocab_size for i in asked.ids):
         raise UserError("ids: not tokens of this run; start over")
-    if not prompt:
-        raise UserError("prompt: holds no token; give at least one character")
     return torch.tensor([prompt + asked.ids], dtype=torch.int64)
 
 

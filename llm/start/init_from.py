@@ -60,7 +60,8 @@ def starting_point(config: TrainConfig, say: Say, given: Collection[str] | None 
     if kind in ("bpe", "char", "hf") and config.text and config.data_dir is None:  # of one kind, but not the same
         folder = default_folder(dataclasses.replace(config, tokenizer="auto"))
         place = opened.path.resolve()
-        name = place.parent.name if place.suffix == ".pt" else place.name  # a .pt file is called as all others are
+        is_named_alike = place.suffix == ".pt" or opened.is_ours  # as in other runs: model.pt, step-000500
+        name = place.parent.name if is_named_alike else place.name
         changes["data_dir"] = f"{folder}-for-{name}"
     if not opened.is_ours:
         changes |= fine_tuning.settings(shape, given)

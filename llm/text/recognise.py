@@ -112,7 +112,8 @@ def decode(content: bytes, label: str, shell_name: str = "") -> str:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         cause = describe_not_utf8(content, error.start, shell_name, begin=0)
-        raise UserError(f"{label}: not UTF-8 at byte {error.start}: {cause}") from None
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{label}: not UTF-8 at byte {error.start} (line {line}): {cause}") from None
 
 
 def _detect_format(head: bytes, name: str) -> tuple[str, str] | None:

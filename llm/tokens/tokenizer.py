@@ -127,6 +127,18 @@ class Characters(TokenList):
         return {"kind": "char", "vocab_size": self.vocab_size, "characters": self.characters}
 
 
+def encode_prompt(tokenizer: Tokenizer, prompt: str, label: str = "prompt") -> Ids:
+    """Return the ids of a prompt. Raises UserError, which calls it `label`, if it cannot be encoded or has no token."""
+    try:
+        ids = tokenizer.encode(prompt)
+    except UserError as error:
+        cause = str(error).partition(";")[0]  # the rest is for texts to train on
+        raise UserError(f"{label}: {cause}; remove it, since this model can read no other characters") from None
+    if not len(ids):
+        raise UserError(f"{label}: holds no token; give at least one character")
+    return ids
+
+
 def encode_utf8(text: str) -> bytes:
     """Return the UTF-8 of `text`.
 

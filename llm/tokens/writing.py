@@ -10,10 +10,12 @@ class Writing:
     """The text of one continuation as its tokens arrive, up to its end.
 
     It ends at end-of-text, unless that is `ignored`, and before the first of the texts `stop`: neither is part of it.
+    `cut` is what the tokens spell from that text on, "" without one.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), ignored: bool = False) -> None:
         self.ended = False
+        self.cut = ""
         self._tokenizer = tokenizer
         self._stop = stop
         self._last = None if ignored else tokenizer.end_of_text
@@ -31,10 +33,16 @@ class Writing:
         if places:
             self.ended = True
             self._held = ""
+            self.cut = text[min(places) :]
             return text[: min(places)]
         kept = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
+
+    def go_on(self) -> None:
+        """Take more tokens, also after an end: another end is looked for from here on."""
+        self.ended = False
+        self.cut = ""
 
     def rest(self) -> str:
         """Return the text that was held back: there are no more tokens."""

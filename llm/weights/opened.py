@@ -1,5 +1,6 @@
 """Weights to go on from, whoever wrote them: of a run, a .pt file, a GGUF file, or a model in Hugging Face's format."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from llm.tokens.tokenizer import Tokenizer
 from llm.weights.foreign import is_foreign, read_foreign
 from llm.weights.gguf_file import is_gguf, read_gguf
 from llm.weights.pt_file import read_weights, weights_file
+from llm.weights.saved_state import is_saved_state, read_saved_state
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,15 @@ class Opened:
         return model.to(device).eval()
 
 
-def open_weights(source: str, base: GPTConfig, preferred: str = "best") -> Opened:
-    """Return the weights of a run folder, a .pt or GGUF file, a model in Hugging Face's format or its name there.
+def open_weights(source: str, base: GPTConfig, preferred: str = "best", typed: Collection[str] = ()) -> Opened:
+    """Return the weights of a run, of a saved state in it, a .pt or GGUF file, or a model in Hugging Face's format.
+
+    The last is a folder, or a name on the hub.
 
     Args:
         base: has what a .pt file does not tell: heads and GELU.
         preferred: the weights of a run, "best" or "last"; the others if it has only those.
+        typed: the names of the settings that a person gave. Weights that tell their own heads and GELU refuse them.
 
     Raises:
         UserError: the weights cannot be used.
@@ -55,8 +60,9 @@ def open_weights(source: str, base: GPTConfig, preferred: str = "best") -> Opene
         found = read_foreign(source) if is_foreign(source) else read_gguf(Path(source))
         path, config, weights, tokenizer, is_ours = found.path, found.config, found.weights, found.tokenizer, False
     else:
-        path = weights_file(source, preferred)
-        config, weights = read_weights(path, base)
+        is_state = is_saved_state(Path(source))
+        path = Path(source) if is_state else weights_file(source, preferred)
+        config, weights = read_saved_state(path) if is_state else read_weights(path, base)
         tokenizer = _tokenizer_beside(path)
         is_ours = path.with_name("config.toml").is_file()
     if tokenizer is None and config.vocab_size < GPT2_VOCAB:
@@ -68,10 +74,13 @@ def open_weights(source: str, base: GPTConfig, preferred: str = "best") -> Opene
             f"{path}: its vocabulary is {config.vocab_size}, and the tokenizer beside it has {tokenizer.vocab_size} "
             "tokens; put the right one there"
         )
-    return Opened(path, config, weights, tokenizer, is_ours)
+    opened = Opened(path, config, weights, tokenizer, is_ours)
+    if not opened.is_bare and {"n_head", "gelu"}.intersection(typed):
+        raise UserError(f"n_head and gelu are for a bare state_dict; {source} has its own, so leave them out")
+    return opened
 
 
 def _tokenizer_beside(path: Path) -> Tokenizer | None:
-    """Return the tokenizer in the folder of a .pt file: a tokenizer.json of ours, or nanoGPT's meta.pkl."""
+    """Return the tokenizer beside a .pt file or a saved state: a tokenizer.json of ours, or nanoGPT's meta.pkl."""
     saved = path.with_name("tokenizer.json")
     return load_tokenizer(saved) if saved.exists() else characters(path.parent)

@@ -29,6 +29,11 @@ def run_config(folder: Path) -> TrainConfig:
             f"{folder}: a model in Hugging Face's format and no run; sample from it with --checkpoint {folder}, train "
             f"from it with --init_from {folder}"
         )
+    if (folder / "state.json").is_file():
+        raise UserError(
+            f"{folder}: a saved state and no run; give its run, {folder.parent}, or sample from the state with "
+            f"--checkpoint {folder}"
+        )
     if not (folder / "config.toml").is_file():
         raise UserError(f"{folder}: no run here (no config.toml); give the folder of one, or train one there")
     return from_settings(read_toml(str(folder / "config.toml")))

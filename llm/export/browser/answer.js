@@ -1,6 +1,6 @@
 // For Node: open the file of an export as a browser does, and answer questions, one JSON object a line: {encode: text}
 // with {ids}; {decode: ids} with {text}; {feed: ids, whole: whether together or one by one} with {logits}: those after each id, in base64; {greedy:
-// ids, count} with {ids}; {candidates: [logits, temperature, top_k, top_p, min_p], seen: ids, penalty} with {ids, probabilities}.
+// ids, count} with {ids}; {write: ids, stops: lines} with {text, count}: up to a stop text; {candidates: [logits, temperature, top_k, top_p, min_p], seen: ids, penalty} with {ids, probabilities}.
 
 const fs = require("fs");
 const vm = require("vm");
@@ -34,9 +34,21 @@ function* eachOfChunks(model, ids) { // at most a window, in chunks as the page 
   }
 }
 
+function written(tokenizer, ids, lines) {
+  const writing = new (vm.runInThisContext("Writing"))(tokenizer), stops = vm.runInThisContext("stopsIn")(lines);
+  let all = "";
+  for (let i = 0; i < ids.length; i++) {
+    const { text, cut } = writing.add(ids[i], stops);
+    all += text;
+    if (cut) return { text: all.slice(0, -cut), count: i + 1 };
+  }
+  return { text: all, count: ids.length };
+}
+
 function answer({ model, tokenizer }, asked) {
   if (asked.encode !== undefined) return { ids: tokenizer.encode(asked.encode) };
   if (asked.decode) return { text: textOf(tokenizer, asked.decode) };
+  if (asked.write) return written(tokenizer, asked.write, asked.stops);
   if (asked.candidates) {
     const [logits, ...knobs] = asked.candidates;
     return vm.runInThisContext("candidates")(vm.runInThisContext("penalised")(logits, asked.seen, asked.penalty), ...knobs);

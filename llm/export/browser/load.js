@@ -1,12 +1,20 @@
-// Out of the file: a JSON text and the weights, each compressed (zlib) and written in base64, in parts.
+// Out of the file: a JSON text and the weights, each compressed (zlib) and written in base85, in parts.
+
+const DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;.=>?@^_`{|}~";
+const VALUES = Uint8Array.from({ length: 128 }, (_, code) => Math.max(0, DIGITS.indexOf(String.fromCharCode(code))));
+
+function fromBase85(text) { // five digits are a number of four bytes; the last are n bytes in n + 1 digits
+  const view = new DataView(new ArrayBuffer(4 * Math.ceil(text.length / 5)));
+  for (let i = 0, at = 0; i < text.length; i += 5, at += 4) {
+    let number = 0;
+    for (let j = i; j < i + 5; j++) number = 85 * number + (j < text.length ? VALUES[text.charCodeAt(j)] : 84);
+    view.setUint32(at, number);
+  }
+  return new Uint8Array(view.buffer, 0, Math.floor((4 * text.length) / 5));
+}
 
 async function inflate(parts) {
-  const bytes = parts.map((text) => {
-    const raw = atob(text), found = new Uint8Array(raw.length);
-    for (let i = 0; i < raw.length; i++) found[i] = raw.charCodeAt(i);
-    return found;
-  });
-  const stream = new Blob(bytes).stream().pipeThrough(new DecompressionStream("deflate"));
+  const stream = new Blob(parts.map(fromBase85)).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 

@@ -8,7 +8,7 @@ const KNOBS = ["temperature", ...Object.keys(OFF), "count"];
 const SHOWN = { "\n": "↵", "\t": "⇥", " ": "␣" };
 
 let model = null, tokenizer = null;
-let tokens = []; // written after the prompt: {id, likely}
+let tokens = []; // written after the prompt: {id, text, likely, button, cut}
 let fed = []; // the ids after which `logits` are the next token's; null while the model is between two
 let logits = null;
 let job = 0; // the newest: an older one ends at its next pause
@@ -73,19 +73,21 @@ function likelyNow(can, drawn) { // the likeliest tokens, and the one that was d
 }
 
 async function write(count) {
-  const mine = ++job, first = tokens.length;
+  const mine = ++job, first = tokens.length, stops = stopsIn($("stops").value);
   clearTimeout(soon); // a look would end this job
   release();
   setBusy(true);
   say("Reading …");
+  if (isCut()) showAll();
   try {
     if (!(await catchUp(mine))) return;
     const start = performance.now();
     let painted = start, words = "";
     while (tokens.length < first + count && !words) {
       const can = drawable(), id = draw(can);
-      addToken(id, likelyNow(can, id));
+      addToken(id, likelyNow(can, id), stops);
       if (id === tokenizer.endOfText) words = "The model has ended its text. ";
+      if (isCut()) words = "Stopped before a stop text. ";
       if (!(await catchUp(mine))) break;
       if (performance.now() - painted > PAINT) {
         say(`${thousands(tokens.length)} tokens`);
@@ -111,7 +113,7 @@ async function look() { // shows what may come next
     if (!(await catchUp(mine))) return;
     if ($("words").className === "bad") say("");
     const can = drawable(), possible = can.ids ? can.ids.length : tokenizer.size;
-    showLikely(likelyNow(can), undefined, "Next token");
+    showLikely(likelyNow(can), undefined, isCut() ? "Next token, after what was cut off" : "Next token");
     $("likely-words").textContent = `${thousands(possible)} of ${thousands(tokenizer.size)} tokens can be drawn`;
   } catch (error) {
     $("likely").hidden = true; // it belongs to an earlier prompt
@@ -133,19 +135,21 @@ function setBusy(busy) {
 
 // ---- the text
 
-let decoder; // of the bytes written so far: a token may end inside a character
+let writing; // the text of the tokens
 function startOver() {
   job++;
   tokens = [];
   pressed = null;
-  decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+  writing = new Writing(tokenizer);
   $("written").replaceChildren(element("span", $("prompt").value, "prompt"));
 }
 
-function addToken(id, likely) {
-  const isEnd = id === tokenizer.endOfText, place = tokens.push({ id, likely });
-  const text = isEnd ? "" : decoder.decode(tokenizer.bytes(id), { stream: true });
-  const button = element("span", isEnd ? "end of text" : text || "·", "token"); // a <button> cannot break across lines
+function addToken(id, likely, stops) {
+  const isEnd = id === tokenizer.endOfText;
+  if (isEnd) writing.begin();
+  const { text, cut } = isEnd ? { text: "end of text", cut: 0 } : writing.add(id, stops);
+  const button = element("span", text || "·", "token"); // a <button> cannot break across lines
+  const place = tokens.push({ id, likely, text, button, cut });
   if (text === "\n") button.classList.add("newline");
   if (isEnd) button.classList.add("end");
   button.tabIndex = place === 1 ? 0 : -1; // one tab stop; arrow keys move from there
@@ -160,6 +164,24 @@ function addToken(id, likely) {
   };
   $("written").append(button);
   $("written").scrollTop = $("written").scrollHeight;
+  if (cut) cutOff(cut);
+}
+
+const isCut = () => tokens.at(-1)?.cut > 0; // whether the shown text ends before a stop text
+function cutOff(length) { // takes the last characters off the shown text; the tokens stay, for what is written next
+  for (const { text, button } of [...tokens].reverse()) {
+    if (!length && text) return;
+    const kept = Math.max(0, text.length - length);
+    length -= text.length - kept;
+    if (kept) return (button.textContent = text.slice(0, kept));
+    button.remove();
+  }
+}
+function showAll() { // again, what was cut off
+  for (const { text, button } of tokens) {
+    button.textContent = text || "·";
+    $("written").append(button);
+  }
 }
 
 function release() {
@@ -248,6 +270,7 @@ async function open() {
     return say(`This browser cannot run the model: ${error.message}`, true);
   }
   say("");
+  startOver(); // with the tokenizer
   listen();
   await look();
 }

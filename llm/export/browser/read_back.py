@@ -120,6 +120,6 @@ def read_file(path: Path) -> tuple[dict[str, Any], bytes]:
 
     def content(name: str) -> bytes:
         parts = re.findall(rf'<script type="text/plain" class="{name}">([^<]*)</script>', page)
-        return zlib.decompress(b"".join(base64.b64decode(part) for part in parts))
+        return zlib.decompress(b"".join(base64.b85decode(part.replace(".", "<")) for part in parts))
 
     return json.loads(content("about")), content("weights")

@@ -1,0 +1,32 @@
+"""The weights in a saved state of a run, such as runs/base/step-000500."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from llm.arch import tensor_shapes
+from llm.config import GPTConfig
+from llm.errors import UserError
+from llm.storage import checkpoint
+from llm.weights.pt_file import check_tensors, run_config
+
+
+def is_saved_state(folder: Path) -> bool:
+    """Return whether `folder` is a checkpoint to resume from."""
+    return (folder / "state.json").is_file()
+
+
+def read_saved_state(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Return the shape and the state_dict of the model in a saved state, with the settings of the run that it is in.
+
+    Raises UserError if a byte of it has changed, or if it is not in the folder of its run.
+    """
+    groups, _ = checkpoint.load_state(folder)
+    if not (folder.parent / "config.toml").is_file():
+        raise UserError(f"{folder}: a saved state outside its run; copy config.toml and tokenizer.json to its parent")
+    config = run_config(folder.parent).model
+    weights = groups.get("model", {})
+    if config.tied_lm_head and "wte.weight" in weights:  # a state has tied weights once
+        weights["lm_head.weight"] = weights["wte.weight"]
+    check_tensors(folder, weights, tensor_shapes(config))
+    return config, weights

@@ -122,6 +122,27 @@ def test_the_command_writes_a_folder_that_is_complete(run, losscurve):
     assert Path("mine/thesis.txt").exists()
 
 
+CHANGED = {
+    "a note": (lambda: Path("run-hf/notes.txt").touch(), "run-hf/notes.txt: not in the manifest"),
+    "a model that was tuned there": (
+        lambda: Path("run-hf/model.safetensors").write_bytes(b"tuned"),
+        "run-hf/model.safetensors: changed since it was written (SHA-256 differs)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_an_export_that_somebody_changed_is_not_replaced(run, losscurve, what):
+    huggingface.export(run, Path("run-hf"))
+    change, words = CHANGED[what]
+    change()
+    before = {path: path.read_bytes() for path in Path("run-hf").iterdir()}
+    code, _, err = losscurve("export run --to hf --overwrite")
+    remedy = "--overwrite replaces only what export wrote; move run-hf away, or choose another --out"
+    assert (code, err) == (2, f"error: {words}, and {remedy}\n")
+    assert {path: path.read_bytes() for path in Path("run-hf").iterdir()} == before
+
+
 def nothing_left():
     return [path.name for path in Path().iterdir() if "hf" in path.name]
 

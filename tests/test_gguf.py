@@ -217,14 +217,32 @@ def test_without_llama_cpp_a_mismatch_is_refused(monkeypatch):
 def test_bad_input_is_refused_before_work(monkeypatch):
     monkeypatch.setattr(gguf_export, "write_gguf", lambda *_: pytest.fail("work began"))
     Path("m.gguf").write_text("mine")
-    with pytest.raises(UserError, match=r"m\.gguf: exists, and is no GGUF file; choose another --out"):
+    with pytest.raises(UserError, match=r"m\.gguf: exists, and is no export of ours; choose another --out"):
         export(source_of(random_model()), overwrite=True)
-    Path("earlier.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UserError, match=r"earlier\.gguf: exists; replace it with --overwrite"):
-        export(source_of(random_model()), out="earlier.gguf")
     with pytest.raises(UserError, match="block_size = 1"):
         export(source_of(random_model(block_size=1)), out="other.gguf")
     assert Path("m.gguf").read_text() == "mine"
+
+
+def test_only_an_earlier_export_is_replaced():
+    from gguf import GGUFWriter
+
+    write_gguf(random_model(), Bytes(), Path("m.gguf"), "q8_0", "m" * 255)
+    with pytest.raises(UserError, match=r"m\.gguf: exists; replace it with --overwrite"):
+        export(source_of(random_model()))
+    export(source_of(random_model()), overwrite=True)
+    assert read_gguf(Path("m.gguf")).config.n_embd == 64
+    writer = GGUFWriter("m.gguf", "gpt2")  # somebody's model
+    writer.add_name("losscurve.version")
+    writer.add_description("downloaded for an hour")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    theirs = Path("m.gguf").read_bytes()
+    for overwrite in (True, False):
+        with pytest.raises(UserError, match=r"m\.gguf: exists, and is no export of ours; choose another --out"):
+            export(source_of(random_model()), overwrite=overwrite)
+    assert Path("m.gguf").read_bytes() == theirs
 
 
 def test_what_the_format_cannot_hold_is_refused():

@@ -20,7 +20,7 @@ from llm.weights.pt_file import check_tensors
 
 MAGIC = b"GGUF"
 LAYER_NORM_EPS = 1e-5  # PyTorch's
-OUR_GELU = "losscurve.gelu"  # the only key that llama.cpp does not know: it always computes GELU by tanh
+OUR_GELU = "losscurve.gelu"  # a key that llama.cpp does not know: it always computes GELU by tanh
 MISREAD = (ValueError, IndexError, TypeError, RuntimeError)  # what the package raises for bytes that make no sense
 MISSING = "gguf is not installed; install it with: pip install gguf"
 

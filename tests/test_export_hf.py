@@ -26,7 +26,7 @@ from llm.tokens import huggingface as tokenizer_json
 from llm.tokens.bpe import BPE, gpt2, train_bpe
 from llm.tokens.merges import merges
 from llm.tokens.tokenizer import Bytes
-from llm.weights import hf_layout
+from llm.weights import hf_config, hf_layout
 
 transformers = pytest.importorskip("transformers")
 SHAPES = {
@@ -61,7 +61,7 @@ def test_transformers_opens_it_and_is_the_run(here, shape):
     source = open_source(Path("run"))
     proof = huggingface.export(source, Path("hf"))
     theirs, tokenizer = opened("hf")
-    assert type(theirs).__name__ == hf_layout.KINDS[{"g": "gpt2", "L": "llama", "Q": "qwen3"}[shape[0]]]
+    assert type(theirs).__name__ == hf_config.KINDS[{"g": "gpt2", "L": "llama", "Q": "qwen3"}[shape[0]]]
     ours, ids = source.model, torch.from_numpy(source.validation[:16].astype(np.int64))[None]
     expected = ours(ids)[0]
     assert expected.std() > 0.02  # they are logits of something
@@ -148,7 +148,7 @@ def nothing_left():
 
 
 WRONG = {
-    "the other GELU": lambda patch: patch.setattr(hf_layout, "GELUS", {"exact": "gelu_new", "tanh": "gelu"}),
+    "the other GELU": lambda patch: patch.setattr(hf_config, "GELUS", {"exact": "gelu_new", "tanh": "gelu"}),
     "a matrix that is not transposed": lambda patch: patch.setattr(
         hf_layout, "TRANSPOSED", ("mlp.c_fc.weight", "mlp.c_proj.weight", "attn.c_attn.weight")
     ),
@@ -206,7 +206,7 @@ def test_without_transformers_it_is_read_back_by_us(run, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     proof = huggingface.export(run, Path("hf"))
     assert proof.reader == "losscurve itself (transformers is not installed)"
-    monkeypatch.setattr(hf_layout, "OUR_GELUS", {"gelu": "tanh"})
+    monkeypatch.setattr(hf_config, "OUR_GELUS", {"gelu": "tanh"})
     with pytest.raises(UserError, match="logits differ"):
         huggingface.export(run, Path("other"))
 

@@ -27,7 +27,8 @@ from llm.storage.checkpoint import serialize_tensors
 from llm.tokens import huggingface
 from llm.tokens.tokenizer import Tokenizer
 from llm.weights import open_weights
-from llm.weights.hf_layout import settings_out, weights_out
+from llm.weights.hf_config import settings_out
+from llm.weights.hf_layout import weights_out
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LONGEST_SAMPLE = 256  # tokens that `generate` gives unless it is asked for more, with the prompt

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -141,6 +142,33 @@ def test_an_export_that_somebody_changed_is_not_replaced(run, losscurve, what):
     remedy = "--overwrite replaces only what export wrote; move run-hf away, or choose another --out"
     assert (code, err) == (2, f"error: {words}, and {remedy}\n")
     assert {path: path.read_bytes() for path in Path("run-hf").iterdir()} == before
+
+
+def printed_difference(said):
+    """The figure that every export prints under the same words."""
+    return float(re.search(r" differ from the run's in float32 by at most (\S+) of the largest logit", said)[1])
+
+
+def test_every_export_in_fewer_bits_prints_its_difference_from_the_run_in_float32(run, losscurve):
+    rounded = huggingface.rounded(run.model, torch.bfloat16)
+    ids = torch.from_numpy(run.validation[:512].astype(np.int64)).view(-1, 16)  # windows of the proof
+    with torch.no_grad():
+        ours, theirs = run.model(ids)[0], rounded(ids)[0]
+    expected = ((theirs - ours).abs().amax((1, 2)) / ours.abs().amax((1, 2)).clamp(min=1)).max().item()
+    code, out, err = losscurve("export run --to hf --dtype bfloat16")
+    assert code == 0, err
+    found = printed_difference(out)
+    assert expected * 0.99 <= found < 5 * expected  # the hostile text and the last windows have their share
+    aside = float(re.search(r"rounded as here by (\S+) \(bound 2e-05\)", out)[1])
+    assert aside < 2e-5 < found
+    pytest.importorskip("gguf")
+    code, out, err = losscurve("export run --to gguf --dtype bfloat16")
+    assert code == 0, err
+    assert expected / 5 < printed_difference(out) < 10 * expected
+    code, out, err = losscurve("export run --to html --dtype int8")
+    assert code == 0, err
+    assert printed_difference(out) > 2e-5
+    assert "rounded as here by" in out
 
 
 def nothing_left():

@@ -491,6 +491,39 @@ def test_it_is_fine_tuned_resumed_sampled_and_exported(here, losscurve, kind):
     assert (code, "--init_from" in err) == (2, True)
 
 
+DAMAGES = {
+    "a truncated file": (lambda path: path.write_bytes(path.read_bytes()[:5000]), "cut off, or no safetensors file"),
+    "a missing shard": (lambda path: path.unlink(), "missing, and model.safetensors.index.json lists it"),
+    "an unknown architecture": (
+        lambda path: path.with_name("config.json").write_text('{"model_type": "mamba"}'),
+        "config.json: model_type = 'mamba': losscurve has no such architecture",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_damaged_model_is_one_line_and_starts_nothing(here, losscurve, capsys, what):
+    foreign(here / "model")
+    opened = transformers.AutoModelForCausalLM.from_pretrained("model")
+    (here / "model/model.safetensors").unlink()
+    opened.save_pretrained("model", max_shard_size="30KB")
+    damage, words = DAMAGES[what]
+    damage(max((here / "model").glob("*.safetensors"), key=lambda path: path.stat().st_size))
+    before = sorted(here.rglob("*"))
+    capsys.readouterr()  # the progress bars of transformers
+    for command in (
+        "train --text text.txt --init_from model --max_steps 1",
+        "plan --text text.txt --init_from model",
+        "sample --checkpoint model --prompt the",
+        "evaluate model --text text.txt",
+    ):
+        code, out, err = losscurve(command)
+        assert (code, out) == (2, "")
+        assert words in err
+        assert len(err.splitlines()) == 1
+    assert sorted(here.rglob("*")) == before
+
+
 def test_flags_come_before_the_defaults_of_fine_tuning(here, losscurve):
     foreign(here / "model")
     # but for the steps, the chapter's

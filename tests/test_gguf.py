@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import resource
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from conftest import ROOT, config_for, needs_gpt2, trained, words
 
 from llm.arch import make_model
 from llm.config import GPTConfig
-from llm.errors import UserError
+from llm.errors import Failure, UserError
 from llm.export import gguf_export, llama_cpp
 from llm.export.gguf_export import BOUNDS, GELU_BOUND, export_gguf
 from llm.export.gguf_file import write_gguf
@@ -222,6 +224,20 @@ def test_bad_input_is_refused_before_work(monkeypatch):
     with pytest.raises(UserError, match="block_size = 1"):
         export(source_of(random_model(block_size=1)), out="other.gguf")
     assert Path("m.gguf").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_nothing():
+    source = source_of(random_model())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        with pytest.raises(Failure, match=r"^m\.gguf: cannot be written \(the disk took only a part\); free some"):
+            export(source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert list(Path().iterdir()) == []
 
 
 def test_only_an_earlier_export_is_replaced():

@@ -48,7 +48,8 @@ def export_gguf(source: Source, out: Path, dtype: str, overwrite: bool, say: Cal
         try:
             instead = write_gguf(source.model, source.tokenizer, Path(file.name), dtype, name)
         except OSError as error:
-            raise Failure(f"{out}: cannot be written ({error.strerror or error}); free space and retry") from None
+            cause = error.strerror or "the disk took only a part"  # NumPy raises it without a number
+            raise Failure(f"{out}: cannot be written ({cause}); free some disk space and retry") from None
         _say_differences(source, instead, say)
         _say_proof(source, Path(file.name), dtype, say)
 

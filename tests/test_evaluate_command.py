@@ -22,7 +22,8 @@ from llm.record.metrics import losses, read_record
 from llm.run import Run
 from llm.storage.files import read_json
 from llm.tokens import huggingface
-from llm.weights.hf_layout import settings_out, weights_out
+from llm.weights.hf_config import settings_out
+from llm.weights.hf_layout import weights_out
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -26,7 +27,7 @@ from llm.tokens import huggingface as tokenizer_json
 from llm.tokens.bpe import BPE, gpt2, train_bpe
 from llm.tokens.merges import merges
 from llm.tokens.tokenizer import Bytes
-from llm.weights import hf_layout
+from llm.weights import hf_config, hf_layout
 
 transformers = pytest.importorskip("transformers")
 SHAPES = {
@@ -61,7 +62,7 @@ def test_transformers_opens_it_and_is_the_run(here, shape):
     source = open_source(Path("run"))
     proof = huggingface.export(source, Path("hf"))
     theirs, tokenizer = opened("hf")
-    assert type(theirs).__name__ == hf_layout.KINDS[{"g": "gpt2", "L": "llama", "Q": "qwen3"}[shape[0]]]
+    assert type(theirs).__name__ == hf_config.KINDS[{"g": "gpt2", "L": "llama", "Q": "qwen3"}[shape[0]]]
     ours, ids = source.model, torch.from_numpy(source.validation[:16].astype(np.int64))[None]
     expected = ours(ids)[0]
     assert expected.std() > 0.02  # they are logits of something
@@ -122,12 +123,60 @@ def test_the_command_writes_a_folder_that_is_complete(run, losscurve):
     assert Path("mine/thesis.txt").exists()
 
 
+CHANGED = {
+    "a note": (lambda: Path("run-hf/notes.txt").touch(), "run-hf/notes.txt: not in the manifest"),
+    "a model that was tuned there": (
+        lambda: Path("run-hf/model.safetensors").write_bytes(b"tuned"),
+        "run-hf/model.safetensors: changed since it was written (SHA-256 differs)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_an_export_that_somebody_changed_is_not_replaced(run, losscurve, what):
+    huggingface.export(run, Path("run-hf"))
+    change, words = CHANGED[what]
+    change()
+    before = {path: path.read_bytes() for path in Path("run-hf").iterdir()}
+    code, _, err = losscurve("export run --to hf --overwrite")
+    remedy = "--overwrite replaces only what export wrote; move run-hf away, or choose another --out"
+    assert (code, err) == (2, f"error: {words}, and {remedy}\n")
+    assert {path: path.read_bytes() for path in Path("run-hf").iterdir()} == before
+
+
+def printed_difference(said):
+    """The figure that every export prints under the same words."""
+    return float(re.search(r" differ from the run's in float32 by at most (\S+) of the largest logit", said)[1])
+
+
+def test_every_export_in_fewer_bits_prints_its_difference_from_the_run_in_float32(run, losscurve):
+    rounded = huggingface.rounded(run.model, torch.bfloat16)
+    ids = torch.from_numpy(run.validation[:512].astype(np.int64)).view(-1, 16)  # windows of the proof
+    with torch.no_grad():
+        ours, theirs = run.model(ids)[0], rounded(ids)[0]
+    expected = ((theirs - ours).abs().amax((1, 2)) / ours.abs().amax((1, 2)).clamp(min=1)).max().item()
+    code, out, err = losscurve("export run --to hf --dtype bfloat16")
+    assert code == 0, err
+    found = printed_difference(out)
+    assert expected * 0.99 <= found < 5 * expected  # the hostile text and the last windows have their share
+    aside = float(re.search(r"rounded as here by (\S+) \(bound 2e-05\)", out)[1])
+    assert aside < 2e-5 < found
+    pytest.importorskip("gguf")
+    code, out, err = losscurve("export run --to gguf --dtype bfloat16")
+    assert code == 0, err
+    assert expected / 5 < printed_difference(out) < 10 * expected
+    code, out, err = losscurve("export run --to html --dtype int8")
+    assert code == 0, err
+    assert printed_difference(out) > 2e-5
+    assert "rounded as here by" in out
+
+
 def nothing_left():
     return [path.name for path in Path().iterdir() if "hf" in path.name]
 
 
 WRONG = {
-    "the other GELU": lambda patch: patch.setattr(hf_layout, "GELUS", {"exact": "gelu_new", "tanh": "gelu"}),
+    "the other GELU": lambda patch: patch.setattr(hf_config, "GELUS", {"exact": "gelu_new", "tanh": "gelu"}),
     "a matrix that is not transposed": lambda patch: patch.setattr(
         hf_layout, "TRANSPOSED", ("mlp.c_fc.weight", "mlp.c_proj.weight", "attn.c_attn.weight")
     ),
@@ -185,7 +234,7 @@ def test_without_transformers_it_is_read_back_by_us(run, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     proof = huggingface.export(run, Path("hf"))
     assert proof.reader == "losscurve itself (transformers is not installed)"
-    monkeypatch.setattr(hf_layout, "OUR_GELUS", {"gelu": "tanh"})
+    monkeypatch.setattr(hf_config, "OUR_GELUS", {"gelu": "tanh"})
     with pytest.raises(UserError, match="logits differ"):
         huggingface.export(run, Path("other"))
 

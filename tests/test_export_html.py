@@ -281,10 +281,11 @@ def test_what_exists_is_replaced_only_if_asked_to_and_if_it_is_an_export(run):
     with pytest.raises(UserError, match="--overwrite"):
         html.export(run, Path("model.html"))
     html.export(run, Path("model.html"), overwrite=True)
-    Path("mine.html").write_text("<h1>mine</h1>")
-    with pytest.raises(UserError, match="no export of ours"):
-        html.export(run, Path("mine.html"), overwrite=True)
-    assert Path("mine.html").read_text() == "<h1>mine</h1>"
+    for theirs in ("<h1>mine</h1>", f"<!DOCTYPE html>\n<!-- how to read {html.MARK} -->"):
+        Path("mine.html").write_text(theirs)
+        with pytest.raises(UserError, match="no export of ours"):
+            html.export(run, Path("mine.html"), overwrite=True)
+        assert Path("mine.html").read_text() == theirs
 
 
 def test_a_full_disk_leaves_nothing(run):

@@ -19,7 +19,7 @@ from llm.plan import proposal
 from llm.plan.timing import Pace
 from llm.tokens.bpe import gpt2
 from llm.weights import open_weights
-from llm.weights.foreign import read_tokenizer
+from llm.weights.foreign import read_shape, read_tokenizer
 
 transformers = pytest.importorskip("transformers")
 LLAMA = {
@@ -180,9 +180,23 @@ REFUSED = {
     "part of RoPE": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     "a window": ({"sliding_window": 4096}, "sliding_window = 4096: losscurve's attention has no window"),
     "layers": ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types has ['sliding_attention']"),
-    "4 bits": ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
-    "nonsense": ({"hidden_size": "wide"}, "hidden_size = 'wide': expected a whole number above 0"),
-    "heads": ({"num_key_value_heads": 3}, "n_head = 4 is not divisible by n_kv_head = 3"),
+    "RoPE by layer": (
+        {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+        "rope_parameters = {'full_attention': {'rope_type': 'yarn'}}: expected one object for all layers",
+    ),
+    "4 bits": (
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "quantization_config = {'bits': 4, 'quant_method': 'gptq'}: losscurve reads weights in float32, bfloat16 and",
+    ),
+    "nonsense": ({"hidden_size": "wide"}, "hidden_size = 'wide': expected a whole number at least 1"),
+    "layers without end": ({"num_hidden_layers": 1001}, "num_hidden_layers = 1001: expected a whole number at least"),
+    "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers = 0: expected a whole number at least 1"),
+    "heads": ({"num_key_value_heads": 3}, "num_attention_heads = 4 is not divisible by num_key_value_heads = 3"),
+    "width": ({"head_dim": None, "hidden_size": 33}, "hidden_size = 33 is not divisible by num_attention_heads = 4"),
+    "odd heads": ({"head_dim": 7}, "head_dim = 7: RoPE turns the channels of a head in pairs"),
+    "no number": ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan: expected a number above 0"),
+    "a word for yes": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes': expected true or false"),
+    "Qwen3's window": ({"model_type": "qwen3", "architectures": None, "use_sliding_window": True}, "sliding_window = "),
 }
 
 
@@ -197,6 +211,85 @@ def test_what_no_model_of_ours_has_is_refused_by_name_before_any_weight(folder, 
     assert str(caught.value).startswith("model/config.json: ")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("; give another model, or correct this file if it is wrong")
+    assert "--" not in str(caught.value)  # no flag of ours changes the shape of their model
+
+
+def as_transformers(kind):
+    """What transformers makes of each size in model/config.json, by our names; its refusal if it refuses the file."""
+    try:
+        theirs = transformers.AutoConfig.from_pretrained("model")
+    except Exception as error:  # the library raises kinds of its own
+        return error
+    common = {
+        "vocab_size": theirs.vocab_size,
+        "block_size": theirs.max_position_embeddings,
+        "n_layer": theirs.num_hidden_layers,
+        "n_head": theirs.num_attention_heads,
+        "n_embd": theirs.hidden_size,
+        "tied_lm_head": theirs.tie_word_embeddings,
+    }
+    if kind == "gpt2":
+        return common | {"ffn_width": theirs.n_inner or 4 * theirs.n_embd}
+    return common | {
+        "ffn_width": theirs.intermediate_size,
+        "kv_heads": theirs.num_key_value_heads,
+        "head_size": theirs.head_dim,
+        "norm_eps": theirs.rms_norm_eps,
+        "rope_theta": theirs.rope_parameters["rope_theta"],
+    }
+
+
+FIELDS = {
+    "gpt2": (*GPT2, "n_inner", "activation_function", "layer_norm_epsilon", "tie_word_embeddings"),
+    "llama": (*LLAMA, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_scaling", "rope_parameters"),
+    "qwen3": (*LLAMA, "num_key_value_heads", "head_dim", "sliding_window", "layer_types", "tie_word_embeddings"),
+}
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_a_field_that_is_null_or_missing_means_what_transformers_takes_it_for(folder, kind):
+    folder.mkdir()
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 8}  # which go with the defaults too
+    sizes = GPT2 | {"n_embd": 48} if kind == "gpt2" else LLAMA | {"hidden_size": 64, "rope_theta": 5e5} | heads
+    refused = []
+    for field in FIELDS[kind]:
+        for content in (sizes | {field: None}, {name: value for name, value in sizes.items() if name != field}):
+            (folder / "config.json").write_text(json.dumps({"model_type": kind} | content))
+            expected = as_transformers(kind)
+            if isinstance(expected, Exception):
+                assert field in str(expected)
+                with pytest.raises(UserError, match=rf"^model/config\.json: {field} = (null|None): "):
+                    read_shape(folder)
+                refused.append(field)
+            elif field not in ("bos_token_id", "eos_token_id"):
+                found = read_shape(folder)
+                assert {name: getattr(found, name) for name in expected} == expected, field
+    assert "num_hidden_layers" in refused or "n_layer" in refused
+    assert not {"n_inner", "num_key_value_heads", "rope_scaling"} & {*refused}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"rope_theta": 5.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+        {"rope_theta": 5.0, "rope_scaling": {"type": "default"}},
+        {"rope_parameters": {"rope_theta": 7.0}},
+        {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 7.0}},
+    ],
+)
+def test_the_base_of_rope_is_read_where_transformers_reads_it(folder, more):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | LLAMA | more))
+    assert read_shape(folder).rope_theta == as_transformers("llama")["rope_theta"]
+
+
+def test_other_names_of_gpt2s_sizes(folder):
+    folder.mkdir()
+    other = {"hidden_size": 96, "num_attention_heads": 3, "num_hidden_layers": 5, "max_position_embeddings": 77}
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_ctx": 5} | other))
+    found = read_shape(folder)
+    assert {name: getattr(found, name) for name in as_transformers("gpt2")} == as_transformers("gpt2")
 
 
 @pytest.mark.parametrize(
@@ -206,8 +299,10 @@ def test_what_no_model_of_ours_has_is_refused_by_name_before_any_weight(folder, 
 def test_what_no_gpt2_of_ours_has_is_refused_by_name(folder, field, value):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **GPT2, field: value}))
-    with pytest.raises(UserError, match=rf"^model/config\.json: {field} = '?{value}"):
+    with pytest.raises(UserError, match=rf"^model/config\.json: {field} = '?{value}") as caught:
         open_weights("model", GPTConfig())
+    if field == "activation_function":
+        assert "has 'gelu_new' or 'gelu_pytorch_tanh' or 'gelu' only" in str(caught.value)
 
 
 def test_damaged_and_incomplete_folders_are_named(folder):
@@ -394,6 +489,39 @@ def test_it_is_fine_tuned_resumed_sampled_and_exported(here, losscurve, kind):
     assert same
     code, _, err = losscurve("train --text text.txt --tokenizer hf --out_dir other")
     assert (code, "--init_from" in err) == (2, True)
+
+
+DAMAGES = {
+    "a truncated file": (lambda path: path.write_bytes(path.read_bytes()[:5000]), "cut off, or no safetensors file"),
+    "a missing shard": (lambda path: path.unlink(), "missing, and model.safetensors.index.json lists it"),
+    "an unknown architecture": (
+        lambda path: path.with_name("config.json").write_text('{"model_type": "mamba"}'),
+        "config.json: model_type = 'mamba': losscurve has no such architecture",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_damaged_model_is_one_line_and_starts_nothing(here, losscurve, capsys, what):
+    foreign(here / "model")
+    opened = transformers.AutoModelForCausalLM.from_pretrained("model")
+    (here / "model/model.safetensors").unlink()
+    opened.save_pretrained("model", max_shard_size="30KB")
+    damage, words = DAMAGES[what]
+    damage(max((here / "model").glob("*.safetensors"), key=lambda path: path.stat().st_size))
+    before = sorted(here.rglob("*"))
+    capsys.readouterr()  # the progress bars of transformers
+    for command in (
+        "train --text text.txt --init_from model --max_steps 1",
+        "plan --text text.txt --init_from model",
+        "sample --checkpoint model --prompt the",
+        "evaluate model --text text.txt",
+    ):
+        code, out, err = losscurve(command)
+        assert (code, out) == (2, "")
+        assert words in err
+        assert len(err.splitlines()) == 1
+    assert sorted(here.rglob("*")) == before
 
 
 def test_flags_come_before_the_defaults_of_fine_tuning(here, losscurve):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import resource
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from conftest import ROOT, config_for, needs_gpt2, trained, words
 
 from llm.arch import make_model
 from llm.config import GPTConfig
-from llm.errors import UserError
+from llm.errors import Failure, UserError
 from llm.export import gguf_export, llama_cpp
 from llm.export.gguf_export import BOUNDS, GELU_BOUND, export_gguf
 from llm.export.gguf_file import write_gguf
@@ -108,7 +110,7 @@ def test_llama_cpp_computes_what_the_run_does(shape):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
 def test_fewer_bits_are_proved_within_their_bound(dtype):
     said = export(source_of(random_model(arch="llama", n_embd=72)), dtype)
-    difference = float(re.search(r"differ by at most (\S+)", said)[1])
+    difference = float(re.search(r"in float32 by at most (\S+)", said)[1])
     assert BOUNDS["float32"] < difference < BOUNDS[dtype] / 3
     if dtype == "q8_0":  # rows of 72 do not divide by 32, rows of ffn_dim = 192 do
         assert "14 matrices are in float16 (token_embd.weight, output.weight, blk.0.attn_q.weight, …)" in said
@@ -202,7 +204,7 @@ def test_without_llama_cpp_the_gguf_reader_proves_it(monkeypatch, bits):
     assert "read back by the package gguf" in said
     assert "llama.cpp itself has not read it" in said
     assert "GELU by tanh" in said
-    assert float(re.search(r"differ by at most (\S+)", said)[1]) > 1e-5  # the other GELU is measured
+    assert float(re.search(r"in float32 by at most (\S+)", said)[1]) > 1e-5  # the other GELU is measured
     assert Path("m.gguf").is_file()
 
 
@@ -217,14 +219,46 @@ def test_without_llama_cpp_a_mismatch_is_refused(monkeypatch):
 def test_bad_input_is_refused_before_work(monkeypatch):
     monkeypatch.setattr(gguf_export, "write_gguf", lambda *_: pytest.fail("work began"))
     Path("m.gguf").write_text("mine")
-    with pytest.raises(UserError, match=r"m\.gguf: exists, and is no GGUF file; choose another --out"):
+    with pytest.raises(UserError, match=r"m\.gguf: exists, and is no export of ours; choose another --out"):
         export(source_of(random_model()), overwrite=True)
-    Path("earlier.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UserError, match=r"earlier\.gguf: exists; replace it with --overwrite"):
-        export(source_of(random_model()), out="earlier.gguf")
     with pytest.raises(UserError, match="block_size = 1"):
         export(source_of(random_model(block_size=1)), out="other.gguf")
     assert Path("m.gguf").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_nothing():
+    source = source_of(random_model())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        with pytest.raises(Failure, match=r"^m\.gguf: cannot be written \(the disk took only a part\); free some"):
+            export(source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert list(Path().iterdir()) == []
+
+
+def test_only_an_earlier_export_is_replaced():
+    from gguf import GGUFWriter
+
+    write_gguf(random_model(), Bytes(), Path("m.gguf"), "q8_0", "m" * 255)
+    with pytest.raises(UserError, match=r"m\.gguf: exists; replace it with --overwrite"):
+        export(source_of(random_model()))
+    export(source_of(random_model()), overwrite=True)
+    assert read_gguf(Path("m.gguf")).config.n_embd == 64
+    writer = GGUFWriter("m.gguf", "gpt2")  # somebody's model
+    writer.add_name("losscurve.version")
+    writer.add_description("downloaded for an hour")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    theirs = Path("m.gguf").read_bytes()
+    for overwrite in (True, False):
+        with pytest.raises(UserError, match=r"m\.gguf: exists, and is no export of ours; choose another --out"):
+            export(source_of(random_model()), overwrite=overwrite)
+    assert Path("m.gguf").read_bytes() == theirs
 
 
 def test_what_the_format_cannot_hold_is_refused():

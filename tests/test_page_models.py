@@ -17,7 +17,8 @@ from llm.page.follow import Follower, is_model
 from llm.page.messages import Viewer
 from llm.tokens import huggingface
 from llm.tokens.tokenizer import Bytes
-from llm.weights.hf_layout import settings_out, weights_out
+from llm.weights.hf_config import settings_out
+from llm.weights.hf_layout import weights_out
 
 
 @pytest.fixture

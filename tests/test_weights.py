@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from llm.config import GPTConfig
 from llm.errors import UserError
 from llm.model import GPT
-from llm.weights import load_model, read_weights
+from llm.weights import load_model, open_weights, read_weights, weights_file
 
 CONFIG = GPTConfig(vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=8, bias=True)
 BASE = GPTConfig(n_head=2)
@@ -164,6 +164,42 @@ def test_torchscript_is_named_and_not_run(weights):
     with zipfile.ZipFile("w.pt", "a") as archive:  # torch takes what has this in it for a program
         archive.writestr("w/constants.pkl", b"")
     assert "is TorchScript, which is a program" in refusal()
+
+
+PARTS = {
+    "model/model.safetensors": "model",
+    "model/model-00001-of-00002.safetensors": "model",
+    "model/model.safetensors.index.json": "model",
+    "model/pytorch_model.bin": "model",
+    "model/config.json": "model",
+    "model/tokenizer.json": "model",
+    "run/tokenizer.json": "run",
+    "run/step-000500": "run",
+    "run/step-000500/model.safetensors": "run",
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_model_leads_to_its_folder(weights, part):
+    for name in (*PARTS, "run/step-000500/state.json", "run/config.toml"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        if name != "run/step-000500":
+            Path(name).touch()
+    with pytest.raises(UserError) as caught:
+        open_weights(part, BASE)
+    assert str(caught.value) == f"{part}: is only a part of a model; give the folder of all its files: {PARTS[part]}"
+
+
+def test_a_file_beside_a_foreign_config_that_is_whole_is_read(weights):
+    Path("config.json").touch()  # of any program
+    torch.save(weights, "w.pt")
+    assert weights_file("w.pt") == Path("w.pt")
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match=r"^empty: no weights in this folder"):
+        weights_file("empty")
+    Path("empty/model.safetensors").touch()
+    with pytest.raises(UserError, match=r"^empty: has safetensors files, but no config\.json with their shape; copy"):
+        weights_file("empty")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999])

@@ -158,16 +158,21 @@ def describe(f: dataclasses.Field[Any]) -> str:
 def validate(config: Any) -> None:
     """Check every field of a dataclass of settings. Raises UserError that names the first field out of its bounds."""
     for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        kind, is_optional = field_type(f)
-        if f.name == "model" or (value is None and is_optional):
-            continue
-        if not _is_accepted(f, kind, value):
-            raise UserError(f"{f.name} = {short_repr(value)}: expected {describe(f)}")
-        if kind is str or get_origin(kind) is tuple:
-            _check_strings(f.name, value)
-        elif kind is float and not f.metadata["unit"]:
-            _check_float32(f.name, value)
+        if f.name != "model":
+            check_value(f, getattr(config, f.name), f.name)
+
+
+def check_value(f: dataclasses.Field[Any], value: Any, name: str) -> None:
+    """Raise UserError for a value that the field does not accept. `name` is what the message calls the field."""
+    kind, is_optional = field_type(f)
+    if value is None and is_optional:
+        return
+    if not _is_accepted(f, kind, value):
+        raise UserError(f"{name} = {short_repr(value)}: expected {describe(f)}")
+    if kind is str or get_origin(kind) is tuple:
+        _check_strings(name, value)
+    elif kind is float and not f.metadata["unit"]:
+        _check_float32(name, value)
 
 
 def _is_accepted(f: dataclasses.Field[Any], kind: Any, value: Any) -> bool:

@@ -1,6 +1,7 @@
 """`export --to gguf`: write the file of llama.cpp, read it back, compare, and only then give it its name."""
 
 import dataclasses
+import struct
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +13,7 @@ from llm import storage
 from llm.arch import make_model
 from llm.errors import Failure, UserError
 from llm.export import llama_cpp
-from llm.export.gguf_file import write_gguf
+from llm.export.gguf_file import OUR_VERSION, write_gguf
 from llm.export.proof import FLOAT32_BOUND, Proof, prove
 from llm.export.source import Source
 from llm.weights.gguf_file import MAGIC, read_gguf
@@ -20,6 +21,10 @@ from llm.weights.gguf_file import MAGIC, read_gguf
 # Largest difference of a logit as a share of the largest: what the type's rounding of weights and activations can do
 BOUNDS = {"float32": FLOAT32_BOUND, "float16": 0.02, "bfloat16": 0.1, "q8_0": 0.2}
 GELU_BOUND = 0.005  # of gpt2 in float32: llama.cpp computes GELU by tanh, from a table in float16
+STRING = 8  # GGUF's type
+# How the key with a string begins in a file: identifies an earlier export
+MARK = struct.pack("<Q", len(OUR_VERSION)) + OUR_VERSION.encode() + struct.pack("<I", STRING)
+HEAD = 4096  # bytes, at the beginning of a file, that have the key
 
 
 def export_gguf(source: Source, out: Path, dtype: str, overwrite: bool, say: Callable[[str], None]) -> None:
@@ -43,21 +48,22 @@ def export_gguf(source: Source, out: Path, dtype: str, overwrite: bool, say: Cal
         try:
             instead = write_gguf(source.model, source.tokenizer, Path(file.name), dtype, name)
         except OSError as error:
-            raise Failure(f"{out}: cannot be written ({error.strerror or error}); free space and retry") from None
+            cause = error.strerror or "the disk took only a part"  # NumPy raises it without a number
+            raise Failure(f"{out}: cannot be written ({cause}); free some disk space and retry") from None
         _say_differences(source, instead, say)
         _say_proof(source, Path(file.name), dtype, say)
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Raise UserError if `out` exists, unless it may be overwritten and is a GGUF file."""
+    """Raise UserError if `out` exists, unless it may be overwritten and is an earlier export."""
     if not out.exists() and not out.is_symlink():
         return
-    is_gguf = False
+    head = b""
     if out.is_file():
         with out.open("rb") as file:
-            is_gguf = file.read(len(MAGIC)) == MAGIC
-    if not is_gguf:
-        raise UserError(f"{out}: exists, and is no GGUF file; choose another --out")
+            head = file.read(HEAD)
+    if not (head.startswith(MAGIC) and MARK in head):
+        raise UserError(f"{out}: exists, and is no export of ours; choose another --out")
     if not overwrite:
         raise UserError(f"{out}: exists; replace it with --overwrite, or choose another --out")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llm import __version__
 from llm.arch import Model
 from llm.config import GPTConfig
 from llm.errors import UserError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 GGML_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+OUR_VERSION = "losscurve.version"  # the key that says who wrote the file, one of the first
 FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32, "q8_0": 7}  # llama.cpp's, "mostly" of that type
 
 
@@ -40,6 +42,7 @@ def write_gguf(model: Model, tokenizer: Tokenizer, path: Path, dtype: str, name:
     except ImportError:
         raise UserError(MISSING) from None
     writer = GGUFWriter(path, architecture(model.config))
+    writer.add_string(OUR_VERSION, __version__)
     writer.add_name(name)
     writer.add_file_type(FILE_TYPES[dtype])
     _add_shape(writer, model.config)

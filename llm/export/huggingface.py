@@ -27,7 +27,8 @@ from llm.storage.checkpoint import serialize_tensors
 from llm.tokens import huggingface
 from llm.tokens.tokenizer import Tokenizer
 from llm.weights import open_weights
-from llm.weights.hf_layout import settings_out, weights_out
+from llm.weights.hf_config import settings_out
+from llm.weights.hf_layout import weights_out
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LONGEST_SAMPLE = 256  # tokens that `generate` gives unless it is asked for more, with the prompt
@@ -67,7 +68,7 @@ def export(
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Raise UserError if `out` exists, unless it may be overwritten and is an earlier export."""
+    """Raise UserError if `out` exists, unless it may be overwritten and is an earlier export, as it was written."""
     if not out.exists() and not out.is_symlink():
         return
     is_export = all((out / name).is_file() for name in ("config.json", "manifest.json"))
@@ -75,6 +76,12 @@ def check_free(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: exists, and is no export of ours; choose another --out")
     if not overwrite:
         raise UserError(f"{out}: exists; replace it with --overwrite, or choose another --out")
+    try:
+        storage.verify_folder(out)  # a note beside the model, or a model tuned there, would be lost
+    except UserError as error:
+        raise UserError(
+            f"{error}, and --overwrite replaces only what export wrote; move {out} away, or choose another --out"
+        ) from None
 
 
 def _write_model(source: Source, folder: Path, dtype: str) -> None:

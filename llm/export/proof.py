@@ -77,11 +77,12 @@ class Proof:
     validation_tokens: int  # encoded alike; 0: the run's token files were not there
     hostile_tokens: int
     positions: int  # whose logits were compared
-    difference: float  # the largest of a logit, as a share of the largest logit
-    bound: float
+    difference: float  # the largest of a logit from the run in float32, as a share of the largest logit
+    bound: float  # of rounding_aside if that is known, else of difference
     loss: float | None  # the run's, in nats per token, on validation tokens; None without them
     export_loss: float | None  # the export's, on the same
     compared: str = "logits"
+    rounding_aside: float | None = None  # as difference, from the run with its weights rounded as the export has them
 
     def __str__(self) -> str:
         texts = f"{self.hostile_tokens:,} of hostile text"
@@ -89,9 +90,12 @@ class Proof:
             texts = f"{self.validation_tokens:,} of validation text and {texts}"
         lines = [
             f"read back by {self.reader}: the same token ids ({texts})",
-            f"{self.compared} at {self.positions:,} positions differ by at most {self.difference:.1e} of the largest "
-            f"logit (bound {self.bound:.0e})",
+            f"{self.compared} at {self.positions:,} positions differ from the run's in float32 by at most "
+            f"{self.difference:.1e} of the largest logit",
         ]
+        if self.rounding_aside is not None:
+            lines[1] += f", and from those of its weights rounded as here by {self.rounding_aside:.1e}"
+        lines[1] += f" (bound {self.bound:.0e})"
         if self.loss is not None and self.export_loss is not None:
             lines[1] += f"; loss {self.loss:.4f} in the run, {self.export_loss:.4f} in the export"
         return "\n".join(lines)
@@ -113,8 +117,9 @@ def prove(
         encode: returns the export's ids of a text. `<|endoftext|>` in it is ordinary text, as for our tokenizers.
         logits: returns the export's logits (T, V or more) of at most block_size ids (T,).
         bound: the largest difference of a logit that is allowed, as a share of the largest logit of its text.
-        reference: the model that the export's logits are compared with, if not the run's own: for an export in fewer
-            bits, the run's model with its weights rounded to these. The losses compare with the run's own.
+        reference: the model to whose logits the bound applies, if not the run's own: for an export in fewer bits, the
+            run's model with its weights rounded to these. The difference from the run's own is a figure of the proof
+            too, and the losses compare with the run's own.
         decode: returns the export's text of ids, if it has a decoder of its own to compare.
 
     Raises:
@@ -132,7 +137,9 @@ def prove(
     loss = sums.losses()
     for ids in _windows(tokenizer.encode(hostile[-1]), source.model.config.block_size):
         sums.add(source, reference, ids, logits(ids), bound)
-    return Proof(reader, validation_tokens, hostile_tokens, sums.positions, sums.difference, bound, *loss)
+    aside = None if reference is None else sums.compared_difference
+    figures = (sums.positions, sums.difference, bound, *loss)
+    return Proof(reader, validation_tokens, hostile_tokens, *figures, rounding_aside=aside)
 
 
 def validation_text(source: Source) -> str:
@@ -191,12 +198,19 @@ def _windows(ids: "np.ndarray[tuple[int], np.dtype[np.integer]]", block_size: in
         yield ids[start : start + block_size].tolist()
 
 
+def _largest_difference(found: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Return the largest difference of a logit (T, V) as a share of the largest expected one, and that one (or 1)."""
+    scale = max(1.0, expected.abs().max().item())
+    return (found - expected).abs().max().item() / scale, scale
+
+
 class _Sums:
     """The comparison of logits so far."""
 
     def __init__(self) -> None:
         self.positions = 0
-        self.difference = 0.0
+        self.difference = 0.0  # from the run in float32
+        self.compared_difference = 0.0  # from the model to which the bound applies
         self._predicted = 0
         self._run_nats: list[float] = []
         self._export_nats: list[float] = []
@@ -214,15 +228,15 @@ class _Sums:
                 f"the export's logits are {tuple(theirs.shape)}, and the run's {tuple(expected.shape)}; "
                 "nothing was written"
             )
-        scale = max(1.0, expected.abs().max().item())
-        difference = (theirs - expected).abs().max().item() / scale
+        difference, scale = _largest_difference(theirs, expected)
         if not difference <= bound:  # NaN is beyond any bound
             raise UserError(
                 f"the export's logits differ from the run's by {difference:.2g} of the largest one ({scale:.3g}), and "
                 f"the bound is {bound:.2g}; nothing was written"
             )
         self.positions += len(ids)
-        self.difference = max(self.difference, difference)
+        self.compared_difference = max(self.compared_difference, difference)
+        self.difference = max(self.difference, _largest_difference(theirs, ours)[0])
         for nats, logits in ((self._run_nats, ours), (self._export_nats, theirs)):
             nats.append(F.cross_entropy(logits[:-1], x[0, 1:], reduction="sum").item() if len(ids) > 1 else 0.0)
         self._predicted += len(ids) - 1

@@ -19,7 +19,8 @@ from llm.errors import Failure, UserError
 from llm.storage import download
 from llm.tokens import huggingface
 from llm.tokens.tokenizer import Tokenizer
-from llm.weights.hf_layout import settings_in, weights_in
+from llm.weights.hf_config import settings_in
+from llm.weights.hf_layout import weights_in
 from llm.weights.pt_file import check_sums, check_tensors, load_plain_data
 
 MASKS = (".attn.bias", ".attn.masked_bias")  # which old versions of GPT-2 saved
@@ -79,7 +80,7 @@ def read_shape(folder: Path) -> GPTConfig:
     try:
         return settings_in(raw)
     except UserError as error:
-        raise UserError(f"{path}: {error}; give another model") from None
+        raise UserError(f"{path}: {error}; give another model, or correct this file if it is wrong") from None
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:

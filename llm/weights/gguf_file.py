@@ -17,10 +17,22 @@ from llm.tokens.gguf import read_tokenizer
 from llm.weights.foreign import ForeignModel
 from llm.weights.gguf_layout import Weights, from_gguf
 from llm.weights.pt_file import check_tensors
+from llm.weights.shape import foreign_shape
 
 MAGIC = b"GGUF"
 LAYER_NORM_EPS = 1e-5  # PyTorch's
-OUR_GELU = "losscurve.gelu"  # the only key that llama.cpp does not know: it always computes GELU by tanh
+OUR_GELU = "losscurve.gelu"  # a key that llama.cpp does not know: it always computes GELU by tanh
+NAMES = {  # of our fields
+    "block_size": "context_length",
+    "n_layer": "block_count",
+    "n_head": "attention.head_count",
+    "n_kv_head": "attention.head_count_kv",
+    "n_embd": "embedding_length",
+    "ffn_dim": "feed_forward_length",
+    "head_dim": "attention.key_length",
+    "rope_theta": "rope.freq_base",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+}
 MISREAD = (ValueError, IndexError, TypeError, RuntimeError)  # what the package raises for bytes that make no sense
 MISSING = "gguf is not installed; install it with: pip install gguf"
 
@@ -93,6 +105,7 @@ def _read_shape(fields: dict[str, Any], names: set[str]) -> GPTConfig:
         raise ValueError(f"its architecture is {arch!r}; expected gpt2, llama or qwen3")
     if fields.get("split.count", 0) > 1:
         raise ValueError(f"it is one of {fields['split.count']} parts; join them with llama-gguf-split --merge")
+    terms = {ours: f"{arch}.{theirs}" for ours, theirs in NAMES.items()}
     C = int(fields[f"{arch}.embedding_length"])
     shape: dict[str, Any] = {
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
@@ -107,7 +120,8 @@ def _read_shape(fields: dict[str, Any], names: set[str]) -> GPTConfig:
         _expect_value(fields, "gpt2.attention.layer_norm_epsilon", LAYER_NORM_EPS)
         if ffn_width % C:
             raise ValueError(f"its feed-forward layer has {ffn_width} channels, no multiple of its {C}")
-        return GPTConfig(ffn_mult=ffn_width // C, gelu=fields.get(OUR_GELU, "tanh"), **shape)
+        gelu = fields.get(OUR_GELU, "tanh")
+        return foreign_shape(terms, arch="gpt2", ffn_mult=ffn_width // C, gelu=gelu, **shape)
     D = int(fields.get(f"{arch}.attention.key_length", C // shape["n_head"]))
     for key in ("attention.value_length", "rope.dimension_count"):
         _expect_value(fields, f"{arch}.{key}", D)
@@ -115,7 +129,8 @@ def _read_shape(fields: dict[str, Any], names: set[str]) -> GPTConfig:
         _expect_value(fields, f"{arch}.{key}", 0)
     if fields.get(f"{arch}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in names:
         raise ValueError("it scales the angles of its RoPE, which losscurve does not")
-    return GPTConfig(
+    return foreign_shape(
+        terms,
         arch="llama",
         head_dim=None if D * shape["n_head"] == C else D,
         norm_eps=_shortest(fields[f"{arch}.attention.layer_norm_rms_epsilon"]),

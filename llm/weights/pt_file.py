@@ -18,6 +18,7 @@ from llm.tokens.foreign import is_text, signature
 WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which training programs store the weights
 NORMS = ("ln_1.weight", "ln_2.weight", "ln_f.weight")
 FEED_FORWARD = ("mlp.c_fc.weight", "mlp.c_proj.weight")
+PARTS = re.compile(r".*\.(safetensors|index\.json)|pytorch_model.*\.bin|\w*config\.json|tokenizer\.json")
 SAVE = "save the weights alone: torch.save(model.state_dict(), 'weights.pt')"
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch.save's magic number, before it wrote zip
 
@@ -44,14 +45,29 @@ def weights_file(source: str, preferred: str = "best") -> Path:
     path = Path(source)
     names = ["best.pt", "model.pt"] if preferred == "best" else ["model.pt", "best.pt"]
     candidates = [path / name for name in names] if path.is_dir() else [path]
+    if (folder := _folder_of(path)) is not None:
+        raise UserError(f"{source}: is only a part of a model; give the folder of all its files: {folder}")
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+    if path.is_dir() and next(path.glob("*.safetensors"), None) is not None:
+        raise UserError(f"{source}: has safetensors files, but no config.json with their shape; copy the whole folder")
     what = "no weights in this folder" if path.is_dir() else "no such file or folder"
     raise UserError(
         f"{source}: {what}; give a run folder, a state_dict saved by torch.save, a GGUF file, or a model in Hugging "
         "Face's format"
     )
+
+
+def _folder_of(path: Path) -> Path | None:
+    """Return the folder of the run or model of which `path` is only a file or a saved state; None if it is neither."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / "state.json").is_file():
+        folder = folder.parent
+    elif not (path.is_file() and PARTS.fullmatch(path.name)):
+        return None
+    is_whole = any((folder / name).is_file() for name in ("config.toml", "config.json"))
+    return folder if is_whole else None
 
 
 def load_model(path: Path, device: torch.device, base: GPTConfig | None = None) -> Model:
@@ -109,7 +125,10 @@ def _no_archive(path: Path, head: bytes, size: int) -> str:
         return f"is in the format of torch.save before PyTorch 1.6, which has no checksums; write it anew: {convert}"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
         convert = _command("from safetensors.torch import load_file; torch.save(load_file(a), b)", path)
-        return f"is a safetensors file; write it as a .pt file: {convert}"
+        return (
+            "is a safetensors file, which does not tell the shape of its model; give a folder that has its config.json "
+            f"too, or if losscurve's names are in it, write it as a .pt file: {convert}"
+        )
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return f"is a pickle that torch.save did not write, and loading it could run code; {SAVE}"
     if is_text(head):

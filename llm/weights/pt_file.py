@@ -60,12 +60,10 @@ def weights_file(source: str, preferred: str = "best") -> Path:
 
 
 def _folder_of(path: Path) -> Path | None:
-    """Return the folder of the run or model of which `path` is only a file or a saved state; None if it is neither."""
-    folder = path if path.is_dir() else path.parent
-    if (folder / "state.json").is_file():
-        folder = folder.parent
-    elif not (path.is_file() and PARTS.fullmatch(path.name)):
+    """Return the folder of the run or model of which `path` is only a file; None if it is none."""
+    if not (path.is_file() and PARTS.fullmatch(path.name)):
         return None
+    folder = path.parent.parent if path.with_name("state.json").is_file() else path.parent
     is_whole = any((folder / name).is_file() for name in ("config.toml", "config.json"))
     return folder if is_whole else None
 

@@ -126,7 +126,7 @@ MUTANTS = [
     Mutant(
         "the name of a folder is not flushed",
         storage,
-        [("    sync_folder(final.parent)\n", "")],
+        [("    sync_folder(final.parent)\n    shutil", "    shutil")],
         cuts(checks.NEW_FOLDER),
     ),
     Mutant(

@@ -293,7 +293,7 @@ def trained(here, no_account):
     return shown
 
 
-def test_a_training_is_followed_and_nothing_is_sent_without_an_account(trained, here):
+def test_a_training_and_its_resume_are_followed_and_nothing_is_sent_without_an_account(trained, here):
     run_dir = here / "runs" / "<b>"
     same(scalars_of(events(run_dir)), run_dir)
     kept = Kept(run_dir)
@@ -316,17 +316,14 @@ def test_a_training_is_followed_and_nothing_is_sent_without_an_account(trained, 
     assert f"note: wandb: offline; to send it: wandb sync '{kept.folder.relative_to(here)}'" in lines
     assert len(lines) == 4  # and of the short warm-up
 
-
-def test_a_resumed_run_is_shown_once_under_the_same_name(trained, here):
-    before = Kept(here / "runs" / "<b>")
+    # a resumed run is shown once, under the same name
     shown = typed("train --out_dir runs/<b> --resume --max_steps 16 --track wandb,tensorboard", WANDB_MODE="offline")
     assert shown.returncode == 0, shown.stderr
-    run_dir = here / "runs" / "<b>"
     after = Kept(run_dir)  # one folder: the one before is gone
     same(after.shown, run_dir)
     same(scalars_of(events(run_dir)), run_dir)
     assert after.shown["loss/val"][-1][0] == 16
-    assert after.run.run_id == before.run.run_id
+    assert after.run.run_id == kept.run.run_id
     assert "no key" not in shown.stderr  # offline was asked for
     assert not any(process_of_wandb(run_dir))
 

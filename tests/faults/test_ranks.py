@@ -92,10 +92,9 @@ def test_a_rank_killed_at_any_exchange_of_a_save(here, kind, rank, after, record
     assert exit_codes(2, line, here / "outcomes of whole") == [0, 0]
     weights = torch.load("whole/model.pt", weights_only=True)
     expected = fingerprint(Path("whole"))
-    stride = 1 if TORTURE else {"ddp": 5, "fsdp": 44}[kind]
-    for at in itertools.count(1, stride):
+    for at in itertools.count(1) if TORTURE else [{"ddp": 2, "fsdp": 23}[kind]]:
         errors = errors_after(here, kind, 2, Kill(rank, 10, at, after), at)
-        if errors is None:
+        if errors is None and TORTURE:
             break
         assert len(errors) == 1, (at, errors)
         assert f"no heartbeat from rank {rank} (" in errors[0], (at, errors)
@@ -106,7 +105,7 @@ def test_a_rank_killed_at_any_exchange_of_a_save(here, kind, rank, after, record
         assert exit_codes(2, "train --resume", here / f"outcomes of resume {at}") == [0, 0]
         assert fingerprint(Path("checkpoints")) == expected, at
         record_property("ranks killed at an exchange", 1)
-    assert at > (1 if kind == "ddp" else 40)
+    assert not TORTURE or at > (1 if kind == "ddp" else 40)
     assert weights.keys() == torch.load("checkpoints/model.pt", weights_only=True).keys()
 
 

@@ -1,9 +1,7 @@
 """A run folder as an object, and `fit` for notebooks."""
 
-import base64
 import contextlib
 import html
-import io
 import os
 import re
 import shlex
@@ -37,7 +35,7 @@ from llm.plan.autopilot import choose_new_run
 from llm.plan.choice_lines import choice_lines
 from llm.plan.request import read_request
 from llm.record import metrics
-from llm.record.chart_style import plain
+from llm.record.chart_style import data_url, plain, png_of
 from llm.record.plot import draw, plot_runs
 from llm.record.samples import Sample, read_samples
 from llm.start.new_run import new_run
@@ -125,8 +123,7 @@ class Run:
 
     def _repr_png_(self) -> bytes:
         """Return the loss curve as PNG, for front ends that show only pictures."""
-        draw([self.path]).savefig(picture := io.BytesIO(), format="png")
-        return picture.getvalue()
+        return png_of(draw([self.path]))
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: losses, loss curve, settings that differ from the defaults, last sample."""
@@ -144,11 +141,10 @@ class Run:
         told = "".join(
             f"<tr><th {CELL}>{key}</th><td {CELL}>{html.escape(value)}</td></tr>" for key, value in facts.items()
         )
-        picture = base64.b64encode(self._repr_png_()).decode()
         name = html.escape(plain(self.path.resolve().name, 80))
         shown = [
             f"<h3>{name}</h3><table>{told}</table>",
-            f'<img alt="loss curve of {name}" style="width: 45em" src="data:image/png;base64,{picture}">',
+            f'<img alt="loss curve of {name}" style="width: 45em" src="{data_url(draw([self.path]))}">',
         ]
         for sample in samples[-1:]:
             text = html.escape((sample.prompt + sample.text)[:SHOWN])

@@ -60,7 +60,7 @@ def start_lines(run: "LiveRun") -> str:
     )
 
 
-def print_end(run: "LiveRun", forecast: "Forecast", predicted: "Prediction | str" = "") -> None:
+def print_end(run: "LiveRun", forecast: "Forecast", predicted: "Prediction | str") -> None:
     """Print the result of the run, the accuracy of its forecasts, and the next command.
 
     `predicted`: its loss, or why there is no prediction.

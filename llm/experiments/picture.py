@@ -1,14 +1,12 @@
 """Draw a try as small multiples: a panel for each setting, with the validation losses of its seeds."""
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llm.experiments.outcome import Outcome
 from llm.experiments.trials import Try
-from llm.record.chart_style import COLOURS, GREY, plain
+from llm.record.chart_style import COLOURS, GREY, data_url, plain
 from llm.record.metrics import losses
 
 if TYPE_CHECKING:
@@ -59,9 +57,7 @@ def draw_try(tried: Try, found: Sequence[Outcome]) -> "Figure":
 
 def picture_url(tried: Try, found: Sequence[Outcome]) -> str:
     """Return the picture as a data URL, for a page."""
-    picture = io.BytesIO()
-    draw_try(tried, found).savefig(picture, format="png")
-    return f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+    return data_url(draw_try(tried, found))
 
 
 def alternative(found: Sequence[Outcome]) -> str:

@@ -1,7 +1,5 @@
 """The comparison of the runs of the page, as `losscurve compare` prints and draws it, without evaluating weights."""
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +7,7 @@ from llm.errors import UserError
 from llm.experiments.compare import compare
 from llm.experiments.comparison_picture import draw_comparisons
 from llm.experiments.words import report_lines
+from llm.record.chart_style import data_url
 
 
 def comparison_of(paths: Sequence[Path]) -> dict[str, str]:
@@ -20,7 +19,4 @@ def comparison_of(paths: Sequence[Path]) -> dict[str, str]:
     lines = [*notes, *report_lines(groups, comparisons)]
     if not any(comparison.findings for comparison in comparisons):
         return {"words": "\n".join(lines), "picture": ""}
-    picture = io.BytesIO()
-    draw_comparisons(groups, comparisons).savefig(picture, format="png")
-    encoded = base64.b64encode(picture.getvalue()).decode()
-    return {"words": "\n".join(lines), "picture": f"data:image/png;base64,{encoded}"}
+    return {"words": "\n".join(lines), "picture": data_url(draw_comparisons(groups, comparisons))}

@@ -19,7 +19,7 @@ from llm.plan.request import Request
 from llm.plan.steps import useful_steps
 from llm.plan.text_facts import TextFacts, look_at
 from llm.plan.text_size import Text, text_of, with_vocabulary
-from llm.plan.timing import other_load, preparing_seconds, tokenizing_seconds
+from llm.plan.timing import busy_line, preparing_seconds, tokenizing_seconds
 from llm.prepare.reuse import default_folder, ensure
 from llm.prepare.shards import Progress
 from llm.start import fine_tuning
@@ -124,17 +124,12 @@ def choose_run(
     if not request.config.init_from:
         request = dataclasses.replace(request, config=with_vocabulary(request.config, text.vocabulary))
     choice = Choice(request, facts, proposal.propose(request, text, measure or proposal.short_probe))
-    if load := other_load():
-        say(beside_other_work(load, choice.proposal.config))
+    if line := busy_line():
+        steps = choice.proposal.config.max_steps
+        if steps <= rule.LEAST_STEPS:
+            line += f": {steps} steps are planned, and the run takes more if the machine becomes faster"
+        say(line)
     return choice
-
-
-def beside_other_work(load: float, config: TrainConfig) -> str:
-    """Return a line about a choice that was measured beside other work."""
-    line = f"other work was running here in the last minute (load {load:.1f}); the times assume that it continues"
-    if config.max_steps > rule.LEAST_STEPS:
-        return line
-    return f"{line}: {config.max_steps} steps are planned, and the run takes more if the machine becomes faster"
 
 
 def small_text(facts: TextFacts, config: TrainConfig) -> str:

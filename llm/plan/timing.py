@@ -51,6 +51,14 @@ def other_load() -> float:
     return load if load > 0.5 * (os.cpu_count() or 1) else 0.0
 
 
+def busy_line() -> str:
+    """Return a line that says that other work distorts the measurements; "" if none does."""
+    load = other_load()
+    if not load:
+        return ""
+    return f"other work was running here in the last minute (load {load:.1f}); the times assume that it continues"
+
+
 def fits(config: TrainConfig) -> bool:
     """Return whether a probe of one window fits in this machine's memory. A GPU's memory is not checked."""
     if choose_device(config.device).type != "cpu":

@@ -5,6 +5,8 @@ VAL and TRAIN also colour the report (`report/report.css`) and, together with CO
 Change the colours together.
 """
 
+import base64
+import io
 import math
 import warnings
 from collections.abc import Callable
@@ -200,3 +202,15 @@ def save_figure(draw: "Callable[[], Figure]", out: Path) -> None:
                 figure.savefig(file, format=kind)
         except OSError as error:
             raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+
+
+def png_of(figure: "Figure") -> bytes:
+    """Return a figure as PNG."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def data_url(figure: "Figure") -> str:
+    """Return a figure as the address of a picture that a page holds itself."""
+    return f"data:image/png;base64,{base64.b64encode(png_of(figure)).decode()}"

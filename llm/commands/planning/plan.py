@@ -85,10 +85,10 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
 def warn_if_busy() -> None:
     """Warn if other work slows this machine down, because it distorts the measurements."""
-    from llm.plan.timing import other_load
+    from llm.plan.timing import busy_line
 
-    if load := other_load():
-        warn(f"other work was running here in the last minute (load {load:.1f}); the times assume that it continues")
+    if line := busy_line():
+        warn(line)
 
 
 def predict(config: TrainConfig, text: "Text", pace: "Pace | None") -> dict[str, Any]:

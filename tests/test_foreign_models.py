@@ -19,6 +19,7 @@ from llm.plan import proposal
 from llm.plan.timing import Pace
 from llm.tokens.bpe import gpt2
 from llm.weights import open_weights
+from llm.weights.foreign import read_foreign
 from llm.weights.foreign import read_shape, read_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -332,6 +333,14 @@ def test_damaged_and_incomplete_folders_are_named(folder):
     save_file(whole | {"model.embed_tokens.weight": torch.zeros(96, 32)}, folder / "model.safetensors")
     with pytest.raises(UserError, match=r"lm_head\.weight is \(96, 32\), and this shape needs \(97, 32\)"):
         open_weights("model", GPTConfig())
+    settings = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(settings))
+    head = whole["model.embed_tokens.weight"]
+    save_file(whole | {"lm_head.weight": head.clone()}, folder / "model.safetensors")  # tied, and saved twice
+    assert torch.equal(read_foreign("model").weights["lm_head.weight"], head)
+    save_file(whole | {"lm_head.weight": head + 1}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"has an lm_head\.weight of its own, .*, which config\.json asks for"):
+        open_weights("model", GPTConfig())
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not readable as JSON"):
         open_weights("model", GPTConfig())
@@ -460,6 +469,23 @@ def foreign(folder, model="Qwen3", tokenizer="Qwen3", context=512):
     sizes = settings | {"vocab_size": 640, "max_position_embeddings": context}
     getattr(transformers, kind)(getattr(transformers, config)(**sizes)).save_pretrained(folder)
     save_tokenizer(folder, tokenizer)
+
+
+def test_what_goes_on_from_a_fine_tuned_run_is_fine_tuning_too(here, losscurve):
+    foreign(here / "model")
+    sizes = "--max_steps 2 --sample_tokens 0"
+    assert losscurve(f"train --text text.txt --init_from model {sizes} --out_dir tuned")[0] == 0
+    environment = here / "tuned/env.json"  # from another machine: a resume writes it anew
+    environment.write_text(json.dumps(json.loads(environment.read_text()) | {"torch": "1.0"}))
+    assert losscurve("train --resume --max_steps 3 --out_dir tuned")[0] == 0
+    assert losscurve("fork tuned --at 3 --max_steps 4 --out_dir forked")[0] == 0
+    for start in ("tuned", "tuned/step-000003", "forked"):
+        code, _, err = losscurve(f"train --text text.txt --init_from {start} {sizes} --overwrite --out_dir again")
+        assert code == 0, err
+        assert "fine-tuning: block_size 256, batch_size 8, max_lr 0.0013" in err
+    (here / "tuned/env.json").unlink()  # then nothing tells
+    code, _, err = losscurve(f"train --text text.txt --init_from tuned {sizes} --overwrite --out_dir again")
+    assert (code, "fine-tuning" in err) == (0, False)
 
 
 @pytest.mark.parametrize("kind", ["Qwen3", "TinyLlama"])

@@ -41,7 +41,7 @@ def fork(run_dir: Path, step: int, changes: dict[str, Any], out_dir: Path, say: 
     """Make `out_dir` a run that shares the past of the run in `run_dir` up to `step`; return its settings.
 
     `changes` are the settings that differ from then on, by field name. Of the record and the samples, the fork takes
-    what is there up to `step`; `forked_from` in its env.json is what `describe_origin` returns. Nothing is written to
+    what is there up to `step`; `forked_from` in its env.json is what `describe_past` returns. Nothing is written to
     `run_dir`. A crash leaves `out_dir` complete, or as it was: see `storage.new_folder`.
 
     Raises:
@@ -65,7 +65,7 @@ def fork(run_dir: Path, step: int, changes: dict[str, Any], out_dir: Path, say: 
     storage.check_writable(out_dir, disk_needed(config))
     with storage.new_folder(out_dir) as folder:
         storage.write_text(folder / "config.toml", write_toml(config))
-        write_environment(folder, data, describe_origin(run_dir, state, before, config))
+        write_environment(folder, data, describe_past(run_dir, state, before, config))
         for name in ("tokenizer.json", metrics.NAME, samples.NAME):
             if (run_dir / name).exists():
                 storage.write_bytes(folder / name, (run_dir / name).read_bytes())
@@ -88,11 +88,12 @@ def find_state(run_dir: Path, step: int | None) -> Path:
     )
 
 
-def describe_origin(run_dir: Path, state: Path, before: TrainConfig, config: TrainConfig) -> dict[str, Any]:
-    """Return what the env.json of a fork with the settings `config` says of where it comes from.
+def describe_past(run_dir: Path, state: Path, before: TrainConfig, config: TrainConfig) -> dict[str, Any]:
+    """Return what the env.json of a fork with the settings `config` says of where it comes from, as "forked_from".
 
     "run" is the folder, "step" that of the state, "state" the SHA-256 of its manifest, "before" the run's values of the
-    settings that the fork changes. If the run is a fork too, "forked_from" is the same of its own origin.
+    settings that the fork changes. If the run is a fork too, "forked_from" is the same of its own origin. What else
+    the run's env.json says of its past holds for the fork.
     """
     facts = {
         "run": beside(run_dir, Path(config.out_dir)),
@@ -104,9 +105,10 @@ def describe_origin(run_dir: Path, state: Path, before: TrainConfig, config: Tra
         earlier = storage.read_json(run_dir / "env.json")
     except UserError:  # lost: the fork writes its own
         earlier = {}
-    if isinstance(earlier, dict) and "forked_from" in earlier:
+    earlier = earlier if isinstance(earlier, dict) else {}
+    if "forked_from" in earlier:
         facts["forked_from"] = earlier["forked_from"]
-    return facts
+    return earlier | {"forked_from": facts}
 
 
 def _listed(steps: list[int]) -> str:

@@ -151,7 +151,7 @@ def with_weights(request: Request, say: Callable[[str], None]) -> tuple[Request,
     settings = {name: getattr(config.model, name) for name in MODEL_FIELDS if name != "dropout"}
     settings["tokenizer"] = config.tokenizer
     epochs: float = request.most_epochs
-    if not start.is_ours:
+    if start.is_pretrained:
         chosen = fine_tuning.settings(config.model, request.given)
         if not request.given.keys() & {"optimizer", *MUON_SETTINGS}:
             chosen["optimizer"] = "adamw"  # which such models were trained with

@@ -33,7 +33,7 @@ class Start:
     config: TrainConfig  # with their shape and the kind of their tokenizer
     weights: dict[str, Tensor]
     tokenizer: Tokenizer | None  # None: GPT-2's is assumed
-    is_ours: bool  # a run of losscurve; for others, settings that are not given are those of llm.start.fine_tuning
+    is_pretrained: bool  # by another program: settings that are not given are those of llm.start.fine_tuning
 
 
 def starting_point(config: TrainConfig, say: Say, given: Collection[str] | None = None) -> Start:
@@ -63,14 +63,14 @@ def starting_point(config: TrainConfig, say: Say, given: Collection[str] | None 
         is_named_alike = place.suffix == ".pt" or opened.is_ours  # as in other runs: model.pt, step-000500
         name = place.parent.name if is_named_alike else place.name
         changes["data_dir"] = f"{folder}-for-{name}"
-    if not opened.is_ours:
+    if opened.is_pretrained:
         changes |= fine_tuning.settings(shape, given)
     block_size = changes.pop("block_size", config.model.block_size if "block_size" in given else shape.block_size)
     model = dataclasses.replace(shape, dropout=config.model.dropout, block_size=block_size)
     if "wpe.weight" in weights:
         weights["wpe.weight"] = weights["wpe.weight"][:block_size]
     config = dataclasses.replace(from_settings(changes, config), model=model)
-    return Start(config, weights, opened.tokenizer, opened.is_ours)
+    return Start(config, weights, opened.tokenizer, opened.is_pretrained)
 
 
 def changed_settings(config: TrainConfig) -> set[str]:

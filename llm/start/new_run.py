@@ -20,7 +20,7 @@ from llm.prepare.reuse import default_folder
 from llm.start import fine_tuning
 from llm.start.agreement import agree, local_rank
 from llm.start.build import build, connect
-from llm.start.init_from import changed_settings, check_tokens, starting_point
+from llm.start.init_from import Start, changed_settings, check_tokens, starting_point
 from llm.start.run_data import beside
 from llm.start.run_folder import Say, clear, disk_needed, refuse_existing, say_limits, write_environment
 from llm.start.texts import default_prompt, open_text
@@ -51,14 +51,15 @@ def new_run(
     with contextlib.ExitStack() as stack:
         with world.together():
             device, dtype = check_request(config, overwrite, world)
-            config, text, weights = open_new_text(config, dtype, say, progress, world, given)
+            config, text, start = open_new_text(config, dtype, say, progress, world, given)
             agree(config, text.data, device, world)
         stack.enter_context(fixed_order(device))
-        parts = build(config, text.data, text.tokenizer, device, dtype, world, weights)
-        del weights  # the model has copied them
+        parts = build(config, text.data, text.tokenizer, device, dtype, world, start and start.weights)
+        is_pretrained = start is not None and start.is_pretrained
+        del start  # the model has copied its weights
         with world.together():
             if world.leads:
-                stack.enter_context(open_new_folder(parts, overwrite, say))
+                stack.enter_context(open_new_folder(parts, overwrite, is_pretrained, say))
             world.mark_started()
         connect(parts, say)
         yield LiveRun(parts, Path(config.out_dir), Progress(), text.prompt)
@@ -98,8 +99,8 @@ def open_new_text(
     progress: Any,
     world: World,
     given: Collection[str] | None,
-) -> tuple[TrainConfig, OpenText, dict[str, torch.Tensor] | None]:
-    """Return the config with all automatic choices made, the text, and the weights to start from (None: new ones).
+) -> tuple[TrainConfig, OpenText, Start | None]:
+    """Return the config with all automatic choices made, the text, and what to start from (None: new weights).
 
     Tokenizes the text first if necessary. Raises UserError if it is too short, or if its tokens are not those of the
     weights of `init_from`.
@@ -116,20 +117,16 @@ def open_new_text(
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
     else:
         check_tokens(config, data, start.tokenizer, tokenizer)
-        if not start.is_ours:
+        if start.is_pretrained:
             config = fine_tuning.with_steps(config, len(data.train), given or ())
             say(fine_tuning.line(config, len(data.train), given or ()))
     prompt = config.sample_prompt or default_prompt(data, tokenizer)
     if tokenizer is not None:
         tokenizer.encode(prompt)  # raises now if a character is not in the vocabulary
-    return (
-        resolve(config, data, dtype, prompt),
-        OpenText(data, tokenizer, prompt),
-        None if start is None else start.weights,
-    )
+    return resolve(config, data, dtype, prompt), OpenText(data, tokenizer, prompt), start
 
 
-def open_new_folder(parts: Parts, overwrite: bool, say: Say) -> contextlib.ExitStack:
+def open_new_folder(parts: Parts, overwrite: bool, is_pretrained: bool, say: Say) -> contextlib.ExitStack:
     """Lock the run folder, remove an earlier run if `overwrite` allows it, and write config, environment and tokenizer.
 
     Returns the lock, to be closed when the run ends. Raises UserError if the disk is too small or the folder is in use.
@@ -141,7 +138,7 @@ def open_new_folder(parts: Parts, overwrite: bool, say: Say) -> contextlib.ExitS
         refuse_existing(out_dir, overwrite)  # another process may have written here since the first check
         clear(out_dir)
         storage.write_text(out_dir / "config.toml", write_toml(config))
-        write_environment(out_dir, parts.data)
+        write_environment(out_dir, parts.data, {"pretrained": True} if is_pretrained else {})
         if parts.tokenizer is not None:
             save_tokenizer(parts.tokenizer, out_dir / "tokenizer.json")
         say_limits(say)

@@ -156,7 +156,7 @@ def say_changes(out_dir: Path, data: TokenData, before: TrainConfig, config: Tra
     if changes:
         say(f"{'; '.join(changes)}: from here on the run may differ in its last digits")
     if changes or not then:
-        write_environment(out_dir, data, then.get("forked_from"))
+        write_environment(out_dir, data, then)
     if config.max_steps != before.max_steps:
         say(f"max_steps was {before.max_steps} and is {config.max_steps}: the schedule changes from here on")
     if split_of(config) != split_of(before):

@@ -21,6 +21,9 @@ OURS = (
     *("samples.jsonl", "samples.txt", "loss_curve.png"),
 )
 WEIGHTS = ("model.pt", "best.pt")
+# facts in env.json that stay true on another machine: the state that a fork began from, and whether the run, or one
+# that it goes on from, began with weights that another program had trained
+PAST = ("forked_from", "pretrained")
 
 
 def once(say: Say) -> Say:
@@ -71,13 +74,13 @@ def disk_needed(config: TrainConfig) -> int:
     return size * ((4 if config.ema else 3) * (config.keep + 2) + 3)
 
 
-def write_environment(out_dir: Path, data: TokenData, forked_from: dict[str, Any] | None = None) -> None:
-    """Write versions, machine, commit and data hashes to env.json; of a fork also the state that it began from."""
+def write_environment(out_dir: Path, data: TokenData, past: dict[str, Any]) -> None:
+    """Write versions, machine, commit and data hashes to env.json, and those facts of `past` that PAST names."""
     here = Path(__file__).parents[1]
     asked = subprocess.run(
         ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ) if shutil.which("git") and (here.parent / ".git").exists() else None  # fmt: skip
-    facts = {"losscurve": __version__, "commit": asked.stdout.strip() if asked else None, "data": data.hashes}
-    if forked_from is not None:
-        facts["forked_from"] = forked_from
+    facts: dict[str, Any] = {"losscurve": __version__, "commit": asked.stdout.strip() if asked else None}
+    facts["data"] = data.hashes
+    facts |= {name: past[name] for name in PAST if name in past}
     storage.write_json(out_dir / "env.json", facts | environment())

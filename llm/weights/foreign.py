@@ -123,7 +123,9 @@ def _read_weights(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
     try:
         weights = weights_in(config, tensors)
     except UserError as error:
-        raise UserError(f"{paths[0]}: {error}, which config.json asks for; give another copy of the model") from None
+        raise UserError(
+            f"{paths[0]}: {error}, which config.json asks for; give another copy of the model, or correct that file"
+        ) from None
     check_tensors(paths[0], weights, tensor_shapes(config))
     return weights
 

@@ -82,13 +82,15 @@ def weights_in(config: GPTConfig, tensors: dict[str, Tensor]) -> dict[str, Tenso
     """Return the state_dict for a model of ours from tensors as transformers names them, in float32.
 
     Masks that old versions saved are left out, and a tied head is the embedding. Raises UserError that names a tensor
-    which is missing. Shapes are the caller's to check.
+    which is missing, or a head other than the embedding in a model that ties them. Shapes are the caller's to check.
     """
     theirs = {_bare(name): tensor for name, tensor in tensors.items()}
     found = _gpt2_names(config, theirs) if config.arch == "gpt2" else _llama_names(config, theirs)
     head = theirs.get("lm_head.weight")
     if config.tied_lm_head:
         found["lm_head.weight"] = found["wte.weight"]
+        if head is not None and not torch.equal(head.float(), found["wte.weight"]):
+            raise UserError("has an lm_head.weight of its own, and not the embedding as its head")
     elif head is not None:
         found["lm_head.weight"] = head.float()
     return found

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llm import storage
 from llm.arch import Model, make_model
 from llm.config import GPTConfig
 from llm.errors import UserError
@@ -28,7 +29,18 @@ class Opened:
     config: GPTConfig
     weights: dict[str, Tensor]
     tokenizer: Tokenizer | None  # None: nothing beside the weights says; they are GPT-2's tokens then
-    is_ours: bool  # from a run folder, so trained with the settings that losscurve trains with
+    is_ours: bool  # from a run folder
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether another program trained the model, or a run did that began with such weights."""
+        if not self.is_ours:
+            return True
+        try:
+            environment = storage.read_json(self.path.with_name("env.json"))
+        except UserError:  # lost or damaged
+            return False
+        return isinstance(environment, dict) and bool(environment.get("pretrained"))
 
     @property
     def is_bare(self) -> bool:

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
             start = starting_point(config, warn, given_settings(args))
             config = start.config
         text = text_of(config)
-        if config.init_from and not start.is_ours:
+        if config.init_from and start.is_pretrained:
             config = with_steps(config, text.tokens, given_settings(args))
         if not config.init_from:
             config = with_vocabulary(config, text.vocabulary)

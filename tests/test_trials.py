@@ -20,6 +20,7 @@ from llm.experiments.picture import draw_try
 from llm.experiments.trials import combinations, make_setting, parse_vary, read_try
 from llm.plan.timing import Pace
 from llm.record.metrics import losses, read_record
+from llm.report import write_try
 from llm.storage.checkpoint import saved_steps
 
 SMALL = flags(n_layer=1, sample_tokens=0).replace("--max_lr 0.01 ", "")
@@ -123,11 +124,13 @@ def made(folder, levels, seeds=3, steps=(4, 8, 12)):
 
     settings = [make_setting({"max_lr": rate}) for rate in levels]
     tried = Try(folder, {}, {"max_steps": 12, "eval_every": 4, "warmup_steps": 2}, list(range(seeds)), settings)
-    for setting, level in zip(settings, levels.values(), strict=True):
+    for setting, (rate, level) in zip(settings, levels.items(), strict=True):
         for number in tried.seeds:
             run = tried.run_dir(setting, number)
             run.mkdir(parents=True)
-            (run / "config.toml").write_text(f'max_steps = 12\neval_every = 4\nout_dir = "{run}"\n')
+            own = f'seed = {number}\nmax_lr = {rate}\nout_dir = "{run}"\n'
+            (run / "config.toml").write_text(f"max_steps = 12\neval_every = 4\n{own}")
+            (run / "env.json").write_text('{"data": {"val.bin": "a hash"}}')
             for step in steps:
                 append(run, step=step, split="val", loss=level(number, step))
                 (run / f"step-{step:06d}").mkdir()
@@ -340,6 +343,31 @@ def test_the_report_and_the_page_of_a_try(tmp_path, losscurve):
     assert followed.answer()["rows"][1][1] == "1.6767"  # (1 + 2.01 + 2.02) / 3
     (tmp_path / "t" / "try.json").write_text("[]")
     assert "not what losscurve try writes" in followed.answer()["error"]
+
+
+@pytest.mark.parametrize(("against", "mean"), [("best", 1.001), ("first", -1.001)])
+def test_the_report_draws_the_paired_difference(tmp_path, losscurve, monkeypatch, against, mean):
+    """By hand: 1 + 0.001 x (0 + 1 + 2) / 3, although the seeds differ by 0.01."""
+    tried = made(tmp_path / "t", {3e-2: lambda s, step: 3.0 + 0.011 * s, 1e-2: lambda s, step: 2.0 + 0.01 * s})
+    tried.against = against
+    tried.save()
+    drawn = []
+    monkeypatch.setattr(write_try, "data_url", lambda figure: drawn.append(figure) or "data:,")
+    assert losscurve(f"report {tmp_path / 't'}")[0] == 0
+    (figure,) = drawn
+    lower = figure.axes[1]
+    (curve,) = [line for line in lower.lines if len(line.get_xdata()) == 3]
+    assert list(curve.get_xdata()) == [4, 8, 12]
+    assert curve.get_ydata() == pytest.approx([mean] * 3)
+    (band,) = lower.collections
+    top, bottom = band.get_paths()[0].vertices[:, 1].max(), band.get_paths()[0].vertices[:, 1].min()
+    assert (top - bottom) / 2 == pytest.approx(4.3027 * 0.001 / 3**0.5, rel=1e-4)  # Student's t of 2 degrees
+    html = (tmp_path / "t" / "report.html").read_text(encoding="utf-8")
+    assert "Differences" in html
+    for path in (tmp_path / "t").glob("*/*/env.json"):
+        path.unlink()  # then nothing says that their texts are one
+    assert losscurve(f"report {tmp_path / 't'}")[0] == 0
+    assert "Differences" not in (tmp_path / "t" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("against", ["best", "first"])

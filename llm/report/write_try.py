@@ -1,14 +1,21 @@
-"""Write a try as one HTML file: its table, its small multiples and its best setting. It has no script."""
+"""Write a try as one HTML file: its table, small multiples, differences and best setting. It has no script."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from markupsafe import Markup
 
-from llm.experiments.outcome import best_toml, columns, outcomes
+from llm.experiments.compare import compare_pair
+from llm.experiments.comparison_picture import draw_comparisons
+from llm.experiments.outcome import Outcome, best_toml, columns, outcomes
 from llm.experiments.picture import alternative, picture_url
-from llm.experiments.trials import read_try
+from llm.experiments.recorded import Group, read_run
+from llm.experiments.trials import Try, read_try
+from llm.record.chart_style import data_url
+from llm.record.metrics import NAME
 from llm.report.write_html import MARK, read_part, security_policy, template_environment, write_page
 
+COMPARED = 6  # settings in the picture of differences, at most: more lines cannot be told apart
 STYLE = ".multiples { max-width: 100%; background: #fff; border-radius: 6px; }\n"
 
 
@@ -36,7 +43,25 @@ def try_page(folder: Path) -> str:
         rows=list(zip(*table.values(), strict=True)),
         alt=alternative(found),
         picture=picture_url(tried, found),
+        differences=differences_url(tried, found),
+        compared=COMPARED,
         toml=best_toml(tried, found),
         style=Markup(style),
         policy=security_policy(style, ""),
     )
+
+
+def differences_url(tried: Try, found: Sequence[Outcome]) -> str:
+    """Return the picture of the best settings and their differences from the reference; "" if nothing compares."""
+    reference = tried.settings[0] if tried.against == "first" else found[0].setting
+    shown = [reference, *(outcome.setting for outcome in found if outcome.setting != reference)]
+    groups = []
+    for setting in shown:
+        folders = [tried.run_dir(setting, seed) for seed in tried.seeds]
+        runs = [read_run(folder) for folder in folders if (folder / NAME).is_file()]
+        if runs and all(run.evaluations for run in runs) and len(groups) < COMPARED:
+            groups.append(Group(chr(ord("A") + len(groups)), runs))
+    comparisons = [compare_pair(groups[0], other) for other in groups[1:]]
+    if not any(comparison.findings for comparison in comparisons):
+        return ""
+    return data_url(draw_comparisons(groups, comparisons))

@@ -19,8 +19,7 @@ from llm.plan import proposal
 from llm.plan.timing import Pace
 from llm.tokens.bpe import gpt2
 from llm.weights import open_weights
-from llm.weights.foreign import read_foreign
-from llm.weights.foreign import read_shape, read_tokenizer
+from llm.weights.foreign import read_foreign, read_shape, read_tokenizer
 
 transformers = pytest.importorskip("transformers")
 LLAMA = {

@@ -1,6 +1,7 @@
 """Weights as other programs write them: loaded where only names or wrappings differ, else named with a remedy."""
 
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -86,6 +87,16 @@ def test_what_torch_compile_saved_can_be_sampled_and_trained_on(here, losscurve)
     assert losscurve("sample --checkpoint w.pt --n_head 2 --max_new_tokens 3 --prompt a")[0] == 0
     train = flags(tokenizer="auto", n_layer=1, n_embd=8, max_steps=2, warmup_steps=0)
     assert losscurve(f"train --init_from w.pt --text text.txt {train}")[0] == 0
+
+
+@needs_gpt2
+def test_heads_that_do_not_divide_the_width_get_a_flag_that_works(here, losscurve):
+    torch.save(GPT(GPTConfig(n_layer=1, n_head=3, n_embd=9, block_size=16)).state_dict(), "w.pt")
+    sample = "sample --checkpoint w.pt --max_new_tokens 3 --prompt a"
+    code, _, err = losscurve(sample)
+    assert code == 2
+    assert "w.pt: is 9 channels wide, which 4 heads do not divide" in err
+    assert losscurve(f"{sample} {re.search('--n_head 3', err)[0]}")[0] == 0
 
 
 class Thing:

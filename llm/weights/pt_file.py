@@ -223,6 +223,7 @@ def load_plain_data(path: Path) -> Any:
 
 def infer_shape(path: Path, weights: dict[str, Tensor], base: GPTConfig) -> tuple[GPTConfig, dict[str, torch.Size]]:
     """Return the config that fits `weights`, and the shape of each tensor by name. Raises UserError if none fits."""
+    _check_heads(path, weights.get("wte.weight"), base)
     unfit = (KeyError, ValueError, IndexError, AttributeError, TypeError, ZeroDivisionError, RuntimeError, UserError)
     try:
         vocab_size, n_embd = weights["wte.weight"].shape
@@ -241,6 +242,19 @@ def infer_shape(path: Path, weights: dict[str, Tensor], base: GPTConfig) -> tupl
         raise UserError(
             f"{path}: not the weights of a GPT of ours ({type(error).__name__}: {error}); give other weights"
         ) from None
+
+
+def _check_heads(path: Path, embedding: Any, base: GPTConfig) -> None:
+    """Raise UserError if the width of the embedding (V, C) is not divisible by the number of heads."""
+    if not isinstance(embedding, Tensor) or embedding.dim() != 2 or base.head_dim is not None:
+        return
+    width, heads = embedding.shape[1], base.n_head
+    if width % heads:
+        fitting = max(n for n in range(1, heads) if width % n == 0)
+        raise UserError(
+            f"{path}: is {width} channels wide, which {heads} heads do not divide; give the number of heads that it "
+            f"was trained with, such as --n_head {fitting}"
+        )
 
 
 def _gpt2_sizes(weights: dict[str, Tensor], base: GPTConfig) -> dict[str, Any]:

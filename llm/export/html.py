@@ -1,8 +1,8 @@
 """Write a run as one HTML file that opens offline in a browser and runs the model there.
 
 The page computes in float32, whatever the file stores: it unpacks the weights when it opens. Its scripts and its kernel
-(WebAssembly, assembled here from kernel.wat) are readable in `llm/export/browser/`; the file has them without comments
-and indentation.
+(WebAssembly, assembled here from kernel.wat) are readable in `llm/export/browser/`; the file has them without what is
+only for reading.
 """
 
 import base64
@@ -41,6 +41,8 @@ LARGEST = 3 * 2**30  # bytes of float32 weights: WebAssembly's memory ends at 4 
 ENGINE = ("model.js", "tokenizer.js", "sampling.js", "writing.js", "load.js")
 TOKENIZERS = ("gpt2", "bpe", "byte", "char")  # that tokenizer.js has
 PROMPT = "The "  # without validation text to take one from
+_QUOTED = re.compile("[\"'`/]")  # a slash begins a regular expression, or divides
+_SPACED = re.compile(r" ?([=*<>?:,;{}()|&]) ?")  # not + and -: "a - -b" has to keep its spaces
 PROMPT_LENGTH = 40  # characters, at most
 
 
@@ -153,9 +155,9 @@ def describe_quality(quality: Quality, dtype: str) -> str:
 def page(source: Source, report: Report, packed: Packed, quality: Quality | None) -> str:
     """Return the HTML of an export."""
     engine = '"use strict"; // with comments: llm/export/browser of losscurve\n'
-    engine += "\n".join(without_comments(_read(name)) for name in ENGINE)
-    script = without_comments(_read("page.js"))
-    style = _read("page.css")
+    engine += "\n".join(smaller(_read(name)) for name in ENGINE)
+    script = smaller(_read("page.js"))
+    style = re.sub(r"\s*([{};,])\s*", r"\1", _read("page.css"))
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -235,10 +237,13 @@ def security_policy(style: str, *scripts: str) -> str:
     )
 
 
-def without_comments(script: str) -> str:
-    """Return a script of the page without comments, indentation and empty lines. None of its strings has " // "."""
+def smaller(script: str) -> str:
+    """Return a script of the page without comments, indentation, empty lines and the spaces around most operators.
+
+    None of its strings has " // ". A line with a string, a template or a regular expression keeps its spaces.
+    """
     lines = (re.sub(r"(^|\s)// .*", "", line).strip() for line in script.splitlines())
-    return "\n".join(line for line in lines if line)
+    return "\n".join(line if _QUOTED.search(line) else _SPACED.sub(r"\1", line) for line in lines if line)
 
 
 def _in_base85(content: bytes) -> list[Markup]:

@@ -201,6 +201,15 @@ def test_a_short_run_is_seen_whole_beside_a_long_one(here):
     assert upper.get_ylim()[0] < 3.0
 
 
+def test_a_setting_with_one_evaluation_is_a_point(here):
+    make("long", (5.0, 4.0, 3.5))
+    make("short", (4.9,), max_lr=1e-3)
+    make("again", (4.8,), seed=2, max_lr=1e-3)
+    upper = draw_comparisons(*compare([Path("long"), Path("short"), Path("again")])[:2]).axes[0]
+    points = [line for line in upper.lines if list(line.get_ydata()) in ([4.9], [4.8])]
+    assert [line.get_marker() for line in points] == ["s", "s"]
+
+
 def test_runs_that_do_not_compare_say_why(two_settings, losscurve):
     other = {"train.bin": "x", "val.bin": "y"}
     make("elsewhere", (5.0, 4.0, 3.0), data=other)

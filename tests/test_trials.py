@@ -363,11 +363,30 @@ def test_the_report_draws_the_paired_difference(tmp_path, losscurve, monkeypatch
     top, bottom = band.get_paths()[0].vertices[:, 1].max(), band.get_paths()[0].vertices[:, 1].min()
     assert (top - bottom) / 2 == pytest.approx(4.3027 * 0.001 / 3**0.5, rel=1e-4)  # Student's t of 2 degrees
     html = (tmp_path / "t" / "report.html").read_text(encoding="utf-8")
-    assert "Differences" in html
+    names = ["max_lr=0.01", "max_lr=0.03"] if against == "best" else ["max_lr=0.03", "max_lr=0.01"]
+    drawn_names = sorted(text.get_text() for text in figure.axes[0].texts if "max_lr" in text.get_text())
+    assert [name.split()[-1] for name in drawn_names] == names
+    assert f"differences from A, <bdi>{names[0]}</bdi>" in html
+    for path in tried.run_dir(tried.settings[0], 0).parent.glob("*/metrics.jsonl"):
+        path.rename(path.with_name("hidden"))  # without a record of the first setting, nothing compares with it
+    assert losscurve(f"report {tmp_path / 't'}")[0] == 0
+    assert "Differences" not in (tmp_path / "t" / "report.html").read_text(encoding="utf-8")
+    for path in tried.run_dir(tried.settings[0], 0).parent.glob("*/hidden"):
+        path.rename(path.with_name("metrics.jsonl"))
     for path in (tmp_path / "t").glob("*/*/env.json"):
         path.unlink()  # then nothing says that their texts are one
     assert losscurve(f"report {tmp_path / 't'}")[0] == 0
     assert "Differences" not in (tmp_path / "t" / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_column_of_panels_has_its_steps(tmp_path):
+    """Three panels in two columns: the second column ends with the first row."""
+    tried = made(tmp_path, {rate: lambda s, step: 3.0 - step / 12 for rate in (1e-2, 2e-2, 3e-2)})
+    figure = draw_try(tried, outcomes(tried))
+    figure.canvas.draw()
+    panels = [panel for panel in figure.axes if panel.get_visible()]
+    has_steps = [any(label.get_visible() and label.get_text() for label in p.get_xticklabels()) for p in panels]
+    assert has_steps == [False, True, True]
 
 
 @pytest.mark.parametrize("against", ["best", "first"])

@@ -1,6 +1,6 @@
 """Draw a comparison: the curves of all runs above, the difference from the first setting with its band below."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llm.experiments.compare import Comparison, difference_curve
@@ -27,8 +27,13 @@ if TYPE_CHECKING:
 SETTLED = 0.2  # share of a curve after which it sets the heights: the first fall would flatten the rest
 
 
-def draw_comparisons(settings: Sequence[Group], comparisons: Sequence[Comparison]) -> "Figure":
-    """Return the figure of comparisons with the first of the settings; those that do not compare are left out."""
+def draw_comparisons(
+    settings: Sequence[Group], comparisons: Sequence[Comparison], words: Mapping[str, str] | None = None
+) -> "Figure":
+    """Return the figure of comparisons with the first of the settings; those that do not compare are left out.
+
+    `words`: what stands beside the name of each setting; unless given, what differs from the first setting.
+    """
     kept = [found for found in comparisons if found.unit is not None]
     unit: Unit = "bits_per_byte" if any(found.unit == "bits_per_byte" for found in kept) else "loss"
     axis: Axis = "tokens" if any("tokens" in found.findings for found in kept) else "step"
@@ -51,12 +56,16 @@ def draw_comparisons(settings: Sequence[Group], comparisons: Sequence[Comparison
     lower.tick_params(labelsize=11.5)
     lower.spines[["top", "right"]].set_visible(False)
 
-    _add_losses(upper, shown, axis, unit, end)
+    if words is None:
+        words = {setting.name: apart_in_short(shown[0], setting) for setting in shown[1:]}
+    _add_losses(upper, shown, words, axis, unit, end)
     _add_differences(lower, kept, shown, axis, unit, end)
     return figure
 
 
-def _add_losses(axes: "Axes", settings: Sequence[Group], axis: Axis, unit: Unit, end: float) -> None:
+def _add_losses(
+    axes: "Axes", settings: Sequence[Group], words: Mapping[str, str], axis: Axis, unit: Unit, end: float
+) -> None:
     """Draw the validation loss of every run, in the colour of its setting."""
     labels = []
     every: list[tuple[float, float]] = []
@@ -70,9 +79,9 @@ def _add_losses(axes: "Axes", settings: Sequence[Group], axis: Axis, unit: Unit,
             settled += _settled(curve)
         if any(curves):
             last = [curve[-1][1] for curve in curves if curve]
-            words = "" if setting is settings[0] else plain(apart_in_short(settings[0], setting), 26)
             mean = sum(last) / len(last)
-            labels.append((mean, f"{setting.name} {format_loss(mean)} {words}".rstrip(), colour, marker))
+            label = f"{setting.name} {format_loss(mean)} {plain(words.get(setting.name, ''), 26)}"
+            labels.append((mean, label.rstrip(), colour, marker))
     set_height(axes, [loss for _, loss in every], max((loss for _, loss in settled), default=float("inf")))
     add_end_labels(axes, end, labels, gap=0.075)
 

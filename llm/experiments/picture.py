@@ -31,6 +31,8 @@ def draw_try(tried: Try, found: Sequence[Outcome]) -> "Figure":
     settled = [loss for step, loss in points if step >= end / 20]  # the first fall would flatten the rest
     for panel in panels.flat[len(shown) :]:
         panel.set_visible(False)
+    for panel in panels.flat[max(0, len(shown) - across) : len(shown)]:  # the lowest of each column has the steps
+        panel.tick_params(labelbottom=True)
     for panel, outcome, runs in zip(panels.flat, shown, curves, strict=False):
         for run in curves[0]:
             panel.plot(*zip(*run, strict=True), color=LIGHT, linewidth=1)

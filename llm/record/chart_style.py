@@ -89,7 +89,7 @@ def add_curve(axes: "Axes", points: Points, colour: str, **style: Any) -> None:
     if "marker" in style:
         style |= {"markersize": 6, "markevery": max(1, len(points) // 25)}
     if len(points) == 1:  # a line of one point would be invisible
-        style.setdefault("marker", "s")
+        style["marker"] = style.get("marker") or "s"
     axes.plot([x for x, _ in points], [y for _, y in points], color=colour, clip_on=False, **style)
 
 

@@ -10,7 +10,7 @@ from llm.experiments.comparison_picture import draw_comparisons
 from llm.experiments.outcome import Outcome, best_toml, columns, outcomes
 from llm.experiments.picture import alternative, picture_url
 from llm.experiments.recorded import Group, read_run
-from llm.experiments.trials import Try, read_try
+from llm.experiments.trials import Setting, Try, read_try
 from llm.record.chart_style import data_url
 from llm.record.metrics import NAME
 from llm.report.write_html import MARK, read_part, security_policy, template_environment, write_page
@@ -34,6 +34,7 @@ def try_page(folder: Path) -> str:
     found = outcomes(tried)
     table = columns(tried, found)
     style = read_part("report.css") + STYLE
+    reference = tried.settings[0] if tried.against == "first" else found[0].setting
     return MARK + template_environment().from_string(read_part("try.html")).render(
         name=folder.resolve().name,
         count=len(tried.settings),
@@ -43,25 +44,30 @@ def try_page(folder: Path) -> str:
         rows=list(zip(*table.values(), strict=True)),
         alt=alternative(found),
         picture=picture_url(tried, found),
-        differences=differences_url(tried, found),
+        differences=differences_url(tried, found, reference),
         compared=COMPARED,
+        reference=reference.name,
         toml=best_toml(tried, found),
         style=Markup(style),
         policy=security_policy(style, ""),
     )
 
 
-def differences_url(tried: Try, found: Sequence[Outcome]) -> str:
+def differences_url(tried: Try, found: Sequence[Outcome], reference: Setting) -> str:
     """Return the picture of the best settings and their differences from the reference; "" if nothing compares."""
-    reference = tried.settings[0] if tried.against == "first" else found[0].setting
     shown = [reference, *(outcome.setting for outcome in found if outcome.setting != reference)]
-    groups = []
+    groups: list[Group] = []
+    names = {}
     for setting in shown:
         folders = [tried.run_dir(setting, seed) for seed in tried.seeds]
         runs = [read_run(folder) for folder in folders if (folder / NAME).is_file()]
         if runs and all(run.evaluations for run in runs) and len(groups) < COMPARED:
-            groups.append(Group(chr(ord("A") + len(groups)), runs))
+            letter = chr(ord("A") + len(groups))
+            groups.append(Group(letter, runs))
+            names[letter] = setting.name
+    if names.get("A") != reference.name:
+        return ""  # the reference has no evaluation yet
     comparisons = [compare_pair(groups[0], other) for other in groups[1:]]
     if not any(comparison.findings for comparison in comparisons):
         return ""
-    return data_url(draw_comparisons(groups, comparisons))
+    return data_url(draw_comparisons(groups, comparisons, names))

@@ -34,7 +34,7 @@ def run(here, losscurve):
 
 def test_train_prints_the_chapters_lines_and_what_to_do_next(run):
     lines = run.splitlines()
-    assert lines[0].startswith("training on cpu (1 threads), ")
+    assert lines[0].startswith("training on cpu (1 thread), ")
     steps = [
         line for line in lines if re.fullmatch(r"step +\d+ \| lr 0\.\d{5} \| train \d+\.\d{4} \| val .* \| t .*s", line)
     ]

@@ -72,6 +72,11 @@ def test_what_the_page_is_told_of_a_model(models):
 def test_a_damaged_model_is_refused_before_the_page_is_served(models, capsys):
     watch.check_sources([Path("m.gguf"), Path("hf"), Path("none")], wait_for_runs=True)
     assert capsys.readouterr().err == "warning: none: no run there yet; the page waits for one\n"
+    for name in ("b c", "a"):
+        (Path("runs") / name).mkdir(parents=True)
+        (Path("runs") / name / "metrics.jsonl").touch()
+    watch.check_sources([Path("runs")], wait_for_runs=True)
+    assert capsys.readouterr().err.endswith("below it; to follow those: losscurve watch runs/a 'runs/b c'\n")
     Path("hf/model.safetensors").unlink()
     with pytest.raises(UserError, match=r"^hf: has a config\.json, but no model\.safetensors beside it"):
         watch.main(["hf"])

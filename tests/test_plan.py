@@ -355,6 +355,9 @@ def test_an_outline_is_two_lines():
     found = forecast.outline(TrainConfig(), 300_000)
     assert len(found.splitlines()) == 2
     assert "0.749 tokens per parameter" in found  # 10.24 M of them, 13.67 M parameters
+    assert found.endswith("the text suits 15,000 parameters")
+    assert forecast.outline(TrainConfig(), 3_000).endswith("the text suits 150 parameters")
+    assert forecast.outline(TrainConfig(), 30_000_000).endswith("the text suits 1.5 M parameters")
 
 
 @pytest.mark.parametrize(

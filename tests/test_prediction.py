@@ -102,7 +102,11 @@ def test_the_measured_runs_end_within_what_is_predicted():
         ("steps", 30, "a run of 30 steps is far from those that were measured (861 to 1,840)"),
         ("flops", 1e18, "a run of 1e+18 FLOPs is far"),
         ("cross_entropy", 0.3, "a text of 0.3 bits per byte by counts is far"),
-        ("train_bytes", 5000, "a training text of 5,000 bytes is far"),
+        (
+            "train_bytes",
+            5000,
+            "a training text of 5,000 bytes is far from those that were measured (1,000,000 to 3,960,000)",
+        ),
     ],
 )
 def test_nothing_is_predicted_far_from_what_was_measured(name, value, words_of_it):
@@ -134,6 +138,14 @@ def test_the_cross_entropy_of_tiny_shakespeare_is_that_of_its_text():
         ("", ""),
         ("--tokenizer char", "no prediction: no runs with a given tokenizer were measured"),
         ("--max_lr 0.001 --arch llama", "no prediction: no runs with a given arch, max_lr were measured"),
+        (
+            "--val_fraction 0.01",
+            "no prediction: a validation split of less than 10,000 bytes tells too little of this text",
+        ),
+        (
+            "--text shakespeare --val_fraction 0.3",
+            "no prediction: its text has more than 17 million characters, or is given by a name",
+        ),
     ],
 )
 def test_a_plan_says_what_loss_to_expect(here, losscurve, monkeypatch, flags, reason):

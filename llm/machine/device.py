@@ -213,7 +213,8 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({device}), {dtype_name}"
     if device.type == "cpu":
-        return f"cpu ({torch.get_num_threads()} threads), {dtype_name}"
+        threads = torch.get_num_threads()
+        return f"cpu ({threads} thread{'s' * (threads > 1)}), {dtype_name}"
     return f"{device}, {dtype_name}"
 
 

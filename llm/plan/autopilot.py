@@ -17,8 +17,8 @@ from llm.plan.prediction.loss import Prediction
 from llm.plan.proposal import Measure, Proposal
 from llm.plan.request import Request
 from llm.plan.steps import useful_steps
-from llm.plan.text_facts import TextFacts, look_at
-from llm.plan.text_size import Text, text_of, with_vocabulary
+from llm.plan.text_facts import LEAST_VALIDATED, TextFacts, look_at
+from llm.plan.text_size import SAMPLE, Text, text_of, with_vocabulary
 from llm.plan.timing import busy_line, preparing_seconds, tokenizing_seconds
 from llm.prepare.reuse import default_folder, ensure
 from llm.prepare.shards import Progress
@@ -59,8 +59,12 @@ class Choice:
         config, given = self.proposal.config, self.request.given
         if config.init_from:
             return "its weights have learned from other texts"
-        if self.facts is None or self.facts.cross_entropy is None:
-            return "of its text only the tokens are known, or it is too small or too large to count its bytes"
+        if self.facts is None:
+            return "of its text only the tokens are known"
+        if self.facts.cross_entropy is None:
+            if _validated_bytes(self.facts, config) < LEAST_VALIDATED:
+                return f"a validation split of less than {LEAST_VALIDATED:,} bytes tells too little of this text"
+            return f"its text has more than {SAMPLE / 1e6:.0f} million characters, or is given by a name"
         changed = sorted(name for name, value in given.items() if name not in loss.OPEN)
         if changed:
             return f"no runs with a given {', '.join(changed)} were measured"
@@ -134,14 +138,17 @@ def choose_run(
 
 def small_text(facts: TextFacts, config: TrainConfig) -> str:
     """Return a line for a text of less than SMALL_TEXT: what to expect of it, and what would help."""
-    validated = facts.train_bytes * config.val_fraction / (1 - config.val_fraction)
     remedies = "more text helps most (--text takes several files and folders)"
     if not config.init_from:
         remedies += ", then the weights of a run on a longer text like it (--init_from RUN)"
     return (
-        f"{facts.train_bytes:,} bytes to train on are little to learn a language from, and a loss on {validated:,.0f} "
-        f"bytes is a rough measure; {remedies}"
+        f"{facts.train_bytes:,} bytes to train on are little to learn a language from, and a loss on "
+        f"{_validated_bytes(facts, config):,.0f} bytes is a rough measure; {remedies}"
     )
+
+
+def _validated_bytes(facts: TextFacts, config: TrainConfig) -> float:
+    return facts.train_bytes * config.val_fraction / (1 - config.val_fraction)
 
 
 def with_weights(request: Request, say: Callable[[str], None]) -> tuple[Request, Tokenizer | None]:

@@ -12,6 +12,11 @@ def short(number: float) -> str:
     return f"{float(f'{number:.3g}'):,g}"
 
 
+def in_millions(number: float) -> str:
+    """Return '39.2 M' or, of less than a tenth of a million, '90' or '15,100'."""
+    return f"{short(number / 1e6)} M" if number >= 1e5 else short(number)
+
+
 def counted(count: int, noun: str) -> str:
     """Return "1 window" or "2 windows"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
@@ -36,7 +41,7 @@ def outline(config: TrainConfig, tokens: int, kept_bytes: int = 0) -> str:
     return (
         f"about {memory_mib:,.0f} MiB of memory and {disk_mib:,.0f} MiB of disk; {run_flops(config):.2g} FLOPs\n"
         f"{short(tokens_per_parameter)} tokens per parameter (Chinchilla: {TOKENS_PER_PARAMETER}); "
-        f"read once, the text suits {short(tokens / TOKENS_PER_PARAMETER / 1e6)} M parameters"
+        f"read once, the text suits {in_millions(tokens / TOKENS_PER_PARAMETER)} parameters"
     )
 
 

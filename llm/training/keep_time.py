@@ -20,6 +20,7 @@ from llm.training.saving import save, saved
 
 LATE, EARLY = 1.05, 0.93  # of the time that is left: a run that is predicted to take a share in between is left alone
 AIM = 0.97  # the share of it that a longer run takes
+WORTHWHILE = 0.99  # of the steps: the cool-down may leave no room to shorten a run to this share, and it stays as it is
 
 UNWRITTEN = "config.toml could not be written, so the steps of the run stay as they are"
 
@@ -56,8 +57,8 @@ def keep_time(run: LiveRun, evaluated: bool) -> Iterator[Notice | Saved]:
     yield from write_rows(run)
     pace = "slower" if steps < config.max_steps else "faster"
     yield Notice(
-        f"{pace} than measured: from step {step} on, max_steps is {steps} and no longer {config.max_steps}, so that "
-        "the run ends in time"
+        f"{pace} than measured: from step {step} on, max_steps is {steps} and no longer {config.max_steps}, to "
+        "fit the time"
     )
 
 
@@ -81,7 +82,7 @@ def fitting_steps(config: TrainConfig, step: int, deadline: Deadline, step_secon
     steps = max(step + int(left / step_seconds), math.ceil(min(earliest, config.max_steps)), step + 1)
     while steps < config.max_steps and decay_start(from_settings({"max_steps": steps}, config)) < step:
         steps += 1
-    return min(steps, config.max_steps)
+    return steps if steps <= WORTHWHILE * config.max_steps else config.max_steps
 
 
 def seconds_of_step(run: LiveRun) -> float:

@@ -110,7 +110,12 @@ def check_sources(sources: list[Path], wait_for_runs: bool) -> None:
         elif source.exists() and not source.is_dir():
             raise UserError(f"{source}: neither a folder nor a plain file; give the --out_dir of a training run")
         elif wait_for_runs and not (source / "metrics.jsonl").exists():
-            warn(f"{source}: no run there yet; the page waits for one")
+            below = sorted(record.parent for record in source.glob("*/metrics.jsonl"))
+            if below:
+                names = shlex.join(map(str, below))
+                warn(f"{source}: no run there, but below it; to follow those: losscurve watch {names}")
+            else:
+                warn(f"{source}: no run there yet; the page waits for one")
 
 
 def _check_model(source: Path) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm.config import TrainConfig
 from llm.plan.arithmetic import MIB, TOKENS_PER_PARAMETER, optimal_parameters
-from llm.plan.forecast import counted, short, spoken
+from llm.plan.forecast import counted, in_millions, short, spoken
 
 if TYPE_CHECKING:
     from llm.plan.text_size import Text
@@ -80,13 +80,13 @@ def _chinchilla_line(config: TrainConfig, facts: dict[str, Any], text: "Text", b
     ratio = config.max_steps * config.tokens_per_step / sum(facts["parameters"].values())
     words = (
         f"{short(ratio)} tokens per parameter, where {TOKENS_PER_PARAMETER} are compute-optimal (Hoffmann et al. "
-        f"2022); read once, the text suits {short(text.tokens / TOKENS_PER_PARAMETER / 1e6)} M parameters"
+        f"2022); read once, the text suits {in_millions(text.tokens / TOKENS_PER_PARAMETER)} parameters"
     )
     if facts["seconds"] is not None:
         seconds = budget_seconds or sum(facts["seconds"].values())
         best = optimal_parameters(seconds * facts["flops_per_second"])
         words += (
-            f"; {spoken(seconds)} here suit {short(best / 1e6)} M and {short(TOKENS_PER_PARAMETER * best / 1e6)} M "
+            f"; {spoken(seconds)} here suit {in_millions(best)} and {in_millions(TOKENS_PER_PARAMETER * best)} "
             "tokens of fresh text"
         )
     return _line("Chinchilla", words)

@@ -6,8 +6,6 @@
 import math
 from dataclasses import dataclass
 
-from llm.plan.forecast import short
-
 # ---- the table, as fitted on 2026-11-27 to 18 runs on 3 texts (tiny Shakespeare, the King James Bible, Russian
 # epigrams)
 
@@ -63,7 +61,12 @@ def predict(properties: dict[str, float]) -> Prediction | str:
     for name, (lowest, highest) in MEASURED.items():
         value = properties[name]
         if not lowest / BEYOND <= value <= highest * BEYOND:
-            words = WORDS[name].format(short(value))
-            return f"{words} is far from those that were measured ({short(lowest)} to {short(highest)})"
+            words = WORDS[name].format(_rounded(value))
+            return f"{words} is far from those that were measured ({_rounded(lowest)} to {_rounded(highest)})"
     bits = properties["cross_entropy"] * SHARE * math.exp(POWER * math.log(properties["flops"] / FLOPS))
     return Prediction(bits / ERROR, bits * ERROR)
+
+
+def _rounded(number: float) -> str:
+    """Return three digits of a number: '0.3', '3,960,000', and from ten thousand million on '2.48e+12'."""
+    return f"{float(f'{number:.3g}'):,.10g}"

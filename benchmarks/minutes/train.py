@@ -6,9 +6,9 @@ The rows that are kept are in runs.csv beside this file (docs/decisions.md, "The
     python -m benchmarks.minutes.train TEXT --flags="--n_layer 3 --n_embd 128"    # beside what the rule chooses
 
 One run at a time, on a machine that does nothing else: a neighbour changes the shape that is chosen. A row is appended
-as soon as its run has ended; the runs stay in runs/minutes. A row has the loss of the last weights on the whole validation
-split: a short run itself evaluates a part. A preset's schedule is stretched over the time, and its row has its lowest
-loss.
+as soon as its run has ended; the runs stay in runs/minutes. A row has the loss of the last weights on the whole
+validation split: a short run itself evaluates a part. A preset's schedule is stretched over the time, and its row has
+its lowest loss.
 """
 
 import argparse

@@ -55,7 +55,7 @@ def differences_url(tried: Try, found: Sequence[Outcome]) -> str:
     """Return the picture of the best settings and their differences from the reference; "" if nothing compares."""
     reference = tried.settings[0] if tried.against == "first" else found[0].setting
     shown = [reference, *(outcome.setting for outcome in found if outcome.setting != reference)]
-    groups = []
+    groups: list[Group] = []
     for setting in shown:
         folders = [tried.run_dir(setting, seed) for seed in tried.seeds]
         runs = [read_run(folder) for folder in folders if (folder / NAME).is_file()]

@@ -6,8 +6,9 @@ The rows that are kept are in runs.csv beside this file (docs/decisions.md, "The
     python -m benchmarks.minutes.train TEXT --flags="--n_layer 3 --n_embd 128"    # beside what the rule chooses
 
 One run at a time, on a machine that does nothing else: a neighbour changes the shape that is chosen. A row is appended
-as soon as its run has ended; the runs stay in runs/minutes. A preset's schedule is stretched over the time, and its row
-has its lowest loss.
+as soon as its run has ended; the runs stay in runs/minutes. A row has the loss of the last weights on the whole
+validation split: a short run itself evaluates a part. A preset's schedule is stretched over the time, and its row has
+its lowest loss.
 """
 
 import argparse
@@ -20,13 +21,16 @@ from typing import Any
 
 import torch
 
+from llm.checks.memorised import run_tokens
 from llm.config import to_settings
 from llm.config.counts import count_parameters_by_part
-from llm.machine.device import choose_dtype, matrix_rate
+from llm.evaluate import evaluate
+from llm.machine.device import choose_dtype, matrix_rate, precision
 from llm.plan.arithmetic import run_flops
 from llm.plan.request import read_request
 from llm.plan.text_facts import look_at
 from llm.record.metrics import read_record
+from llm.run import Run
 from llm.weights import run_config
 
 TABLE = Path(__file__).with_name("runs.csv")
@@ -113,8 +117,19 @@ def row_of(folder: Path, text: str, seconds: int, recipe: str) -> dict[str, Any]
         "weight_decay": to_settings(config).get("weight_decay", config.weight_decay),
         "flops": float(f"{run_flops(config):.4g}"),
         "seed": config.seed,
-        "bits_per_byte": round(last["bits_per_byte"] if recipe == TIME else lowest, 4),
+        "bits_per_byte": round(of_whole_split(folder) if recipe == TIME else lowest, 4),
     }
+
+
+def of_whole_split(folder: Path) -> float:
+    """Return the bits per byte of a run's last weights on its whole validation split, in the precision of the run."""
+    run = Run.open(folder)
+    tokens, cpu = run_tokens(run).val, torch.device("cpu")
+    with precision(choose_dtype(run.config.dtype, cpu), cpu):
+        block_size, lengths = run.config.model.block_size, run.tokenizer.token_bytes()
+        found = evaluate(run.model("last"), tokens, block_size, len(tokens), lengths)
+    assert found.bits_per_byte is not None
+    return found.bits_per_byte
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

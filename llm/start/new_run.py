@@ -54,7 +54,7 @@ def new_run(
             config, text, start = open_new_text(config, dtype, say, progress, world, given)
             agree(config, text.data, device, world)
         stack.enter_context(fixed_order(device))
-        parts = build(config, text.data, text.tokenizer, device, dtype, world, None if start is None else start.weights)
+        parts = build(config, text.data, text.tokenizer, device, dtype, world, start.weights if start else None)
         is_pretrained = start is not None and start.is_pretrained
         del start  # the model has copied its weights
         with world.together():

@@ -165,6 +165,17 @@ def test_a_plan_says_what_loss_to_expect(here, losscurve, monkeypatch, flags, re
     assert (lowest, highest) == pytest.approx((1.8 * share / 1.098, 1.8 * share * 1.098), abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words_of_it"), [("", "epochs, so weight decay"), ("--dropout 0.3", "epochs, with weight")]
+)
+def test_a_given_setting_does_not_follow_from_the_epochs(here, losscurve, monkeypatch, flags, words_of_it):
+    monkeypatch.setattr(proposal, "short_probe", machine())
+    (here / "text.txt").write_text(words(4_000), encoding="utf-8")
+    code, out, err = losscurve(f"plan --text text.txt --time 60s {flags}")
+    assert code == 0, err
+    assert words_of_it in out.splitlines()[3]
+
+
 def test_a_run_says_at_its_end_what_was_predicted(here, losscurve, monkeypatch):
     monkeypatch.setattr(proposal, "short_probe", machine(1e9))
     monkeypatch.setattr(loss, "predict", lambda properties: loss.Prediction(1.5, 2.5))

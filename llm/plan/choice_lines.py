@@ -90,9 +90,10 @@ def _steps(choice: Choice) -> str:
     seconds = sum(run_seconds(config, text, pace).values()) + probing
     is_capped = seconds - text.uncounted < 0.9 * rule.FILL * choice.request.seconds
     reason = f"; more than {choice.request.most_epochs:g} passes over a text gain little" if is_capped else ""
+    follows = "with" if choice.request.given.keys() & {"weight_decay", "dropout"} else "so"
     return (
         f"{config.max_steps:,} of {counted(config.windows_per_step, 'window')}, {short(trained / text.tokens)} epochs, "
-        f"so weight decay {config.weight_decay:g} and dropout {config.model.dropout:g}; "
+        f"{follows} weight decay {config.weight_decay:g} and dropout {config.model.dropout:g}; "
         f"about {spoken(seconds)} of {spoken(choice.seconds)}{reason}"
     )
 

@@ -611,6 +611,7 @@ def test_time_chooses_the_steps_and_keeps_to_fine_tuning(here, losscurve, monkey
     code, out, err = losscurve("train --text text.txt --init_from model --time 10s --sample_tokens 0 --out_dir tuned")
     assert code == 0, err
     assert "the weights of model" in out
+    assert "characters: the weights' own tokens, " in out
     config = from_settings(read_toml("tuned/config.toml"))
     assert (config.optimizer, config.max_lr, config.patience, config.tokenizer) == ("adamw", 0.0013, 3, "hf")
     assert config.model.block_size == 50

@@ -147,4 +147,4 @@ def test_the_tokens_of_a_bpe_are_estimated_from_the_text(here, monkeypatch):
     counted = text_size.text_of(config)
     assert not counted.trains_bpe
     assert estimated.tokens == pytest.approx(counted.tokens, rel=0.06)
-    assert text_size.bpe_bytes_per_token("", 400) == 1.0
+    assert text_size.sampled_bytes_per_token("", 400) == 1.0

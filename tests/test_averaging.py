@@ -112,6 +112,28 @@ def test_each_evaluation_has_the_loss_of_the_average(here, losscurve):
     assert evaluate(model, run.parts.data.val, 16, 10**6).loss == rows[-1]["val_loss_ema"] != rows[-1]["loss"]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_evaluate_takes_the_average_of_a_saved_state(here, losscurve, tied):
+    trained(config_for(here, tied_lm_head=tied, **EMA))
+    last = [row for row in read_record(Path("checkpoints")) if row["split"] == "val"][-1]
+    code, out, err = losscurve("evaluate checkpoints/step-000012 --weights average --json")
+    assert code == 0, err
+    (found,) = json.loads(out)
+    assert found["weights"] == "checkpoints/step-000012 (average)"
+    assert found["loss"] == last["val_loss_ema"]
+    for weights in ("last", "best"):
+        _, out, _ = losscurve(f"evaluate checkpoints/step-000012 --weights {weights} --json")
+        assert json.loads(out)[0]["loss"] == last["loss"] != last["val_loss_ema"]
+    code, _, err = losscurve("evaluate checkpoints --weights average")
+    assert (code, err) == (
+        2,
+        "error: checkpoints: only a saved state (step-000500) has the average of the weights; leave --weights out\n",
+    )
+    assert losscurve("train --text text.txt --overwrite --max_steps 1 --n_layer 1 --n_embd 16 --tokenizer char")[0] == 0
+    code, _, err = losscurve("evaluate checkpoints/step-000001 --weights average")
+    assert (code, err[:60]) == (2, "error: checkpoints/step-000001: has no average of the weights"[:60])
+
+
 def test_without_it_nothing_is_there(here):
     _, events = trained(config_for(here))
     assert "ema" not in Path("checkpoints/metrics.jsonl").read_text()

@@ -70,19 +70,20 @@ def test_a_sample_is_the_same_draw_at_every_evaluation_and_leaves_the_model_in_t
 
 
 def test_a_picture_that_cannot_be_written_is_one_notice_until_it_can(run, monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         raise OSError(28, "No space left on device")
 
     run.progress.step = 4
     with monkeypatch.context() as patch:
-        patch.setattr("llm.training.evaluating.plot_runs", fails)
+        patch.setattr("matplotlib.figure.Figure.savefig", fails)
         notices = [e.text for _ in range(3) for e in evaluate_run(run) if isinstance(e, Notice)]
     assert len(notices) == 1
-    assert "No space left on device" in notices[0]
+    cause = f"{run.out_dir}/loss_curve.png: cannot be written (No space left on device)"
+    assert f"({cause}); training goes on" in notices[0]  # without a remedy, which would be that of the command plot
     assert not [event for event in evaluate_run(run) if isinstance(event, Notice)]
     run.drawing_seconds = 0.0  # or the next picture would come later
     with monkeypatch.context() as patch:
-        patch.setattr("llm.training.evaluating.plot_runs", fails)
+        patch.setattr("matplotlib.figure.Figure.savefig", fails)
         assert len([event for event in evaluate_run(run) if isinstance(event, Notice)]) == 1  # it failed again
 
 

@@ -71,6 +71,15 @@ def test_the_chapters_run_overfits_and_nothing_else_is_alarming():
     assert "--weight_decay" not in verdicts.overfits(chapter(), cured)
 
 
+def test_a_run_from_other_weights_is_not_told_to_change_their_shape():
+    tuned = replace(CHAPTER, init_from="SmolLM2-135M")
+    flat = record(lambda step: 4.0, lambda step: 4.0)
+    lines = [verdicts.overfits(chapter(), tuned), verdicts.plateau(flat, tuned)]
+    assert all(line and "--n_" not in line for line in lines)
+    assert "more text" in lines[0]
+    assert lines[1].endswith("(a third, three times) or larger weights to start from")
+
+
 @pytest.mark.parametrize("end", range(0, 5001, 250))
 def test_while_it_trains_a_healthy_run_hears_only_of_landmarks(end):
     assert all(head.startswith("passed ") for head in heads(explain.explain(healthy(end=end), CHAPTER)))

@@ -230,6 +230,26 @@ def test_a_folder_that_cannot_be_made_is_refused_before_work(run, losscurve, mon
     assert (code, err) == (2, "error: text.txt: cannot write there (Not a directory); choose another folder\n")
 
 
+@pytest.mark.parametrize("to", ["hf", "gguf", "html"])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(run, losscurve, to):
+    assert losscurve(f"export run --to {to} --out folder/first")[0] == 0
+    Path("link").symlink_to("folder/first")
+    Path("nowhere").symlink_to("missing/first")
+    before = sorted(Path().rglob("*"))
+    code, _, err = losscurve(f"export run --to {to} --out link")
+    assert (code, err) == (2, "error: link: exists; replace it with --overwrite, or choose another --out\n")
+    code, _, err = losscurve(f"export run --to {to} --out nowhere --overwrite")
+    assert (code, err) == (2, "error: nowhere: exists, and is no export of ours; choose another --out\n")
+    code, _, err = losscurve(f"export run --to {to} --out nowhere/x")
+    cause = "nowhere: leads to missing/first, which does not exist; make that folder, or choose another"
+    assert (code, err) == (2, f"error: {cause}\n")
+    old = Path("folder/first").stat().st_ino
+    assert losscurve(f"export run --to {to} --out link --overwrite")[0] == 0
+    assert Path("folder/first").stat().st_ino != old
+    assert sorted(Path().rglob("*")) == before
+    assert Path("link").is_symlink()
+
+
 def test_without_transformers_it_is_read_back_by_us(run, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     proof = huggingface.export(run, Path("hf"))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import needs_gpt2
+from conftest import words as random_words
 from hub_server import serving
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -15,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from llm.config import GPTConfig, from_settings, read_toml
 from llm.errors import Failure, UserError
 from llm.export.proof import HOSTILE
-from llm.plan import proposal
+from llm.plan import proposal, timing
 from llm.plan.timing import Pace
 from llm.tokens.bpe import gpt2
 from llm.weights import open_weights
@@ -498,6 +499,7 @@ def test_it_is_fine_tuned_resumed_sampled_and_exported(here, losscurve, kind):
     config = from_settings(read_toml("tuned/config.toml"))
     assert (config.tokenizer, config.vocab_size, config.data_dir) == ("hf", 640, "data/text-for-model")
     assert (config.max_steps, config.eval_every, config.batch_size, config.model.block_size) == (4, 1, 8, 256)
+    assert "Chinchilla" not in out  # its weights have learned from other tokens
     losses = [json.loads(line)["loss"] for line in Path("tuned/metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
     assert losscurve("train --resume --max_steps 5 --out_dir tuned")[0] == 0
@@ -508,12 +510,42 @@ def test_it_is_fine_tuned_resumed_sampled_and_exported(here, losscurve, kind):
     code, out, err = losscurve("export tuned --to hf")
     assert code == 0, err
     assert "of validation text" in out
+    card = Path("tuned-hf/README.md").read_text(encoding="utf-8")
+    assert "A llama trained on text with losscurve, from the weights of model." in card
+    before = sorted(here.rglob("*"))
+    for to, file in (("gguf", "model.pt"), ("html", "best.pt")):
+        shutil.move(here / "tuned" / file, here / file)  # it is refused before any weight is read
+        code, out, err = losscurve(f"export tuned --to {to}")
+        shutil.move(here / file, here / "tuned" / file)
+        assert (code, out) == (2, "")
+        assert "export it with: losscurve export tuned --to hf" in err
+    assert sorted(here.rglob("*")) == before
     same = (
         Tokenizer.from_file("tuned-hf/tokenizer.json").to_str() == Tokenizer.from_file("model/tokenizer.json").to_str()
     )
     assert same
     code, _, err = losscurve("train --text text.txt --tokenizer hf --out_dir other")
     assert (code, "--init_from" in err) == (2, True)
+
+
+def test_a_plan_counts_the_tokens_of_the_weights(here, losscurve, monkeypatch):
+    """For each kind of tokenizer, also that of a run of ours, and a text that is too short for them."""
+    monkeypatch.setattr(timing, "probe", lambda config: Pace(0.1, 1e-4, 1e-4))
+    assert losscurve("train --text text.txt --tokenizer bpe --vocab_size 300 --max_steps 1 --out_dir ours")[0] == 0
+    for kind in ("Qwen3", "TinyLlama"):
+        foreign(here / kind, kind, kind)
+    text = random_words(1500)
+    (here / "other.txt").write_text(text, encoding="utf-8")
+    (here / "short.txt").write_text(text[:50], encoding="utf-8")
+    for source in ("Qwen3", "TinyLlama", "ours"):  # another text than the tokenizers were trained on
+        code, out, err = losscurve(f"plan --text other.txt --init_from {source} --json")
+        assert code == 0, err
+        tokens = len(open_weights(source, GPTConfig()).tokenizer.encode(text))
+        assert json.loads(out)["text_tokens"] == pytest.approx(0.9 * tokens, abs=1)
+        for command in ("plan", "train"):
+            code, out, err = losscurve(f"{command} --text short.txt --init_from {source} --out_dir other")
+            assert (code, out) == (2, "")
+            assert err.endswith("give more text or a smaller --block_size\n")
 
 
 DAMAGES = {
@@ -579,6 +611,7 @@ def test_time_chooses_the_steps_and_keeps_to_fine_tuning(here, losscurve, monkey
     code, out, err = losscurve("train --text text.txt --init_from model --time 10s --sample_tokens 0 --out_dir tuned")
     assert code == 0, err
     assert "the weights of model" in out
+    assert "characters: the weights' own tokens, " in out
     config = from_settings(read_toml("tuned/config.toml"))
     assert (config.optimizer, config.max_lr, config.patience, config.tokenizer) == ("adamw", 0.0013, 3, "hf")
     assert config.model.block_size == 50

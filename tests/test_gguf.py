@@ -270,7 +270,7 @@ def test_what_the_format_cannot_hold_is_refused():
     with pytest.raises(UserError, match="200 tokens and its tokenizer 257"):
         export(source_of(random_model(vocab_size=200)))
     foreign = HuggingFace(huggingface.write(Bytes()), None)
-    with pytest.raises(UserError, match=r"another program's, .* export with --to hf"):
+    with pytest.raises(UserError, match=r"another program's, .* losscurve export run --to hf"):
         export(source_of(random_model(), foreign))
     assert list(Path().iterdir()) == []
 

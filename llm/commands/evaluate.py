@@ -1,6 +1,7 @@
 """`evaluate [WEIGHTS …]`: how well any weights predict any text, in figures that compare."""
 
 import argparse
+import dataclasses
 import json
 import math
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,10 @@ def main(argv: list[str]) -> int:
         if opened.tokenizer is None:
             warn(f"{source}: has no tokenizer beside it, so GPT-2's tokens are assumed")
         with progress_bar(f"evaluating {source}", patience=2) as show:
-            scores.append(score(opened, task, device, warn, show))
+            found = score(opened, task, device, warn, show)
+        if args.weights == "average":
+            found = dataclasses.replace(found, weights=f"{found.weights} (average)")
+        scores.append(found)
     print_result(as_json(scores) if args.json else table(scores))
     return 0
 
@@ -63,7 +67,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="what to predict: files, folders, - (standard input) or a name such as shakespeare (default: the "
         "validation split of each run)",
     )
-    parser.add_argument("--weights", choices=("last", "best"), default="best", help="of a run: model.pt or best.pt")
+    parser.add_argument(
+        "--weights",
+        choices=("last", "best", "average"),
+        default="best",
+        help="of a run: model.pt or best.pt; average: the average of the weights (--ema) in a saved state, instead of "
+        "the weights",
+    )
     parser.add_argument(
         "--window", type=int, metavar="N", help="tokens at once (default: a run's block_size; at most 1,024 of others)"
     )

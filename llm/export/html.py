@@ -29,7 +29,7 @@ from llm.export.browser.assemble import assemble
 from llm.export.browser.pack import Dtype, Packed, load, pack, unpack
 from llm.export.browser.read_back import open_reader
 from llm.export.proof import Proof, prove, validation_text
-from llm.export.source import Source
+from llm.export.source import Source, check_tokenizer
 from llm.record.chart_style import format_loss
 from llm.report.facts import Report
 from llm.report.gather import gather
@@ -39,7 +39,6 @@ MARK = "<!DOCTYPE html>\n<!-- losscurve model -->"  # identifies an earlier expo
 PART = 3 * 2**22  # bytes in a script element: a browser's texts end at 512 MiB, a page's do not
 LARGEST = 3 * 2**30  # bytes of float32 weights: WebAssembly's memory ends at 4 GiB, and holds the cache too
 ENGINE = ("model.js", "tokenizer.js", "sampling.js", "writing.js", "load.js")
-TOKENIZERS = ("gpt2", "bpe", "byte", "char")  # that tokenizer.js has
 PROMPT = "The "  # without validation text to take one from
 _QUOTED = re.compile("[\"'`/]")  # a slash begins a regular expression, or divides
 _SPACED = re.compile(r" ?([=*<>?:,;{}()|&]) ?")  # not + and -: "a - -b" has to keep its spaces
@@ -88,29 +87,29 @@ def export(source: Source, out: Path, dtype: Dtype = "float16", overwrite: bool 
         Failure: the disk is full.
     """
     check_free(out, overwrite)
-    if source.tokenizer.kind not in TOKENIZERS:
-        raise UserError(
-            f"{source.run.path}: the page has no {source.tokenizer.kind} tokenizer; use losscurve export --to hf"
-        )
+    check_tokenizer(source.run.path, source.tokenizer, "html")
     size = 4 * sum(p.numel() for p in source.model.parameters())
     if size > LARGEST:
         raise UserError(
             f"{source.run.path}: {size:,} bytes of weights in float32, and a browser has room for {LARGEST:,}"
         )
     storage.check_writable(out.parent)
+    place = out.resolve()  # a link stays, and what it leads to is replaced
     packed = pack(source.model, dtype)
     rounded = deepcopy(source.model)
     load(rounded, unpack(packed))
     quality = measure_quality(source, rounded)
     report = gather(source.run.path, source.data_dir, memorised=False)
-    with storage.writing(out) as file:
+    with storage.writing(place) as file:
         content = page(source, report, packed, quality).encode()
         try:
             file.write(content)
             file.flush()
         except OSError as error:
-            place = f"{out}: {len(content):,} bytes cannot be written"
-            raise Failure(f"{place} ({error.strerror}); free some disk space, or choose another --out") from None
+            raise Failure(
+                f"{out}: {len(content):,} bytes cannot be written ({error.strerror}); free some disk space, or choose "
+                "another --out"
+            ) from None
         written = Path(file.name)
         with open_reader(written, source.model.config) as reader:
             proof = prove(source, reader.name, reader.encode, reader.logits, reference=rounded, decode=reader.decode)

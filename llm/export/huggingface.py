@@ -54,8 +54,9 @@ def export(
     """
     check_free(out, overwrite)
     storage.check_writable(out.parent)
+    place = out.resolve()  # a link stays, and what it leads to is replaced
     try:
-        with storage.folder_in_place(out) as folder:
+        with storage.folder_in_place(place) as folder:
             _write_model(source, folder, dtype)
             _write_tokenizer(source, folder)
             proof = read_back(source, folder, dtype)

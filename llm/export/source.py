@@ -1,5 +1,6 @@
 """What an export is made from: a run's model, its tokenizer and the start of its validation text."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,23 @@ def open_source(run_dir: Path, weights: str = "best", data_dir: str | None = Non
             "needs the tokenizer: put that of the run's data folder there"
         )
     return Source(run, name, model, tokenizer, _validation(run, data_dir, say), data_dir)
+
+
+def check_tokenizer(run_dir: Path, tokenizer: Tokenizer, to: str) -> None:
+    """Raise UserError if the run has another program's tokenizer, which only a folder in Hugging Face's format holds.
+
+    `to` is the format that was asked for: gguf or html.
+    """
+    if tokenizer.kind != "hf":
+        return
+    export = f"losscurve export {shlex.quote(str(run_dir))} --to hf"
+    if to == "html":
+        raise UserError(f"{run_dir}: the page has no tokenizer of another program; export it with: {export}")
+    folder = shlex.quote(f"{run_dir}-hf")
+    raise UserError(
+        f"{run_dir}: its tokenizer is another program's, and llama.cpp knows those by name; export it with: {export}, "
+        f"and convert that with llama.cpp's: python convert_hf_to_gguf.py {folder}"
+    )
 
 
 def _validation(run: Run, data_dir: str | None, say: Say) -> Ids:

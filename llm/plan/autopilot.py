@@ -123,7 +123,7 @@ def choose_run(
         chosen = rule.tokenizer(facts.train_bytes, facts.bytes_per_character, facts.distinct, request.given)
         request = dataclasses.replace(request, config=from_settings(chosen, request.config))
     preparation = prepare_text(request, facts, say, progress, weights_tokenizer) if prepares else 0.0
-    text = dataclasses.replace(text_of(request.config), preparation=preparation)
+    text = dataclasses.replace(text_of(request.config, weights_tokenizer), preparation=preparation)
     text = with_uncounted(text, request.seconds)
     if not request.config.init_from:
         request = dataclasses.replace(request, config=with_vocabulary(request.config, text.vocabulary))

@@ -34,10 +34,8 @@ def _text(choice: Choice) -> str:
     if facts.bytes_per_character >= rule.MANY_BYTES:
         distinct += f" of {facts.bytes_per_character:.1f} bytes each"
     size = f" of {config.vocab_size:,}" if config.tokenizer == "bpe" and config.vocab_size else ""
-    return (
-        f"{facts.train_bytes:,} bytes to train on{distinct}: {config.tokenizer} tokens{size}, {tokens}"
-        f"{_preparation(choice)}"
-    )
+    kind = "the weights' own" if config.init_from else config.tokenizer
+    return f"{facts.train_bytes:,} bytes to train on{distinct}: {kind} tokens{size}, {tokens}{_preparation(choice)}"
 
 
 def _preparation(choice: Choice) -> str:

@@ -31,15 +31,19 @@ def spoken(seconds: float) -> str:
 
 
 def outline(config: TrainConfig, tokens: int, kept_bytes: int = 0) -> str:
-    """Return two lines for the start of a run: its memory, disk, FLOPs and tokens per parameter. Nothing is measured.
+    """Return lines for the start of a run: its memory, disk, FLOPs and tokens per parameter. Nothing is measured.
 
+    A run from other weights has no tokens per parameter: those that the weights have learned from are not known.
     `tokens`: tokens of the training split. `kept_bytes`: of memory that was used before.
     """
     memory_mib = (sum(memory(config).values()) + kept_bytes) / MIB
     disk_mib = sum(disk(config, tokens).values()) / MIB
+    needs = f"about {memory_mib:,.0f} MiB of memory and {disk_mib:,.0f} MiB of disk; {run_flops(config):.2g} FLOPs"
+    if config.init_from:
+        return needs
     tokens_per_parameter = config.max_steps * config.tokens_per_step / count_parameters(config.model)
     return (
-        f"about {memory_mib:,.0f} MiB of memory and {disk_mib:,.0f} MiB of disk; {run_flops(config):.2g} FLOPs\n"
+        f"{needs}\n"
         f"{short(tokens_per_parameter)} tokens per parameter (Chinchilla: {TOKENS_PER_PARAMETER}); "
         f"read once, the text suits {in_millions(tokens / TOKENS_PER_PARAMETER)} parameters"
     )

@@ -13,12 +13,13 @@ from llm.prepare.reuse import default_folder
 from llm.text import corpus, hub
 from llm.tokens.bpe import train_bpe
 from llm.tokens.token_files import GPT2_VOCAB, check_length, has_tokens, read_meta, vocabulary_of
+from llm.tokens.tokenizer import Tokenizer
 
 SAMPLE = 2**24  # characters that are read of a large text
-BPE_SAMPLE = 2**19  # of these, characters that a BPE is trained on to estimate the tokens
+BPE_SAMPLE = 2**19  # of these, characters that are tokenized, or that a BPE is trained on, to estimate the tokens
 BPE_CHUNKS = 16  # that these are in, evenly spread
 
-# of tiny Shakespeare; hf: as for GPT-2's; for bpe, by the size of its vocabulary, of a text that is not here yet
+# of tiny Shakespeare; hf: as for GPT-2's; for hf and bpe, of a text that is not here yet (bpe: by its vocabulary)
 BYTES_PER_TOKEN = {"gpt2": 3.3, "auto": 3.3, "hf": 3.3, "byte": 1.0, "char": 1.0}
 BYTES_PER_BPE_TOKEN = ((0, 1.9), (1024, 2.4), (2048, 2.9), (4096, 3.2))
 
@@ -42,11 +43,12 @@ class Text:
     uncounted: float = 0.0  # seconds of its preparation, taken or estimated, that are added to a given time
 
 
-def text_of(config: TrainConfig) -> Text:
-    """Return the text of a run.
+def text_of(config: TrainConfig, given: Tokenizer | None = None) -> Text:
+    """Return the text of a run. `given`: the tokenizer of the weights that it starts from.
 
-    Its tokens are counted if its token files exist, otherwise estimated from the size of the text; for a BPE by
-    training one on a sample of it. With a character tokenizer the text is read, so that the count is exact.
+    Its tokens are counted if its token files exist, otherwise estimated from the size of the text and the tokens of a
+    sample of it: those of the given tokenizer, or of a BPE that is trained on the sample. With a character tokenizer
+    the text is read, so that the count is exact.
 
     Raises UserError for a text that does not exist, is empty, too short or cannot be read, and for a damaged meta.json.
     """
@@ -55,7 +57,7 @@ def text_of(config: TrainConfig) -> Text:
         return _count(config, folder)
     if config.data_dir and not config.text:
         raise UserError(f"data_dir = {config.data_dir}: no train.bin there; name a text with --text")
-    return _estimate(config)
+    return _estimate(config, given)
 
 
 def _count(config: TrainConfig, folder: Path) -> Text:
@@ -67,7 +69,7 @@ def _count(config: TrainConfig, folder: Path) -> Text:
     return Text(tokens, config.vocab_size or vocabulary)
 
 
-def _estimate(config: TrainConfig) -> Text:
+def _estimate(config: TrainConfig, given: Tokenizer | None) -> Text:
     """Return the text that token files would be made from."""
     names = config.text or (corpus.SHAKESPEARE,)
     downloads = (corpus.SHAKESPEARE, *hub.TEXTS)  # their sizes are known, so nothing is downloaded here
@@ -84,8 +86,10 @@ def _estimate(config: TrainConfig) -> Text:
     if files:
         with corpus.opened(files, text_field=config.text_field) as source:
             size += sum(file.text_bytes() for file in source.files)
-            if config.tokenizer == "bpe":
-                bytes_per_token = bpe_bytes_per_token("".join(beginning(source)), config.vocab_size or vocabulary)
+            if config.tokenizer in ("bpe", "hf"):
+                bytes_per_token = sampled_bytes_per_token(
+                    "".join(beginning(source)), config.vocab_size or vocabulary, given
+                )
             if config.tokenizer == "char":
                 survey = corpus.look(source, alphabet=True)
                 characters += survey.total
@@ -93,11 +97,11 @@ def _estimate(config: TrainConfig) -> Text:
     count = characters if config.tokenizer == "char" else int(size / bytes_per_token)
     tokens = int(count * (1 - config.val_fraction))
     are_paths = all(Path(name).is_file() or Path(name).is_dir() for name in names)
-    if tokens < FEW_WINDOWS * config.model.block_size and are_paths and config.tokenizer != "hf":
-        check_short(config)
+    if tokens < FEW_WINDOWS * config.model.block_size and are_paths:
+        check_short(config, given)
     if tokens == 0:
         raise UserError("text: there is nothing in it to train on; give more")
-    return Text(tokens, config.vocab_size or vocabulary, size, config.tokenizer == "bpe")
+    return Text(tokens, config.vocab_size or vocabulary, size, config.tokenizer == "bpe" and given is None)
 
 
 def _bytes_per_token(config: TrainConfig, vocabulary: int) -> float:
@@ -118,22 +122,23 @@ def beginning(source: corpus.Corpus) -> list[str]:
     return pieces
 
 
-def bpe_bytes_per_token(text: str, vocab_size: int) -> float:
-    """Return the bytes of a token of a BPE that is trained on a sample of `text`. Raises UserError for `vocab_size`.
+def sampled_bytes_per_token(text: str, vocab_size: int, given: Tokenizer | None = None) -> float:
+    """Return the bytes of a token of `given`, or of a BPE that is trained for it, in a sample of `text`.
 
-    The sample has fewer distinct words than the whole text, so a token is a few percent too long.
+    The sample has fewer distinct words than the whole text, so a token of a BPE trained on it is a few percent too
+    long. Raises UserError for `vocab_size`, and for a text that `given` cannot encode.
     """
     size = BPE_SAMPLE // BPE_CHUNKS
     chunks = [text]
     if len(text) > BPE_SAMPLE:
         starts = [number * (len(text) - size) // (BPE_CHUNKS - 1) for number in range(BPE_CHUNKS)]
         chunks = [text[start : start + size] for start in starts]
-    sample = "".join(chunks)
-    tokens = len(train_bpe(chunks, vocab_size).encode(sample))
-    return len(sample.encode("utf-8")) / tokens if tokens else 1.0
+    tokenizer = given or train_bpe(chunks, vocab_size)
+    tokens = sum(len(tokenizer.encode(chunk)) for chunk in chunks)
+    return sum(len(chunk.encode("utf-8")) for chunk in chunks) / tokens if tokens else 1.0
 
 
-def check_short(config: TrainConfig) -> None:
+def check_short(config: TrainConfig, given: Tokenizer | None) -> None:
     """Raises UserError for a text that is too short to train on, in the words of `prepare`, which tries it here."""
     # Failure: GPT-2's vocabulary is not on this machine, and it is not downloaded for this check
     with tempfile.TemporaryDirectory(prefix="losscurve-") as folder, contextlib.suppress(Failure):
@@ -145,6 +150,7 @@ def check_short(config: TrainConfig) -> None:
             config.val_fraction,
             offline=True,
             block_size=config.model.block_size,
+            given=given,
             text_field=config.text_field,
         )
 

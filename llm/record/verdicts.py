@@ -85,7 +85,9 @@ def overfits(rows: list[Row], config: TrainConfig) -> str | None:
     loss, last_loss = dict(evaluated)[since], evaluated[-1][1]
     train = losses(rows, "train")
     train_end = f" to {train[-1][1]:.2f}" if train else ""
-    remedies = ["a smaller model (--n_layer, --n_embd)", "more text"]
+    remedies = ["more text"]
+    if not config.init_from:  # else the shape is that of the weights
+        remedies.insert(0, "a smaller model (--n_layer, --n_embd)")
     if config.weight_decay < 0.1:
         remedies.insert(0, "--weight_decay 0.1")
     if config.model.dropout < 0.2:
@@ -120,10 +122,11 @@ def plateau(rows: list[Row], config: TrainConfig) -> str | None:
     if not _is_still(statistics.fmean(train_before), statistics.fmean(train_now)):
         return None
     rates = "--max_lr and --muon_lr" if config.optimizer == "muon" else "--max_lr"
+    larger = "larger weights to start from" if config.init_from else "a larger model (--n_layer, --n_embd)"
     return (
         f"plateau: over the last quarter of {end:,} steps the validation loss stayed at {min(val_now):.2f} and the "
         f"training loss at {statistics.fmean(train_now):.2f}, so more such steps bring little; try another {rates} (a "
-        f"third, three times) or a larger model (--n_layer, --n_embd)"
+        f"third, three times) or {larger}"
     )
 
 

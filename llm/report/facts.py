@@ -131,6 +131,12 @@ class Report:
         return "llama" if self.config.model.arch == "llama" else "GPT"
 
     @property
+    def origin(self) -> str:
+        """Words for the weights that the run started from, "" for fresh ones."""
+        start = self.config.init_from
+        return f"the weights of {plain(setting_words('init_from', start)[0], 60)}" if start else ""
+
+    @property
     def has_average(self) -> bool:
         """Whether the record has losses of an average of the weights."""
         return any(evaluation.averaged is not None for evaluation in self.evaluations)

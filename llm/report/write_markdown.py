@@ -44,9 +44,10 @@ def write_markdown(report: Report, out: Path) -> None:
 def text(report: Report, curve: str, schedule: str) -> str:
     """Return the Markdown of a report; `curve` and `schedule` are the file names of the pictures."""
     notable = [_sample(sample) for sample in report.samples if sample.notable]
+    origin = f", from {escape(report.origin)}" if report.origin else ""
     parts = [
         MARK + f"# {escape(report.name)}",
-        f"A {report.kind} trained on {escape(report.text)} with losscurve.",
+        f"A {report.kind} trained on {escape(report.text)} with losscurve{origin}.",
         f"![Loss curve]({link_target(curve)})",
         table(("", ""), _results(report)),
         "\n".join(f"- {escape(line)}" for line in report.verdicts),

@@ -177,6 +177,10 @@ def check_writable(folder: Path, needed: int = 0) -> None:
 
     Raises: UserError that names the folder.
     """
+    for path in (folder, *folder.parents):
+        if path.is_symlink() and not path.exists():  # a disk that is not mounted, perhaps
+            target = path.parent / os.readlink(path)
+            raise UserError(f"{path}: leads to {target}, which does not exist; make that folder, or choose another")
     existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     try:
         probe = temporary_path(existing / "x", "probe")

@@ -118,7 +118,8 @@ class LiveRun:
         if what in self._complaints:
             return []
         self._complaints.add(what)
-        reason = getattr(error, "strerror", None) or error
+        # without its remedy, which is of the command that draws a picture
+        reason = getattr(error, "strerror", None) or str(error).partition("; ")[0]
         return [Notice(f"{what} ({reason}); training goes on, and it is tried again later")]
 
     def settle(self, what: str) -> None:

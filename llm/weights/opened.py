@@ -61,20 +61,25 @@ def open_weights(source: str, base: GPTConfig, preferred: str = "best", typed: C
 
     Args:
         base: has what a .pt file does not tell: heads and GELU.
-        preferred: the weights of a run, "best" or "last"; the others if it has only those.
+        preferred: the weights of a run, "best" or "last"; the others if it has only those. "average" is that of the
+            weights in a saved state.
         typed: the names of the settings that a person gave. Weights that tell their own heads and GELU refuse them.
 
     Raises:
         UserError: the weights cannot be used.
         Failure: the hub cannot be read.
     """
+    if preferred == "average" and not is_saved_state(Path(source)):
+        raise UserError(
+            f"{source}: only a saved state (step-000500) has the average of the weights; leave --weights out"
+        )
     if is_foreign(source) or is_gguf(Path(source)):
         found = read_foreign(source) if is_foreign(source) else read_gguf(Path(source))
         path, config, weights, tokenizer, is_ours = found.path, found.config, found.weights, found.tokenizer, False
     else:
         is_state = is_saved_state(Path(source))
         path = Path(source) if is_state else weights_file(source, preferred)
-        config, weights = read_saved_state(path) if is_state else read_weights(path, base)
+        config, weights = read_saved_state(path, preferred) if is_state else read_weights(path, base)
         tokenizer = _tokenizer_beside(path)
         is_ours = path.with_name("config.toml").is_file()
     if tokenizer is None and config.vocab_size < GPT2_VOCAB:

@@ -50,11 +50,12 @@ def main(argv: list[str]) -> int:
     else:
         if config.init_from:
             start = starting_point(config, warn, given_settings(args))
+            text = text_of(start.config, start.tokenizer)
             config = start.config
-        text = text_of(config)
-        if config.init_from and start.is_pretrained:
-            config = with_steps(config, text.tokens, given_settings(args))
-        if not config.init_from:
+            if start.is_pretrained:
+                config = with_steps(config, text.tokens, given_settings(args))
+        else:
+            text = text_of(config)
             config = with_vocabulary(config, text.vocabulary)
         warn_if_busy()
         pace = probe(config) if fits(config) else None

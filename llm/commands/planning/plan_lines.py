@@ -36,7 +36,8 @@ def plan_lines(config: TrainConfig, facts: dict[str, Any], text: "Text", budget_
         f"vocabulary; {facts['run_flops']:.3g} FLOP in all",
     )
     yield from _time_lines(config, facts)
-    yield _chinchilla_line(config, facts, text, budget_seconds)
+    if not config.init_from:  # else most of the tokens are those that the weights have learned from
+        yield _chinchilla_line(config, facts, text, budget_seconds)
 
 
 def _line(title: str, words: str) -> str:

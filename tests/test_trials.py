@@ -285,7 +285,8 @@ def test_without_optuna_one_line_says_how_to_get_it(here, losscurve, monkeypatch
 def test_time_is_divided(here, losscurve, monkeypatch):
     """20 s for 2 settings of 2 seeds: each run gets 5 s, around the settings that are chosen for one of them."""
     asked = []
-    chosen = from_settings({"text": "text.txt", **settings_of(flags(n_layer=1, max_steps=8))})
+    muon = {"optimizer": "muon", "muon_lr": 0.03}
+    chosen = from_settings({"text": "text.txt", **settings_of(flags(n_layer=1, max_steps=8)), **muon})
 
     def choose(request, overwrite, say, progress, measure):
         asked.append(request.seconds)
@@ -301,6 +302,9 @@ def test_time_is_divided(here, losscurve, monkeypatch):
     assert code == 0, err
     assert asked == [5]
     assert "4 runs of 5 s each" in out
+    assert "muon_lr = 0.03 in all settings: vary that with --vary muon_lr=0.015,0.03" in err
+    assert out.splitlines()[-1].endswith("next: losscurve train --preset t/best.toml --time 10m")
+    assert read_toml("t/best.toml").keys() == {"text", "max_lr"}  # what was asked for, and not 8 steps
     tried = read_try(here / "t")
     assert (tried.seconds, tried.most_steps) == (5, 9)
     # far faster than 5 s, so the runs got longer, up to what is useful

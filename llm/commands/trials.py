@@ -182,7 +182,15 @@ def choose_for_time(args: argparse.Namespace, tried: "Try", runs: int) -> None:
     print_best_effort(f"{runs} runs of {seconds:.0f} s each; the settings of the first:")
     for line in choice_lines(choice):
         print_best_effort(line)
-    tried.preset = to_settings(choice.proposal.config)
+    config = choice.proposal.config
+    varied = {name for setting in tried.settings for name in setting.changes}
+    if config.optimizer == "muon" and "max_lr" in varied and "muon_lr" not in varied:
+        rate = config.muon_lr
+        warn(
+            f"max_lr is the rate of embeddings, head and norms here; the matrices of the blocks have muon_lr = {rate:g} "
+            f"in all settings: vary that with --vary muon_lr={rate / 2:g},{rate:g}"
+        )
+    tried.preset = to_settings(config)
     tried.seconds = seconds
     tried.most_steps = choice.deadline(0).most_steps
 
@@ -205,4 +213,5 @@ def finish(folder: Path) -> None:
     toml = best_toml(tried, found, anchored=True)
     if toml is not None:
         storage.write_text(folder / "best.toml", toml)
-        print_result(f"in {folder}: try.png, best.toml; next: losscurve train --preset {folder / 'best.toml'}")
+        time = " --time 10m" if tried.seconds else ""
+        print_result(f"in {folder}: try.png, best.toml; next: losscurve train --preset {folder / 'best.toml'}{time}")

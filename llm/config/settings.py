@@ -5,6 +5,7 @@ import difflib
 import json
 import re
 import tomllib
+from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -187,9 +188,10 @@ def _read_toml_file(path: str) -> str:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def write_toml(config: TrainConfig) -> str:
-    """Return the config as TOML text that `read_toml` reads back."""
-    return "".join(f"{name} = {_format_toml_value(value)}\n" for name, value in to_settings(config).items())
+def write_toml(config: TrainConfig, names: Collection[str] = tuple(FIELDS)) -> str:
+    """Return the config as TOML text that `read_toml` reads back; with `names`, only these settings of it."""
+    settings = {name: value for name, value in to_settings(config).items() if name in names}
+    return "".join(f"{name} = {_format_toml_value(value)}\n" for name, value in settings.items())
 
 
 def _format_toml_value(value: Any) -> str:

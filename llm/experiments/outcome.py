@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm.config import TrainConfig, from_settings, read_toml, write_toml
+from llm.config import FIELDS, TrainConfig, from_settings, read_toml, write_toml
 from llm.experiments.paired import Difference, holm, looks_at_best, paired_difference, verdict
 from llm.experiments.trials import Setting, Try
 from llm.record.metrics import NAME, best, read_record
@@ -158,7 +158,9 @@ def columns(tried: Try, found: Sequence[Outcome]) -> dict[str, list[str]]:
 def best_toml(tried: Try, found: Sequence[Outcome], anchored: bool = False) -> str | None:
     """Return the best setting as TOML, for a run of its own, with the verdicts as comments; None if none is finished.
 
-    With `anchored`, what is named by its path has an absolute one, so that the file means the same in any folder.
+    Of a try for a given time it has only the settings that were asked for: the others suited the time of a run there,
+    and `train --preset FILE --time T` chooses them for T. With `anchored`, what is named by its path has an absolute
+    one, so that the file means the same in any folder.
     """
     if not found or not found[0].losses:
         return None
@@ -169,7 +171,9 @@ def best_toml(tried: Try, found: Sequence[Outcome], anchored: bool = False) -> s
         places |= {name: _absolute(value) for name in ("data_dir", "init_from") if (value := getattr(config, name))}
     lines = [f"# {outcome.setting.name}: {outcome.words}" for outcome in found]
     title = f"# the best of {len(found)} settings; seeds of each: {len(tried.seeds)}"
-    return "\n".join([title, *lines, write_toml(dataclasses.replace(config, **places))])
+    best = found[0].setting.changes
+    names = {"text", *tried.given, *tried.asked.get("preset", {}), *best} if tried.seconds else FIELDS
+    return "\n".join([title, *lines, write_toml(dataclasses.replace(config, **places), names)])
 
 
 def _absolute(place: str) -> str:

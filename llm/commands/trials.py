@@ -187,7 +187,7 @@ def choose_for_time(args: argparse.Namespace, tried: "Try", runs: int) -> None:
     if config.optimizer == "muon" and "max_lr" in varied and "muon_lr" not in varied:
         rate = config.muon_lr
         warn(
-            f"max_lr is the rate of embeddings, head and norms here; the matrices of the blocks have muon_lr = {rate:g} "
+            f"max_lr is the rate of embeddings, head and norms; the matrices of the blocks have muon_lr = {rate:g} "
             f"in all settings: vary that with --vary muon_lr={rate / 2:g},{rate:g}"
         )
     tried.preset = to_settings(config)

@@ -17,6 +17,7 @@ from llm.errors import UserError
 from llm.plan import autopilot, proposal, rule, timing
 from llm.plan.proposal import suits
 from llm.plan.request import read_request
+from llm.plan.steps import useful_steps
 from llm.plan.text_size import Text, with_vocabulary
 from llm.plan.timing import Pace
 from llm.prepare.reuse import ensure
@@ -133,8 +134,8 @@ def test_a_shape_suits_that_gets_enough_steps_and_is_not_too_large_for_the_text(
 
     assert check(64, 60, 10**8)
     assert not check(64, 30, 10**8)  # 570 steps at most
-    assert check(512, 100, 11 * 10**5)
-    assert not check(512, 100, 10**6)  # 12.7 M parameters in the blocks
+    assert check(512, 100, 17 * 10**5)
+    assert not check(512, 100, 15 * 10**5)  # 12.8 M parameters in the blocks
 
 
 # ---- the proposal
@@ -163,12 +164,24 @@ def test_a_proposal_fills_its_time_and_reads_the_text_a_bounded_number_of_times(
     assert took <= rule.FILL * seconds + 0.5  # a run may save once more
     trained = config.max_steps * config.tokens_per_step
     assert trained <= max(rule.MOST_EPOCHS * tokens, rule.LEAST_STEPS * config.tokens_per_step)
-    if trained < (rule.MOST_EPOCHS - 1) * tokens:
+    if config.max_steps < 0.97 * useful_steps(config, read_request(str(seconds), {}, {}), text):
         assert took > (rule.FILL - 0.01) * seconds - 1
     assert found.pace == machine()(config)
     assert config.max_time == seconds
     assert (config.optimizer, config.schedule, config.order, config.model.arch) == ("muon", "wsd", "epochs", "llama")
     assert (config.muon_lr, config.max_lr, config.min_lr) == (rule.MUON_LR, rule.MUON_MAX_LR, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("n_layer", "n_embd", "tokens", "epochs"),
+    [(6, 192, 411_268, 14.9), (6, 192, 4_112_680, 40), (2, 64, 411_268, 40), (10, 512, 4_000_000, 11.2)],
+)
+def test_a_model_that_is_large_for_its_text_gets_fewer_passes(n_layer, n_embd, tokens, epochs):
+    """By hand: 2,000 steps of 12 x 256 tokens, or 90 passes x parameters of the blocks for each token; at most 40."""
+    shape = {"n_layer": n_layer, "n_embd": n_embd, "n_head": 2, "block_size": 256, "batch_size": 12, "arch": "llama"}
+    request = read_request("10h", {}, shape)
+    steps = useful_steps(request.config, request, Text(tokens, 1024))
+    assert steps * 12 * 256 / tokens == pytest.approx(epochs, rel=0.01)
 
 
 @pytest.mark.parametrize("seconds", [60, 600, 3600])

@@ -31,7 +31,7 @@ SHAPES = (  # (n_layer, n_embd), from small to large
 )
 HEAD_SIZES = ((0, 32), (256, 64))  # (width from which a row counts, channels of a head)
 GOOD_STEPS = 900  # the largest shape that gets so many steps is taken,
-PARAMETERS_PER_TOKEN = 12  # unless its blocks have more parameters for each training token than these
+PARAMETERS_PER_TOKEN = 8  # unless its blocks have more parameters for each training token than these
 
 BLOCK_SIZES = ((0, 128), (120, 256))  # (seconds from which a row counts, block_size)
 SMALLEST_BLOCK = 16
@@ -40,6 +40,8 @@ WINDOWS = ((0, 16), (256, 12))  # (block_size from which a row counts, windows i
 USEFUL_STEPS = 1000  # a text that MOST_EPOCHS would read in fewer steps gets fewer windows in a step
 
 MOST_EPOCHS = 40  # more passes over the text gain little
+MOST_REPETITION = 90  # passes x parameters of the blocks for each training token: beyond, a text is learned by heart
+ENOUGH_STEPS = 2000  # fewer steps are never too many for this reason
 # (epochs from which a row counts, weight decay, dropout, share of the cool-down)
 REGULARISATION = ((0, 0.1, 0.0, 0.6), (7, 0.3, 0.0, 0.6), (10, 0.3, 0.1, 0.6), (30, 0.3, 0.2, 0.7))
 

@@ -1,6 +1,7 @@
 """The steps and the evaluations that fit a given time at a measured pace."""
 
 from llm.config import TrainConfig, from_settings
+from llm.config.counts import count_parameters_by_part
 from llm.errors import UserError
 from llm.plan import rule
 from llm.plan.arithmetic import bytes_copied_to_save
@@ -36,8 +37,11 @@ def affordable_steps(config: TrainConfig, request: Request, text: Text, pace: Pa
 
 
 def useful_steps(config: TrainConfig, request: Request, text: Text) -> float:
-    """Return the steps of the most passes over the text that are useful."""
-    return max(rule.LEAST_STEPS, request.most_epochs * text.tokens / config.tokens_per_step)
+    """Return the most steps that are useful: those of the most passes, fewer for a model that is large for its text."""
+    passes_of_a_step = config.tokens_per_step / text.tokens
+    parameters = count_parameters_by_part(config.model)["blocks"] / text.tokens  # for each token
+    enough = max(rule.ENOUGH_STEPS, rule.MOST_REPETITION / parameters / passes_of_a_step)
+    return max(rule.LEAST_STEPS, min(request.most_epochs / passes_of_a_step, enough))
 
 
 def count_evaluations(config: TrainConfig, request: Request, pace: Pace) -> int:

@@ -119,9 +119,8 @@ def common_unit(first: RecordedRun, second: RecordedRun) -> tuple[Unit | None, l
         if first.text is None or second.text is None:
             return None, ["other validation tokens; whether of the same text is unknown without their data folders"]
         if first.text.source != second.text.source:
-            return None, [
-                "another text: losses on different texts do not compare; on one they do: losscurve evaluate RUN RUN --text FILE"
-            ]
+            evaluate = f"losscurve evaluate {first.path} {second.path} --text FILE"
+            return None, [f"another text: losses on different texts do not compare; on one they do: {evaluate}"]
         unit = "bits_per_byte"
         notes.append("other tokens of the same text: only bits per byte compare")
     theirs, ours = ((run.config.model.block_size, run.config.eval_tokens) for run in (first, second))

@@ -479,7 +479,7 @@ def test_what_goes_on_from_a_fine_tuned_run_is_fine_tuning_too(here, losscurve):
     environment.write_text(json.dumps(json.loads(environment.read_text()) | {"torch": "1.0"}))
     assert losscurve("train --resume --max_steps 3 --out_dir tuned")[0] == 0
     assert losscurve("fork tuned --at 3 --max_steps 4 --out_dir forked")[0] == 0
-    for start in ("tuned", "tuned/step-000003", "forked"):
+    for start in ("tuned/step-000003", "forked"):
         code, _, err = losscurve(f"train --text text.txt --init_from {start} {sizes} --overwrite --out_dir again")
         assert code == 0, err
         assert "fine-tuning: block_size 256, batch_size 8, max_lr 0.0013" in err

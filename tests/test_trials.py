@@ -381,6 +381,10 @@ def test_the_report_draws_the_paired_difference(tmp_path, losscurve, monkeypatch
         path.unlink()  # then nothing says that their texts are one
     assert losscurve(f"report {tmp_path / 't'}")[0] == 0
     assert "Differences" not in (tmp_path / "t" / "report.html").read_text(encoding="utf-8")
+    tried.settings = []  # as of a search that has just begun
+    tried.save()
+    code, _, err = losscurve(f"report {tmp_path / 't'}")
+    assert code == 0, err
 
 
 def test_every_column_of_panels_has_its_steps(tmp_path):

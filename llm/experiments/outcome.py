@@ -120,7 +120,7 @@ def outcomes(tried: Try) -> list[Outcome]:
     known = {name: losses for name, losses in finished.items() if name not in tried.stopped}
     ranked = best_first(known)
     by_name = {setting.name: setting for setting in tried.settings}
-    reference = tried.settings[0].name if tried.against == "first" else next(iter(ranked), "")
+    reference = next(iter(by_name if tried.against == "first" else ranked), "")  # "": there is none yet
     differences = differences_from(reference, known, tried.against) if reference in known else {}
     found = []
     for name in ranked:

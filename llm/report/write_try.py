@@ -34,7 +34,8 @@ def try_page(folder: Path) -> str:
     found = outcomes(tried)
     table = columns(tried, found)
     style = read_part("report.css") + STYLE
-    reference = tried.settings[0] if tried.against == "first" else found[0].setting
+    first = tried.settings if tried.against == "first" else [outcome.setting for outcome in found]
+    reference = first[0] if first else None  # a search may have begun no setting yet
     return MARK + template_environment().from_string(read_part("try.html")).render(
         name=folder.resolve().name,
         count=len(tried.settings),
@@ -44,9 +45,9 @@ def try_page(folder: Path) -> str:
         rows=list(zip(*table.values(), strict=True)),
         alt=alternative(found),
         picture=picture_url(tried, found),
-        differences=differences_url(tried, found, reference),
+        differences=differences_url(tried, found, reference) if reference else "",
         compared=COMPARED,
-        reference=reference.name,
+        reference=reference.name if reference else "",
         toml=best_toml(tried, found),
         style=Markup(style),
         policy=security_policy(style, ""),

@@ -87,7 +87,7 @@ def _steps(choice: Choice) -> str:
     probing = choice.proposal.probes * rule.probe_seconds(choice.request.seconds)
     seconds = sum(run_seconds(config, text, pace).values()) + probing
     is_capped = seconds - text.uncounted < 0.9 * rule.FILL * choice.request.seconds
-    reason = "; more passes over this text gain little, and more text would" if is_capped else ""
+    reason = "; more passes over this text gain little, more text would help" if is_capped else ""
     follows = "with" if choice.request.given.keys() & {"weight_decay", "dropout"} else "so"
     return (
         f"{config.max_steps:,} of {counted(config.windows_per_step, 'window')}, {short(trained / text.tokens)} epochs, "

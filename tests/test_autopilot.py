@@ -116,7 +116,7 @@ def test_a_small_text_gets_short_windows_and_few_of_them():
 def test_weight_decay_dropout_and_cooldown_follow_from_the_epochs():
     assert rule.regularisation(6.9, "wsd") == {"weight_decay": 0.1, "dropout": 0.0, "decay_fraction": 0.6}
     assert rule.regularisation(7, "wsd") == {"weight_decay": 0.3, "dropout": 0.0, "decay_fraction": 0.6}
-    assert rule.regularisation(9, "wsd") == {"weight_decay": 0.3, "dropout": 0.1, "decay_fraction": 0.6}
+    assert rule.regularisation(10, "wsd") == {"weight_decay": 0.3, "dropout": 0.1, "decay_fraction": 0.6}
     assert rule.regularisation(30, "wsd") == {"weight_decay": 0.3, "dropout": 0.2, "decay_fraction": 0.7}
     assert rule.regularisation(30, "cosine") == {"weight_decay": 0.3, "dropout": 0.2}
 

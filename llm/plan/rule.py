@@ -43,7 +43,7 @@ MOST_EPOCHS = 40  # more passes over the text gain little
 MOST_REPETITION = 90  # passes x parameters of the blocks for each training token: beyond, a text is learned by heart
 ENOUGH_STEPS = 2000  # fewer steps are never too many for this reason
 # (epochs from which a row counts, weight decay, dropout, share of the cool-down)
-REGULARISATION = ((0, 0.1, 0.0, 0.6), (7, 0.3, 0.0, 0.6), (9, 0.3, 0.1, 0.6), (30, 0.3, 0.2, 0.7))
+REGULARISATION = ((0, 0.1, 0.0, 0.6), (7, 0.3, 0.0, 0.6), (10, 0.3, 0.1, 0.6), (30, 0.3, 0.2, 0.7))
 
 MUON_LR = 0.03
 MUON_MAX_LR = 3e-3  # of AdamW's share of the parameters

@@ -432,9 +432,11 @@ def test_a_run_ends_in_its_time_and_resumes(here, losscurve):
     config = from_settings(read_toml("run/config.toml"))
     assert config.max_time == 8
     assert config.max_steps >= rule.LEAST_STEPS
+    ended = llm.Run("run").step
     code, _, err = losscurve("train --out_dir run --resume")
     assert code == 2
-    assert "complete at step" in err
+    # on a machine that slowed down while it ran, the time may be used up before the last step
+    assert ("complete at step" if ended == config.max_steps else "has used its max_time") in err
     code, out, err = losscurve(f"train --out_dir run --resume --max_steps {config.max_steps + 5} --max_time 1h")
     assert code == 0, err
     assert f"step {config.max_steps + 5:5d}" in out

@@ -13,10 +13,10 @@ from llm.commands.flags import Parser, add_settings, typed_settings
 from llm.commands.main import main
 from llm.config import FIELDS
 from llm.errors import UserError
-from llm.experiments.fork import usual_folder
 from llm.record.metrics import read_record
 from llm.record.plot import draw
 from llm.record.runs import origin_of, origins
+from llm.start.fork import usual_folder
 from llm.storage import locked, read_json, sha256
 from llm.storage.checkpoint import load_state, saved_steps
 

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     args = parser.read(argv)
 
     from llm.commands.bars import print_best_effort
-    from llm.experiments.fork import find_state, fork, usual_folder
+    from llm.start.fork import find_state, fork, usual_folder
 
     find_state(args.run, args.at)
     changes = {name: value for name, value in typed_settings(args).items() if name != "out_dir"}

@@ -1,6 +1,7 @@
-"""Compare the settings of a run with the defaults, or with those of another run."""
+"""Compare the settings of a run with the defaults, or with those of another run; name a folder by what differs."""
 
 import dataclasses
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -47,6 +48,14 @@ def resolved_settings(config: TrainConfig) -> dict[str, Any]:
     if config.model.arch == "llama":
         settings |= {"n_kv_head": config.model.kv_heads, "ffn_dim": config.model.ffn_width}
     return settings
+
+
+def folder_name(changes: dict[str, Any]) -> str:
+    """Return a name for the folder of a run with these changes, "max_lr=0.01", that every file system takes."""
+    words = ",".join(
+        f"{name}={value:.6g}" if type(value) is float else f"{name}={value}" for name, value in changes.items()
+    )
+    return re.sub(r"[^\w.,=+-]", "_", words)[:150]
 
 
 def _given_settings(config: TrainConfig) -> dict[str, Any]:

@@ -6,7 +6,6 @@ The settings of a try are combinations of values (`--vary`), or chosen one after
 import dataclasses
 import itertools
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from llm import storage
 from llm.config import TrainConfig, coerce, over_preset
-from llm.config.differences import settings_apart
+from llm.config.differences import folder_name, settings_apart
 from llm.config.settings import resolve_name
 from llm.errors import UserError
 
@@ -143,8 +142,5 @@ def combinations(vary: dict[str, list[Any]]) -> list[Setting]:
 
 
 def make_setting(changes: dict[str, Any], prefix: str = "") -> Setting:
-    """Return the setting, named by its changes in a form that every file system takes."""
-    words = ",".join(
-        f"{name}={value:.6g}" if type(value) is float else f"{name}={value}" for name, value in changes.items()
-    )
-    return Setting(prefix + re.sub(r"[^\w.,=+-]", "_", words)[:150], changes)
+    """Return the setting, named by its changes."""
+    return Setting(prefix + folder_name(changes), changes)

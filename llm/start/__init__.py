@@ -1,1 +1,1 @@
-"""Start a run, new or resumed: check the request, open the text, build the parts, open the folder."""
+"""Start a run, new, resumed or forked: check the request, open the text, build the parts, open the folder."""

@@ -10,8 +10,8 @@ import pytest
 from conftest import config_for, trained
 
 from llm.errors import UserError
-from llm.experiments.fork import fork
 from llm.record.runs import find
+from llm.start.fork import fork
 from llm.storage import sha256
 from tests.faults import checks
 from tests.faults.disk import Disk, Fault, Killed

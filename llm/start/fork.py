@@ -13,9 +13,8 @@ import torch
 from llm import storage
 from llm.arch import empty_model
 from llm.config import MODEL_FIELDS, TrainConfig, from_settings, over_preset, resolve_settings, to_settings, write_toml
-from llm.config.differences import settings_apart
+from llm.config.differences import folder_name, settings_apart
 from llm.errors import UserError
-from llm.experiments.trials import make_setting
 from llm.record import metrics, samples
 from llm.start.changes import new_run_command
 from llm.start.resume_run import check_unfinished
@@ -123,8 +122,8 @@ def usual_folder(run_dir: Path, step: int, changes: dict[str, Any]) -> Path:
         UserError: a change is no setting, or the name would be too long.
     """
     run_dir = run_dir if run_dir.name.strip(".") else Path(os.path.abspath(run_dir))
-    name = make_setting({name: value for name, value in resolve_settings(changes).items() if name != "data_dir"}).name
-    name = "-".join(filter(None, [run_dir.name, "at", str(step), name]))
+    named = {name: value for name, value in resolve_settings(changes).items() if name != "data_dir"}
+    name = "-".join(filter(None, [run_dir.name, "at", str(step), folder_name(named)]))
     if len(name.encode()) > 240:  # file systems take 255 bytes
         raise UserError(f"{name}: is too long for the name of a folder; give a shorter one, with --out_dir")
     return run_dir.with_name(name)

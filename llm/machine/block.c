@@ -29,10 +29,36 @@ static inline int64_t whole(int64_t seen, int64_t time) {
     return wide < time ? wide : time;
 }
 
-/* Causal softmax of factor * scores (matrices, time, time), in place: row t sees columns up to t. */
-void softmax(bf16 *scores, float factor, int64_t matrices, int64_t time) {
+static inline uint32_t mixed(uint32_t x) {
+    x = (x ^ x >> 16) * 0x7feb352d;
+    x = (x ^ x >> 15) * 0x846ca68b;
+    return x ^ x >> 16;
+}
+
+/* What x, element i of a window with this key, becomes by the dropout of model.Dropout: scaled, or 0. */
+static inline bf16 dropped(bf16 x, uint32_t i, uint32_t key, int32_t threshold, float scale) {
+    uint32_t bits = (key ^ mixed(i)) * 0x7feb352d;
+    bits = (bits ^ bits >> 15) * 0x846ca68b;
+    return (int32_t)bits >= threshold ? rounded(value(x) * scale) : 0;
+}
+
+/* x, y: (windows, size); keys: of the windows, mixed. */
+void drop(const bf16 *x, bf16 *y, const uint32_t *keys, int64_t threshold, float scale, int64_t windows, int64_t size) {
 #pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < matrices * time; r++) {
+    for (int64_t w = 0; w < windows; w++) {
+        uint32_t key = keys[w];
+        int32_t least = threshold;
+#pragma omp simd
+        for (int64_t i = 0; i < size; i++) y[w * size + i] = dropped(x[w * size + i], i, key, least, scale);
+    }
+}
+
+/* Causal softmax of factor * scores (windows, heads, time, time), in place: row t sees columns up to t. kept: the same
+   after dropout; absent, as the keys, if nothing is dropped. rows: of a window, heads * time. */
+void softmax(bf16 *scores, bf16 *kept, const uint32_t *keys, int64_t threshold, float scale, float factor,
+             int64_t windows, int64_t rows, int64_t time) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < windows * rows; r++) {
         bf16 *row = scores + r * time;
         int64_t seen = r % time + 1, wide = whole(seen, time);
         float x[wide], top = value(row[0]), sum = 0;
@@ -50,44 +76,42 @@ void softmax(bf16 *scores, float factor, int64_t matrices, int64_t time) {
 #pragma omp simd
         for (int64_t i = 0; i < wide; i++) row[i] = rounded(x[i] * sum);
         for (int64_t i = wide; i < time; i++) row[i] = 0;
+        if (kept) {
+            bf16 *out = kept + r * time;
+            uint32_t key = keys[r / rows], first = r % rows * time;
+            int32_t least = threshold;
+#pragma omp simd
+            for (int64_t i = 0; i < wide; i++) out[i] = dropped(row[i], first + (uint32_t)i, key, least, scale);
+            for (int64_t i = wide; i < time; i++) out[i] = 0;
+        }
     }
 }
 
-/* d: the gradient of the softmax's result, and in place that of the scores. */
-void softmax_backward(const bf16 *result, bf16 *d, float factor, int64_t matrices, int64_t time) {
+/* d: the gradient of what `softmax` made, after dropout if there is any, and in place that of the scores. kept: again
+   the result after dropout. */
+void softmax_backward(const bf16 *result, bf16 *d, bf16 *kept, const uint32_t *keys, int64_t threshold, float scale,
+                      float factor, int64_t windows, int64_t rows, int64_t time) {
 #pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < matrices * time; r++) {
+    for (int64_t r = 0; r < windows * rows; r++) {
         const bf16 *p = result + r * time;
         bf16 *row = d + r * time;
         int64_t wide = whole(r % time + 1, time);
         float dot = 0;
+        if (kept) {
+            bf16 *out = kept + r * time;
+            uint32_t key = keys[r / rows], first = r % rows * time;
+            int32_t least = threshold;
+#pragma omp simd
+            for (int64_t i = 0; i < wide; i++) {
+                out[i] = dropped(p[i], first + (uint32_t)i, key, least, scale);
+                row[i] = dropped(row[i], first + (uint32_t)i, key, least, scale);
+            }
+            for (int64_t i = wide; i < time; i++) out[i] = 0;
+        }
 #pragma omp simd reduction(+ : dot)
         for (int64_t i = 0; i < wide; i++) dot += value(p[i]) * value(row[i]);
 #pragma omp simd
         for (int64_t i = 0; i < wide; i++) row[i] = rounded(factor * value(p[i]) * (value(row[i]) - dot));
         for (int64_t i = wide; i < time; i++) row[i] = 0;
-    }
-}
-
-static inline uint32_t mixed(uint32_t x) {
-    x = (x ^ x >> 16) * 0x7feb352d;
-    x = (x ^ x >> 15) * 0x846ca68b;
-    return x ^ x >> 16;
-}
-
-/* The dropout of model.Dropout. x, y: (windows, size); keys: of the windows, mixed. */
-void drop(const bf16 *x, bf16 *y, const uint32_t *keys, int64_t threshold, float scale, int64_t windows, int64_t size) {
-#pragma omp parallel for schedule(static)
-    for (int64_t w = 0; w < windows; w++) {
-        const bf16 *in = x + w * size;
-        bf16 *out = y + w * size;
-        uint32_t key = keys[w];
-        int32_t least = threshold;
-#pragma omp simd
-        for (int64_t i = 0; i < size; i++) {
-            uint32_t bits = (key ^ mixed(i)) * 0x7feb352d;
-            bits = (bits ^ bits >> 15) * 0x846ca68b;
-            out[i] = (int32_t)bits >= least ? rounded(value(in[i]) * scale) : 0;
-        }
     }
 }

@@ -47,12 +47,11 @@ class Drops(NamedTuple):
     threshold: int
     scale: float
 
-    def __call__(self, place: int, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return x, contiguous and of all windows, with elements dropped; in place, unless there is an `out`."""
-        out = x if out is None else out
+    def __call__(self, place: int, x: Tensor) -> Tensor:
+        """Return x, contiguous and of all windows, with elements dropped in place."""
         windows = self.keys.size(1)
-        call("drop", x, out, self.keys[place], self.threshold, self.scale, windows, x.numel() // windows)
-        return out
+        call("drop", x, x, self.keys[place], self.threshold, self.scale, windows, x.numel() // windows)
+        return x
 
 
 def is_possible(x: Tensor, file: str) -> bool:
@@ -82,8 +81,9 @@ def attend(heads: Tensor, sizes: Sizes, drops: Drops | None) -> tuple[Tensor, Te
     B, T, H, _, D, _ = sizes
     q, k, v = sizes.heads_of(heads)
     weights = torch.bmm(q, k.transpose(1, 2))
-    call("softmax", weights, D**-0.5, B * H, T)
-    mixed = torch.bmm(drops(0, weights, torch.empty_like(weights)) if drops else weights, v)
+    kept, keys, threshold, scale = _of_attention(drops, weights)
+    call("softmax", weights, kept, keys, threshold, scale, D**-0.5, B, H * T, T)
+    mixed = torch.bmm(weights if kept is None else kept, v)
     merged = mixed.new_empty(B * T, H * D)
     call("swap_axes", mixed, merged, B, H, T, D)
     return merged, weights
@@ -97,12 +97,17 @@ def attend_backward(dmerged: Tensor, heads: Tensor, weights: Tensor, sizes: Size
     q, k, v = sizes.heads_of(heads)
     dheads = torch.empty_like(heads)
     dq, dk, dv = sizes.heads_of(dheads)
-    kept = drops(0, weights, torch.empty_like(weights)) if drops else weights
-    torch.bmm(kept.transpose(1, 2), dmixed, out=dv)
     dweights = torch.bmm(dmixed, v.transpose(1, 2))
-    if drops:
-        drops(0, dweights)
-    call("softmax_backward", weights, dweights, D**-0.5, B * H, T)
+    kept, keys, threshold, scale = _of_attention(drops, weights)
+    call("softmax_backward", weights, dweights, kept, keys, threshold, scale, D**-0.5, B, H * T, T)
+    torch.bmm((weights if kept is None else kept).transpose(1, 2), dmixed, out=dv)
     torch.bmm(dweights, k, out=dq)
     torch.bmm(dweights.transpose(1, 2), q, out=dk)
     return dheads
+
+
+def _of_attention(drops: Drops | None, weights: Tensor) -> tuple[Tensor | None, Tensor | None, int, float]:
+    """Return a tensor for the weights after dropout, the keys of the windows, threshold and scale; None without it."""
+    if drops is None:
+        return None, None, 0, 1.0
+    return torch.empty_like(weights), drops.keys[0], drops.threshold, drops.scale

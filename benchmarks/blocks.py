@@ -5,7 +5,7 @@ GFLOP/s of the model's products, their share of the rate, and the optimizer's sh
 
     python -m benchmarks.blocks [--rounds 5] [--steps 10] [--shapes 4x128x128x16x1024,...]
 
-A shape: layers x width x block_size x windows x vocabulary.
+A shape: layers x width x block_size x windows x vocabulary; with the heads that `train --time` gives it.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from llm.config import from_settings
 from llm.config.counts import flops_per_token
 from llm.data import TokenData
 from llm.machine.device import choose_dtype, matrix_rate
+from llm.plan.rule import heads
 from llm.start.build import build
 from llm.train import train_step
 
@@ -72,7 +73,7 @@ def main() -> None:
 def parts_of(shape: str, more: dict[str, Any], dtype: torch.dtype) -> Any:
     """Return the parts of a run of a shape on random tokens."""
     n_layer, width, block_size, windows, vocabulary = map(int, shape.split("x"))
-    settings = {"n_layer": n_layer, "n_embd": width, "n_head": max(1, width // 32), "block_size": block_size}
+    settings = {"n_layer": n_layer, "n_embd": width, "n_head": heads(width, {}), "block_size": block_size}
     settings |= {"batch_size": windows, "vocab_size": vocabulary, "warmup_steps": 0} | more
     tokens = np.random.default_rng(0).integers(0, vocabulary, 300_000).astype(np.uint16)
     data = TokenData(Path(), tokens, tokens, vocabulary, True, "random", {})

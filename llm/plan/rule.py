@@ -30,7 +30,6 @@ SHAPES = (  # (n_layer, n_embd), from small to large
     *((6, 192), (6, 256), (8, 320), (8, 384), (10, 512)),
 )
 HEAD_SIZES = ((0, 32), (192, 64))  # (width from which a row counts, channels of a head)
-ROPE_THETA = 500.0  # of a new llama: its contexts are short, and a head has few channels
 GOOD_STEPS = 900  # the largest shape that gets so many steps is taken,
 PARAMETERS_PER_TOKEN = 12  # unless its blocks have more parameters for each training token than these
 
@@ -87,8 +86,7 @@ def recipe(given: dict[str, Any]) -> dict[str, Any]:
     }
     if "init_from" not in given:  # else they are those of the weights
         chosen["block_size"] = SMALLEST_BLOCK
-        arch = given.get("arch") or ("gpt2" if "gpt2" in archs else "llama")
-        chosen |= {"arch": arch, "rope_theta": ROPE_THETA} if arch == "llama" else {"arch": arch}
+        chosen["arch"] = "gpt2" if "gpt2" in archs and given.get("arch") != "llama" else "llama"
         chosen |= shape(SHAPES[0], given)
     return chosen | given
 

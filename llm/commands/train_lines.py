@@ -32,6 +32,8 @@ def print_start(run: "LiveRun", kept_bytes: int) -> None:
         warn(warning)
     print_best_effort(f"training on {describe_device(run.parts.device, run.parts.dtype)}")
     print_best_effort(start_lines(run))
+    if run.fine_tuning:
+        print_best_effort(run.fine_tuning)
     print_best_effort(outline(config, len(run.parts.data.train), kept_bytes))
 
 

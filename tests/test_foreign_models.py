@@ -518,12 +518,14 @@ def test_it_is_fine_tuned_resumed_sampled_and_exported(here, losscurve, kind):
     card = Path("tuned-hf/README.md").read_text(encoding="utf-8")
     assert "A llama trained on text with losscurve, from the weights of model." in card
     before = sorted(here.rglob("*"))
-    for to, file in (("gguf", "model.pt"), ("html", "best.pt")):
-        shutil.move(here / "tuned" / file, here / file)  # it is refused before any weight is read
+    for name in ("model.pt", "best.pt"):
+        shutil.move(here / "tuned" / name, here / name)
+    for to in ("gguf", "html"):  # it is refused before any weight is read
         code, out, err = losscurve(f"export tuned --to {to}")
-        shutil.move(here / file, here / "tuned" / file)
         assert (code, out) == (2, "")
         assert "export it with: losscurve export tuned --to hf" in err
+    for name in ("model.pt", "best.pt"):
+        shutil.move(here / name, here / "tuned" / name)
     assert sorted(here.rglob("*")) == before
     same = (
         Tokenizer.from_file("tuned-hf/tokenizer.json").to_str() == Tokenizer.from_file("model/tokenizer.json").to_str()

@@ -395,13 +395,14 @@ def test_the_report_draws_the_paired_difference(tmp_path, losscurve, monkeypatch
 
 
 def test_every_column_of_panels_has_its_steps(tmp_path):
-    """Three panels in two columns: the second column ends with the first row."""
-    tried = made(tmp_path, {rate: lambda s, step: 3.0 - step / 12 for rate in (1e-2, 2e-2, 3e-2)})
+    """Five panels in four columns: three columns end with the first row."""
+    rates = (1e-2, 2e-2, 3e-2, 4e-2, 5e-2)
+    tried = made(tmp_path, {rate: lambda s, step: 3.0 - step / 12 for rate in rates})
     figure = draw_try(tried, outcomes(tried))
     figure.canvas.draw()
     panels = [panel for panel in figure.axes if panel.get_visible()]
     has_steps = [any(label.get_visible() and label.get_text() for label in p.get_xticklabels()) for p in panels]
-    assert has_steps == [False, True, True]
+    assert has_steps == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize("against", ["best", "first"])

@@ -199,6 +199,8 @@ def fit(
         with opened as training, interrupts() as caught:
             training.stop = lambda: bool(caught)
             training.deadline = deadline
+            if training.fine_tuning:
+                tell(training.fine_tuning)
             for event in train(training):
                 if isinstance(event, Line):
                     say(str(event))

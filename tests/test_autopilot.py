@@ -429,6 +429,9 @@ def test_a_run_ends_in_its_time_and_resumes(here, losscurve):
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[:5]] == list(LINES)
     assert "estimated" not in lines[0]  # the text was prepared before
+    assert lines[5].startswith("validation on all ")
+    for said in ("M parameters", "training tokens", "block_size", "cpu (1 thread)"):
+        assert out.count(said) == 1, said
     assert lines[-1].startswith("saved run")
     assert (here / "run" / "best.pt").exists()
     assert (here / "run" / "loss_curve.png").exists()

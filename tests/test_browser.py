@@ -185,6 +185,27 @@ def test_a_try_has_its_table_and_small_multiples(browser, tmp_path):
         assert page.evaluate("window.hacked") is None
 
 
+def test_what_21_runs_of_a_try_take_of_the_page(browser, tmp_path):
+    settings = [Setting(f"max_lr=0.{place}", {}) for place in range(1, 8)]
+    tried = Try(tmp_path / "t", {}, {}, [1, 2, 3], settings)
+    for setting in settings:
+        (tried.folder / setting.name).mkdir(parents=True)
+        for seed in tried.seeds:
+            fill(tried.run_dir(setting, seed), range(11))
+    tried.save()
+    with opened(browser, tmp_path / "t", viewport={"width": 1280, "height": 800}) as page:
+        page.locator("#tries img").wait_for()
+        until(lambda: page.locator(".run").count(), 21, "runs")
+        until(lambda: page.locator("#verdicts li").count(), lambda count: count >= 21, "verdicts")
+        until(lambda: page.locator("#loss-words").inner_text(), lambda text: "seed-3" in text, "losses")
+        bottom = "document.getElementById('samples').getBoundingClientRect().top + scrollY"
+        assert page.evaluate(bottom) < 3000
+        page.evaluate("document.getElementById('runs').scrollTo(0, 500)")
+        append(tried.run_dir(settings[0], 1), **row(99))
+        until(lambda: page.locator(".run").first.inner_text(), lambda text: "99 of 100" in text, "drawn again")
+        assert page.evaluate("document.getElementById('runs').scrollTop") == 500
+
+
 def test_the_slider_moves_curve_table_and_flags(browser, tmp_path):
     fill(tmp_path, range(3))
     with opened(browser, tmp_path) as page:

@@ -48,7 +48,7 @@ def train(settings):
 @pytest.fixture
 def run(here):
     train({"tokenizer": "byte"})
-    return open_source(Path("run"))
+    return open_source(Path("run"), "hf")
 
 
 def opened(folder):
@@ -59,7 +59,7 @@ def opened(folder):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_transformers_opens_it_and_is_the_run(here, shape):
     train(SHAPES[shape])
-    source = open_source(Path("run"))
+    source = open_source(Path("run"), "hf")
     proof = huggingface.export(source, Path("hf"))
     theirs, tokenizer = opened("hf")
     assert type(theirs).__name__ == hf_config.KINDS[{"g": "gpt2", "L": "llama", "Q": "qwen3"}[shape[0]]]

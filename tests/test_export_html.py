@@ -27,7 +27,6 @@ from llm.export.source import open_source
 from llm.generate import generate, next_probabilities, penalise, tokens_in
 from llm.report.gather import gather
 from llm.tokens.bpe import BPE, gpt2
-from llm.tokens.tokenizer import Bytes
 from llm.tokens.writing import Writing
 
 NODE = shutil.which("node")
@@ -45,7 +44,7 @@ def train(settings):
     quick = SMALL | {"max_steps": 3, "eval_every": 3, "warmup_steps": 0, "sample_tokens": 0, "max_lr": 0.1}
     vocab = {"vocab_size": 300} if settings["tokenizer"] == "bpe" else {}
     trained(from_settings(quick | {"text": "text.txt", "out_dir": "run"} | vocab | settings))
-    return open_source(Path("run"))
+    return open_source(Path("run"), "html")
 
 
 @pytest.fixture
@@ -309,10 +308,6 @@ def test_what_a_page_cannot_hold_is_refused(run, monkeypatch):
         run.model.wte.weight[0, 0] = 1e5
     with pytest.raises(UserError, match=r"wte\.weight .*int8"):
         html.export(run, Path("model.html"))
-    tokenizer = Bytes()
-    tokenizer.kind = "hf"
-    with pytest.raises(UserError, match="--to hf"):
-        html.export(dataclasses.replace(run, tokenizer=tokenizer), Path("model.html"))
     monkeypatch.setattr(html, "LARGEST", 1000)
     with pytest.raises(UserError, match="room for 1,000"):
         html.export(run, Path("model.html"), "int8")

@@ -18,6 +18,7 @@ from llm.errors import Failure, UserError
 from llm.export.proof import HOSTILE
 from llm.plan import proposal, timing
 from llm.plan.timing import Pace
+from llm.run import fit
 from llm.tokens.bpe import gpt2
 from llm.weights import open_weights
 from llm.weights.foreign import read_foreign, read_shape, read_tokenizer
@@ -480,12 +481,15 @@ def test_what_goes_on_from_a_fine_tuned_run_is_fine_tuning_too(here, losscurve):
     assert losscurve("train --resume --max_steps 3 --out_dir tuned")[0] == 0
     assert losscurve("fork tuned --at 3 --max_steps 4 --out_dir forked")[0] == 0
     for start in ("tuned/step-000003", "forked"):
-        code, _, err = losscurve(f"train --text text.txt --init_from {start} {sizes} --overwrite --out_dir again")
+        code, out, err = losscurve(f"train --text text.txt --init_from {start} {sizes} --overwrite --out_dir again")
         assert code == 0, err
-        assert "fine-tuning: block_size 256, batch_size 8, max_lr 0.0013" in err
+        assert "\nfine-tuning: block_size 256, batch_size 8, max_lr 0.0013" in out
+    said = []
+    fit("text.txt", init_from="model", max_steps=1, sample_tokens=0, out_dir="here", say=said.append)
+    assert sum(line.startswith("fine-tuning: block_size 256") for line in said) == 1
     (here / "tuned/env.json").unlink()  # then nothing tells
-    code, _, err = losscurve(f"train --text text.txt --init_from tuned {sizes} --overwrite --out_dir again")
-    assert (code, "fine-tuning" in err) == (0, False)
+    code, out, err = losscurve(f"train --text text.txt --init_from tuned {sizes} --overwrite --out_dir again")
+    assert (code, "fine-tuning" in out + err) == (0, False)
 
 
 @pytest.mark.parametrize("kind", ["Qwen3", "TinyLlama"])
@@ -495,7 +499,8 @@ def test_it_is_fine_tuned_resumed_sampled_and_exported(here, losscurve, kind):
         "train --text text.txt --init_from model --max_steps 4 --sample_tokens 3 --out_dir tuned"
     )
     assert code == 0, err
-    assert "fine-tuning: block_size 256, batch_size 8, max_lr 0.0013, order epochs, grad_clip 1.0, patience 3" in err
+    assert "\nfine-tuning: block_size 256, batch_size 8, max_lr 0.0013, order epochs, grad_clip 1.0, patience 3" in out
+    assert "fine-tuning" not in err
     config = from_settings(read_toml("tuned/config.toml"))
     assert (config.tokenizer, config.vocab_size, config.data_dir) == ("hf", 640, "data/text-for-model")
     assert (config.max_steps, config.eval_every, config.batch_size, config.model.block_size) == (4, 1, 8, 256)
@@ -513,12 +518,14 @@ def test_it_is_fine_tuned_resumed_sampled_and_exported(here, losscurve, kind):
     card = Path("tuned-hf/README.md").read_text(encoding="utf-8")
     assert "A llama trained on text with losscurve, from the weights of model." in card
     before = sorted(here.rglob("*"))
-    for to, file in (("gguf", "model.pt"), ("html", "best.pt")):
-        shutil.move(here / "tuned" / file, here / file)  # it is refused before any weight is read
+    for name in ("model.pt", "best.pt"):
+        shutil.move(here / "tuned" / name, here / name)
+    for to in ("gguf", "html"):  # it is refused before any weight is read
         code, out, err = losscurve(f"export tuned --to {to}")
-        shutil.move(here / file, here / "tuned" / file)
         assert (code, out) == (2, "")
         assert "export it with: losscurve export tuned --to hf" in err
+    for name in ("model.pt", "best.pt"):
+        shutil.move(here / name, here / "tuned" / name)
     assert sorted(here.rglob("*")) == before
     same = (
         Tokenizer.from_file("tuned-hf/tokenizer.json").to_str() == Tokenizer.from_file("model/tokenizer.json").to_str()

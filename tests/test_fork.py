@@ -11,7 +11,7 @@ from saved_runs import same_bits
 
 from llm.commands.flags import Parser, add_settings, typed_settings
 from llm.commands.main import main
-from llm.config import FIELDS
+from llm.config import FIELDS, read_toml
 from llm.errors import UserError
 from llm.record.metrics import read_record
 from llm.record.plot import draw
@@ -90,6 +90,14 @@ def test_a_fork_goes_its_own_way_from_the_fork_on(base, losscurve):
         "state": sha256(state),
         "before": {"dropout": 0.2, "max_steps": 12, "min_lr": 1e-3},
     }
+
+
+def test_what_a_change_rules_out_is_said_to_be_the_runs(base, losscurve):
+    settings = read_toml("base/config.toml")
+    code, _, err = losscurve(f"fork base --at 10 --max_lr {settings['min_lr'] / 2}")
+    assert code == 0, err
+    assert f"warning: min_lr = {settings['min_lr']} of base is ignored: it is above max_lr" in err
+    assert "preset" not in err
 
 
 def test_where_it_comes_from_is_said_and_stays(base, losscurve):

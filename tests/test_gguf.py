@@ -22,9 +22,7 @@ from llm.export.gguf_file import write_gguf
 from llm.export.proof import HOSTILE
 from llm.export.source import Source
 from llm.run import Run
-from llm.tokens import huggingface
 from llm.tokens.bpe import gpt2, train_bpe
-from llm.tokens.huggingface import HuggingFace
 from llm.tokens.tokenizer import Bytes, Characters
 from llm.weights import gguf_layout
 from llm.weights.gguf_file import read_gguf
@@ -269,9 +267,6 @@ def test_what_the_format_cannot_hold_is_refused():
         export(source_of(model), "float16")
     with pytest.raises(UserError, match="200 tokens and its tokenizer 257"):
         export(source_of(random_model(vocab_size=200)))
-    foreign = HuggingFace(huggingface.write(Bytes()), None)
-    with pytest.raises(UserError, match=r"another program's, .* losscurve export run --to hf"):
-        export(source_of(random_model(), foreign))
     assert list(Path().iterdir()) == []
 
 

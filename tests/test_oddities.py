@@ -83,15 +83,27 @@ def test_markup_read_as_plain_text_is_reported(here, monkeypatch):
         Path(name).write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
     assert noticed("braces.txt", "ok.jsonl", "text.txt") == []
     found = {name: noticed(name)[0] for name in made if name not in ("braces.txt", "ok.jsonl")}
-    assert found["a.csv"].startswith("a.csv: read as plain text, though it is a table (CSV); to read only its texts, ")
-    assert "save it as .jsonl or .parquet" in found["a.csv"]
-    assert "--text_field" in found["a.csv"]
+    assert found["a.csv"].startswith(
+        "a.csv: read as plain text, though it is a table (CSV); to read only the texts of "
+    )
     assert found["a.tsv.gz"].startswith("a.tsv.gz: read as plain text, though it is a table (TSV)")
     assert found["a.json"].startswith("a.json: read as plain text, though it is JSON; to read only its texts, ")
     assert found["a.json"].endswith("write one JSON object a line into a .jsonl file")
     assert found["rows.txt"].startswith("rows.txt: read as plain text, though it is JSON; to read only")
     assert found["a.html"].endswith("to get its text alone: pandoc -f html -t plain < a.html > a.utf8.txt")
     assert found["page.txt"].startswith("page.txt: read as plain text, though it is HTML")
+
+
+@pytest.mark.parametrize("name", ["a table.csv", "a table.tsv.gz"])
+def test_the_command_for_a_table_makes_rows_of_it(here, name):
+    tab = "\t" if ".tsv" in name else ","
+    long = "word " * 30_000  # longer than the csv module reads by default
+    content = f'\ufeffid{tab}story\r\n1{tab}"one, ""two""\nthree\tfour é"\r\n2{tab}{long}\r\n'.encode()
+    Path(name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (notice, *_) = noticed(name)
+    subprocess.run(notice.partition("; to write them: ")[2], shell=True, check=True, timeout=60)
+    with opened(("a table.utf8.jsonl",), text_field="story") as source:
+        assert list(source.files[0].read()) == ['one, "two"\nthree\tfour é', long]
 
 
 def test_a_notice_is_shown_once(here, losscurve):

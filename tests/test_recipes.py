@@ -44,7 +44,7 @@ def exported(request, tmp_path_factory):
     settings = SMALL | {"text": str(folder / "my.txt"), "out_dir": str(folder / "runs" / "mine"), "block_size": 64}
     settings |= {"data_dir": str(folder / "data"), "tokenizer": "byte", "arch": request.param}
     trained(from_settings(settings))
-    source = open_source(folder / "runs" / "mine")
+    source = open_source(folder / "runs" / "mine", "hf")
     huggingface.export(source, folder / "runs" / "mine-hf")
     return folder, source
 

@@ -21,6 +21,7 @@ from llm.experiments.trials import combinations, make_setting, parse_vary, read_
 from llm.plan.timing import Pace
 from llm.record.metrics import losses, read_record
 from llm.report import write_try
+from llm.storage import lines
 from llm.storage.checkpoint import saved_steps
 
 SMALL = flags(n_layer=1, sample_tokens=0).replace("--max_lr 0.01 ", "")
@@ -357,7 +358,13 @@ def test_the_report_draws_the_paired_difference(tmp_path, losscurve, monkeypatch
     tried.save()
     drawn = []
     monkeypatch.setattr(write_try, "data_url", lambda figure: drawn.append(figure) or "data:,")
+    read = []
+    monkeypatch.setattr(
+        lines, "read", lambda path, parse, read_lines=lines.read: read.append(path) or read_lines(path, parse)
+    )
     assert losscurve(f"report {tmp_path / 't'}")[0] == 0
+    records = sorted(path for path in read if path.name == "metrics.jsonl")
+    assert records == sorted((tmp_path / "t").glob("*/*/metrics.jsonl"))  # each once
     (figure,) = drawn
     lower = figure.axes[1]
     (curve,) = [line for line in lower.lines if len(line.get_xdata()) == 3]
@@ -388,13 +395,14 @@ def test_the_report_draws_the_paired_difference(tmp_path, losscurve, monkeypatch
 
 
 def test_every_column_of_panels_has_its_steps(tmp_path):
-    """Three panels in two columns: the second column ends with the first row."""
-    tried = made(tmp_path, {rate: lambda s, step: 3.0 - step / 12 for rate in (1e-2, 2e-2, 3e-2)})
+    """Five panels in four columns: three columns end with the first row."""
+    rates = (1e-2, 2e-2, 3e-2, 4e-2, 5e-2)
+    tried = made(tmp_path, {rate: lambda s, step: 3.0 - step / 12 for rate in rates})
     figure = draw_try(tried, outcomes(tried))
     figure.canvas.draw()
     panels = [panel for panel in figure.axes if panel.get_visible()]
     has_steps = [any(label.get_visible() and label.get_text() for label in p.get_xticklabels()) for p in panels]
-    assert has_steps == [False, True, True]
+    assert has_steps == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize("against", ["best", "first"])

@@ -14,7 +14,9 @@ from conftest import flags
 
 from llm.commands.look import watch
 from llm.errors import UserError
+from llm.export import html
 from llm.record.metrics import read_record
+from llm.report import write_html
 
 for package in ("starlette", "uvicorn", "plotly"):
     pytest.importorskip(package)
@@ -44,6 +46,13 @@ def test_watch_refuses_a_file_and_a_port_out_of_range(tmp_path):
         watch.main([str(tmp_path / "mamba")])
     with pytest.raises(UserError, match="port"):
         watch.main(["--port", "70000"])
+
+
+@pytest.mark.parametrize("mark", [html.MARK, write_html.MARK])
+def test_watch_says_where_a_page_that_we_wrote_opens(tmp_path, mark):
+    (tmp_path / "page.html").write_text(f"{mark}<html></html>")
+    with pytest.raises(UserError, match=r"page\.html: is a page that losscurve wrote; open it in a browser$"):
+        watch.main([str(tmp_path / "page.html")])
 
 
 def test_a_folder_without_a_run_is_a_warning(tmp_path):

@@ -27,15 +27,12 @@ def main(argv: list[str]) -> int:
     args = parse_flags(argv)
 
     from llm.commands.flags import warn
-    from llm.export.source import check_tokenizer, open_source
-    from llm.run import Run
+    from llm.export.source import open_source
 
     write = {"hf": to_huggingface, "gguf": to_gguf, "html": to_html}[args.to]
-    if args.to != "hf":
-        check_tokenizer(args.run, Run.open(args.run).tokenizer, args.to)  # before the weights are read
     previous_handler = signal.signal(signal.SIGTERM, _exit)
     try:
-        return write(args, open_source(args.run, args.weights, args.data_dir, warn))
+        return write(args, open_source(args.run, args.to, args.weights, args.data_dir, warn))
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
 

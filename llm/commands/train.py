@@ -145,7 +145,7 @@ def run_process(argv: list[str], world: "World", began: float) -> int:
             check_saved(run)
             return exit_code(run, caught)
 
-        print_start(run, kept_bytes)
+        print_start(run, kept_bytes, was_chosen=args.time is not None)
         if print_address:
             print_address()
         forecast = Forecast(run.parts.config, kept_bytes)

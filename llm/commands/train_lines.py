@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 REASONS = {"max_time": "max_time is used up", "patience": "no improvement within patience"}
 
 
-def print_start(run: "LiveRun", kept_bytes: int) -> None:
+def print_start(run: "LiveRun", kept_bytes: int, was_chosen: bool) -> None:
     """Print the device, the model, the data, the steps, and what the run will need.
 
-    `kept_bytes`: of memory that the choice of the run leaves.
+    `kept_bytes`: of memory that the choice of the run leaves. `was_chosen`: for --time, whose lines have named the
+    device, the model, the text and the steps.
     """
     from llm.machine.device import describe_device
     from llm.plan.forecast import outline
@@ -30,8 +31,13 @@ def print_start(run: "LiveRun", kept_bytes: int) -> None:
     warning = warmup_warning(config)
     if warning:
         warn(warning)
-    print_best_effort(f"training on {describe_device(run.parts.device, run.parts.dtype)}")
-    print_best_effort(start_lines(run))
+    if was_chosen:
+        print_best_effort(validation_words(run))
+    else:
+        print_best_effort(f"training on {describe_device(run.parts.device, run.parts.dtype)}")
+        print_best_effort(start_lines(run))
+    if run.fine_tuning:
+        print_best_effort(run.fine_tuning)
     print_best_effort(outline(config, len(run.parts.data.train), kept_bytes))
 
 
@@ -43,8 +49,6 @@ def start_lines(run: "LiveRun") -> str:
     config = parts.config
     parameters = sum(p.numel() for p in parts.model.parameters())
     train_tokens = len(parts.data.train)
-    predicted = len(parts.data.val) - 1  # tokens of the validation split, except the first
-    validated = f"all {predicted:,}" if predicted <= config.eval_tokens else f"{config.eval_tokens:,} of {predicted:,}"
     begin = f"resuming from step {run.progress.step}" if run.progress.step else "starting"
     windows = counted(config.windows_per_step, "window")
     processes = parts.world.size
@@ -54,10 +58,17 @@ def start_lines(run: "LiveRun") -> str:
     epochs = config.max_steps * config.tokens_per_step / train_tokens
     return (
         f"{parameters / 1e6:.2f} M parameters, vocabulary {config.model.vocab_size:,}\n"
-        f"{train_tokens:,} training tokens ({parts.data.source}); validation on {validated} tokens\n"
+        f"{train_tokens:,} training tokens ({parts.data.source}); {validation_words(run)}\n"
         f"{begin}: {config.max_steps:,} steps of {windows} x {config.model.block_size} tokens, "
         f"{epochs:.1f} times the text"
     )
+
+
+def validation_words(run: "LiveRun") -> str:
+    """Return how many tokens of the validation split an evaluation predicts."""
+    predicted = len(run.parts.data.val) - 1  # all of them except the first
+    limit = run.parts.config.eval_tokens
+    return f"validation on {f'all {predicted:,}' if predicted <= limit else f'{limit:,} of {predicted:,}'} tokens"
 
 
 def print_end(run: "LiveRun", forecast: "Forecast", predicted: "Prediction | str") -> None:

@@ -18,20 +18,24 @@ class _Conflict:
     replacement: Any = None  # None: the default
 
 
-def over_preset(preset: dict[str, Any], given: dict[str, Any], say: Callable[[str], None]) -> TrainConfig:
+def over_preset(
+    preset: dict[str, Any], given: dict[str, Any], say: Callable[[str], None], source: str = "the preset"
+) -> TrainConfig:
     """Return the config of a preset with the user's settings `given` replaced in it.
 
     A setting of the preset that is impossible with the user's settings is replaced by its default, and `say` gets a
-    line about it. The user's own settings never change. Raises UserError.
+    line about it, in which `source` names the preset. The user's own settings never change. Raises UserError.
     """
-    settings, notices = merged(preset, given)
+    settings, notices = merged(preset, given, source)
     config = from_settings(settings)
     for notice in notices:
         say(notice)
     return config
 
 
-def merged(preset: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def merged(
+    preset: dict[str, Any], given: dict[str, Any], source: str = "the preset"
+) -> tuple[dict[str, Any], list[str]]:
     """Return the settings of `over_preset` by name, and its lines. Raises UserError."""
     preset = resolve_settings(preset)
     given = resolve_settings(given)
@@ -40,7 +44,7 @@ def merged(preset: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any
         name = conflict.name
         ignored.setdefault(conflict.reason, []).append(f"{name} = {short_repr(preset[name])}")
         preset[name] = FIELDS[name].default if conflict.replacement is None else conflict.replacement
-    notices = [f"{', '.join(settings)} of the preset is ignored: {reason}" for reason, settings in ignored.items()]
+    notices = [f"{', '.join(settings)} of {source} is ignored: {reason}" for reason, settings in ignored.items()]
     return preset | given, notices
 
 

@@ -96,6 +96,7 @@ class Outcome:
     losses: Sequence[float] = ()  # of each seed; () if the setting was stopped, or is not finished
     difference: Difference | None = None  # from the reference; None for the reference itself
     words: str = ""
+    is_reference: bool = False  # of one setting at most, with which the others are compared
 
     @property
     def mean(self) -> float | None:
@@ -120,17 +121,18 @@ def outcomes(tried: Try) -> list[Outcome]:
     known = {name: losses for name, losses in finished.items() if name not in tried.stopped}
     ranked = best_first(known)
     by_name = {setting.name: setting for setting in tried.settings}
-    reference = next(iter(by_name if tried.against == "first" else ranked), "")  # "": there is none yet
+    # "": a search has begun no setting yet
+    reference = next(iter(by_name if tried.against == "first" else ranked or by_name), "")
     differences = differences_from(reference, known, tried.against) if reference in known else {}
     found = []
     for name in ranked:
         difference = differences.get(name)
         words = verdict(difference) if difference else f"the {tried.against}" if name == reference else "not compared"
-        found.append(Outcome(by_name[name], runs[name], known[name], difference, words))
+        found.append(Outcome(by_name[name], runs[name], known[name], difference, words, name == reference))
     for name in (name for name in by_name if name not in known):
         stop = tried.stopped.get(name)
         words = f"stopped at step {stop['step']:,}: {stop['words']}" if stop else "not finished"
-        found.append(Outcome(by_name[name], runs[name], words=words))
+        found.append(Outcome(by_name[name], runs[name], words=words, is_reference=name == reference))
     return found
 
 

@@ -22,9 +22,9 @@ def draw_try(tried: Try, found: Sequence[Outcome]) -> "Figure":
 
     shown = found[:PANELS]
     curves = [[points for run in outcome.runs if (points := losses(run.rows, "val"))] for outcome in shown]
-    across = min(4, max(1, math.ceil(math.sqrt(len(shown)))))
+    across = min(4, max(1, len(shown)))
     down = max(1, math.ceil(len(shown) / across))
-    figure = Figure(figsize=(3.1 * across, 2.4 * down + 0.6), dpi=130, layout="constrained")
+    figure = Figure(figsize=(3.1 * across, 2 * down + 0.6), dpi=130, layout="constrained")
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     points = [point for runs in curves for run in runs for point in run]
     end = max((step for step, _ in points), default=1)

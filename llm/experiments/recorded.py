@@ -14,6 +14,7 @@ from llm.errors import UserError
 from llm.record.metrics import NAME, read_record, with_lower_loss
 from llm.record.runs import Origin, origins
 from llm.start.run_data import places_of
+from llm.storage.lines import Row
 from llm.tokens.token_files import files_of, read_meta
 
 Axis = Literal["step", "tokens", "seconds"]
@@ -127,7 +128,12 @@ def read_run(path: Path, data_dir: str | None = None) -> RecordedRun:
         raise UserError(f"{path}: no run here (no config.toml); give the folder of a training run")
     config = from_settings(read_toml(str(path / "config.toml")))
     has_record = (path / NAME).exists()  # a run that has just begun has none
-    rows = [row for row in read_record(path) if row["split"] == "val"] if has_record else []
+    return recorded_run(path, config, read_record(path) if has_record else [], data_dir)
+
+
+def recorded_run(path: Path, config: TrainConfig, rows: Sequence[Row], data_dir: str | None = None) -> RecordedRun:
+    """Return the run in the folder `path` whose settings and record are `config` and `rows`; `data_dir`: as above."""
+    rows = [row for row in rows if row["split"] == "val"]
     try:
         environment = storage.read_json(path / "env.json")
     except UserError:  # lost; what cannot be compared without it is said

@@ -15,7 +15,7 @@ from llm.errors import Failure, UserError
 from llm.export import llama_cpp
 from llm.export.gguf_file import OUR_VERSION, write_gguf
 from llm.export.proof import FLOAT32_BOUND, Proof, prove
-from llm.export.source import Source, check_tokenizer
+from llm.export.source import Source
 from llm.weights.gguf_file import MAGIC, read_gguf
 
 # Largest difference of a logit as a share of the largest: what the type's rounding of weights and activations can do
@@ -40,7 +40,6 @@ def export_gguf(source: Source, out: Path, dtype: str, overwrite: bool, say: Cal
         Failure: the disk is full, or llama.cpp stopped.
     """
     check_free(out, overwrite)
-    check_tokenizer(source.run.path, source.tokenizer, "gguf")
     if source.model.config.block_size < 2:
         raise UserError("block_size = 1: llama.cpp cannot run a context of one token; export a run with a longer one")
     storage.check_writable(out.parent)

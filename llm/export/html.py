@@ -29,7 +29,7 @@ from llm.export.browser.assemble import assemble
 from llm.export.browser.pack import Dtype, Packed, load, pack, unpack
 from llm.export.browser.read_back import open_reader
 from llm.export.proof import Proof, prove, validation_text
-from llm.export.source import Source, check_tokenizer
+from llm.export.source import Source
 from llm.record.chart_style import format_loss
 from llm.report.facts import Report
 from llm.report.gather import gather
@@ -82,12 +82,11 @@ def export(source: Source, out: Path, dtype: Dtype = "float16", overwrite: bool 
         overwrite: replace an earlier export.
 
     Raises:
-        UserError: `out` exists or cannot be made, the page has no such tokenizer or no room for the model, a weight is
+        UserError: `out` exists or cannot be made, the page has no room for the model, a weight is
             too large for float16, or the file does not give the run's ids and logits.
         Failure: the disk is full.
     """
     check_free(out, overwrite)
-    check_tokenizer(source.run.path, source.tokenizer, "html")
     size = 4 * sum(p.numel() for p in source.model.parameters())
     if size > LARGEST:
         raise UserError(

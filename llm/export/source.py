@@ -28,13 +28,16 @@ class Source:
     data_dir: str | None = None  # where they are, if not where the run left them
 
 
-def open_source(run_dir: Path, weights: str = "best", data_dir: str | None = None, say: Say = print) -> Source:
+def open_source(run_dir: Path, to: str, weights: str = "best", data_dir: str | None = None, say: Say = print) -> Source:
     """Return the run in `run_dir` with its "best" weights (its last if it has no others), or with its "last".
 
-    `say` gets a line if the run's token files are not where the run left them: the proof then lacks the validation
-    text. Raises UserError if there is no run, it has no weights, or `data_dir` does not hold its token files.
+    `to` is the format that it is for: hf, gguf or html. `say` gets a line if the run's token files are not where the
+    run left them: the proof then lacks the validation text. Raises UserError if there is no run, it has no weights, its
+    tokenizer does not go into the format, or `data_dir` does not hold its token files.
     """
     run = Run.open(run_dir)
+    if to != "hf":
+        _check_tokenizer(run_dir, run.tokenizer, to)  # before the weights are read
     if weights == "best" and not (run.path / "best.pt").is_file():
         weights = "last"
     name = {"best": "best.pt", "last": "model.pt"}[weights]
@@ -47,11 +50,8 @@ def open_source(run_dir: Path, weights: str = "best", data_dir: str | None = Non
     return Source(run, name, model, tokenizer, _validation(run, data_dir, say), data_dir)
 
 
-def check_tokenizer(run_dir: Path, tokenizer: Tokenizer, to: str) -> None:
-    """Raise UserError if the run has another program's tokenizer, which only a folder in Hugging Face's format holds.
-
-    `to` is the format that was asked for: gguf or html.
-    """
+def _check_tokenizer(run_dir: Path, tokenizer: Tokenizer, to: str) -> None:
+    """Raise UserError for another program's tokenizer, which only a folder in Hugging Face's format holds."""
     if tokenizer.kind != "hf":
         return
     export = f"losscurve export {shlex.quote(str(run_dir))} --to hf"

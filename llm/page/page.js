@@ -99,18 +99,23 @@ async function drawComparison() { // of several runs; only where somebody looks,
 
 // ---- tries: the server reads and draws them anew only if one of their files has changed
 
+let drawnTries = ""; // the answer that is drawn: a table that is made anew has lost its place of scrolling
 async function drawTries() {
-  let tries;
+  let answer;
   try {
-    tries = await (await fetch("tries")).json();
+    answer = await (await fetch("tries")).text();
   } catch {
     return; // the connection line says that the server is gone
   }
+  const tries = JSON.parse(answer);
+  if (tries.length) setTimeout(() => drawSoon(drawTries), 10000);
+  if (answer === drawnTries) return;
+  drawnTries = answer;
   $("tries").hidden = !tries.length;
   $("tries").replaceChildren(...tries.flatMap(({ name, error, rows, picture, words }) => {
     const title = element("h2", name);
     if (error) return [title, element("p", error, "words")];
-    const table = element("table"), scroll = element("div", undefined, "scroll"), image = element("img");
+    const table = element("table"), scroll = element("div", undefined, "scroll tall"), image = element("img");
     const [heads, ...cells] = rows;
     table.append(element("thead"), element("tbody"));
     table.tHead.append(tableRow(heads, heads.length));
@@ -123,7 +128,6 @@ async function drawTries() {
     image.alt = showControls(words);
     return [title, scroll, image];
   }));
-  if (tries.length) setTimeout(() => drawSoon(drawTries), 10000);
 }
 
 // ---- samples over time

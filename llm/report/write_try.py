@@ -9,10 +9,9 @@ from llm.experiments.compare import compare_pair
 from llm.experiments.comparison_picture import draw_comparisons
 from llm.experiments.outcome import Outcome, best_toml, columns, outcomes
 from llm.experiments.picture import alternative, picture_url
-from llm.experiments.recorded import Group, read_run
-from llm.experiments.trials import Setting, Try, read_try
+from llm.experiments.recorded import Group, recorded_run
+from llm.experiments.trials import Try, read_try
 from llm.record.chart_style import data_url
-from llm.record.metrics import NAME
 from llm.report.write_html import MARK, read_part, security_policy, template_environment, write_page
 
 COMPARED = 6  # settings in the picture of differences, at most: more lines cannot be told apart
@@ -34,8 +33,7 @@ def try_page(folder: Path) -> str:
     found = outcomes(tried)
     table = columns(tried, found)
     style = read_part("report.css") + STYLE
-    first = tried.settings if tried.against == "first" else [outcome.setting for outcome in found]
-    reference = first[0] if first else None  # a search may have begun no setting yet
+    reference = next((outcome for outcome in found if outcome.is_reference), None)
     return MARK + template_environment().from_string(read_part("try.html")).render(
         name=folder.resolve().name,
         count=len(tried.settings),
@@ -47,26 +45,26 @@ def try_page(folder: Path) -> str:
         picture=picture_url(tried, found),
         differences=differences_url(tried, found, reference) if reference else "",
         compared=COMPARED,
-        reference=reference.name if reference else "",
+        reference=reference.setting.name if reference else "",
         toml=best_toml(tried, found),
         style=Markup(style),
         policy=security_policy(style, ""),
     )
 
 
-def differences_url(tried: Try, found: Sequence[Outcome], reference: Setting) -> str:
+def differences_url(tried: Try, found: Sequence[Outcome], reference: Outcome) -> str:
     """Return the picture of the best settings and their differences from the reference; "" if nothing compares."""
-    shown = [reference, *(outcome.setting for outcome in found if outcome.setting != reference)]
+    shown = [reference, *(outcome for outcome in found if not outcome.is_reference)]
     groups: list[Group] = []
     names = {}
-    for setting in shown:
-        folders = [tried.run_dir(setting, seed) for seed in tried.seeds]
-        runs = [read_run(folder) for folder in folders if (folder / NAME).is_file()]
+    for outcome in shown:
+        places = [tried.run_dir(outcome.setting, run.config.seed) for run in outcome.runs]
+        runs = [recorded_run(place, run.config, run.rows) for place, run in zip(places, outcome.runs, strict=True)]
         if runs and all(run.evaluations for run in runs) and len(groups) < COMPARED:
             letter = chr(ord("A") + len(groups))
             groups.append(Group(letter, runs))
-            names[letter] = setting.name
-    if names.get("A") != reference.name:
+            names[letter] = outcome.setting.name
+    if names.get("A") != reference.setting.name:
         return ""  # the reference has no evaluation yet
     comparisons = [compare_pair(groups[0], other) for other in groups[1:]]
     if not any(comparison.findings for comparison in comparisons):

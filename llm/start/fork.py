@@ -51,7 +51,7 @@ def fork(run_dir: Path, step: int, changes: dict[str, Any], out_dir: Path, say: 
     state = find_state(run_dir, step)
     changes = resolve_settings(changes)
     ruled_out: list[str] = []
-    config = over_preset(to_settings(before), changes, ruled_out.append)
+    config = over_preset(to_settings(before), changes, ruled_out.append, source=str(run_dir))
     check_changes(before, config)
     check_free(out_dir)
     groups, facts = checkpoint.load_state(state)

@@ -62,7 +62,7 @@ def new_run(
                 stack.enter_context(open_new_folder(parts, overwrite, is_pretrained, say))
             world.mark_started()
         connect(parts, say)
-        yield LiveRun(parts, Path(config.out_dir), Progress(), text.prompt)
+        yield LiveRun(parts, Path(config.out_dir), Progress(), text.prompt, text.fine_tuning)
 
 
 def check_request(config: TrainConfig, overwrite: bool, world: World) -> tuple[torch.device, torch.dtype]:
@@ -90,6 +90,7 @@ class OpenText:
     data: TokenData
     tokenizer: Tokenizer | None
     prompt: str
+    fine_tuning: str  # a line about the settings for it; "": the weights are not of another program
 
 
 def open_new_text(
@@ -106,6 +107,7 @@ def open_new_text(
     weights of `init_from`.
     """
     start = None
+    line = ""
     if config.init_from:
         given = changed_settings(config) if given is None else given
         start = starting_point(config, say, given)
@@ -119,11 +121,11 @@ def open_new_text(
         check_tokens(config, data, start.tokenizer, tokenizer)
         if start.is_pretrained:
             config = fine_tuning.with_steps(config, len(data.train), given or ())
-            say(fine_tuning.line(config, len(data.train), given or ()))
+            line = fine_tuning.line(config, len(data.train), given or ())
     prompt = config.sample_prompt or default_prompt(data, tokenizer)
     if tokenizer is not None:
         tokenizer.encode(prompt)  # raises now if a character is not in the vocabulary
-    return resolve(config, data, dtype, prompt), OpenText(data, tokenizer, prompt), start
+    return resolve(config, data, dtype, prompt), OpenText(data, tokenizer, prompt, line), start
 
 
 def open_new_folder(parts: Parts, overwrite: bool, is_pretrained: bool, say: Say) -> contextlib.ExitStack:

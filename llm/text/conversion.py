@@ -21,24 +21,27 @@ KEPT_SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson")  # a converted file keeps t
 ARCHIVE_SUFFIXES = (".tgz", ".txz", ".tbz", ".tar.gz", ".tar.xz", ".tar.bz2", ".tar.zst")
 
 
-def conversion_command(filter_command: str, shell_name: str) -> str:
-    """Return the shell command that converts a file into text by a filter, or the pipe that converts a stream."""
+def conversion_command(filter_command: str, shell_name: str, suffix: str = ".txt") -> str:
+    """Return the shell command that converts a file into text by a filter, or the pipe that converts a stream.
+
+    `suffix` is that of the new file, where `converted_name` does not keep another.
+    """
     if not shell_name:
         return f"… | {filter_command} | losscurve …"
     source = shlex.quote(shell_name)
-    target = shlex.quote(converted_name(shell_name))
+    target = shlex.quote(converted_name(shell_name, suffix))
     decompressor = DECOMPRESSORS.get(Path(shell_name).suffix.lower())
     if decompressor:
         return f"{decompressor} < {source} | {filter_command} > {target}"
     return f"{filter_command} < {source} > {target}"
 
 
-def converted_name(name: str) -> str:
+def converted_name(name: str, suffix: str = ".txt") -> str:
     """Return the name of the file that `conversion_command` writes: a.utf8.txt for a.txt, a.txt.gz or a.pdf."""
     path = Path(name)
     while path.suffix.lower() in COMPRESSED_SUFFIXES:
         path = path.with_suffix("")
-    suffix = path.suffix if path.suffix.lower() in KEPT_SUFFIXES else ".txt"
+    suffix = path.suffix if path.suffix.lower() in KEPT_SUFFIXES else suffix
     return str(path.with_name(f"{path.stem}.utf8{suffix}"))
 
 

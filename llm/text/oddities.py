@@ -30,10 +30,17 @@ MARKUP = {  # the suffix of a file, and what such a file holds besides its text
 
 REMEDIES = {
     "JSON": "to read only its texts, write one JSON object a line into a .jsonl file",
-    "a table (CSV)": "to read only its texts, save it as .jsonl or .parquet and name the column with --text_field",
-    "a table (TSV)": "to read only its texts, save it as .jsonl or .parquet and name the column with --text_field",
     "XML": "its tags are part of the text",
 }
+
+
+DIALECTS = {"a table (CSV)": "excel", "a table (TSV)": "excel-tab"}  # of Python's csv module
+
+
+TO_ROWS = (  # a filter; csv refuses fields of more than 131,072 characters by default
+    "python3 -c 'import csv, json; csv.field_size_limit(2**31 - 1); [print(json.dumps(row)) for row in "
+    """csv.DictReader(open(0, encoding="utf-8-sig", newline=""), dialect="{dialect}")]'"""
+)
 
 
 @dataclass
@@ -93,9 +100,21 @@ class Oddities:
 
 
 def _describe_markup(markup: str, counts: list[Count]) -> str:
-    command = conversion_command("pandoc -f html -t plain", counts[0].shell_name)
-    remedy = REMEDIES.get(markup) or f"to get its text alone: {command}"
+    if markup in DIALECTS:
+        remedy = _describe_rows(markup, counts[0].shell_name)
+    else:
+        command = conversion_command("pandoc -f html -t plain", counts[0].shell_name)
+        remedy = REMEDIES.get(markup) or f"to get its text alone: {command}"
     return f"{_list_files(counts)}: read as plain text, though it is {markup}; {remedy}"
+
+
+def _describe_rows(table: str, shell_name: str) -> str:
+    """Return how to read a column of a table alone."""
+    remedy = "to read only the texts of a column, give it as JSON Lines, and the column by --text_field"
+    if not shell_name:  # the rows of a stream would be read as plain text too
+        return remedy
+    command = conversion_command(TO_ROWS.format(dialect=DIALECTS[table]), shell_name, ".jsonl")
+    return f"{remedy}; to write them: {command}"
 
 
 def _describe_mark(mark: str, counts: list[Count]) -> str:

@@ -56,7 +56,7 @@ SIGNATURES = (
 ZIP_FORMATS = (  # a pattern of the names in a zip archive, the format, and the remedy
     (rb"\[Content_Types\]\.xml.*word/", "a Word document (docx)", "| pandoc -f docx -t plain"),
     (rb"\[Content_Types\]\.xml.*xl/", "a spreadsheet (xlsx)", "save it as CSV in UTF-8"),
-    (rb"\[Content_Types\]\.xml.*ppt/", "a presentation (pptx)", "| pandoc -f pptx -t plain"),
+    (rb"\[Content_Types\]\.xml.*ppt/", "a presentation (pptx)", "save it as plain text in UTF-8"),
     (rb"mimetypeapplication/epub\+zip", "a book (EPUB)", "| pandoc -f epub -t plain"),
     (rb"mimetypeapplication/vnd\.oasis\.opendocument\.text", "an OpenDocument text", "| pandoc -f odt -t plain"),
     (rb"data\.pkl", "model weights (PyTorch)", OTHER),

@@ -47,6 +47,7 @@ WIDE_FORMATS = {  # in the order in which they are tried
 
 
 SIGNATURES = {
+    b"<!DOCTYPE html>\n<!-- losscurve ": ("a page that losscurve wrote", "open it in a browser"),
     b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "download the file with: git lfs pull"),
     b"\x1f\x8b\x08": ("a gzip file", "unpack it first, with gunzip"),
     b"\x28\xb5\x2f\xfd": ("a Zstandard file", "unpack it first, with unzstd"),

@@ -32,11 +32,12 @@ class LiveRun:
     the last save succeeded; otherwise it names the step that could not be saved, and the cause.
     """
 
-    def __init__(self, parts: Parts, out_dir: Path, progress: Progress, prompt: str) -> None:
+    def __init__(self, parts: Parts, out_dir: Path, progress: Progress, prompt: str, fine_tuning: str = "") -> None:
         self.parts = parts
         self.out_dir = out_dir
         self.progress = progress
         self.prompt = prompt
+        self.fine_tuning = fine_tuning  # of a new run from another program's weights: a line about its settings
         self.stop: Callable[[], bool] = lambda: False
         self.deadline: Deadline | None = None  # of a run for a given time
         self.reason: str | None = None

@@ -12,7 +12,7 @@ NETWORK_HOP = 14e-6
 
 ETHERNET = 10e9 / 8  # bytes per second of 10 Gbit/s, assumed between machines of unknown network
 
-GLOO_HOP = 130e-6  # seconds: gloo between two processes of one machine; the middle of 104 and 155 us (docs/decisions.md)
+GLOO_HOP = 130e-6  # seconds: gloo between two processes of a machine; between 104 and 155 us (docs/decisions.md)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import time
 import types
@@ -36,7 +37,7 @@ LINES = ("text", "machine", "model", "steps", "loss")
 @pytest.fixture(autouse=True)
 def free_machine(monkeypatch):
     """No other work: it would keep a short time from being refused."""
-    monkeypatch.setattr("llm.plan.timing.os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr("llm.plan.timing.seconds_of_others", lambda: 0.0)
 
 
 def machine(flops_per_second=2e11, growth=1.0):
@@ -339,19 +340,21 @@ def test_too_little_time_says_how_much_it_needs(here, losscurve, monkeypatch):
 
 
 def test_beside_other_work_the_smallest_model_is_trained_instead(here, losscurve, monkeypatch):
-    monkeypatch.setattr(proposal, "short_probe", lambda config: Pace(1.0, 1e-6, 1e-3))
-    monkeypatch.setattr("llm.plan.timing.os.getloadavg", lambda: (77.0, 0.0, 0.0))
+    monkeypatch.setattr(proposal, "short_probe", lambda config: Pace(1.0, 1e-6, 1e-3, others=77.0))
     code, out, err = losscurve("plan --text text.txt --time 4s")
     assert code == 0, err
     (line,) = err.splitlines()[-1:]
-    assert "load 77.0" in line
+    assert f"other work kept 77.0 of {os.cpu_count()} cores busy" in line
     assert "20 steps are planned, and the run takes more if the machine becomes faster" in line
     assert "llama 2 x 64" in out
     assert "steps      20 of" in out
     code, _, err = losscurve("plan --text text.txt --time 2s")  # not enough to start
     assert code == 2
     assert "time = 2 s: too short" in err
-    monkeypatch.setattr(proposal, "short_probe", machine())
+    measure = machine()
+    monkeypatch.setattr(
+        proposal, "short_probe", lambda config: dataclasses.replace(measure(config), others=os.cpu_count())
+    )
     code, _, err = losscurve("plan --text text.txt --time 60s")
     assert code == 0
     assert err.splitlines()[-1].endswith("the times assume that it continues")

@@ -91,6 +91,19 @@ def test_resume_continues_and_refuses_what_would_be_another_run(run, losscurve):
     assert "nowhere: no run here" in err
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["report {}", "export {} --to hf --out o", "plot {}", "compare {} {}", "fork {} --at 4", "sample --out_dir {}"],
+)
+def test_a_file_in_place_of_a_run_folder_is_told(run, losscurve, command):
+    code, _, err = losscurve(command.replace("{}", "checkpoints/model.pt"))
+    assert code == 2
+    assert err == "error: checkpoints/model.pt: is a file; give the folder of a training run, such as checkpoints\n"
+    code, _, err = losscurve(command.replace("{}", "text.txt"))
+    assert code == 2
+    assert err == "error: text.txt: is a file; give the folder of a training run\n"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupt_saves_and_prints_how_to_resume(here, start, number, code):
     process = start(f"train --text text.txt --data_dir data {flags(max_steps=10**6)}")

@@ -203,7 +203,15 @@ def test_a_field_is_for_rows(here, losscurve):
     code, _, err = losscurve("prepare text.txt --tokenizer byte --text_field content")
     assert code == 2
     assert err.startswith("error: text_field = 'content': is for rows of .jsonl, ")
+    assert err.endswith("and there are none; leave it out\n")
     assert not Path("data").exists()
+    Path("a.csv").write_text("id,content\n1,one\n", encoding="utf-8")
+    code, _, err = losscurve("prepare text.txt a.csv --tokenizer byte --text_field content")
+    assert code == 2
+    refusal, _, command = err.partition("; to write those of a.csv: ")
+    assert refusal.startswith("error: text_field = 'content': is for rows of .jsonl, ")
+    subprocess.run(command, shell=True, check=True, timeout=60)
+    assert losscurve("prepare a.utf8.jsonl --tokenizer byte --text_field content --data_dir rows")[0] == 0
     write_rows("a.jsonl", [ROWS[0], {"text": "a"}])
     code, _, err = losscurve("prepare a.jsonl --tokenizer byte --text_field content")
     assert code == 2

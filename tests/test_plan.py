@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -237,6 +238,35 @@ def test_time_is_the_sum_of_its_parts():
         timing.run_seconds(small(), Text(9000, 30, 20 * timing.TOKENIZING_RATE), PACE)["starting"]
         == found["starting"] + 20
     )
+
+
+def test_a_probe_counts_the_cores_that_others_keep_busy():
+    """A program that is always busy shows; the steps of the probe itself do not, however long it has trained before."""
+    if timing.seconds_of_others() is None:
+        pytest.skip("this system does not tell")
+    config = small()
+    alone = timing.probe(config, 0.5).others
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            beside = timing.probe(config, 0.5).others
+        finally:
+            busy.kill()
+    assert beside > alone + 0.3 or beside > os.cpu_count() - 1.5  # the second: the machine was full before
+    assert timing.busy_line(Pace(1, 1, 1, others=0.2 * os.cpu_count())) == ""
+    assert "other work kept" in timing.busy_line(Pace(1, 1, 1, others=0.3 * os.cpu_count()))
+
+
+def test_seconds_of_others_are_those_of_the_system_without_our_own(monkeypatch):
+    """/proc/stat counts user, nice, system, idle, waiting, two kinds of interrupts, and what a host took away."""
+    content = "cpu  1000 200 300 9999 9999 40 50 60 7777 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n"
+    monkeypatch.setattr(timing.Path, "read_text", lambda path: content)
+    monkeypatch.setattr(timing.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(timing.time, "process_time", lambda: 1.5)
+    assert timing.seconds_of_others() == 16.5 - 1.5
+    monkeypatch.setattr(timing, "seconds_of_others", lambda: 14.0)
+    assert timing._cores_of_others(12.0, 4.0) == 0.5
+    monkeypatch.setattr(timing.os, "getloadavg", lambda: (3.0, 2.0, 1.0))
+    assert timing._cores_of_others(None, 4.0) == 3.0  # a system that does not tell
 
 
 def test_a_probe_measures_and_a_short_schedule_does_not_end_it():

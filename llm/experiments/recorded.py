@@ -10,7 +10,7 @@ import numpy as np
 from llm import storage
 from llm.config import TrainConfig, from_settings, read_toml
 from llm.config.differences import resolved_settings
-from llm.errors import UserError
+from llm.errors import UserError, no_run
 from llm.record.metrics import NAME, read_record, with_lower_loss
 from llm.record.runs import Origin, origins
 from llm.start.run_data import places_of
@@ -125,7 +125,7 @@ def read_run(path: Path, data_dir: str | None = None) -> RecordedRun:
         UserError: there is no run, or its settings or its record are damaged.
     """
     if not (path / "config.toml").is_file():
-        raise UserError(f"{path}: no run here (no config.toml); give the folder of a training run")
+        raise no_run(path, "config.toml")
     config = from_settings(read_toml(str(path / "config.toml")))
     has_record = (path / NAME).exists()  # a run that has just begun has none
     return recorded_run(path, config, read_record(path) if has_record else [], data_dir)

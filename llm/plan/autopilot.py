@@ -128,7 +128,7 @@ def choose_run(
     if not request.config.init_from:
         request = dataclasses.replace(request, config=with_vocabulary(request.config, text.vocabulary))
     choice = Choice(request, facts, proposal.propose(request, text, measure or proposal.short_probe))
-    if line := busy_line():
+    if line := busy_line(choice.proposal.pace):
         steps = choice.proposal.config.max_steps
         if steps <= rule.LEAST_STEPS:
             line += f": {steps} steps are planned, and the run takes more if the machine becomes faster"

@@ -13,7 +13,7 @@ from llm.plan import rule
 from llm.plan.request import Request
 from llm.plan.steps import affordable_steps, useful_steps, with_steps
 from llm.plan.text_size import Text
-from llm.plan.timing import Pace, fits, other_load, preparing_seconds, probe, starting_seconds
+from llm.plan.timing import Pace, fits, preparing_seconds, probe, starting_seconds
 
 Measure = Callable[[TrainConfig], Pace]
 Shapes = dict[GPTConfig, TrainConfig]
@@ -126,7 +126,7 @@ def estimate(model: GPTConfig, paces: dict[GPTConfig, Pace]) -> Pace:
     nearest = min(paces, key=lambda other: abs(math.log(ratios[other])))
     pace, growth = paces[nearest], ratios[nearest] ** rule.STEP_GROWTH
     sampled = pace.sampled_token * model.n_layer / nearest.n_layer  # one token at a time: few FLOPs in each layer
-    return Pace(pace.step * growth, pace.evaluated_token * growth, sampled)
+    return Pace(pace.step * growth, pace.evaluated_token * growth, sampled, pace.others)
 
 
 def suits(config: TrainConfig, request: Request, text: Text, pace: Pace) -> bool:
@@ -146,7 +146,7 @@ def check_time(config: TrainConfig, request: Request, text: Text, pace: Pace) ->
     """
     steps = affordable_steps(config, request, text, pace, 1)
     starts_in_time = starting_seconds(text) - text.uncounted < rule.FILL * request.seconds
-    if steps >= rule.LEAST_STEPS or (other_load() and starts_in_time):
+    if steps >= rule.LEAST_STEPS or (pace.is_disturbed and starts_in_time):
         return
     prepared = dataclasses.replace(text, unprepared=0, preparation=0.0, uncounted=0.0)
     needed = math.ceil(rule.PREPARING_SHARE * request.seconds)  # first without the preparation

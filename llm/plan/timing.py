@@ -44,19 +44,27 @@ BPE_TRAINING_RATE = 5 * MIB  # bytes per second, before that, of at most the SAM
 
 PROBE_SECONDS = 3.0  # of steps
 
-
-def other_load() -> float:
-    """Return the system's load of the last minute, 0 if it left half of the cores free or the system has none."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return load if load > 0.5 * (os.cpu_count() or 1) else 0.0
+DISTURBING = 0.25  # of the cores: other work that takes more than this is told
 
 
-def busy_line() -> str:
-    """Return a line that says that other work distorts the measurements; "" if none does."""
-    load = other_load()
-    if not load:
+def busy_line(pace: "Pace") -> str:
+    """Return a line that says that other work distorts a measurement; "" if hardly any did."""
+    if not pace.is_disturbed:
         return ""
-    return f"other work was running here in the last minute (load {load:.1f}); the times assume that it continues"
+    return (
+        f"other work kept {pace.others:.1f} of {os.cpu_count()} cores busy while this machine was measured; the times "
+        "assume that it continues"
+    )
+
+
+def seconds_of_others() -> float | None:
+    """Return the processor seconds of all other processes since some moment; None if the system does not tell."""
+    try:
+        numbers = Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]
+    except OSError:  # not Linux
+        return None
+    user, nice, system, _, _, irq, softirq, steal = map(int, numbers)
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def fits(config: TrainConfig) -> bool:
@@ -70,11 +78,17 @@ def fits(config: TrainConfig) -> bool:
 
 @dataclass(frozen=True)
 class Pace:
-    """The seconds that were measured on this machine."""
+    """The seconds that were measured on this machine, and what else it did meanwhile."""
 
     step: float
     evaluated_token: float
     sampled_token: float
+    others: float = 0.0  # cores that other processes kept busy; where that is unknown, the load of the last minute
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether other work took a large part of the processor."""
+        return self.others > DISTURBING * (os.cpu_count() or 1)
 
 
 def probe(config: TrainConfig, seconds: float = PROBE_SECONDS) -> Pace:
@@ -88,14 +102,22 @@ def probe(config: TrainConfig, seconds: float = PROBE_SECONDS) -> Pace:
     tokens = np.random.default_rng(0).integers(0, vocab_size, max(100_000, 2 * block_size)).astype(np.uint32)
     val = tokens[: max(WINDOW_TOKENS, block_size) + 1]
     data = TokenData(Path(), tokens, val, vocab_size, True, "random", {})
-    others = seconds / 6  # for evaluation, and as long for sampling
+    rest = seconds / 6  # for evaluation, and as long for sampling
+    began, before = time.perf_counter(), seconds_of_others()
     with fixed_order(device):
         parts = build(config, data, None, device, choose_dtype(config.dtype, device))
-        return Pace(
-            _step_seconds(parts, seconds),
-            _evaluated_token_seconds(parts, others),
-            _sampled_token_seconds(parts, others),
+        pace = Pace(
+            _step_seconds(parts, seconds), _evaluated_token_seconds(parts, rest), _sampled_token_seconds(parts, rest)
         )
+    return dataclasses.replace(pace, others=_cores_of_others(before, time.perf_counter() - began))
+
+
+def _cores_of_others(before: float | None, seconds: float) -> float:
+    """Return the cores that others kept busy in the last `seconds`, since `seconds_of_others` was `before`."""
+    after = seconds_of_others()
+    if before is None or after is None:
+        return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(0.0, (after - before) / seconds)
 
 
 def _median_seconds(work: Callable[[int], object], seconds: float) -> float:

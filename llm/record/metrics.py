@@ -27,7 +27,7 @@ import math
 import statistics
 from pathlib import Path
 
-from llm.errors import UserError
+from llm.errors import UserError, no_run
 from llm.storage import lines
 from llm.storage.lines import Lines, Row, parse_object
 
@@ -75,7 +75,7 @@ def read_record(run_dir: Path) -> list[Row]:
     try:
         return [row for _, row in lines.read(path, parse_row)]
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path.parent}: no run here (no {NAME}); give the folder of a training run") from None
+        raise no_run(run_dir, NAME) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 

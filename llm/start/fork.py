@@ -14,7 +14,7 @@ from llm import storage
 from llm.arch import empty_model
 from llm.config import MODEL_FIELDS, TrainConfig, from_settings, over_preset, resolve_settings, to_settings, write_toml
 from llm.config.differences import folder_name, settings_apart
-from llm.errors import UserError
+from llm.errors import UserError, no_run
 from llm.record import metrics, samples
 from llm.start.changes import new_run_command
 from llm.start.resume_run import check_unfinished
@@ -79,6 +79,8 @@ def find_state(run_dir: Path, step: int | None) -> Path:
     steps = checkpoint.saved_steps(run_dir)
     if step in steps:
         return run_dir / checkpoint.folder_name(step)
+    if not (run_dir / "config.toml").is_file():
+        raise no_run(run_dir, "config.toml")
     if not steps:
         raise UserError(f"{run_dir}: no saved state to fork from; train it first, or give the folder of another run")
     raise UserError(

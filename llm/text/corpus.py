@@ -19,7 +19,7 @@ from llm.config import NO_PATH, check_expanded, is_pattern, short_repr
 from llm.errors import Failure, UserError
 from llm.storage import download
 from llm.text import folders, hub, rows
-from llm.text.oddities import Oddities
+from llm.text.oddities import Oddities, rows_command
 from llm.text.text_file import CHUNK, File
 
 SHAKESPEARE = "shakespeare"
@@ -111,10 +111,13 @@ def _open_default(folder: Path, offline: bool) -> Corpus:
 def _check_field_is_used(files: list[File], text_field: str | None) -> None:
     if text_field in (None, rows.FIELD):
         return
-    if not any(file.in_rows and file.field == text_field for file in files):
-        raise UserError(
-            f"text_field = {text_field!r}: is for rows of {', '.join(rows.SUFFIXES)}, and there are none; leave it out"
-        )
+    if any(file.in_rows and file.field == text_field for file in files):
+        return
+    refusal = f"text_field = {text_field!r}: is for rows of {', '.join(rows.SUFFIXES)}, and there are none"
+    for file in files:
+        if command := rows_command(file.label, file.shell_name):
+            raise UserError(f"{refusal}; to write those of {file.label}: {command}")
+    raise UserError(f"{refusal}; leave it out")
 
 
 def look(source: Corpus, alphabet: bool = False) -> Survey:

@@ -111,10 +111,20 @@ def _describe_markup(markup: str, counts: list[Count]) -> str:
 def _describe_rows(table: str, shell_name: str) -> str:
     """Return how to read a column of a table alone."""
     remedy = "to read only the texts of a column, give it as JSON Lines, and the column by --text_field"
+    command = _rows_command(table, shell_name)
+    return f"{remedy}; to write them: {command}" if command else remedy
+
+
+def rows_command(label: str, shell_name: str) -> str:
+    """Return the command that writes the rows of a file as JSON Lines, "" if its name is not that of a table."""
+    markup = _markup_of_name(label)
+    return _rows_command(markup, shell_name) if markup in DIALECTS else ""
+
+
+def _rows_command(table: str, shell_name: str) -> str:
     if not shell_name:  # the rows of a stream would be read as plain text too
-        return remedy
-    command = conversion_command(TO_ROWS.format(dialect=DIALECTS[table]), shell_name, ".jsonl")
-    return f"{remedy}; to write them: {command}"
+        return ""
+    return conversion_command(TO_ROWS.format(dialect=DIALECTS[table]), shell_name, ".jsonl")
 
 
 def _describe_mark(mark: str, counts: list[Count]) -> str:
@@ -136,12 +146,8 @@ def _list_files(counts: list[Count]) -> str:
 
 def _detect_markup(label: str, first_piece: str) -> str:
     """Return the markup of a text, by the file's name or its first characters; "" for plain text."""
-    name = label.lower()
-    for suffix in SUFFIXES:
-        name = name.removesuffix(suffix)
-    for suffix, markup in MARKUP.items():
-        if name.endswith(suffix):
-            return markup
+    if markup := _markup_of_name(label):
+        return markup
     start = first_piece[:100].lstrip().lower()
     if start.startswith(("<!doctype html", "<html")):
         return "HTML"
@@ -156,3 +162,10 @@ def _is_json_object(line: str) -> bool:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _markup_of_name(label: str) -> str:
+    name = label.lower()
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return next((markup for suffix, markup in MARKUP.items() if name.endswith(suffix)), "")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm.arch import Model, make_model, tensor_shapes
 from llm.config import GPTConfig, TrainConfig, from_settings, read_toml
-from llm.errors import UserError
+from llm.errors import UserError, no_run
 from llm.tokens.foreign import is_text, signature
 
 WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which training programs store the weights
@@ -36,7 +36,7 @@ def run_config(folder: Path) -> TrainConfig:
             f"--checkpoint {folder}"
         )
     if not (folder / "config.toml").is_file():
-        raise UserError(f"{folder}: no run here (no config.toml); give the folder of one, or train one there")
+        raise no_run(folder, "config.toml")
     return from_settings(read_toml(str(folder / "config.toml")))
 
 

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     from llm.plan.choice_lines import choice_lines
     from llm.plan.plan_file import check_new, write
     from llm.plan.text_size import text_of, with_vocabulary
-    from llm.plan.timing import fits, probe
+    from llm.plan.timing import busy_line, fits, probe
     from llm.start.fine_tuning import with_steps
     from llm.start.init_from import starting_point
 
@@ -57,8 +57,9 @@ def main(argv: list[str]) -> int:
         else:
             text = text_of(config)
             config = with_vocabulary(config, text.vocabulary)
-        warn_if_busy()
         pace = probe(config) if fits(config) else None
+        if pace and (line := busy_line(pace)):
+            warn(line)
     facts = predict(config, text, pace)
     if request and "process" in facts["memory"]:
         facts["memory"]["process"] += choice.kept_bytes
@@ -82,14 +83,6 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan_scale.add_flags(parser)
     return parser.read(argv)
-
-
-def warn_if_busy() -> None:
-    """Warn if other work slows this machine down, because it distorts the measurements."""
-    from llm.plan.timing import busy_line
-
-    if line := busy_line():
-        warn(line)
 
 
 def predict(config: TrainConfig, text: "Text", pace: "Pace | None") -> dict[str, Any]:

@@ -18,7 +18,7 @@ from llm.errors import UserError
 from llm.plan import autopilot, proposal, rule, timing
 from llm.plan.proposal import suits
 from llm.plan.request import read_request
-from llm.plan.steps import useful_steps
+from llm.plan.steps import parameters_per_token, useful_steps
 from llm.plan.text_size import Text, with_vocabulary
 from llm.plan.timing import Pace
 from llm.prepare.reuse import ensure
@@ -117,12 +117,23 @@ def test_a_small_text_gets_short_windows_and_few_of_them():
     assert (rule.windows(128, tokens), rule.windows(128, tokens - 1), rule.windows(16, 10)) == (16, 8, 1)
 
 
-def test_weight_decay_dropout_and_cooldown_follow_from_the_epochs():
-    assert rule.regularisation(6.9, "wsd") == {"weight_decay": 0.1, "dropout": 0.0, "decay_fraction": 0.6}
-    assert rule.regularisation(7, "wsd") == {"weight_decay": 0.3, "dropout": 0.0, "decay_fraction": 0.6}
-    assert rule.regularisation(10, "wsd") == {"weight_decay": 0.3, "dropout": 0.1, "decay_fraction": 0.6}
-    assert rule.regularisation(30, "wsd") == {"weight_decay": 0.3, "dropout": 0.2, "decay_fraction": 0.7}
-    assert rule.regularisation(30, "cosine") == {"weight_decay": 0.3, "dropout": 0.2}
+def test_weight_decay_and_dropout_follow_from_passes_and_repetition():
+    assert rule.regularisation(6.9, 59, "wsd") == {"weight_decay": 0.1, "dropout": 0.0, "decay_fraction": 0.6}
+    assert rule.regularisation(7, 59, "wsd") == {"weight_decay": 0.3, "dropout": 0.0, "decay_fraction": 0.6}
+    assert rule.regularisation(6.9, 60, "wsd") == {"weight_decay": 0.1, "dropout": 0.1, "decay_fraction": 0.6}
+    assert rule.regularisation(10, 1, "wsd") == {"weight_decay": 0.3, "dropout": 0.1, "decay_fraction": 0.6}
+    assert rule.regularisation(10, 200, "cosine") == {"weight_decay": 0.3, "dropout": 0.2}
+    assert rule.regularisation(30, 1, "cosine") == {"weight_decay": 0.3, "dropout": 0.2}
+
+
+@pytest.mark.parametrize(("n_layer", "n_embd", "dropout"), [(6, 192, 0.0), (8, 320, 0.1)])
+def test_a_model_that_is_large_for_its_text_gets_dropout_after_fewer_passes(n_layer, n_embd, dropout):
+    """Eight passes, of models with 3.3 and 12 parameters in their blocks for each token."""
+    text = Text(800_000, 1024)
+    found = proposed(text, 600, lambda config: Pace(0.27, 1e-6, 1e-3), n_layer=n_layer, n_embd=n_embd, batch_size=12)
+    passes = found.config.max_steps * found.config.tokens_per_step / text.tokens
+    assert 7 < passes < 9
+    assert found.config.model.dropout == dropout
 
 
 def test_a_short_time_measures_fewer_shapes():
@@ -220,13 +231,14 @@ def test_dropout_is_measured_because_it_takes_time():
         pace = machine(1e10)(config)
         return dataclasses.replace(pace, step=pace.step * (2 if config.model.dropout else 1))
 
-    text = Text(200_000, 512)
-    found = proposed(text, 600, measure, n_layer=2, n_embd=64)
+    text = Text(30_000, 512)
+    found = proposed(text, 600, measure, n_layer=3, n_embd=96)
     assert found.config.model.dropout > 0
     assert found.pace == measure(found.config)
     assert (found.measured, found.probes) == (1, 2)
-    epochs = found.config.max_steps * found.config.tokens_per_step / text.tokens
-    assert found.config.model.dropout == rule.regularisation(max(epochs, 8), "wsd")["dropout"]
+    passes = found.config.max_steps * found.config.tokens_per_step / text.tokens
+    repetition = max(passes * parameters_per_token(found.config, text), 60)
+    assert found.config.model.dropout == rule.regularisation(passes, repetition, "wsd")["dropout"]
 
 
 # ---- given settings

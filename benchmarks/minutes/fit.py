@@ -69,9 +69,11 @@ def measured() -> tuple[list[Row], set[str]]:
 
 def has_rule(row: dict[str, str]) -> bool:
     """Return whether a run had what the rule chooses today, except for its shape."""
-    _, weight_decay, dropout, _ = rule.row_for(rule.REGULARISATION, float(row["epochs"]))
+    passes = float(row["epochs"])
+    repetition = passes * float(row["blocks"]) / float(row["train_tokens"])
+    chosen = rule.regularisation(passes, repetition, "wsd")
     given = {word for word in row["flags"].split() if word.startswith("--")}
-    return given <= SHAPE_FLAGS and (float(row["weight_decay"]), float(row["dropout"])) == (weight_decay, dropout)
+    return given <= SHAPE_FLAGS and all(float(row[name]) == chosen[name] for name in ("weight_decay", "dropout"))
 
 
 def fitted(rows: list[Row]) -> Fit:

@@ -162,6 +162,8 @@ def with_weights(request: Request, say: Callable[[str], None]) -> tuple[Request,
         chosen = fine_tuning.settings(config.model, request.given)
         if not request.given.keys() & {"optimizer", *MUON_SETTINGS}:
             chosen["optimizer"] = "adamw"  # which such models were trained with
+        if "dropout" not in request.given:
+            chosen["dropout"] = 0.0  # few passes; they are large because they have learned from other texts
         config = from_settings(chosen, config)
         settings |= chosen
         epochs = fine_tuning.EPOCHS

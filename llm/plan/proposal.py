@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm.config import GPTConfig, TrainConfig, from_settings
-from llm.config.counts import count_parameters_by_part, flops_per_token
+from llm.config.counts import flops_per_token
 from llm.errors import UserError
 from llm.plan import rule
 from llm.plan.request import Request
-from llm.plan.steps import affordable_steps, useful_steps, with_steps
+from llm.plan.steps import affordable_steps, parameters_per_token, useful_steps, with_steps
 from llm.plan.text_size import Text
 from llm.plan.timing import Pace, fits, preparing_seconds, probe, starting_seconds
 
@@ -74,7 +74,7 @@ def finish(
     shapes: tuple[GPTConfig, ...],
     measure: Measure,
 ) -> Proposal:
-    """Return the run of the chosen shape, with the regularisation that its epochs call for."""
+    """Return the run of the chosen shape, with the regularisation that its passes call for."""
     pace = paces[chosen.model]
     probes = len(paces)
     config = with_chosen(chosen, request, regularisation(chosen, request, text, pace, probes))
@@ -86,13 +86,15 @@ def finish(
 
 
 def regularisation(config: TrainConfig, request: Request, text: Text, pace: Pace, probes: int) -> dict[str, float]:
-    """Return weight decay, dropout and cool-down for the epochs of `config`.
+    """Return weight decay, dropout and cool-down for the passes of `config` over its text.
 
     If it has dropout, it keeps at least the lowest one.
     """
-    tokens = affordable_steps(config, request, text, pace, probes) * config.tokens_per_step
-    least = min(row[0] for row in rule.REGULARISATION if row[2] > 0) if config.model.dropout else 0
-    return rule.regularisation(max(tokens / text.tokens, least), config.schedule)
+    passes = affordable_steps(config, request, text, pace, probes) * config.tokens_per_step / text.tokens
+    repetition = passes * parameters_per_token(config, text)
+    if config.model.dropout:
+        repetition = max(repetition, rule.DROPOUTS[1][1])
+    return rule.regularisation(passes, repetition, config.schedule)
 
 
 def with_chosen(config: TrainConfig, request: Request, chosen: dict[str, Any]) -> TrainConfig:
@@ -131,8 +133,7 @@ def estimate(model: GPTConfig, paces: dict[GPTConfig, Pace]) -> Pace:
 
 def suits(config: TrainConfig, request: Request, text: Text, pace: Pace) -> bool:
     """Return whether a shape gets GOOD_STEPS at a pace, and is not so large that it memorises the text."""
-    blocks = count_parameters_by_part(config.model)["blocks"]
-    if blocks > rule.PARAMETERS_PER_TOKEN * text.tokens:
+    if parameters_per_token(config, text) > rule.PARAMETERS_PER_TOKEN:
         return False
     steps = affordable_steps(config, request, text, pace, rule.probes(request.seconds))
     return steps >= min(rule.GOOD_STEPS, int(useful_steps(config, request, text)))

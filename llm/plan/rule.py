@@ -40,10 +40,12 @@ WINDOWS = ((0, 16), (256, 12))  # (block_size from which a row counts, windows i
 USEFUL_STEPS = 1000  # a text that MOST_EPOCHS would read in fewer steps gets fewer windows in a step
 
 MOST_EPOCHS = 40  # more passes over the text gain little
-MOST_REPETITION = 90  # passes x parameters of the blocks for each training token: beyond, a text is learned by heart
+# The repetition of a run is its passes x the parameters of its blocks for each training token.
+MOST_REPETITION = 90  # beyond, a text is learned by heart
 ENOUGH_STEPS = 2000  # fewer steps are never too many for this reason
-# (epochs from which a row counts, weight decay, dropout, share of the cool-down)
-REGULARISATION = ((0, 0.1, 0.0, 0.6), (7, 0.3, 0.0, 0.6), (10, 0.3, 0.1, 0.6), (30, 0.3, 0.2, 0.7))
+WEIGHT_DECAYS = ((0, 0.1), (7, 0.3))  # (passes from which a row counts, weight decay)
+DROPOUTS = ((0, 0, 0.0), (10, 60, 0.1), (30, 200, 0.2))  # (passes, or repetition, from which a row counts, dropout)
+COOLDOWN = 0.6  # share of the steps, with wsd
 
 MUON_LR = 0.03
 MUON_MAX_LR = 3e-3  # of AdamW's share of the parameters
@@ -173,8 +175,8 @@ def probes(seconds: float) -> int:
     return max(1, min(MOST_PROBES, int(PROBING_SHARE * seconds / probe_seconds(seconds))))
 
 
-def regularisation(epochs: float, schedule: str) -> dict[str, float]:
-    """Return weight decay, dropout, and with wsd the share of the cool-down, for so many passes over the text."""
-    _, weight_decay, dropout, cooldown = row_for(REGULARISATION, epochs)
-    cooling = {"decay_fraction": cooldown} if schedule == "wsd" else {}
-    return {"weight_decay": weight_decay, "dropout": dropout} | cooling
+def regularisation(passes: float, repetition: float, schedule: str) -> dict[str, float]:
+    """Return weight decay, dropout, and with wsd the share of the cool-down, for so many passes and such repetition."""
+    dropouts = [dropout for least, repeated, dropout in DROPOUTS if passes >= least or repetition >= repeated]
+    found = {"weight_decay": row_for(WEIGHT_DECAYS, passes)[1], "dropout": dropouts[-1]}
+    return found | ({"decay_fraction": COOLDOWN} if schedule == "wsd" else {})

@@ -39,9 +39,13 @@ def affordable_steps(config: TrainConfig, request: Request, text: Text, pace: Pa
 def useful_steps(config: TrainConfig, request: Request, text: Text) -> float:
     """Return the most steps that are useful: those of the most passes, fewer for a model that is large for its text."""
     passes_of_a_step = config.tokens_per_step / text.tokens
-    parameters = count_parameters_by_part(config.model)["blocks"] / text.tokens  # for each token
-    enough = max(rule.ENOUGH_STEPS, rule.MOST_REPETITION / parameters / passes_of_a_step)
+    enough = max(rule.ENOUGH_STEPS, rule.MOST_REPETITION / parameters_per_token(config, text) / passes_of_a_step)
     return max(rule.LEAST_STEPS, min(request.most_epochs / passes_of_a_step, enough))
+
+
+def parameters_per_token(config: TrainConfig, text: Text) -> float:
+    """Return the parameters of the blocks for each training token."""
+    return count_parameters_by_part(config.model)["blocks"] / text.tokens
 
 
 def count_evaluations(config: TrainConfig, request: Request, pace: Pace) -> int:

@@ -83,7 +83,7 @@ class Pace:
     step: float
     evaluated_token: float
     sampled_token: float
-    others: float = 0.0  # cores that other processes kept busy; where that is unknown, the load of the last minute
+    others: float = 0.0  # cores that other processes kept busy; 0 where the system does not tell
 
     @property
     def is_disturbed(self) -> bool:
@@ -116,7 +116,7 @@ def _cores_of_others(before: float | None, seconds: float) -> float:
     """Return the cores that others kept busy in the last `seconds`, since `seconds_of_others` was `before`."""
     after = seconds_of_others()
     if before is None or after is None:
-        return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        return 0.0
     return max(0.0, (after - before) / seconds)
 
 

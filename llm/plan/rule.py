@@ -31,7 +31,7 @@ SHAPES = (  # (n_layer, n_embd), from small to large
 )
 HEAD_SIZES = ((0, 32), (192, 64))  # (width from which a row counts, channels of a head)
 GOOD_STEPS = 900  # the largest shape that gets so many steps is taken,
-PARAMETERS_PER_TOKEN = 12  # unless its blocks have more parameters for each training token than these
+PARAMETERS_PER_TOKEN = 7  # unless its blocks have more parameters for each training token than these
 
 BLOCK_SIZES = ((0, 128), (120, 256))  # (seconds from which a row counts, block_size)
 SMALLEST_BLOCK = 16

@@ -1,7 +1,9 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for the matrices of the blocks.
 
 Muon replaces the momentum of a matrix by the nearest (semi-)orthogonal matrix: an update then changes all directions
-of the matrix by about the same amount, not mostly the few that dominate the gradient.
+of the matrix by about the same amount, not mostly the few that dominate the gradient. After it, all vectors along the
+longer side get one length, so that no neuron is changed more than another (Li et al. 2025, "NorMuon", here without its
+mean over the steps).
 """
 
 import math
@@ -51,15 +53,28 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x
 
 
+def balanced(matrices: Tensor) -> Tensor:
+    """Return matrices (N, rows, columns), rows <= columns, with columns of one length. Their norms stay.
+
+    The rows of an orthogonal matrix have one length; its columns, which are more, need not have one.
+    """
+    lengths = torch.linalg.vector_norm(matrices, dim=1, keepdim=True, dtype=torch.float32)
+    factors: Tensor = lengths.square().mean(2, keepdim=True).sqrt() / lengths.clamp(min=EPS)
+    return matrices * factors.to(matrices.dtype)
+
+
 def orthogonalize_all(matrices: list[Tensor]) -> list[Tensor]:
-    """Orthogonalize matrices of any shapes. Those of one shape, or its transpose, are one batch of products."""
+    """Orthogonalize and balance matrices of any shapes. Those of one shape, or its transpose, are one batch.
+
+    Of a square matrix, the rows get one length.
+    """
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for number, matrix in enumerate(matrices):
         by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(number)
     found = list(matrices)
     for numbers in by_shape.values():
-        is_tall = {number: matrices[number].size(0) > matrices[number].size(1) for number in numbers}
-        wide = orthogonalize(torch.stack([matrices[n].mT if is_tall[n] else matrices[n] for n in numbers]))
+        is_tall = {number: matrices[number].size(0) >= matrices[number].size(1) for number in numbers}
+        wide = balanced(orthogonalize(torch.stack([matrices[n].mT if is_tall[n] else matrices[n] for n in numbers])))
         for n, matrix in zip(numbers, wide, strict=True):
             found[n] = matrix.mT if is_tall[n] else matrix
     return found
@@ -74,10 +89,10 @@ def scaled(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for the hidden matrices of a model, and the given AdamW for its other parameters: one optimizer.
 
-    The learning rate is the size of an update: the spectral norm of the change of a matrix is about lr *
-    sqrt(max(1, rows / columns)), as in Jordan's implementation. So the root mean square of its elements is
-    lr / sqrt(columns), whatever the shape. Weight decay is decoupled: a step first multiplies a matrix by
-    1 - lr * weight_decay.
+    The learning rate is the size of an update: as in Jordan's implementation, the root mean square of the elements of
+    a change is about lr / sqrt(columns), whatever the shape. Its spectral norm is about lr * sqrt(max(1, rows /
+    columns)), or a little more since the vectors along the longer side have one length. Weight decay is decoupled: a
+    step first multiplies a matrix by 1 - lr * weight_decay.
 
     If the attribute `found_inf` (one float32) is not 0, a step leaves weights and momentum as they are, as the fused
     AdamW does. Gradients must be unscaled before the step.

@@ -14,7 +14,7 @@ from torch import nn
 from llm.config import GPTConfig, TrainConfig, from_settings, over_preset, to_settings
 from llm.errors import UserError
 from llm.model import GPT
-from llm.muon import COEFFICIENTS, ITERATIONS, Muon, balanced, hidden_matrices, orthogonalize, orthogonalize_all
+from llm.muon import COEFFICIENTS, MARGIN, Muon, balanced, hidden_matrices, orthogonalize, orthogonalize_all
 from llm.optim import make_optimizer
 from llm.plan import arithmetic
 from llm.record.verdicts import gentler_flags
@@ -60,9 +60,12 @@ def everything(model, optimizer):
 # ---- the iteration
 
 
+JORDAN = (3.4445, -4.7750, 2.0315)  # the coefficients of all five of his iterations, and of PyTorch's
+
+
 def polynomial(s):
-    a, b, c = COEFFICIENTS
-    for _ in range(ITERATIONS):
+    s = s / MARGIN
+    for a, b, c in COEFFICIENTS:
         s = a * s + b * s**3 + c * s**5
     return s
 
@@ -77,13 +80,21 @@ def test_the_iteration_keeps_singular_vectors_and_maps_singular_values(shape):
 
 
 def test_singular_values_end_in_the_stated_interval():
-    s = polynomial(torch.linspace(0.0051, 1, 10**6, dtype=torch.float64))
-    assert 0.67 < s.min() < 0.69
-    assert 1.19 < s.max() < 1.21
+    s = polynomial(torch.linspace(0.0077, 1, 10**6, dtype=torch.float64))
+    assert 0.63 < s.min() < 0.65
+    assert 1.35 < s.max() < 1.37
     for dtype in (torch.float32, torch.bfloat16):
         matrices = drawn(2, 4, 16, 40).to(dtype)
         found = torch.linalg.svdvals(orthogonalize(matrices).float())
-        assert 0.66 < found.min() < found.max() < 1.22, dtype  # bfloat16 has three digits
+        assert 0.62 < found.min() < found.max() < 1.38, dtype  # bfloat16 has three digits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_of_one_direction_does_not_diverge(dtype):
+    """Its singular value is its norm: the largest that there can be, and rounded."""
+    matrices = drawn(4, 50, 16, 1) @ drawn(5, 50, 1, 40)
+    found = torch.linalg.matrix_norm(orthogonalize(matrices.to(dtype)).float(), 2)
+    assert 0.62 < found.min() < found.max() < 1.38
 
 
 def test_a_matrix_of_zeros_stays_zero():
@@ -126,18 +137,18 @@ def test_the_vectors_along_the_longer_side_get_one_length_and_nothing_else_chang
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch before 2.9 has no Muon")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_updates_are_those_of_pytorchs_muon(dtype, tolerance, monkeypatch):
-    """But for the lengths along the longer side, which PyTorch's leaves as they are.
+    """With its coefficients, and but for the lengths along the longer side, which it leaves as they are.
 
     Tolerance, of a change with singular values near lr: float32 rounds each iteration, and bfloat16 has 3 digits.
     """
     monkeypatch.setattr("llm.muon.balanced", lambda x: x)
+    monkeypatch.setattr("llm.muon.COEFFICIENTS", 5 * (JORDAN,))
+    monkeypatch.setattr("llm.muon.MARGIN", 1.0)
     if dtype == torch.float32:
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # PyTorch's knows bfloat16 only
     parameters, ours = muon_for(SHAPES.values(), dtype=dtype)
     twins = [nn.Parameter(p.detach().clone()) for p in parameters]
-    theirs = torch.optim.Muon(
-        twins, lr=0.1, weight_decay=0.3, momentum=0.9, adjust_lr_fn="original", ns_steps=ITERATIONS
-    )
+    theirs = torch.optim.Muon(twins, lr=0.1, weight_decay=0.3, momentum=0.9, adjust_lr_fn="original")
     for step in range(5):
         lr = 0.1 / (1 + step)
         ours.param_groups[-1]["lr"] = theirs.param_groups[0]["lr"] = lr
@@ -157,7 +168,7 @@ def test_the_learning_rate_is_the_size_of_an_update():
     for name, p, old in zip(SHAPES, parameters, before, strict=True):
         change = p.detach() - old
         spectral = 0.01 * math.sqrt(max(1, p.size(0) / p.size(1)))
-        assert torch.linalg.matrix_norm(change, 2) == pytest.approx(spectral, rel=0.22), name
+        assert torch.linalg.matrix_norm(change, 2) == pytest.approx(spectral, rel=0.4), name  # singular values, and lengths
         assert change.square().mean().sqrt() == pytest.approx(0.01 / math.sqrt(p.size(1)), rel=0.25), name
 
 

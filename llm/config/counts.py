@@ -41,11 +41,11 @@ def matrix_shapes(config: GPTConfig) -> list[tuple[int, int]]:
 def muon_flops(config: GPTConfig) -> float:
     """Return the floating-point operations of one update of all hidden matrices by Muon.
 
-    Each of its four iterations makes three products for a matrix of r rows and c >= r columns: 2 r r c for its Gram
+    Each of its three iterations makes three products for a matrix of r rows and c >= r columns: 2 r r c for its Gram
     matrix, 2 r r r for the square of that, 2 r r c for the new matrix.
     """
     sides = [sorted(shape) for shape in matrix_shapes(config)]
-    return 4.0 * config.n_layer * sum(4 * r * r * c + 2 * r**3 for r, c in sides)
+    return 3.0 * config.n_layer * sum(4 * r * r * c + 2 * r**3 for r, c in sides)
 
 
 def count_parameters_by_part(config: GPTConfig) -> dict[str, int]:

@@ -168,7 +168,7 @@ def test_the_learning_rate_is_the_size_of_an_update():
     for name, p, old in zip(SHAPES, parameters, before, strict=True):
         change = p.detach() - old
         spectral = 0.01 * math.sqrt(max(1, p.size(0) / p.size(1)))
-        assert torch.linalg.matrix_norm(change, 2) == pytest.approx(spectral, rel=0.4), name  # singular values, and lengths
+        assert torch.linalg.matrix_norm(change, 2) == pytest.approx(spectral, rel=0.4), name
         assert change.square().mean().sqrt() == pytest.approx(0.01 / math.sqrt(p.size(1)), rel=0.25), name
 
 

@@ -83,6 +83,7 @@ all=plain,plain-bf16,transformers-bf16,ours,ours-any-order,ours-compiled
 large=ours,ours-any-order,ours-compiled,ours-plain-loss
 times=(--rounds 3 --steps 10 --batch_size 32 --train_seconds 25)
 if [[ -n $dry ]]; then
+    export OMP_NUM_THREADS=1 # the checks run side by side, and threads of two programs wait for each other
     model=(--n_layer 1 --n_head 1 --n_embd 16 --block_size 16 --batch_size 2 --max_steps 120)
     checks=(--few --device cpu)
     steps+=(--device cpu --small --rounds 1 --steps 2)

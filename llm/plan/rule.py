@@ -61,7 +61,8 @@ FILL = 0.95  # of the time that the plan fills
 LEAST_STEPS = 20
 MOST_PROBES = 4  # shapes that are measured
 PROBING_SHARE = 0.1  # of the time, for these probes; one is always made
-PROBE_SECONDS = ((0, 0.5), (60, 1.0), (240, 2.5), (600, 4.0))  # (seconds of the run from which, of one probe)
+# (seconds of the run from which a row counts, seconds of one probe, about)
+PROBE_SECONDS = ((0, 0.5), (60, 1.0), (240, 2.5), (600, 4.0))
 STEP_GROWTH = 0.75  # the time of a step grows with its FLOPs to this power, until it is measured
 
 # ---- the rule

@@ -9,7 +9,7 @@ N tokens, C channels, V vocabulary.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,16 @@ GPU_ROWS_BYTES = 2**30  # a chunk on a GPU, where a block is a whole row, becaus
 ROUND = 64  # chunks are multiples of so many rows: other products are slower
 SMALL = 256  # vocabulary up to which all logits at once, by plain operations, are faster in bfloat16 on a CPU
 HALF_SCALE = 16  # the sums of a product in float16 are divided by this before it, and by the rest of n after it
+TAUGHT_BYTES = 12  # held at once for each logit of a model with a teacher: three matrices in float32
 SAFE = 60.0  # exp of numbers up to this size, and its sum over a row, stay in the range of float32 and bfloat16
+
+
+class Taught(NamedTuple):
+    """What a teacher predicts of the tokens that a model learns from, as the two factors of its logits."""
+
+    hidden: Tensor  # (..., C'), of the positions of the model's own hidden states
+    weight: Tensor  # (V, C')
+    share: float  # of the target that is the teacher's; the rest is the token of the text
 
 
 def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -35,14 +44,21 @@ def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
     )
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, taught: Taught | None = None) -> Tensor:
     """Return the mean cross-entropy, in nats per token, of the logits `hidden @ weight.T`.
 
     hidden (..., C), weight (V, C), targets (...) with ids below V. Products run in the autocast precision if autocast
     is on, else in that of `hidden`; softmax and loss are always float32.
+
+    With `taught`, the value is the same, and the gradient is that of the cross-entropy with (1 - share) times the
+    targets plus share times what the teacher predicts (distillation, Hinton et al. 2015, at temperature 1). So losses
+    with and without a teacher compare.
     """
     rows, kind = hidden.reshape(-1, hidden.size(-1)), hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    if taught is not None:
+        theirs = taught.hidden.reshape(len(rows), -1), taught.weight, taught.share
+        return _TaughtCrossEntropy.apply(rows, weight, targets.reshape(-1), dtype, *theirs)  # type: ignore[no-any-return, no-untyped-call]
     if kind == "cpu" and dtype == torch.bfloat16 and len(weight) <= SMALL:
         return plain_cross_entropy(rows, weight, targets)
     if not torch.is_grad_enabled():  # autograd.Function does not see no_grad(); detach, or it computes gradients anyway
@@ -152,3 +168,41 @@ def _loss_and_gradients(
             grad_weight.index_add_(0, wanted, rows.float(), alpha=-1 / n)
     found = [g if g is None else g.to(kind) for g, kind in zip((grad_hidden, grad_weight), dtypes, strict=True)]
     return total / n, found[0], found[1]
+
+
+class _TaughtCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        their_hidden: Tensor,
+        their_weight: Tensor,
+        share: float,
+    ) -> Tensor:
+        """Compute the loss and its gradients together, for some rows at a time."""
+        n, ours, theirs = len(hidden), weight.to(dtype), their_weight.to(dtype)
+        chunk = chunk_rows(n, len(weight), TAUGHT_BYTES, hidden.device.type == "cpu")
+        grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, n, chunk):
+            part = slice(start, start + chunk)
+            rows, wanted = hidden[part].to(dtype), targets[part, None]
+            predicted = torch.log_softmax((rows @ ours.t()).float(), 1)
+            total -= predicted.gather(1, wanted).sum()
+            mixed_in = torch.softmax((their_hidden[part].to(dtype) @ theirs.t()).float(), 1)
+            slope = predicted.exp_().sub_(mixed_in, alpha=share)
+            slope.scatter_add_(1, wanted, slope.new_full((len(rows), 1), share - 1))
+            slope = slope.to(dtype)
+            grad_hidden[part] = slope @ ours
+            grad_weight += slope.t() @ rows
+        ctx.found = grad_hidden.div_(n).to(hidden.dtype), grad_weight.div_(n).to(weight.dtype)
+        return total / n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(g * grad for g in ctx.found), None, None, None, None, None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm.config import GPTConfig, counts
 from llm.errors import UserError
-from llm.loss import linear_cross_entropy
+from llm.loss import Taught, linear_cross_entropy
 from llm.machine import fused_block, fused_gpt2
 
 __all__ = ["GPT", "GPTConfig", "KVCache"]
@@ -226,10 +226,14 @@ class GPT(nn.Module):
         return self.ln_f(x)  # type: ignore[no-any-return]
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, seeds: Tensor | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        seeds: Tensor | None = None,
+        taught: Taught | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return (logits (B, T, V), None), or with targets (B, T): (None, mean cross-entropy in nats per token)."""
         x = self.hidden(idx, seeds=seeds)
         if targets is None:
             return self.lm_head(x), None
-        return None, linear_cross_entropy(x, self.lm_head.weight, targets)
+        return None, linear_cross_entropy(x, self.lm_head.weight, targets, taught)

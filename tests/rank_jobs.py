@@ -63,11 +63,11 @@ def record_inputs(trainer: Any) -> Iterator[dict[str, list[torch.Tensor]]]:
     forward = trainer.forward
     dropout = llm.model.Dropout.__call__
 
-    def recorded_forward(x: torch.Tensor, y: torch.Tensor, seeds: torch.Tensor) -> Any:
+    def recorded_forward(x: torch.Tensor, y: torch.Tensor, seeds: torch.Tensor, taught: Any = None) -> Any:
         if torch.is_grad_enabled():
             for name, value in (("x", x), ("y", y), ("seeds", seeds)):
                 seen[name].append(value.clone())
-        return forward(x, y, seeds)
+        return forward(x, y, seeds, taught)
 
     def recorded_dropout(self: Any, x: torch.Tensor) -> torch.Tensor:
         out = dropout(self, x)

@@ -69,6 +69,7 @@ def settings(place, name, **more):
 def jobs_of(place, size):
     """Return the jobs of a world of `size` by name; size 0 is one process without torchrun."""
     jobs = {}
+    taught = {"teacher": str(place / "first")}  # which rank 0 reads for all when a run is resumed
     for dtype in DTYPES[size]:
         for kind in KINDS if size else KINDS[:1]:
             name = f"{size} {kind} {dtype}"
@@ -77,18 +78,18 @@ def jobs_of(place, size):
             begin = settings(place, f"{name} evaluated", init_from=str(place / "first"), **more)
             jobs[f"{kind} {dtype} evaluated"] = job(rank_jobs.evaluate_first_weights, settings=begin, cases=EVALUATIONS)
     if size == 0:
-        jobs["ddp muon"] = job(rank_jobs.train, settings=settings(place, "muon", **MUON))
+        jobs["ddp muon"] = job(rank_jobs.train, settings=settings(place, "muon", **MUON | taught))
     for kind in KINDS if size in (0, 2) else ():
         if size or kind == "ddp":
-            two = settings(place, f"{size} {kind} two", **TWO | {"parallel": kind})
+            two = settings(place, f"{size} {kind} two", **TWO | taught | {"parallel": kind})
             jobs[f"{kind} two"] = job(rank_jobs.train, settings=two)
-            llama = settings(place, f"{size} {kind} llama", **LLAMA | {"parallel": kind})
+            llama = settings(place, f"{size} {kind} llama", **LLAMA | taught | {"parallel": kind})
             jobs[f"{kind} llama"] = job(rank_jobs.train, settings=llama)
     if size == 2:
         for kind in KINDS:
             again = settings(place, f"{kind} again", parallel=kind, activation_checkpointing=True)
             jobs[f"{kind} again"] = job(rank_jobs.train, settings=again)
-            muon = settings(place, f"{kind} muon", **MUON | {"parallel": kind})
+            muon = settings(place, f"{kind} muon", **MUON | taught | {"parallel": kind})
             jobs[f"{kind} muon"] = job(rank_jobs.train, settings=muon)
         offload = settings(place, "offload", parallel="fsdp", cpu_offload=True)
         jobs["offload"] = job(rank_jobs.train, settings=offload)

@@ -32,6 +32,7 @@ from llm.prepare.reuse import default_folder
 from llm.start.init_from import check_tokens, starting_point
 from llm.start.new_run import name_of
 from llm.start.run_folder import Say, disk_needed
+from llm.start.teacher import open_teacher, with_tokens
 from llm.start.texts import open_text
 from llm.storage import checkpoint
 from llm.tokens.saved_tokenizer import load_tokenizer
@@ -55,10 +56,9 @@ class Finding:
 class Rehearsal:
     """The checks of `config` for `world_size` processes, rehearsed by `nproc` processes in `folder`.
 
-    `is_here`: the run itself is meant for this machine, so its disk and memory must suffice. The caller removes
-    `folder`.
+    The caller removes `folder`. `is_here`: the run itself is meant for this machine: its disk and memory must suffice.
 
-    Raises UserError if `init_from` names no usable weights.
+    Raises UserError if `init_from` or `teacher` names no usable weights.
     """
 
     def __init__(
@@ -79,10 +79,13 @@ class Rehearsal:
         self.parts = folder / "parts"  # the run that is killed and resumed
         self.preset = folder / "small.toml"  # settings of both
         self.say = say
-        self.given: Tokenizer | None = None  # the tokenizer of the weights to start from
+        self.given: Tokenizer | None = None  # the tokenizer of init_from or of the teacher
         if config.init_from:
             start = starting_point(config, say)
             self.config, self.given = start.config, start.tokenizer
+        elif config.teacher:
+            teacher = open_teacher(config)
+            self.config, self.given = with_tokens(config, teacher, say), teacher.tokenizer
         self.small = shrink_config(self.config, nproc, world_size)
         self.is_prepared = False  # whether the run's own token files exist
         self.resumed_at = 0  # step

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from llm.config import TrainConfig, from_settings, to_settings
+from llm.config.recipe import TRAIN_FIELDS
 from llm.prepare.prepare import prepare
 from llm.start.run_folder import Say
 from llm.text import corpus
@@ -61,6 +62,8 @@ def shrink_config(config: TrainConfig, nproc: int, world_size: int) -> TrainConf
         "dtype": "float32" if config.optimizer == "muon" else config.dtype,
         "compile": False,
         "init_from": None,
+        "teacher": None,
+        "teacher_share": TRAIN_FIELDS["teacher_share"].default,
         "max_time": None,
         "patience": None,
     }

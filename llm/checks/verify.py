@@ -11,6 +11,7 @@ from llm.config import TrainConfig
 from llm.errors import UserError
 from llm.record import metrics
 from llm.start.run_data import open_run_data, places_of
+from llm.start.run_folder import TEACHER
 from llm.storage import checkpoint
 from llm.tokens.foreign import characters, check_format
 from llm.tokens.remedies import again
@@ -73,6 +74,9 @@ def _verify_checkpoints(run_dir: Path) -> Generator[Finding, None, dict[str, Any
         loaded = yield from _try(path, "a checkpoint to resume from", partial(checkpoint.load_state, path))
         if loaded:
             newest_facts = loaded[1]
+    if (run_dir / TEACHER).exists():
+        path = run_dir / TEACHER
+        yield from _try(path, "the teacher's weights", partial(checkpoint.load_state, path))
     for path in sorted(run_dir.glob("damaged-step-*")):
         yield Finding(path, None, "renamed by a resume because it was damaged; not used")
     return newest_facts

@@ -103,6 +103,7 @@ def run_process(argv: list[str], world: "World", began: float) -> int:
 
     from llm.commands.look.watch import beside
     from llm.commands.train_lines import print_end, print_start
+    from llm.plan.arithmetic import teacher_bytes
     from llm.plan.forecast import Forecast
     from llm.record.trackers import starts
     from llm.run import interrupts
@@ -136,6 +137,8 @@ def run_process(argv: list[str], world: "World", began: float) -> int:
     with contextlib.ExitStack() as stack:
         print_address = stack.enter_context(beside(out_dir)) if args.watch and world.leads else None
         run = open_run(stack, args, config, world, resumes=args.resume or left is not None, say=say)
+        if teacher := run.parts.teacher:
+            kept_bytes += teacher_bytes(run.parts.config, teacher.config)
         caught = stack.enter_context(interrupts())
         run.stop = lambda: bool(caught)
         run.deadline = deadline

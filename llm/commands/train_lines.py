@@ -36,6 +36,8 @@ def print_start(run: "LiveRun", kept_bytes: int, was_chosen: bool) -> None:
     else:
         print_best_effort(f"training on {describe_device(run.parts.device, run.parts.dtype)}")
         print_best_effort(start_lines(run))
+    if config.teacher:
+        print_best_effort(f"{config.teacher_share:.0%} of each target is what the teacher predicts: {config.teacher}")
     if run.fine_tuning:
         print_best_effort(run.fine_tuning)
     print_best_effort(outline(config, len(run.parts.data.train), kept_bytes))

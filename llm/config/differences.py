@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from llm.config.recipe import GPTConfig, TrainConfig
+from llm.config.recipe import TEACHER_SETTINGS, TRAIN_FIELDS, GPTConfig, TrainConfig
 from llm.config.settings import to_settings
 
 
@@ -18,6 +18,7 @@ def differing_settings(config: TrainConfig, ignored: Collection[str] = ()) -> di
     derived = _with_derived(config)
     same_kind = TrainConfig(optimizer=config.optimizer, model=GPTConfig(arch=config.model.arch))
     usual = to_settings(same_kind) | to_settings(TrainConfig())
+    usual |= {name: TRAIN_FIELDS[name].default for name in TEACHER_SETTINGS}
     usual |= {"warmup_steps": derived.warmup, "min_lr": derived.final_lr}
     return {
         name: value for name, value in to_settings(config).items() if name not in ignored and value != usual.get(name)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from llm.errors import UserError
 
-PATHS = ("text", "data_dir", "out_dir", "init_from")  # the fields that hold paths
+PATHS = ("text", "data_dir", "out_dir", "init_from", "teacher")  # the fields that hold paths
 
 BOOLEAN_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 

@@ -209,6 +209,12 @@ class TrainConfig:
     init_from: str | None = setting(
         None, "start from weights: a run folder, a .pt file, a folder in Hugging Face's format or its name on the hub"
     )
+    teacher: str | None = setting(
+        None, "learn from what these weights predict, too (distillation): a finished run, or what init_from takes"
+    )
+    teacher_share: float = setting(
+        0.5, "teacher: its share of the target; the rest is the text's token", above=0.0, high=1.0
+    )
     sample_prompt: str | None = setting(
         None, "prompt of the sample at each evaluation (default: ROMEO: or a line break)"
     )
@@ -228,15 +234,15 @@ class TrainConfig:
                 f"{self.schedule!r}; leave one of them out"
             )
         if self.optimizer != "muon":
-            self._check_no_muon_settings()
+            unused = f"optimizer = {self.optimizer!r} does not use it; leave it out, or give --optimizer muon"
+            self._check_default(MUON_SETTINGS, unused)
+        if self.teacher is None:
+            self._check_default(TEACHER_SETTINGS, "there is no teacher; leave it out, or give --teacher RUN")
 
-    def _check_no_muon_settings(self) -> None:
-        for name in MUON_SETTINGS:
+    def _check_default(self, names: tuple[str, ...], unused: str) -> None:
+        for name in names:
             if getattr(self, name) != TRAIN_FIELDS[name].default:
-                raise UserError(
-                    f"{name} = {getattr(self, name)}: optimizer = {self.optimizer!r} does not use it; leave it out, or "
-                    "give --optimizer muon"
-                )
+                raise UserError(f"{name} = {getattr(self, name)}: {unused}")
 
     @property
     def warmup(self) -> int:
@@ -276,5 +282,7 @@ MODEL_FIELDS = {f.name: f for f in dataclasses.fields(GPTConfig) if f.name != "v
 TRAIN_FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "model"}
 
 MUON_SETTINGS = ("muon_lr", "muon_momentum")  # apply to optimizer = "muon" only
+
+TEACHER_SETTINGS = ("teacher_share",)  # apply with a teacher only
 
 FIELDS = TRAIN_FIELDS | MODEL_FIELDS  # every flag of `train`, by name

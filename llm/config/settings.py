@@ -23,7 +23,15 @@ from llm.config.fields import (
     parse_integer,
     short_repr,
 )
-from llm.config.recipe import FIELDS, MODEL_FIELDS, MUON_SETTINGS, PRESETS, TRAIN_FIELDS, TrainConfig
+from llm.config.recipe import (
+    FIELDS,
+    MODEL_FIELDS,
+    MUON_SETTINGS,
+    PRESETS,
+    TEACHER_SETTINGS,
+    TRAIN_FIELDS,
+    TrainConfig,
+)
 from llm.errors import UserError
 
 ALIASES = {  # nanoGPT's names that mean the same
@@ -154,11 +162,11 @@ def from_settings(settings: dict[str, Any], base: TrainConfig | None = None) -> 
 def to_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the flat settings of a config: `from_settings(to_settings(c)) == c`.
 
-    Settings that are None, and those of another architecture or optimizer, are left out.
+    Settings that are None, and those of another architecture or optimizer or of no teacher, are left out.
     """
     values = {name: getattr(config, name) for name in TRAIN_FIELDS}
-    if config.optimizer != "muon":
-        values = {name: value for name, value in values.items() if name not in MUON_SETTINGS}
+    unused = (MUON_SETTINGS if config.optimizer != "muon" else ()) + (TEACHER_SETTINGS if not config.teacher else ())
+    values = {name: value for name, value in values.items() if name not in unused}
     model = config.model
     values |= {name: getattr(model, name) for name, f in MODEL_FIELDS.items() if f.metadata["arch"] in ("", model.arch)}
     return {name: value for name, value in values.items() if value is not None}

@@ -23,6 +23,7 @@ from markupsafe import Markup
 
 from llm import storage
 from llm.arch import Model
+from llm.config import TrainConfig
 from llm.errors import Failure, UserError
 from llm.evaluate import evaluate
 from llm.export.browser.assemble import assemble
@@ -165,9 +166,7 @@ def page(source: Source, report: Report, packed: Packed, quality: Quality | None
         report=report,
         title=f"A language model of {report.text}",
         facts=facts(source, report, packed.dtype, quality),
-        origin="trained further on this text"
-        if source.run.config.init_from
-        else "trained from scratch on this text alone",
+        origin=origin(source.run.config),
         token={"char": "a character", "byte": "a byte"}.get(source.tokenizer.kind, "a word or a piece of one"),
         prompt=first_prompt(source),
         about=_in_base85(description),
@@ -177,6 +176,15 @@ def page(source: Source, report: Report, packed: Packed, quality: Quality | None
         style=Markup(style),
         policy=security_policy(style, engine, script),
     )
+
+
+def origin(config: TrainConfig) -> str:
+    """Return what the weights were trained on, in words."""
+    if config.init_from:
+        return "trained further on this text"
+    if config.teacher:
+        return "trained from scratch on this text, and on what another model predicts of it"
+    return "trained from scratch on this text alone"
 
 
 def first_prompt(source: Source) -> str:

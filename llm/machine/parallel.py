@@ -99,7 +99,7 @@ class _ForwardModule(nn.Module):
         self.model = model
         self._forward = (forward,)  # a tuple, so that a compiled module is not registered as a second submodule
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *inputs: Any) -> Any:
         return self._forward[0](*inputs)
 
 

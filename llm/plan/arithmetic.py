@@ -19,7 +19,7 @@ from llm.config.counts import (
     flops_per_token,
     matrix_shapes,
 )
-from llm.loss import chunk_rows
+from llm.loss import TAUGHT_BYTES, chunk_rows
 from llm.machine import fused_gpt2, fused_llama
 from llm.machine.device import choose_device, choose_dtype
 from llm.machine.fused_block import LONGEST, can_compile
@@ -102,6 +102,25 @@ def memory_for(config: TrainConfig, on_cpu: bool, itemsize: int) -> dict[str, in
         share = FRAGMENTATION_OF_FUSED if _is_fused(config, on_cpu, itemsize) else FRAGMENTATION
         found["fragmentation"] = round(share * sum(found[part] for part in ("gradients", "loss", "activations")))
     return found
+
+
+def teacher_bytes(config: TrainConfig, teacher: GPTConfig) -> int:
+    """Return the bytes of a teacher of this shape at peak: its weights, its work on one block, and the logits of both.
+
+    It keeps no activations for a backward pass.
+    """
+    device = choose_device(config.device)
+    on_cpu, itemsize = device.type == "cpu", choose_dtype(config.dtype, device).itemsize
+    n = config.batch_size * config.model.block_size
+    block = n * (8 * teacher.n_embd + itemsize * (4 * teacher.n_embd + 4 * teacher.ffn_width))
+    rows = min(n, chunk_rows(n, teacher.vocab_size, TAUGHT_BYTES, on_cpu))
+    logits = TAUGHT_BYTES * rows * teacher.vocab_size
+    return 4 * count_parameters(teacher) + _low_precision_bytes(teacher, on_cpu, itemsize) + max(block, logits)
+
+
+def teacher_flops(teacher: GPTConfig) -> float:
+    """Return the FLOPs that a teacher of this shape adds for each token: its forward pass, a third of a step."""
+    return flops_per_token(teacher) / 3
 
 
 def muon_excess(held: dict[str, int], config: TrainConfig, on_cpu: bool, itemsize: int) -> int:

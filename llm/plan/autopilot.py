@@ -25,6 +25,7 @@ from llm.prepare.shards import Progress
 from llm.start import fine_tuning
 from llm.start.init_from import starting_point
 from llm.start.run_folder import refuse_existing
+from llm.start.teacher import open_teacher, with_tokens
 from llm.tokens.token_files import has_tokens, read_meta
 from llm.tokens.tokenizer import Tokenizer
 from llm.training.live import Deadline
@@ -59,6 +60,8 @@ class Choice:
         config, given = self.proposal.config, self.request.given
         if config.init_from:
             return "its weights have learned from other texts"
+        if config.teacher:
+            return f"it learns from {config.teacher}, too"
         if self.facts is None:
             return "of its text only the tokens are known"
         if self.facts.cross_entropy is None:
@@ -112,6 +115,8 @@ def choose_run(
     weights_tokenizer = None
     if request.config.init_from:
         request, weights_tokenizer = with_weights(request, say)
+    if request.config.teacher:
+        request, weights_tokenizer = with_teacher(request, say)
     facts = None
     if not has_own_tokens(request):
         facts = look_at(request.config, say)
@@ -171,6 +176,17 @@ def with_weights(request: Request, say: Callable[[str], None]) -> tuple[Request,
             del settings["block_size"]  # at most that of `config`, if the time suits it
     given = request.given | settings
     return dataclasses.replace(request, config=config, given=given, most_epochs=epochs), start.tokenizer
+
+
+def with_teacher(request: Request, say: Callable[[str], None]) -> tuple[Request, Tokenizer | None]:
+    """Return the request with the shape of the teacher and, as given, its tokens; and its tokenizer."""
+    teacher = open_teacher(request.config)
+    config, given = request.config, request.given
+    if not config.init_from:  # else the tokens are those of its weights
+        config = with_tokens(config, teacher, say)
+        names = "tokenizer", "vocab_size", "data_dir"
+        given = given | {name: value for name in names if (value := getattr(config, name)) is not None}
+    return dataclasses.replace(request, config=config, given=given, teacher=teacher.config), teacher.tokenizer
 
 
 def has_own_tokens(request: Request) -> bool:

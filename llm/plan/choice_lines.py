@@ -6,6 +6,7 @@ from llm.config import GPTConfig
 from llm.config.counts import count_parameters, flops_per_token
 from llm.machine.device import choose_device, choose_dtype, describe_device
 from llm.plan import rule
+from llm.plan.arithmetic import teacher_flops
 from llm.plan.autopilot import Choice
 from llm.plan.forecast import counted, short, spoken
 from llm.plan.prediction.loss import Prediction
@@ -55,7 +56,8 @@ def _preparation(choice: Choice) -> str:
 def _machine(choice: Choice) -> str:
     config, pace, count = choice.proposal.config, choice.proposal.pace, choice.proposal.measured
     device = choose_device(config.device)
-    rate = flops_per_token(config.model) * config.tokens_per_step / pace.step
+    of_teacher = teacher_flops(choice.request.teacher) if choice.request.teacher else 0.0
+    rate = (flops_per_token(config.model) + of_teacher) * config.tokens_per_step / pace.step
     shapes = counted(count, "shape")
     return (
         f"{describe_device(device, choose_dtype(config.dtype, device))}: {rate / 1e9:,.0f} GFLOP/s in training, "

@@ -108,6 +108,8 @@ def candidates(request: Request, text: Text) -> list[TrainConfig]:
     size = rule.block_size(request.seconds, text.tokens)
     if request.config.init_from:
         size = min(size, request.config.model.block_size)
+    if request.teacher:
+        size = min(size, request.teacher.block_size)
     config = with_chosen(request.config, request, {"block_size": size})
     config = from_settings(rule.batch(given, config.model.block_size, text.tokens), config)
     config = with_chosen(config, request, {"max_time": request.seconds + text.uncounted})

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llm.config import TrainConfig, from_settings, merged, parse_duration, resolve_settings
+from llm.config import GPTConfig, TrainConfig, from_settings, merged, parse_duration, resolve_settings
 from llm.errors import UserError
 from llm.plan import rule
 
@@ -22,6 +22,7 @@ class Request:
     given: dict[str, Any]  # settings that must not change
     seconds: float
     most_epochs: float = rule.MOST_EPOCHS  # passes over the text
+    teacher: GPTConfig | None = None  # the shape of the model that the run learns from
 
 
 def read_request(

@@ -28,6 +28,7 @@ from llm.plan.arithmetic import (
 from llm.plan.text_size import Text
 from llm.prepare.choose_tokenizer import SAMPLE
 from llm.start.build import build
+from llm.start.teacher import open_teacher
 from llm.train import train_step
 from llm.training.evaluating import PICTURE_PACE
 from llm.training.parts import Parts
@@ -105,7 +106,8 @@ def probe(config: TrainConfig, seconds: float = PROBE_SECONDS) -> Pace:
     rest = seconds / 6  # for evaluation, and as long for sampling
     began, before = time.perf_counter(), seconds_of_others()
     with fixed_order(device):
-        parts = build(config, data, None, device, choose_dtype(config.dtype, device))
+        teacher = open_teacher(config).model(device) if config.teacher else None
+        parts = build(config, data, None, device, choose_dtype(config.dtype, device), teacher=teacher)
         pace = Pace(
             _step_seconds(parts, seconds), _evaluated_token_seconds(parts, rest), _sampled_token_seconds(parts, rest)
         )

@@ -10,7 +10,7 @@ from llm.run import Run
 from llm.storage.lines import Row
 from llm.tokens.tokenizer import Tokenizer
 
-PATH_SETTINGS = ("data_dir", "out_dir", "init_from", "text")
+PATH_SETTINGS = ("data_dir", "out_dir", "init_from", "teacher", "text")
 # settings that another run chooses itself, so that the command need not give them
 CHOSEN_BY_RUN = ("data_dir", "out_dir", "vocab_size", "sample_prompt", "dtype", "device")
 

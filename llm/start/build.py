@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.arch import make_model
+from llm.arch import Model, make_model
 from llm.config import TrainConfig
 from llm.data import TokenData
-from llm.loss import linear_cross_entropy
+from llm.loss import Taught, linear_cross_entropy
 from llm.machine.device import fast_products, keep_memory, precision
 from llm.machine.parallel import exchanging, recompute_activations, shard_model
 from llm.machine.world import ALONE, World
@@ -28,6 +28,7 @@ def build(
     dtype: torch.dtype,
     world: World = ALONE,
     weights: dict[str, Tensor] | None = None,
+    teacher: Model | None = None,
 ) -> Parts:
     """Return the parts of a run, with the given `weights` or, without any, weights initialised from the seed."""
     keep_memory()
@@ -46,6 +47,8 @@ def build(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizer = make_optimizer(model, config, dtype)
     parts = Parts(config, model, model, optimizer, scaler, data, tokenizer, device, dtype, world)
+    if teacher is not None:
+        parts.teacher = teacher.to(device).eval().requires_grad_(False)
     if config.ema:
         parts.average = Average(model, config.ema)
     return parts
@@ -71,7 +74,7 @@ def warm_up(parts: Parts, forward: Callable[..., Any]) -> None:
     ids = torch.zeros(windows, config.model.block_size, dtype=torch.int64, device=parts.device)
     try:
         with precision(parts.dtype, parts.device):
-            loss: Any = forward(ids, ids, ids[:, 0].int())[1]
+            loss: Any = forward(ids, ids, ids[:, 0].int(), parts.taught(ids))[1]
         loss.backward()
     finally:
         parts.model.zero_grad(set_to_none=True)
@@ -86,8 +89,9 @@ def compile_forward(parts: Parts, say: Say) -> None:
     model = parts.model
     stream = torch.compile(model.stream)
 
-    def forward(idx: Tensor, targets: Tensor, seeds: Tensor) -> tuple[None, Tensor]:
-        return None, linear_cross_entropy(stream(model.wte(idx), seeds=seeds), model.lm_head.weight, targets)
+    def forward(idx: Tensor, targets: Tensor, seeds: Tensor, taught: Taught | None = None) -> tuple[None, Tensor]:
+        hidden = stream(model.wte(idx), seeds=seeds)
+        return None, linear_cross_entropy(hidden, model.lm_head.weight, targets, taught)
 
     try:
         warm_up(parts, forward)

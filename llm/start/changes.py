@@ -22,14 +22,16 @@ SPLIT = "batch_size x gradient_accumulation_steps"  # another split of the same 
 def drop_restatements(config: TrainConfig, out_dir: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """Return `changes` without those that repeat a setting of the run.
 
-    These are `dtype = "auto"`, which the run has resolved; `init_from`, if it is another form of the same path; and
-    `text`, which `check_same_text` compares.
+    These are `dtype = "auto"`, which the run has resolved; `init_from` and `teacher`, if they are another form of the
+    same path; and `text`, which `check_same_text` compares.
     """
     kept = {name: value for name, value in changes.items() if name != "text" and (name, value) != ("dtype", "auto")}
-    if config.init_from and kept.get("init_from"):
-        given = Path(os.path.abspath(str(kept["init_from"])))
-        if given in {Path(os.path.abspath(place)) for place in places_of(config.init_from, out_dir, config)}:
-            del kept["init_from"]
+    for name in ("init_from", "teacher"):
+        ours = getattr(config, name)
+        if ours and kept.get(name):
+            given = Path(os.path.abspath(str(kept[name])))
+            if given in {Path(os.path.abspath(place)) for place in places_of(ours, out_dir, config)}:
+                del kept[name]
     return kept
 
 

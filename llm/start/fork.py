@@ -20,6 +20,7 @@ from llm.start.changes import new_run_command
 from llm.start.resume_run import check_unfinished
 from llm.start.run_data import beside, open_run_data
 from llm.start.run_folder import Say, disk_needed, write_environment
+from llm.start.teacher import read_teacher, write_teacher
 from llm.storage import checkpoint
 from llm.training.state import weights_of, write_state
 from llm.weights import run_config
@@ -32,6 +33,7 @@ OTHER_RUN = {  # settings that a fork cannot change, and why
     ),
     **dict.fromkeys(("seed", "order"), "a fork draws the same batches as its run"),
     "init_from": "a fork starts from the saved state",
+    "teacher": "a fork learns from the teacher of its run",
     "optimizer": "the saved state has the moments of this one",
 }
 
@@ -68,6 +70,8 @@ def fork(run_dir: Path, step: int, changes: dict[str, Any], out_dir: Path, say: 
         for name in ("tokenizer.json", metrics.NAME, samples.NAME):
             if (run_dir / name).exists():
                 storage.write_bytes(folder / name, (run_dir / name).read_bytes())
+        if config.teacher:
+            write_teacher(folder, read_teacher(run_dir, torch.device("cpu")))
         metrics.cut(folder, step)
         samples.Samples(folder).cut(step)
         write_weights(run_dir, folder, config, groups, facts, say)

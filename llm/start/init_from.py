@@ -14,14 +14,17 @@ from llm.start import fine_tuning
 from llm.start.run_folder import Say
 from llm.tokens.tokenizer import Tokenizer
 from llm.weights import open_weights
+from llm.weights.opened import Opened
 
 
-def check_tokens(config: TrainConfig, data: TokenData, given: Tokenizer | None, tokenizer: Tokenizer | None) -> None:
-    """Raise UserError if the tokens of `data` are not those of `given`, the tokenizer of the `init_from` weights."""
+def check_tokens(
+    config: TrainConfig, data: TokenData, given: Tokenizer | None, tokenizer: Tokenizer | None, role: str = "init_from"
+) -> None:
+    """Raise UserError if the tokens of `data` are not those of `given`, which the weights of `role` have."""
     same = given is None or tokenizer is None or given.to_json() == tokenizer.to_json()
     if config.model.vocab_size < data.vocab_size or not same:
         raise UserError(
-            f"{data.folder}: its tokens are not those that {config.init_from} was trained on; "
+            f"{data.folder}: its tokens are not those that {getattr(config, role)} was trained on; "
             f"give the text by --text with another --data_dir, and it is prepared with the right ones"
         )
 
@@ -47,22 +50,7 @@ def starting_point(config: TrainConfig, say: Say, given: Collection[str] | None 
     opened = open_weights(str(config.init_from), config.model)
     shape, weights = opened.config, opened.weights
     _check_shape(config, shape, given)
-    kind = "gpt2"
-    if opened.tokenizer is not None:
-        kind = opened.tokenizer.kind
-    else:
-        say(f"{opened.path}: no tokenizer.json beside it, so GPT-2's tokens are assumed")
-    if config.tokenizer not in ("auto", kind):
-        raise UserError(
-            f"tokenizer = {config.tokenizer!r}: the weights of {config.init_from} know {kind} tokens; leave it out"
-        )
-    changes: dict[str, Any] = {"tokenizer": kind}
-    if kind in ("bpe", "char", "hf") and config.text and config.data_dir is None:  # of one kind, but not the same
-        folder = default_folder(dataclasses.replace(config, tokenizer="auto"))
-        place = opened.path.resolve()
-        is_named_alike = place.suffix == ".pt" or opened.is_ours  # as in other runs: model.pt, step-000500
-        name = place.parent.name if is_named_alike else place.name
-        changes["data_dir"] = f"{folder}-for-{name}"
+    changes = token_settings(config, opened, "init_from", say)
     if opened.is_pretrained:
         changes |= fine_tuning.settings(shape, given)
     block_size = changes.pop("block_size", config.model.block_size if "block_size" in given else shape.block_size)
@@ -71,6 +59,30 @@ def starting_point(config: TrainConfig, say: Say, given: Collection[str] | None 
         weights["wpe.weight"] = weights["wpe.weight"][:block_size]
     config = dataclasses.replace(from_settings(changes, config), model=model)
     return Start(config, weights, opened.tokenizer, opened.is_pretrained)
+
+
+def token_settings(config: TrainConfig, opened: Opened, role: str, say: Say) -> dict[str, Any]:
+    """Return the settings of the token files that weights can read: their `tokenizer`, and `data_dir` if it is needed.
+
+    `role`: the setting that names the weights. Raises UserError if the config asks for another tokenizer.
+    """
+    kind = "gpt2"
+    if opened.tokenizer is not None:
+        kind = opened.tokenizer.kind
+    else:
+        say(f"{opened.path}: no tokenizer.json beside it, so GPT-2's tokens are assumed")
+    if config.tokenizer not in ("auto", kind):
+        raise UserError(
+            f"tokenizer = {config.tokenizer!r}: the weights of {getattr(config, role)} know {kind} tokens; leave it out"
+        )
+    changes = {"tokenizer": kind}
+    if kind in ("bpe", "char", "hf") and config.text and config.data_dir is None:  # of one kind, but not the same
+        folder = default_folder(dataclasses.replace(config, tokenizer="auto"))
+        place = opened.path.resolve()
+        is_named_alike = place.suffix == ".pt" or opened.is_ours  # as in other runs: model.pt, step-000500
+        name = place.parent.name if is_named_alike else place.name
+        changes["data_dir"] = f"{folder}-for-{name}"
+    return changes
 
 
 def changed_settings(config: TrainConfig) -> set[str]:

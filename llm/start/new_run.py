@@ -23,12 +23,14 @@ from llm.start.build import build, connect
 from llm.start.init_from import Start, changed_settings, check_tokens, starting_point
 from llm.start.run_data import beside
 from llm.start.run_folder import Say, clear, disk_needed, refuse_existing, say_limits, write_environment
+from llm.start.teacher import check_teacher, open_teacher, with_tokens, write_teacher
 from llm.start.texts import default_prompt, open_text
 from llm.tokens.saved_tokenizer import save_tokenizer
 from llm.tokens.tokenizer import Tokenizer
 from llm.training.live import LiveRun
 from llm.training.parts import Parts
 from llm.training.state import Progress
+from llm.weights.opened import Opened
 
 
 @contextmanager
@@ -51,12 +53,13 @@ def new_run(
     with contextlib.ExitStack() as stack:
         with world.together():
             device, dtype = check_request(config, overwrite, world)
-            config, text, start = open_new_text(config, dtype, say, progress, world, given)
+            config, text, start, taught_by = open_new_text(config, dtype, say, progress, world, given)
             agree(config, text.data, device, world)
         stack.enter_context(fixed_order(device))
-        parts = build(config, text.data, text.tokenizer, device, dtype, world, start.weights if start else None)
+        weights, teacher = start.weights if start else None, taught_by.model(device) if taught_by else None
+        parts = build(config, text.data, text.tokenizer, device, dtype, world, weights, teacher)
         is_pretrained = start is not None and start.is_pretrained
-        del start  # the model has copied its weights
+        del start, weights, taught_by  # the models have copied their weights
         with world.together():
             if world.leads:
                 stack.enter_context(open_new_folder(parts, overwrite, is_pretrained, say))
@@ -100,20 +103,24 @@ def open_new_text(
     progress: Any,
     world: World,
     given: Collection[str] | None,
-) -> tuple[TrainConfig, OpenText, Start | None]:
-    """Return the config with all automatic choices made, the text, and what to start from (None: new weights).
+) -> tuple[TrainConfig, OpenText, Start | None, Opened | None]:
+    """Return the config with all automatic choices made, the text, what to start from (None: new weights), the teacher.
 
     Tokenizes the text first if necessary. Raises UserError if it is too short, or if its tokens are not those of the
-    weights of `init_from`.
+    weights of `init_from` or of the teacher.
     """
     start = None
+    tokens_of: Start | Opened | None = None
     line = ""
     if config.init_from:
         given = changed_settings(config) if given is None else given
         start = starting_point(config, say, given)
-        config = start.config
+        config, tokens_of = start.config, start
+    teacher = open_teacher(config) if config.teacher else None
+    if teacher is not None and start is None:
+        config, tokens_of = with_tokens(config, teacher, say), teacher
     world.gather(None)  # the other ranks wait here until rank 0 has passed its checks
-    data, tokenizer = open_text(config, say, progress, None if start is None else start.tokenizer, world)
+    data, tokenizer = open_text(config, say, progress, tokens_of.tokenizer if tokens_of else None, world)
     if start is None:
         vocab_size = config.vocab_size or data.vocab_size
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
@@ -122,10 +129,13 @@ def open_new_text(
         if start.is_pretrained:
             config = fine_tuning.with_steps(config, len(data.train), given or ())
             line = fine_tuning.line(config, len(data.train), given or ())
+    if teacher is not None:
+        check_tokens(config, data, teacher.tokenizer, tokenizer, "teacher")
+        check_teacher(config, teacher)
     prompt = config.sample_prompt or default_prompt(data, tokenizer)
     if tokenizer is not None:
         tokenizer.encode(prompt)  # raises now if a character is not in the vocabulary
-    return resolve(config, data, dtype, prompt), OpenText(data, tokenizer, prompt, line), start
+    return resolve(config, data, dtype, prompt), OpenText(data, tokenizer, prompt, line), start, teacher
 
 
 def open_new_folder(parts: Parts, overwrite: bool, is_pretrained: bool, say: Say) -> contextlib.ExitStack:
@@ -134,7 +144,8 @@ def open_new_folder(parts: Parts, overwrite: bool, is_pretrained: bool, say: Say
     Returns the lock, to be closed when the run ends. Raises UserError if the disk is too small or the folder is in use.
     """
     config, out_dir = parts.config, Path(parts.config.out_dir)
-    storage.check_writable(out_dir, disk_needed(config))
+    copy_of_teacher = 4 * sum(p.numel() for p in parts.teacher.parameters()) if parts.teacher else 0
+    storage.check_writable(out_dir, disk_needed(config) + copy_of_teacher)
     with contextlib.ExitStack() as stack:
         stack.enter_context(storage.locked(out_dir, "this run folder"))
         refuse_existing(out_dir, overwrite)  # another process may have written here since the first check
@@ -143,6 +154,8 @@ def open_new_folder(parts: Parts, overwrite: bool, is_pretrained: bool, say: Say
         write_environment(out_dir, parts.data, {"pretrained": True} if is_pretrained else {})
         if parts.tokenizer is not None:
             save_tokenizer(parts.tokenizer, out_dir / "tokenizer.json")
+        if parts.teacher is not None:
+            write_teacher(out_dir, parts.teacher)
         say_limits(say)
         return stack.pop_all()
 

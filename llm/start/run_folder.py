@@ -21,6 +21,7 @@ OURS = (
     *("samples.jsonl", "samples.txt", "loss_curve.png"),
 )
 WEIGHTS = ("model.pt", "best.pt")
+TEACHER = "teacher"  # the folder with a copy of the weights that the run learns from
 # facts in env.json that stay true on another machine: the state that a fork began from, and whether the run, or one
 # that it goes on from, began with weights that another program had trained
 PAST = ("forked_from", "pretrained")
@@ -59,7 +60,7 @@ def refuse_existing(out_dir: Path, overwrite: bool) -> None:
 def clear(out_dir: Path) -> None:
     """Remove the files of an earlier run, and nothing else."""
     states = [out_dir / checkpoint.folder_name(step) for step in checkpoint.saved_steps(out_dir)]
-    for folder in (*states, *out_dir.glob("damaged-step-*")):
+    for folder in (*states, *out_dir.glob("damaged-step-*"), *out_dir.glob(TEACHER)):
         storage.remove_folder(folder)
     for name in (*OURS, *WEIGHTS, "latest", "best"):
         (out_dir / name).unlink(missing_ok=True)

@@ -89,7 +89,7 @@ class LiveRun:
 
     def matmul_utilisation(self, tokens_per_second: float) -> float:
         """Return the fraction of `matrix_rate` that this many tokens per second use."""
-        return tokens_per_second * self.parts.model.flops_per_token() / self.matrix_rate
+        return tokens_per_second * self.parts.flops_per_token() / self.matrix_rate
 
     def take(self, step: Step) -> None:
         """Count a finished step."""

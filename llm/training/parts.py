@@ -12,6 +12,7 @@ from torch import Tensor
 from llm.arch import Model
 from llm.config import TrainConfig
 from llm.data import TokenData, batch_at
+from llm.loss import Taught
 from llm.machine.device import onto
 from llm.machine.world import ALONE, World
 from llm.muon import Muon
@@ -49,6 +50,7 @@ class Parts:
     dtype: torch.dtype
     world: World = ALONE
     exchange: Callable[[bool], AbstractContextManager[Any]] = lambda is_last: nullcontext()
+    teacher: Model | None = None  # that the model learns from, in evaluation mode, if the settings name one
     average: Average | None = None  # of the weights, if the settings ask for it
     data_seconds: float = 0.0  # spent on making batches since the last training row
 
@@ -64,3 +66,16 @@ class Parts:
             windows = slice(first, first + config.batch_size)
             x, y, seeds = (onto(self.device, part[windows]) for part in (batch.x, batch.y, batch.seeds))
             yield MicroBatch(x, y, seeds, count / len(x), first + len(x) == count)
+
+    def taught(self, x: Tensor) -> Taught | None:
+        """Return what the teacher predicts of the windows x (B, T), None without a teacher."""
+        if self.teacher is None:
+            return None
+        with torch.no_grad():
+            hidden = self.teacher.hidden(x)
+        return Taught(hidden, self.teacher.lm_head.weight.detach(), self.config.teacher_share)
+
+    def flops_per_token(self) -> float:
+        """Return the floating-point operations of a step for one token, with the forward pass of the teacher."""
+        of_teacher = self.teacher.flops_per_token() / 3 if self.teacher else 0.0
+        return self.model.flops_per_token() + of_teacher

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm.commands.flags import Parser, add_settings, config_from, flag, given_settings, path, request_from, warn
 from llm.commands.planning import plan_scale
-from llm.config import FIELDS, PRESETS, TrainConfig
+from llm.config import FIELDS, PRESETS, GPTConfig, TrainConfig
 
 if TYPE_CHECKING:
     from llm.plan.text_size import Text
@@ -38,11 +38,13 @@ def main(argv: list[str]) -> int:
     from llm.plan.timing import busy_line, fits, probe
     from llm.start.fine_tuning import with_steps
     from llm.start.init_from import starting_point
+    from llm.start.teacher import open_teacher, with_tokens
 
     if args.out:
         check_new(args.out)
     lines: list[str] = []
     pace: Pace | None
+    teacher = open_teacher(config) if config.teacher else None
     if request:
         choice = choose_run(request, prepares=False, say=warn)
         config, text, pace = choice.proposal.config, choice.proposal.text, choice.proposal.pace
@@ -55,12 +57,14 @@ def main(argv: list[str]) -> int:
             if start.is_pretrained:
                 config = with_steps(config, text.tokens, given_settings(args))
         else:
-            text = text_of(config)
+            if teacher:
+                config = with_tokens(config, teacher, warn)
+            text = text_of(config, teacher.tokenizer if teacher else None)
             config = with_vocabulary(config, text.vocabulary)
         pace = probe(config) if fits(config) else None
         if pace and (line := busy_line(pace)):
             warn(line)
-    facts = predict(config, text, pace)
+    facts = predict(config, text, pace, teacher.config if teacher else None)
     if request and "process" in facts["memory"]:
         facts["memory"]["process"] += choice.kept_bytes
     lines += plan_lines(config, facts, text, request.seconds if request else None)
@@ -85,19 +89,24 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     return parser.read(argv)
 
 
-def predict(config: TrainConfig, text: "Text", pace: "Pace | None") -> dict[str, Any]:
+def predict(config: TrainConfig, text: "Text", pace: "Pace | None", teacher: GPTConfig | None = None) -> dict[str, Any]:
     """Return the plan in numbers: parameters, bytes, FLOPs and seconds, by part. Unknown values are None."""
-    from llm.config.counts import count_parameters_by_part, flops_per_token
+    from llm.config.counts import count_parameters, count_parameters_by_part, flops_per_token
     from llm.plan import arithmetic, timing
 
     step_flops = flops_per_token(config.model) * config.tokens_per_step
+    memory, disk = arithmetic.memory(config), arithmetic.disk(config, text.tokens)
+    if teacher:
+        memory["teacher"] = arithmetic.teacher_bytes(config, teacher)
+        disk["copy of the teacher"] = 4 * count_parameters(teacher)
+        step_flops += arithmetic.teacher_flops(teacher) * config.tokens_per_step
     return {
         "parameters": count_parameters_by_part(config.model),
-        "memory": arithmetic.memory(config),
+        "memory": memory,
         "machine_memory": arithmetic.machine_memory(),
-        "disk": arithmetic.disk(config, text.tokens),
+        "disk": disk,
         "step_flops": step_flops,
-        "run_flops": arithmetic.run_flops(config),
+        "run_flops": step_flops * config.max_steps,
         "flops_per_second": step_flops / pace.step if pace else None,
         "step_seconds": pace.step if pace else None,
         "seconds": timing.run_seconds(config, text, pace) if pace else None,

@@ -86,9 +86,12 @@ def make_tables(plan: ScalePlan) -> Tables:
 def with_text(config: TrainConfig) -> tuple[TrainConfig, int]:
     """Return the config with its model's vocabulary (or shape, with init_from), and the number of training tokens."""
     from llm.start.init_from import starting_point
+    from llm.start.teacher import open_teacher, with_tokens
 
     if config.init_from:
         config = starting_point(config, warn).config
+    elif config.teacher:
+        config = with_tokens(config, open_teacher(config), warn)
     text = text_of(config)
     if not config.init_from:
         config = with_vocabulary(config, text.vocabulary)

@@ -1,0 +1,233 @@
+"""A run that learns from a teacher too: the loss against PyTorch's, and all that a run with a teacher goes through."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SMALL, config_for, flags, steps_in, trained, words
+from saved_runs import same_bits
+
+from llm import loss
+from llm.checks.rehearsal import Rehearsal
+from llm.checks.verify import verify
+from llm.config import from_settings, to_settings
+from llm.data import batch_at
+from llm.errors import UserError
+from llm.loss import Taught, linear_cross_entropy
+from llm.record.metrics import read_record
+from llm.start.new_run import new_run
+from llm.start.resume_run import resume_run
+from llm.storage.checkpoint import load_state
+from llm.train import train
+from llm.weights import load_model, run_config
+
+OTHER_SHAPE = {"n_layer": 1, "n_embd": 8, "max_steps": 8, "seed": 3}
+
+
+def small_flags(*without):
+    """The small settings as flags, without some of them."""
+    return " ".join(f"--{name} {value}" for name, value in SMALL.items() if name not in without)
+
+
+def logits_and_teacher(n, c, v, theirs, dtype=torch.float32, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(*size, generator=draw).requires_grad_() for size in ((n, c), (v, c)))
+    their_hidden, their_weight = torch.randn(n, theirs, generator=draw), torch.randn(v, theirs, generator=draw)
+    return hidden, weight, torch.randint(v, (n,), generator=draw), their_hidden.to(dtype), their_weight
+
+
+def reference(hidden, weight, targets, their_hidden, their_weight, share):
+    """PyTorch's loss of the text, and its gradients for the mixed targets."""
+    mixed = share * torch.softmax(their_hidden.double() @ their_weight.double().T, 1)
+    mixed += (1 - share) * F.one_hot(targets, len(weight))
+    logits = hidden.double() @ weight.double().T
+    found = torch.autograd.grad(F.cross_entropy(logits, mixed), (hidden, weight))
+    return F.cross_entropy(logits, targets).item(), found
+
+
+@pytest.mark.parametrize(("n", "c", "v", "theirs"), [(1, 3, 2, 5), (7, 16, 50, 8), (300, 32, 1024, 16)])
+@pytest.mark.parametrize("share", [0.25, 1.0])
+@pytest.mark.parametrize("rows", [1, 10**9])
+def test_the_value_is_the_texts_and_the_gradient_the_mixtures(monkeypatch, n, c, v, theirs, share, rows):
+    monkeypatch.setattr(loss, "ROWS_BYTES", rows)
+    hidden, weight, targets, their_hidden, their_weight = logits_and_teacher(n, c, v, theirs)
+    expected, gradients = reference(hidden, weight, targets, their_hidden, their_weight, share)
+    found = linear_cross_entropy(hidden, weight, targets, Taught(their_hidden, their_weight, share))
+    assert found.item() == pytest.approx(expected, abs=1e-5)
+    (3 * found).backward(retain_graph=True)
+    for ours, gradient in zip((hidden.grad, weight.grad), gradients, strict=True):
+        assert torch.allclose(ours, 3 * gradient, atol=1e-6)
+    found.backward()  # again, for it may be
+    assert torch.allclose(hidden.grad, 4 * gradients[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_low_precision_it_is_close(dtype):
+    hidden, weight, targets, their_hidden, their_weight = logits_and_teacher(200, 32, 512, 16, dtype)
+    expected, gradients = reference(hidden, weight, targets, their_hidden, their_weight, 0.5)
+    with torch.autocast("cpu", dtype):
+        found = linear_cross_entropy(hidden, weight, targets, Taught(their_hidden, their_weight, 0.5))
+    assert (found.dtype, found.item()) == (torch.float32, pytest.approx(expected, rel=2e-3))
+    found.backward()
+    for ours, gradient in zip((hidden.grad, weight.grad), gradients, strict=True):
+        assert torch.linalg.vector_norm(ours - gradient) < 0.02 * torch.linalg.vector_norm(gradient)
+
+
+def test_what_predicts_as_its_teacher_has_nothing_to_learn(here):
+    """All of the target is the teacher's, and the weights are its own: no gradient. The loss is that of the text."""
+    trained(config_for(here, out_dir="first"))
+    _, events = trained(config_for(here, out_dir="same", init_from="first", teacher="first", teacher_share=1.0))
+    first = steps_in(events)[0]
+    assert (float(first.grad_norm) < 1e-6, float(first.loss) > 1) == (True, True)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+@pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2, "batch_size": 2}, {"compile": True}])
+def test_a_step_is_that_of_a_plain_loop(here, arch, more):
+    """Two steps of AdamW on the cross-entropy with PyTorch's mixed targets end at the same weights."""
+    trained(config_for(here, out_dir="first", arch=arch, **OTHER_SHAPE, dropout=0.5))
+    changes = {"max_steps": 2, "warmup_steps": 0, "schedule": "constant", "min_lr": None, "max_lr": 1e-3}
+    config = config_for(here, out_dir="second", teacher="first", teacher_share=0.3, arch=arch, **changes | more)
+    with new_run(config) as run:
+        model, data = run.parts.model, run.parts.data
+        torch.manual_seed(config.seed)
+        plain = type(model)(run.parts.config.model)
+        list(train(run))
+    teacher = load_model(Path("first/best.pt"), torch.device("cpu"), run_config(Path("first")).model)
+    optimizer = torch.optim.AdamW(plain.parameters(), 1e-3, (config.beta1, config.beta2), weight_decay=0.01)
+    for step in range(2):
+        batch = batch_at(data.train, config.seed, step, 4, 16)
+        x, y = torch.from_numpy(batch.x), torch.from_numpy(batch.y)
+        with torch.no_grad():
+            taught = torch.softmax(teacher(x)[0], -1)
+        logits = plain(x)[0]
+        mixed = 0.7 * F.one_hot(y, logits.size(-1)) + 0.3 * taught
+        optimizer.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), mixed.flatten(0, 1)).backward()
+        optimizer.step()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-5), name
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dropout": 0.3, "arch": "llama", "optimizer": "muon"}, {"dtype": "bfloat16"}, {"dtype": "float16"}]
+)
+def test_a_resume_needs_neither_the_teachers_folder_nor_another_step(here, settings):
+    trained(config_for(here, out_dir="first", **OTHER_SHAPE))
+    config = config_for(here, out_dir="whole", teacher="first", **settings)
+    trained(config)
+    with new_run(from_settings({"out_dir": "parts"}, config)) as run:
+        run.stop = lambda: run.progress.step == 5
+        list(train(run))
+    shutil.rmtree("first")
+    with resume_run(Path("parts"), {"teacher": str(here / "first"), "out_dir": "parts"}) as run:  # the same, in full
+        list(train(run))
+    (whole, _), (parts, _) = (load_state(Path(name) / "step-000012") for name in ("whole", "parts"))
+    same_bits(whole, parts)
+    assert all(finding.good is not False for finding in verify(Path("parts")))
+
+
+def test_the_text_and_its_tokens_are_the_teachers_unless_another_is_given(here, losscurve):
+    bpe = SMALL | {"tokenizer": "bpe", "vocab_size": 300}
+    assert losscurve(f"train --text text.txt --out_dir first {flags(**bpe)}")[0] == 0
+    small = SMALL | {"tokenizer": "auto", "max_steps": 4}
+    code, out, err = losscurve(f"train --teacher first --out_dir second {flags(**small)}")
+    assert (code, "50% of each target is what the teacher predicts: first" in out) == (0, True), err
+    assert run_config(Path("second")).data_dir == run_config(Path("first")).data_dir == "data/text-bpe300"
+    assert losscurve(f"train --text text.txt --teacher first --out_dir third {flags(**small)}")[0] == 0
+    assert run_config(Path("third")).data_dir == "data/text-bpe300"
+    Path("other.txt").write_text(words(700, seed=9), encoding="utf-8")
+    assert losscurve(f"train --text other.txt --teacher first --out_dir fourth {flags(**small)}")[0] == 0
+    assert run_config(Path("fourth")).data_dir == "data/other-for-first"
+    tokenizers = [json.loads(Path(run, "tokenizer.json").read_text(encoding="utf-8")) for run in ("first", "fourth")]
+    assert tokenizers[0] == tokenizers[1]
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("--teacher nowhere", "nowhere: no such file or folder"),
+        ("--teacher_share 0.3", "teacher_share = 0.3: there is no teacher; leave it out, or give --teacher RUN"),
+        ("--teacher first --teacher_share 0", "teacher_share = 0.0: expected"),
+        ("--teacher first --block_size 17", "block_size = 17: the teacher first sees 16 tokens; give --block_size 16"),
+        ("--teacher first --tokenizer byte", "the weights of first know char tokens; leave it out"),
+        ("--teacher first --vocab_size 99", "vocab_size = 99: the teacher first has 12 tokens; leave it out"),
+        ("--teacher first --data_dir other", "its tokens are not those that first was trained on"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(here, losscurve, typed, told):
+    trained(config_for(here, out_dir="first", **OTHER_SHAPE))
+    Path("other.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40, encoding="utf-8")
+    assert losscurve("prepare other.txt --data_dir other --tokenizer char")[0] == 0
+    small = small_flags("tokenizer", *(["block_size"] if "block_size" in typed else []))
+    code, _, err = losscurve(f"train {small} --out_dir second {typed}")
+    assert (code, told in err, Path("second").exists()) == (2, True, False), err
+
+
+def test_a_fork_has_the_teacher_of_its_run(here, losscurve):
+    trained(config_for(here, out_dir="first", **OTHER_SHAPE))
+    trained(config_for(here, out_dir="second", teacher="first", keep=9))
+    shutil.rmtree("first")
+    code, _, err = losscurve("fork second --at 8")
+    assert code == 0, err
+    ours, theirs = (load_state(Path(folder, "step-000012"))[0] for folder in ("second", "second-at-8"))
+    same_bits(ours, theirs)
+    code, _, err = losscurve("fork second --at 8 --teacher other --out_dir third")
+    assert (code, "a fork learns from the teacher of its run" in err) == (2, True)
+    assert losscurve("fork second --at 8 --teacher_share 0.9 --out_dir third")[0] == 0
+
+
+def test_a_damaged_teacher_is_said_and_a_new_run_takes_the_folder(here, losscurve):
+    trained(config_for(here, out_dir="first", **OTHER_SHAPE))
+    config = config_for(here, out_dir="second", teacher="first")
+    with new_run(config) as run:
+        run.stop = lambda: run.progress.step == 5
+        list(train(run))
+    path = Path("second/teacher/model.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert [str(finding.path) for finding in verify(Path("second")) if finding.good is False] == ["second/teacher"]
+    code, _, err = losscurve("train --resume --out_dir second")
+    assert (code, "second/teacher/model.safetensors" in err) == (2, True), err
+    trained(from_settings({"teacher": None}, config), overwrite=True)
+    assert not Path("second/teacher").exists()
+
+
+def test_plans_and_choices_count_the_teacher(here, losscurve):
+    trained(config_for(here, out_dir="first", **OTHER_SHAPE))
+    small = small_flags("tokenizer")
+    plans = []
+    for teacher in ("--data_dir data", "--teacher first"):
+        code, out, err = losscurve(f"plan {small} {teacher} --json")
+        assert code == 0, err
+        plans.append(json.loads(out))
+    alone, taught = plans
+    assert taught["memory"].keys() - alone["memory"].keys() == {"teacher"}
+    weights = torch.load("first/best.pt", weights_only=True)
+    assert taught["disk"]["copy of the teacher"] == 4 * sum(w.numel() for w in weights.values())
+    assert taught["run_flops"] > alone["run_flops"]
+    code, out, err = losscurve("train --teacher first --time 6s --out_dir timed --sample_tokens 2")
+    assert code == 0, err
+    assert "no prediction: it learns from first, too" in out
+    settings = to_settings(run_config(Path("timed")))
+    assert (settings["teacher"], settings["block_size"], settings["data_dir"]) == ("first", 16, str(here / "data"))
+    rehearsing = Rehearsal(config_for(here, data_dir=None, teacher="first"), 2, 2, False, here / "rehearsed")
+    assert (rehearsing.small.teacher, rehearsing.config.data_dir) == (None, str(here / "data"))
+    rehearsing.folder.mkdir()
+    assert rehearsing.text()[0]
+
+
+def test_its_losses_compare_with_those_of_a_run_without(here):
+    """The first loss is that of the same batch and weights without a teacher."""
+    trained(config_for(here, out_dir="first", **OTHER_SHAPE))
+    rows = []
+    for name, more in {"alone": {}, "taught": {"teacher": "first"}}.items():
+        trained(config_for(here, out_dir=name, max_steps=4, **more))
+        rows.append(read_record(Path(name)))
+    assert rows[0][0]["loss"] == rows[1][0]["loss"]
+    with pytest.raises(UserError, match="teacher_share"):
+        from_settings({"teacher_share": 0.7})

@@ -3,8 +3,6 @@
 import contextlib
 import html
 import os
-import re
-import shlex
 import signal
 import sys
 import threading
@@ -13,21 +11,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Unpack, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Unpack
 
 from llm.arch import Model
 from llm.config import (
     FIELDS,
     TrainConfig,
     check_path,
-    coerce,
     differing_settings,
     expanded,
-    field_type,
     given_names,
     over_preset,
     read_toml,
 )
+from llm.config.in_python import in_python, words_of_python
 from llm.errors import Failure, UserError
 from llm.generate import Knobs, write
 from llm.machine.device import choose_device
@@ -55,10 +52,6 @@ if TYPE_CHECKING:
 
 CELL = 'style="text-align: left; vertical-align: top"'
 SHOWN = 2000  # characters of a sample in a notebook
-# a command line, which stays as it is; or a flag and the word after it, its value only if nothing else follows
-FLAG = re.compile(
-    r"losscurve [^,;)]*|--(?P<name>[a-z]\w*)(?:[ =](?P<value>'[^']*'|(?!--)[\w./~-]*[\w/])(?P<end>(?=$|[,;)]| --))?)?"
-)
 
 
 @dataclass(frozen=True)
@@ -192,6 +185,16 @@ def fit(
                 config, names = over_preset(base, given, tell), given_names(base, given)
             else:
                 choice = choose_new_run(read_request(time, base, given, tell), overwrite, tell)
+                if choice.calls_for_teacher:
+                    folder, seconds = choice.teacher_part(overwrite)
+                    say(choice.teacher_words(folder, seconds))
+                    same = {"text": text, "preset": preset, "overwrite": overwrite, "say": say, **settings}
+                    teacher = fit(out_dir=folder, time=f"{seconds:.0f}", **same)
+                    left = f"{max(1.0, choice.seconds - (perf_counter() - began)):.0f}"
+                    if teacher.record[-1]["step"] < teacher.config.max_steps:
+                        tell(f"then: losscurve train --teacher {folder} --time {left} --out_dir {out_dir}")
+                        return teacher
+                    return fit(out_dir=out_dir, time=left, teacher=folder, **same)
                 say("\n".join(choice_lines(choice)))
                 config, names = choice.proposal.config, set(FIELDS)
                 deadline = choice.deadline(began)
@@ -211,57 +214,6 @@ def fit(
     if caught:
         say(f"saved step {training.progress.step}; continue with fit(out_dir={str(out_dir)!r}, resume=True)")
     return Run.open(out_dir)
-
-
-@contextmanager
-def words_of_python() -> Iterator[None]:
-    """In a UserError or Failure raised in the block, replace flags by keyword arguments."""
-    try:
-        yield
-    except (UserError, Failure) as error:
-        error.args = (in_python(str(error)),)
-        raise
-
-
-def in_python(message: str) -> str:
-    """Return `message` with its flags as keyword arguments: `--resume` as resume=True, `--n_embd 20` as n_embd=20.
-
-    `losscurve train …` becomes a call of `fit`; other commands to type in a terminal stay as they are.
-    """
-    return FLAG.sub(_keyword, message)
-
-
-def _keyword(found: re.Match[str]) -> str:
-    if found[0].startswith("losscurve train --"):
-        return _call(found[0])
-    name, value = found["name"], found["value"]
-    if name not in (*FIELDS, "resume", "overwrite", "preset", "time"):  # a command, or a flag that `fit` does not have
-        return found[0]
-    kind = field_type(FIELDS[name])[0] if name in FIELDS else str if name in ("preset", "time") else bool
-    if kind is bool:
-        return f"{name}=True" + (f" {value}" if value else "")
-    if value and re.fullmatch(r"[\d.]+(e[-+]?\d+)?", value) and kind is not str:
-        return f"{name}={value}"
-    if value and (value in get_args(kind) or (found["end"] is not None and get_origin(kind) is None)):
-        return f"{name}={shlex.split(value)[0]!r}"
-    return name + (f" {value}" if value else "")
-
-
-def _call(command: str) -> str:
-    """Return the call of `fit` for a `losscurve train` command; the command itself if `fit` lacks one of its flags."""
-    given: dict[str, list[str]] = {}
-    for word in shlex.split(command)[2:]:
-        if word.startswith("--"):
-            values = given.setdefault(word.removeprefix("--"), [])
-        else:
-            values.append(word)
-    if not given.keys() <= {*FIELDS, "resume", "overwrite", "preset", "time"}:
-        return command
-    typed = {
-        name: coerce(name, values if name == "text" else values[0]) for name, values in given.items() if name in FIELDS
-    }
-    typed |= {name: " ".join(values) or True for name, values in given.items() if name not in FIELDS}
-    return f"fit({', '.join(f'{name}={typed[name]!r}' for name in given)})"
 
 
 @contextmanager

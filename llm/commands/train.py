@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llm.commands.flags import Parser, add_settings, config_from, given_settings, typed_settings, warn
-from llm.commands.train_time import choose, read_time_config
+from llm.commands.train_time import choose, read_time_config, train_both
 from llm.config import FIELDS, PRESETS, TrainConfig
 from llm.errors import Failure, UserError
 from llm.machine.interpreter import child_environment
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from llm.commands.bars import StepBar
     from llm.machine.world import World
+    from llm.plan.autopilot import Choice
     from llm.plan.forecast import Forecast
     from llm.plan.prediction.loss import Prediction
     from llm.record.explain import News
@@ -112,6 +113,7 @@ def run_process(argv: list[str], world: "World", began: float) -> int:
 
     with world.together():
         say = warn if world.leads else lambda line: None
+        choice: Choice | None = None
         deadline: Deadline | None = None
         predicted: Prediction | str = ""
         kept_bytes = 0
@@ -126,6 +128,9 @@ def run_process(argv: list[str], world: "World", began: float) -> int:
             config = choice.proposal.config
             deadline = choice.deadline(began)
             predicted, kept_bytes = choice.predicted, choice.kept_bytes
+
+    if choice and choice.calls_for_teacher:
+        return train_both(args.words, choice, began, lambda words: run_process(words, world, time.perf_counter()))
 
     # torchrun --max-restarts restarted the processes: resume this job's run, however its first start began
     out_dir = Path(config.out_dir)

@@ -1,6 +1,8 @@
 """`train --time`: choose the run before it starts, say why, and end it in time."""
 
 import argparse
+import shlex
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,10 @@ def read_time_config(args: argparse.Namespace, say: Say) -> "TrainConfig":
 
 
 def choose(args: argparse.Namespace, world: "World", say: Say) -> "Choice":
-    """Prepare the text, choose the run for `--time`, print why, and return it. Raises UserError."""
+    """Prepare the text, choose the run for `--time`, print why unless it gets a teacher first, and return it.
+
+    Raises UserError.
+    """
     from llm.commands.bars import print_best_effort, progress_bar
     from llm.plan.autopilot import choose_new_run
     from llm.plan.choice_lines import choice_lines
@@ -37,6 +42,27 @@ def choose(args: argparse.Namespace, world: "World", say: Say) -> "Choice":
         raise UserError("--time works with one process; start it without torchrun")
     with progress_bar("tokenizing") as progress:
         choice = choose_new_run(request_from(args, lambda line: None), args.overwrite, say, progress)
-    for line in choice_lines(choice):
+    for line in () if choice.calls_for_teacher else choice_lines(choice):
         print_best_effort(line)
     return choice
+
+
+def train_both(words: list[str], choice: "Choice", began: float, train: Callable[[list[str]], int]) -> int:
+    """Train a teacher for a part of the time, then the run that learns from it too; return the exit code.
+
+    `words` are the flags of the command, and `train` is what runs such flags. If the teacher is interrupted, the
+    commands that go on are printed. `began`: when the command started, as `time.perf_counter` counts.
+    """
+    from llm.commands.bars import print_best_effort
+
+    folder, first = choice.teacher_part(overwrite="--overwrite" in words)
+    print_best_effort(choice.teacher_words(folder, first))
+    words = [word for word in words if not word.startswith(("--time=", "--out_dir="))]
+    code = train([f"--time={first:.0f}", f"--out_dir={folder}", *words])
+    left = max(1.0, choice.seconds - (time.perf_counter() - began))
+    rest = [f"--time={left:.0f}", f"--out_dir={choice.proposal.config.out_dir}", f"--teacher={folder}", *words]
+    if code:
+        print_best_effort(f"after that, train the run with: {shlex.join(['losscurve', 'train', *rest])}")
+        return code
+    print_best_effort("")
+    return train(rest)

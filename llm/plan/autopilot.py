@@ -11,7 +11,7 @@ from llm.config.recipe import MUON_SETTINGS
 from llm.machine.device import choose_device
 from llm.plan import proposal, rule
 from llm.plan.arithmetic import MEASURED_SHAPE_BYTES, TRAINED_BPE_BYTES, run_flops
-from llm.plan.forecast import spoken
+from llm.plan.forecast import short, spoken
 from llm.plan.prediction import loss
 from llm.plan.prediction.loss import Prediction
 from llm.plan.proposal import Measure, Proposal
@@ -20,7 +20,7 @@ from llm.plan.steps import useful_steps
 from llm.plan.text_facts import LEAST_VALIDATED, TextFacts, look_at
 from llm.plan.text_size import SAMPLE, Text, text_of, with_vocabulary
 from llm.plan.timing import busy_line, preparing_seconds, tokenizing_seconds
-from llm.prepare.reuse import default_folder, ensure
+from llm.prepare.reuse import default_folder, ensure, unused
 from llm.prepare.shards import Progress
 from llm.start import fine_tuning
 from llm.start.init_from import starting_point
@@ -53,6 +53,27 @@ class Choice:
             self.proposal.text.unprepared > 0 or self.proposal.text.preparation > 0
         )
         return (self.proposal.measured - 1) * MEASURED_SHAPE_BYTES + trains_bpe * TRAINED_BPE_BYTES
+
+    @property
+    def calls_for_teacher(self) -> bool:
+        """Whether the run would read its text so often that a teacher, trained in a part of its time, brings more."""
+        config, given = self.proposal.config, self.request.given
+        is_free = not (config.init_from or config.teacher or "dropout" in given)
+        return is_free and config.model.dropout > 0 and self.request.seconds >= rule.LEAST_TEACHING
+
+    def teacher_part(self, overwrite: bool) -> tuple[str, float]:
+        """Return the folder of the teacher's run, beside that of the run, and the seconds for it."""
+        name = f"{self.proposal.config.out_dir.rstrip('/')}-teacher"
+        return name if overwrite else unused(name), rule.TEACHING_SHARE * self.request.seconds
+
+    def teacher_words(self, folder: str, seconds: float) -> str:
+        """Return a line that says why there is a teacher first, and where."""
+        config = self.proposal.config
+        passes = config.max_steps * config.tokens_per_step / self.proposal.text.tokens
+        return (
+            f"this time is enough to read the text {short(passes)} times, more often than one run gains from: first "
+            f"{spoken(seconds)} for a teacher in {folder}, then a run that learns from what it predicts, too"
+        )
 
     @property
     def predicted(self) -> Prediction | str:

@@ -94,7 +94,7 @@ def regularisation(config: TrainConfig, request: Request, text: Text, pace: Pace
     repetition = passes * parameters_per_token(config, text)
     if config.model.dropout:
         repetition = max(repetition, rule.DROPOUTS[1][1])
-    return rule.regularisation(passes, repetition, config.schedule)
+    return rule.regularisation(passes, repetition, config.schedule, config.teacher is not None)
 
 
 def with_chosen(config: TrainConfig, request: Request, chosen: dict[str, Any]) -> TrainConfig:

@@ -46,6 +46,8 @@ ENOUGH_STEPS = 2000  # fewer steps are never too many for this reason
 WEIGHT_DECAYS = ((0, 0.1), (7, 0.3))  # (passes from which a row counts, weight decay)
 DROPOUTS = ((0, 0, 0.0), (10, 60, 0.1), (30, 200, 0.2))  # (passes, or repetition, from which a row counts, dropout)
 COOLDOWN = 0.6  # share of the steps, with wsd
+TEACHING_SHARE = 1 / 3  # of the time, for a teacher; it replaces dropout
+LEAST_TEACHING = 120.0  # seconds of a run that gets one
 
 MUON_LR = 0.03
 MUON_MAX_LR = 3e-3  # of AdamW's share of the parameters
@@ -176,8 +178,11 @@ def probes(seconds: float) -> int:
     return max(1, min(MOST_PROBES, int(PROBING_SHARE * seconds / probe_seconds(seconds))))
 
 
-def regularisation(passes: float, repetition: float, schedule: str) -> dict[str, float]:
-    """Return weight decay, dropout, and with wsd the share of the cool-down, for so many passes and such repetition."""
+def regularisation(passes: float, repetition: float, schedule: str, is_taught: bool) -> dict[str, float]:
+    """Return weight decay, dropout, and with wsd the share of the cool-down, for so many passes and such repetition.
+
+    A run that `is_taught` by a teacher has no dropout: what the teacher predicts keeps it from learning by heart.
+    """
     dropouts = [dropout for least, repeated, dropout in DROPOUTS if passes >= least or repetition >= repeated]
-    found = {"weight_decay": row_for(WEIGHT_DECAYS, passes)[1], "dropout": dropouts[-1]}
+    found = {"weight_decay": row_for(WEIGHT_DECAYS, passes)[1], "dropout": 0.0 if is_taught else dropouts[-1]}
     return found | ({"decay_fraction": COOLDOWN} if schedule == "wsd" else {})

@@ -47,14 +47,17 @@ def with_tokens(config: TrainConfig, teacher: Opened, say: Say) -> TrainConfig:
             f"vocab_size = {config.vocab_size}: the teacher {config.teacher} has {teacher.config.vocab_size} tokens; "
             "leave it out"
         )
-    if config.data_dir is None and teacher.is_ours and (folder := _tokens_of_run(teacher, config, say)):
-        made = (read_meta(folder) or {}).get("settings") or {}
-        chosen |= {"data_dir": folder} | {name: made[name] for name in ("tokenizer", "vocab_size") if made.get(name)}
+    folder = Path(config.data_dir) if config.data_dir else _tokens_of_run(teacher, config, say)
+    if folder and has_tokens(folder):
+        made = (read_meta(folder) or {}).get("settings") or {}  # another program's files have none
+        chosen |= {"data_dir": folder, "vocab_size": made.get("vocab_size")}
     return from_settings(chosen, config)
 
 
 def _tokens_of_run(teacher: Opened, config: TrainConfig, say: Say) -> Path | None:
     """Return the token files of the teacher's run, None if they are gone or were made from another text."""
+    if not teacher.is_ours:
+        return None
     run_dir = teacher.path.parent
     theirs = run_config(run_dir)
     for place in places_of(theirs.data_dir or "data", run_dir, theirs):

@@ -20,6 +20,12 @@ DESCRIPTION = (
 )
 
 
+TEACHER = (
+    "losscurve train --time trains a teacher first, in a third of this time, and then a run that learns from it, too; "
+    "what follows is one run without"
+)
+
+
 def main(argv: list[str]) -> int:
     args = parse_flags(argv)
     if plan_scale.is_requested(args):
@@ -49,6 +55,8 @@ def main(argv: list[str]) -> int:
         choice = choose_run(request, prepares=False, say=warn)
         config, text, pace = choice.proposal.config, choice.proposal.text, choice.proposal.pace
         lines += choice_lines(choice)
+        if choice.calls_for_teacher:
+            lines.append(f"teacher    {TEACHER}")
     else:
         if config.init_from:
             start = starting_point(config, warn, given_settings(args))

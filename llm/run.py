@@ -190,8 +190,10 @@ def fit(
                     say(choice.teacher_words(folder, seconds))
                     same = {"text": text, "preset": preset, "overwrite": overwrite, "say": say, **settings}
                     teacher = fit(out_dir=folder, time=f"{seconds:.0f}", **same)
-                    left = f"{max(1.0, choice.seconds - (perf_counter() - began)):.0f}"
-                    if teacher.record[-1]["step"] < teacher.config.max_steps:
+                    was_interrupted = teacher.record[-1]["step"] < teacher.config.max_steps
+                    spent = seconds if was_interrupted else perf_counter() - began
+                    left = f"{max(1.0, choice.seconds - spent):.0f}"
+                    if was_interrupted:
                         tell(f"then: losscurve train --teacher {folder} --time {left} --out_dir {out_dir}")
                         return teacher
                     return fit(out_dir=out_dir, time=left, teacher=folder, **same)

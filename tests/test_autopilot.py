@@ -118,12 +118,13 @@ def test_a_small_text_gets_short_windows_and_few_of_them():
 
 
 def test_weight_decay_and_dropout_follow_from_passes_and_repetition():
-    assert rule.regularisation(6.9, 59, "wsd") == {"weight_decay": 0.1, "dropout": 0.0, "decay_fraction": 0.6}
-    assert rule.regularisation(7, 59, "wsd") == {"weight_decay": 0.3, "dropout": 0.0, "decay_fraction": 0.6}
-    assert rule.regularisation(6.9, 60, "wsd") == {"weight_decay": 0.1, "dropout": 0.1, "decay_fraction": 0.6}
-    assert rule.regularisation(10, 1, "wsd") == {"weight_decay": 0.3, "dropout": 0.1, "decay_fraction": 0.6}
-    assert rule.regularisation(10, 200, "cosine") == {"weight_decay": 0.3, "dropout": 0.2}
-    assert rule.regularisation(30, 1, "cosine") == {"weight_decay": 0.3, "dropout": 0.2}
+    assert rule.regularisation(6.9, 59, "wsd", False) == {"weight_decay": 0.1, "dropout": 0.0, "decay_fraction": 0.6}
+    assert rule.regularisation(7, 59, "wsd", False) == {"weight_decay": 0.3, "dropout": 0.0, "decay_fraction": 0.6}
+    assert rule.regularisation(6.9, 60, "wsd", False) == {"weight_decay": 0.1, "dropout": 0.1, "decay_fraction": 0.6}
+    assert rule.regularisation(10, 1, "wsd", False) == {"weight_decay": 0.3, "dropout": 0.1, "decay_fraction": 0.6}
+    assert rule.regularisation(10, 200, "cosine", False) == {"weight_decay": 0.3, "dropout": 0.2}
+    assert rule.regularisation(30, 1, "cosine", False) == {"weight_decay": 0.3, "dropout": 0.2}
+    assert rule.regularisation(30, 200, "cosine", True) == {"weight_decay": 0.3, "dropout": 0.0}
 
 
 @pytest.mark.parametrize(("n_layer", "n_embd", "dropout"), [(6, 192, 0.0), (8, 320, 0.1)])
@@ -238,7 +239,7 @@ def test_dropout_is_measured_because_it_takes_time():
     assert (found.measured, found.probes) == (1, 2)
     passes = found.config.max_steps * found.config.tokens_per_step / text.tokens
     repetition = max(passes * parameters_per_token(found.config, text), 60)
-    assert found.config.model.dropout == rule.regularisation(passes, repetition, "wsd")["dropout"]
+    assert found.config.model.dropout == rule.regularisation(passes, repetition, "wsd", False)["dropout"]
 
 
 # ---- given settings

@@ -1,6 +1,8 @@
 """A run that learns from a teacher too: the loss against PyTorch's, and all that a run with a teacher goes through."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,13 +12,14 @@ import torch.nn.functional as F
 from conftest import SMALL, config_for, flags, steps_in, trained, words
 from saved_runs import same_bits
 
-from llm import loss
+from llm import fit, loss
 from llm.checks.rehearsal import Rehearsal
 from llm.checks.verify import verify
 from llm.config import from_settings, to_settings
 from llm.data import batch_at
 from llm.errors import UserError
 from llm.loss import Taught, linear_cross_entropy
+from llm.plan import rule
 from llm.record.metrics import read_record
 from llm.start.new_run import new_run
 from llm.start.resume_run import resume_run
@@ -231,3 +234,45 @@ def test_its_losses_compare_with_those_of_a_run_without(here):
     assert rows[0][0]["loss"] == rows[1][0]["loss"]
     with pytest.raises(UserError, match="teacher_share"):
         from_settings({"teacher_share": 0.7})
+
+
+# ---- train --time, with a teacher first
+
+
+@pytest.fixture
+def much_time(here, monkeypatch):
+    """A few seconds are so much for the text here that a run of them gets a teacher."""
+    monkeypatch.setattr(rule, "LEAST_TEACHING", 7.0)
+    return here
+
+
+def test_much_time_for_a_text_is_shared_with_a_teacher(much_time, losscurve):
+    code, out, err = losscurve("train --text text.txt --time 9s --out_dir run --sample_tokens 2")
+    assert code == 0, err
+    assert "first 3 s for a teacher in run-teacher, then a run that learns from what it predicts, too" in out
+    assert out.count("machine    ") == 2  # the five lines of each run, and none of the run without a teacher
+    teacher, run = (run_config(Path(name)) for name in ("run-teacher", "run"))
+    assert (teacher.teacher, run.teacher, run.model.dropout) == (None, "run-teacher", 0.0)
+    assert (run.data_dir, run.vocab_size) == (teacher.data_dir, teacher.vocab_size)
+    seconds = [read_record(Path(name))[-1]["seconds"] for name in ("run-teacher", "run")]
+    assert sum(seconds) < 9
+    assert "teacher in run-teacher" not in losscurve("train --text text.txt --time 9s --dropout 0 --out_dir other")[1]
+
+
+def test_a_teacher_that_is_interrupted_tells_the_rest(much_time, losscurve, monkeypatch):
+    monkeypatch.setattr("llm.training.live.LiveRun.stop_requested", lambda run: "interrupted")
+    code, out, _ = losscurve("train --text text.txt --time 9s --out_dir run --sample_tokens 2")
+    assert (code, Path("run").exists()) == (143, False)
+    monkeypatch.undo()
+    commands = re.findall(r": (losscurve train .*)", out)
+    assert [shlex.split(command)[2:4] for command in commands] == [
+        ["--out_dir", "run-teacher"],
+        ["--time=6", "--out_dir=run"],
+    ]
+
+
+def test_fit_shares_its_time_too(much_time):
+    said = []
+    run = fit("text.txt", time="8s", out_dir="run", sample_tokens=0, say=said.append)
+    assert (run.path, run.config.teacher) == (Path("run"), "run-teacher")
+    assert sum("for a teacher in run-teacher" in line for line in said) == 1

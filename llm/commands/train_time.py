@@ -59,8 +59,13 @@ def train_both(words: list[str], choice: "Choice", began: float, train: Callable
     print_best_effort(choice.teacher_words(folder, first))
     words = [word for word in words if not word.startswith(("--time=", "--out_dir="))]
     code = train([f"--time={first:.0f}", f"--out_dir={folder}", *words])
-    left = max(1.0, choice.seconds - (time.perf_counter() - began))
-    rest = [f"--time={left:.0f}", f"--out_dir={choice.proposal.config.out_dir}", f"--teacher={folder}", *words]
+    spent = first if code else time.perf_counter() - began  # an interrupted teacher has the rest of its time still
+    rest = [
+        f"--time={max(1.0, choice.seconds - spent):.0f}",
+        f"--out_dir={choice.proposal.config.out_dir}",
+        f"--teacher={folder}",
+        *words,
+    ]
     if code:
         print_best_effort(f"after that, train the run with: {shlex.join(['losscurve', 'train', *rest])}")
         return code

@@ -127,6 +127,12 @@ def test_weight_decay_and_dropout_follow_from_passes_and_repetition():
     assert rule.regularisation(30, 200, "cosine", True) == {"weight_decay": 0.3, "dropout": 0.0}
 
 
+def test_a_teacher_replaces_dropout():
+    text = Text(30_000, 512)
+    assert proposed(text, 600).config.model.dropout > 0
+    assert proposed(text, 600, teacher="runs/first").config.model.dropout == 0
+
+
 @pytest.mark.parametrize(("n_layer", "n_embd", "dropout"), [(6, 192, 0.0), (8, 320, 0.1)])
 def test_a_model_that_is_large_for_its_text_gets_dropout_after_fewer_passes(n_layer, n_embd, dropout):
     """Eight passes, of models with 3.3 and 12 parameters in their blocks for each token."""

@@ -140,6 +140,9 @@ def test_the_text_and_its_tokens_are_the_teachers_unless_another_is_given(here, 
     code, out, err = losscurve(f"train --teacher first --out_dir second {flags(**small)}")
     assert (code, "50% of each target is what the teacher predicts: first" in out) == (0, True), err
     assert run_config(Path("second")).data_dir == run_config(Path("first")).data_dir == "data/text-bpe300"
+    assert losscurve("report second --format md --out second.md")[0] == losscurve("report second --out second.html")[0] == 0
+    assert "and on what first predicts of it" in Path("second.md").read_text(encoding="utf-8")
+    assert "and on what <bdi>first</bdi> predicts of it" in Path("second.html").read_text(encoding="utf-8")
     assert losscurve(f"train --text text.txt --teacher first --out_dir third {flags(**small)}")[0] == 0
     assert run_config(Path("third")).data_dir == "data/text-bpe300"
     Path("other.txt").write_text(words(700, seed=9), encoding="utf-8")
@@ -260,14 +263,15 @@ def test_much_time_for_a_text_is_shared_with_a_teacher(much_time, losscurve):
 
 
 def test_a_teacher_that_is_interrupted_tells_the_rest(much_time, losscurve, monkeypatch):
+    monkeypatch.setattr(rule, "LEAST_TEACHING", 60.0)
     monkeypatch.setattr("llm.training.live.LiveRun.stop_requested", lambda run: "interrupted")
-    code, out, _ = losscurve("train --text text.txt --time 9s --out_dir run --sample_tokens 2")
+    code, out, _ = losscurve("train --text text.txt --time 60s --out_dir run --sample_tokens 2")
     assert (code, Path("run").exists()) == (143, False)
     monkeypatch.undo()
     commands = re.findall(r": (losscurve train .*)", out)
     assert [shlex.split(command)[2:4] for command in commands] == [
         ["--out_dir", "run-teacher"],
-        ["--time=6", "--out_dir=run"],
+        ["--time=40", "--out_dir=run"],
     ]
 
 

@@ -71,7 +71,7 @@ def has_rule(row: dict[str, str]) -> bool:
     """Return whether a run had what the rule chooses today, except for its shape."""
     passes = float(row["epochs"])
     repetition = passes * float(row["blocks"]) / float(row["train_tokens"])
-    chosen = rule.regularisation(passes, repetition, "wsd")
+    chosen = rule.regularisation(passes, repetition, "wsd", is_taught=False)
     given = {word for word in row["flags"].split() if word.startswith("--")}
     return given <= SHAPE_FLAGS and all(float(row[name]) == chosen[name] for name in ("weight_decay", "dropout"))
 

@@ -100,10 +100,10 @@ def row_of(folder: Path, text: str, seconds: int, recipe: str) -> dict[str, Any]
     facts = look_at(read_request(str(seconds), {}, {"text": [text]}).config)
     return {
         "text": Path(text).name,
-        "recipe": recipe,
+        "recipe": f"{recipe}, with a teacher" if config.teacher else recipe,
         "train_bytes": facts.train_bytes,
         "asked": seconds,
-        "seconds": round(last["seconds"], 1),
+        "seconds": round(last["seconds"] + seconds_of_teacher(config.teacher), 1),
         "n_layer": config.model.n_layer,
         "n_embd": config.model.n_embd,
         "block_size": config.model.block_size,
@@ -119,6 +119,13 @@ def row_of(folder: Path, text: str, seconds: int, recipe: str) -> dict[str, Any]
         "seed": config.seed,
         "bits_per_byte": round(of_whole_split(folder) if recipe == TIME else lowest, 4),
     }
+
+
+def seconds_of_teacher(folder: str | None) -> float:
+    """Return the seconds of a teacher that `train --time` trained first, and of its own teacher."""
+    if folder is None:
+        return 0.0
+    return read_record(Path(folder))[-1]["seconds"] + seconds_of_teacher(run_config(Path(folder)).teacher)
 
 
 def of_whole_split(folder: Path) -> float:

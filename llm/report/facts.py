@@ -137,6 +137,12 @@ class Report:
         return f"the weights of {plain(setting_words('init_from', start)[0], 60)}" if start else ""
 
     @property
+    def teacher(self) -> str:
+        """The name of the model that the run learned from too, "" without one."""
+        teacher = self.config.teacher
+        return plain(setting_words("teacher", teacher)[0], 60) if teacher else ""
+
+    @property
     def has_average(self) -> bool:
         """Whether the record has losses of an average of the weights."""
         return any(evaluation.averaged is not None for evaluation in self.evaluations)

@@ -184,6 +184,7 @@ class _TaughtCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         """Compute the loss and its gradients together, for some rows at a time."""
         n, ours, theirs = len(hidden), weight.to(dtype), their_weight.to(dtype)
+        exact = torch.float32 if dtype == torch.float16 else dtype  # sums over many rows pass float16's 65,504
         chunk = chunk_rows(n, len(weight), TAUGHT_BYTES, hidden.device.type == "cpu")
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
@@ -196,9 +197,9 @@ class _TaughtCrossEntropy(torch.autograd.Function):
             mixed_in = torch.softmax((their_hidden[part].to(dtype) @ theirs.t()).float(), 1)
             slope = predicted.exp_().sub_(mixed_in, alpha=share)
             slope.scatter_add_(1, wanted, slope.new_full((len(rows), 1), share - 1))
-            slope = slope.to(dtype)
-            grad_hidden[part] = slope @ ours
-            grad_weight += slope.t() @ rows
+            slope = slope.to(exact)
+            grad_hidden[part] = slope @ ours.to(exact)
+            grad_weight += slope.t() @ rows.to(exact)
         ctx.found = grad_hidden.div_(n).to(hidden.dtype), grad_weight.div_(n).to(weight.dtype)
         return total / n
 

@@ -28,7 +28,7 @@ from llm.config.in_python import in_python, words_of_python
 from llm.errors import Failure, UserError
 from llm.generate import Knobs, write
 from llm.machine.device import choose_device
-from llm.plan.autopilot import choose_new_run
+from llm.plan.autopilot import Choice, choose_new_run
 from llm.plan.choice_lines import choice_lines
 from llm.plan.request import read_request
 from llm.record import metrics
@@ -168,54 +168,70 @@ def fit(
     as "10m", the run is chosen for that time, around the given settings. After an interrupt the run saves and ends;
     `resume=True` continues it. Raises UserError for settings that cannot work, Failure if it cannot go on or be saved.
     """
-    out_dir = expanded(str(out_dir))
-    given = settings | ({} if text is None else {"text": text}) | {"out_dir": out_dir}
-
-    tell = once(lambda line: say(in_python(line)))
+    given = settings | ({} if text is None else {"text": text}) | {"out_dir": expanded(str(out_dir))}
     with words_of_python():
-        began = perf_counter()
-        deadline: Deadline | None = None
-        if resume and time is not None:
-            raise UserError("time is for a new run; to continue one, leave it out")
-        if resume:
-            opened = resume_run(Path(out_dir), given, say=tell)
+        return _fit(given, preset, resume, overwrite, time, say)[0]
+
+
+def _fit(
+    given: dict[str, Any], preset: str | None, resume: bool, overwrite: bool, time: str | None, say: Say
+) -> tuple[Run, bool]:
+    """Return the run of `fit`, and whether it was interrupted."""
+    began = perf_counter()
+    out_dir = given["out_dir"]
+    tell = once(lambda line: say(in_python(line)))
+    deadline: Deadline | None = None
+    if resume and time is not None:
+        raise UserError("time is for a new run; to continue one, leave it out")
+    if resume:
+        opened = resume_run(Path(out_dir), given, say=tell)
+    else:
+        base = read_toml(preset) if preset else {}
+        if time is None:
+            config, names = over_preset(base, given, tell), given_names(base, given)
         else:
-            base = read_toml(preset) if preset else {}
-            if time is None:
-                config, names = over_preset(base, given, tell), given_names(base, given)
-            else:
-                choice = choose_new_run(read_request(time, base, given, tell), overwrite, tell)
-                if choice.calls_for_teacher:
-                    folder, seconds = choice.teacher_part(overwrite)
-                    say(choice.teacher_words(folder, seconds))
-                    same = {"text": text, "preset": preset, "overwrite": overwrite, "say": say, **settings}
-                    teacher = fit(out_dir=folder, time=f"{seconds:.0f}", **same)
-                    was_interrupted = teacher.record[-1]["step"] < teacher.config.max_steps
-                    spent = seconds if was_interrupted else perf_counter() - began
-                    left = f"{max(1.0, choice.seconds - spent):.0f}"
-                    if was_interrupted:
-                        tell(f"then: losscurve train --teacher {folder} --time {left} --out_dir {out_dir}")
-                        return teacher
-                    return fit(out_dir=out_dir, time=left, teacher=folder, **same)
-                say("\n".join(choice_lines(choice)))
-                config, names = choice.proposal.config, set(FIELDS)
-                deadline = choice.deadline(began)
-            opened = new_run(config, overwrite=overwrite, say=tell, given=names)
-        with opened as training, interrupts() as caught:
-            training.stop = lambda: bool(caught)
-            training.deadline = deadline
-            if training.fine_tuning:
-                tell(training.fine_tuning)
-            for event in train(training):
-                if isinstance(event, Line):
-                    say(str(event))
-                elif isinstance(event, Notice):
-                    say(in_python(f"warning: {event.text}"))
+            choice = choose_new_run(read_request(time, base, given, tell), overwrite, tell)
+            if choice.calls_for_teacher:
+                return _fit_both(given, preset, overwrite, choice, began, say)
+            say("\n".join(choice_lines(choice)))
+            config, names = choice.proposal.config, set(FIELDS)
+            deadline = choice.deadline(began)
+        opened = new_run(config, overwrite=overwrite, say=tell, given=names)
+    with opened as training, interrupts() as caught:
+        training.stop = lambda: bool(caught)
+        training.deadline = deadline
+        if training.fine_tuning:
+            tell(training.fine_tuning)
+        for event in train(training):
+            if isinstance(event, Line):
+                say(str(event))
+            elif isinstance(event, Notice):
+                say(in_python(f"warning: {event.text}"))
     if training.unsaved:
         raise Failure(f"the last save failed: {training.unsaved}; free some disk space, then continue with resume=True")
     if caught:
         say(f"saved step {training.progress.step}; continue with fit(out_dir={str(out_dir)!r}, resume=True)")
-    return Run.open(out_dir)
+    return Run.open(out_dir), bool(caught)
+
+
+def _fit_both(
+    given: dict[str, Any], preset: str | None, overwrite: bool, choice: Choice, began: float, say: Say
+) -> tuple[Run, bool]:
+    """Train a teacher for a part of the time, then the run that learns from it too, and return that one.
+
+    Returns the teacher if it was interrupted.
+    """
+    folder, seconds = choice.teacher_part(overwrite)
+    say(choice.teacher_words(folder, seconds))
+    teacher, was_interrupted = _fit(given | {"out_dir": folder}, preset, False, overwrite, f"{seconds:.0f}", say)
+    spent = seconds if was_interrupted else perf_counter() - began
+    rest, left = given | {"teacher": folder}, f"{max(1.0, choice.seconds - spent):.0f}"
+    if not was_interrupted:
+        return _fit(rest, preset, False, overwrite, left, say)
+    asked = rest | {"time": left, "preset": preset, "overwrite": overwrite}
+    words = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value not in (None, False))
+    say(f"after that, train the run with fit({words})")
+    return teacher, True
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from saved_runs import same_bits
 from llm import fit, loss
 from llm.checks.rehearsal import Rehearsal
 from llm.checks.verify import verify
-from llm.config import from_settings, to_settings
+from llm.config import TrainConfig, from_settings, to_settings
 from llm.data import batch_at
 from llm.errors import UserError
 from llm.loss import Taught, linear_cross_entropy
@@ -138,18 +138,40 @@ def test_the_text_and_its_tokens_are_the_teachers_unless_another_is_given(here, 
     assert losscurve(f"train --text text.txt --out_dir first {flags(**bpe)}")[0] == 0
     small = SMALL | {"tokenizer": "auto", "max_steps": 4}
     code, out, err = losscurve(f"train --teacher first --out_dir second {flags(**small)}")
-    assert (code, "50% of each target is what the teacher predicts: first" in out) == (0, True), err
+    assert (code, "80% of each target is what the teacher predicts: first" in out) == (0, True), err
     assert run_config(Path("second")).data_dir == run_config(Path("first")).data_dir == "data/text-bpe300"
-    assert losscurve("report second --format md --out second.md")[0] == losscurve("report second --out second.html")[0] == 0
+    assert (
+        losscurve("report second --format md --out second.md")[0]
+        == losscurve("report second --out second.html")[0]
+        == 0
+    )
     assert "and on what first predicts of it" in Path("second.md").read_text(encoding="utf-8")
     assert "and on what <bdi>first</bdi> predicts of it" in Path("second.html").read_text(encoding="utf-8")
     assert losscurve(f"train --text text.txt --teacher first --out_dir third {flags(**small)}")[0] == 0
     assert run_config(Path("third")).data_dir == "data/text-bpe300"
+    assert (
+        losscurve(f"train --teacher first --data_dir {Path('data/text-bpe300')} --out_dir again {flags(**small)}")[0]
+        == 0
+    )
     Path("other.txt").write_text(words(700, seed=9), encoding="utf-8")
     assert losscurve(f"train --text other.txt --teacher first --out_dir fourth {flags(**small)}")[0] == 0
     assert run_config(Path("fourth")).data_dir == "data/other-for-first"
     tokenizers = [json.loads(Path(run, "tokenizer.json").read_text(encoding="utf-8")) for run in ("first", "fourth")]
     assert tokenizers[0] == tokenizers[1]
+    code, out, err = losscurve("plan --text other.txt --teacher first --block_size 16 --json --data_dir elsewhere")
+    assert (code, json.loads(out)["parameters"]["head"] if code == 0 else err) == (0, 300 * TrainConfig().model.n_embd)
+    shutil.rmtree("data/text-bpe300")
+    code, _, err = losscurve(f"train --teacher first --out_dir fifth {flags(**small)}")
+    assert (code, "token files are not there" in err and "--data_dir" in err) == (2, True), err
+
+
+def test_tokens_that_were_chosen_by_themselves(here, losscurve):
+    """A run without a --tokenizer records "auto"; its teacher's kind is the same."""
+    small = small_flags("tokenizer")
+    assert losscurve("prepare text.txt --tokenizer char --data_dir data/text")[0] == 0
+    assert losscurve(f"train --data_dir data/text {small} --out_dir first")[0] == 0
+    assert losscurve(f"train --text text.txt --teacher first {small} --out_dir second")[0] == 0
+    assert run_config(Path("second")).data_dir == "data/text"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +183,8 @@ def test_the_text_and_its_tokens_are_the_teachers_unless_another_is_given(here, 
         ("--teacher first --block_size 17", "block_size = 17: the teacher first sees 16 tokens; give --block_size 16"),
         ("--teacher first --tokenizer byte", "the weights of first know char tokens; leave it out"),
         ("--teacher first --vocab_size 99", "vocab_size = 99: the teacher first has 12 tokens; leave it out"),
+        ("--teacher first --out_dir first --overwrite", "teacher = first: is in the run folder first; choose another"),
+        ("--teacher first/model.pt --out_dir first/.. --overwrite", "is in the run folder first/.."),
         ("--teacher first --data_dir other", "its tokens are not those that first was trained on"),
     ],
 )
@@ -169,8 +193,10 @@ def test_what_cannot_be_is_said_before_anything_is_written(here, losscurve, type
     Path("other.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40, encoding="utf-8")
     assert losscurve("prepare other.txt --data_dir other --tokenizer char")[0] == 0
     small = small_flags("tokenizer", *(["block_size"] if "block_size" in typed else []))
-    code, _, err = losscurve(f"train {small} --out_dir second {typed}")
-    assert (code, told in err, Path("second").exists()) == (2, True, False), err
+    where = "" if "out_dir" in typed else "--out_dir second"
+    before = sorted(here.rglob("*"))
+    code, _, err = losscurve(f"train {small} {where} {typed}")
+    assert (code, told in err, sorted(here.rglob("*"))) == (2, True, before), err
 
 
 def test_a_fork_has_the_teacher_of_its_run(here, losscurve):
@@ -192,15 +218,17 @@ def test_a_damaged_teacher_is_said_and_a_new_run_takes_the_folder(here, losscurv
     with new_run(config) as run:
         run.stop = lambda: run.progress.step == 5
         list(train(run))
-    path = Path("second/teacher/model.safetensors")
+    path = Path("second/teacher-weights/model.safetensors")
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert [str(finding.path) for finding in verify(Path("second")) if finding.good is False] == ["second/teacher"]
+    assert [str(finding.path) for finding in verify(Path("second")) if finding.good is False] == [
+        "second/teacher-weights"
+    ]
     code, _, err = losscurve("train --resume --out_dir second")
-    assert (code, "second/teacher/model.safetensors" in err) == (2, True), err
+    assert (code, "second/teacher-weights/model.safetensors" in err) == (2, True), err
     trained(from_settings({"teacher": None}, config), overwrite=True)
-    assert not Path("second/teacher").exists()
+    assert not Path("second/teacher-weights").exists()
 
 
 def test_plans_and_choices_count_the_teacher(here, losscurve):
@@ -246,6 +274,7 @@ def test_its_losses_compare_with_those_of_a_run_without(here):
 def much_time(here, monkeypatch):
     """A few seconds are so much for the text here that a run of them gets a teacher."""
     monkeypatch.setattr(rule, "LEAST_TEACHING", 7.0)
+    monkeypatch.setattr(rule, "LEAST_TAUGHT_STEPS", 20)
     return here
 
 

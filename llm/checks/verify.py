@@ -58,6 +58,9 @@ def verify_run(run_dir: Path) -> Iterator[Finding]:
         path = run_dir / name
         if path.exists() and config:
             yield from _try(path, "weights", partial(read_weights, path, config.model))
+    if config and config.teacher:
+        teacher = run_dir / TEACHER
+        yield from _try(teacher, "the teacher's weights", partial(checkpoint.load_state, teacher))
     tokenizer = run_dir / "tokenizer.json"
     if tokenizer.exists():
         yield from _try(tokenizer, "tokenizer", partial(load_tokenizer, tokenizer))
@@ -74,9 +77,6 @@ def _verify_checkpoints(run_dir: Path) -> Generator[Finding, None, dict[str, Any
         loaded = yield from _try(path, "a checkpoint to resume from", partial(checkpoint.load_state, path))
         if loaded:
             newest_facts = loaded[1]
-    if (run_dir / TEACHER).exists():
-        path = run_dir / TEACHER
-        yield from _try(path, "the teacher's weights", partial(checkpoint.load_state, path))
     for path in sorted(run_dir.glob("damaged-step-*")):
         yield Finding(path, None, "renamed by a resume because it was damaged; not used")
     return newest_facts

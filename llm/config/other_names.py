@@ -84,7 +84,7 @@ NAMES = (
         "a finished run, or what init_from takes",
         "teacher_model teacher_model_path teacher_model_name_or_path teacher_path distill_from from_teacher_path",
     ),
-    ("teacher_share", "0.5 if not given", "alpha distill_alpha distillation_alpha kd_alpha kd_ratio"),
+    ("teacher_share", "0.8 if not given", "alpha distill_alpha distillation_alpha kd_alpha kd_ratio"),
     ("resume", "with out_dir, the run folder", "resume_from resume_from_checkpoint resume_path resume_training"),
     ("val_fraction", "", "val_split valid_fraction validation_split val_ratio test_size"),
     ("eval_every", "in steps", "eval_steps evaluation_steps eval_freq eval_iter val_every val_check_interval"),

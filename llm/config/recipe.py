@@ -213,7 +213,7 @@ class TrainConfig:
         None, "learn from what these weights predict, too (distillation): a finished run, or what init_from takes"
     )
     teacher_share: float = setting(
-        0.5, "teacher: its share of the target; the rest is the text's token", above=0.0, high=1.0
+        0.8, "teacher: its share of the target; the rest is the text's token", above=0.0, high=1.0
     )
     sample_prompt: str | None = setting(
         None, "prompt of the sample at each evaluation (default: ROMEO: or a line break)"

@@ -29,6 +29,7 @@ from llm.start.teacher import open_teacher, with_tokens
 from llm.tokens.token_files import has_tokens, read_meta
 from llm.tokens.tokenizer import Tokenizer
 from llm.training.live import Deadline
+from llm.weights import run_config
 
 LARGE = 20_000_000  # bytes of a text from which the time to prepare it is announced
 
@@ -59,20 +60,23 @@ class Choice:
         """Whether the run would read its text so often that a teacher, trained in a part of its time, brings more."""
         config, given = self.proposal.config, self.request.given
         is_free = not (config.init_from or config.teacher or "dropout" in given)
-        return is_free and config.model.dropout > 0 and self.request.seconds >= rule.LEAST_TEACHING
+        is_long = self.request.seconds >= rule.LEAST_TEACHING and config.max_steps >= rule.LEAST_TAUGHT_STEPS
+        return is_free and is_long and config.model.dropout > 0
 
     def teacher_part(self, overwrite: bool) -> tuple[str, float]:
         """Return the folder of the teacher's run, beside that of the run, and the seconds for it."""
-        name = f"{self.proposal.config.out_dir.rstrip('/')}-teacher"
-        return name if overwrite else unused(name), rule.TEACHING_SHARE * self.request.seconds
+        out_dir = Path(self.proposal.config.out_dir)
+        name = f"{str(out_dir).rstrip('/')}-teacher"
+        is_ours = overwrite and (out_dir / "config.toml").is_file() and run_config(out_dir).teacher == name
+        return name if is_ours else unused(name), rule.TEACHING_SHARE * self.request.seconds
 
     def teacher_words(self, folder: str, seconds: float) -> str:
         """Return a line that says why there is a teacher first, and where."""
         config = self.proposal.config
         passes = config.max_steps * config.tokens_per_step / self.proposal.text.tokens
         return (
-            f"this time is enough to read the text {short(passes)} times, more often than one run gains from: first "
-            f"{spoken(seconds)} for a teacher in {folder}, then a run that learns from what it predicts, too"
+            f"in {short(passes)} passes one model would begin to learn this text by heart: first {spoken(seconds)} "
+            f"for a teacher in {folder}, then a run that learns from what it predicts, too"
         )
 
     @property
@@ -137,7 +141,8 @@ def choose_run(
     if request.config.init_from:
         request, weights_tokenizer = with_weights(request, say)
     if request.config.teacher:
-        request, weights_tokenizer = with_teacher(request, say)
+        request, tokenizer = with_teacher(request, say)
+        weights_tokenizer = weights_tokenizer or tokenizer
     facts = None
     if not has_own_tokens(request):
         facts = look_at(request.config, say)

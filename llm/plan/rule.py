@@ -47,7 +47,8 @@ WEIGHT_DECAYS = ((0, 0.1), (7, 0.3))  # (passes from which a row counts, weight 
 DROPOUTS = ((0, 0, 0.0), (10, 60, 0.1), (30, 200, 0.2))  # (passes, or repetition, from which a row counts, dropout)
 COOLDOWN = 0.6  # share of the steps, with wsd
 TEACHING_SHARE = 1 / 3  # of the time, for a teacher; it replaces dropout
-LEAST_TEACHING = 120.0  # seconds of a run that gets one
+LEAST_TEACHING = 120.0  # seconds of a run that gets one,
+LEAST_TAUGHT_STEPS = 300  # and the steps that it would have without
 
 MUON_LR = 0.03
 MUON_MAX_LR = 3e-3  # of AdamW's share of the parameters

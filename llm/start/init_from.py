@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -23,10 +24,15 @@ def check_tokens(
     """Raise UserError if the tokens of `data` are not those of `given`, which the weights of `role` have."""
     same = given is None or tokenizer is None or given.to_json() == tokenizer.to_json()
     if config.model.vocab_size < data.vocab_size or not same:
-        raise UserError(
-            f"{data.folder}: its tokens are not those that {getattr(config, role)} was trained on; "
-            f"give the text by --text with another --data_dir, and it is prepared with the right ones"
-        )
+        raise other_tokens(data.folder, str(getattr(config, role)))
+
+
+def other_tokens(folder: Path, weights: str) -> UserError:
+    """Return the error for token files in `folder` that are not those of the `weights`."""
+    return UserError(
+        f"{folder}: its tokens are not those that {weights} was trained on; give the text by --text with another "
+        "--data_dir, and it is prepared with the right ones"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from llm.start.build import build, connect
 from llm.start.init_from import Start, changed_settings, check_tokens, starting_point
 from llm.start.run_data import beside
 from llm.start.run_folder import Say, clear, disk_needed, refuse_existing, say_limits, write_environment
-from llm.start.teacher import check_teacher, open_teacher, with_tokens, write_teacher
+from llm.start.teacher import check_teacher, open_teacher, refuse_own_folder, with_tokens, write_teacher
 from llm.start.texts import default_prompt, open_text
 from llm.tokens.saved_tokenizer import save_tokenizer
 from llm.tokens.tokenizer import Tokenizer
@@ -82,6 +82,7 @@ def check_request(config: TrainConfig, overwrite: bool, world: World) -> tuple[t
         refuse_existing(out_dir, overwrite)
         if out_dir.resolve() == Path(config.data_dir or default_folder(config)).resolve():
             raise UserError(f"out_dir = {out_dir}: is the folder of the token files; choose another for the run")
+        refuse_own_folder(config)
         storage.check_writable(out_dir)
     return device, dtype
 

@@ -21,7 +21,7 @@ OURS = (
     *("samples.jsonl", "samples.txt", "loss_curve.png"),
 )
 WEIGHTS = ("model.pt", "best.pt")
-TEACHER = "teacher"  # the folder with a copy of the weights that the run learns from
+TEACHER = "teacher-weights"  # the folder with a copy of the weights that the run learns from
 # facts in env.json that stay true on another machine: the state that a fork began from, and whether the run, or one
 # that it goes on from, began with weights that another program had trained
 PAST = ("forked_from", "pretrained")

@@ -15,10 +15,11 @@ from llm.config import GPTConfig, TrainConfig, from_settings
 from llm.errors import UserError
 from llm.machine.world import ALONE, World, receive
 from llm.prepare.reuse import made_from
-from llm.start.init_from import token_settings
-from llm.start.run_data import places_of
+from llm.start.init_from import other_tokens, token_settings
+from llm.start.run_data import open_run_data
 from llm.start.run_folder import TEACHER, Say
 from llm.storage import checkpoint
+from llm.tokens.saved_tokenizer import load_tokenizer
 from llm.tokens.token_files import has_tokens, read_meta
 from llm.weights import open_weights, run_config
 from llm.weights.opened import Opened
@@ -36,36 +37,59 @@ def open_teacher(config: TrainConfig) -> Opened:
     return teacher
 
 
-def with_tokens(config: TrainConfig, teacher: Opened, say: Say) -> TrainConfig:
-    """Return the config with the tokens of the teacher: its run's own files if they are of the text that is asked for.
+def refuse_own_folder(config: TrainConfig) -> None:
+    """Raise UserError if the teacher is the run folder, or in it: a new run clears that."""
+    if not config.teacher:
+        return
+    out_dir, teacher = Path(config.out_dir).resolve(), Path(config.teacher).resolve()
+    if teacher.is_relative_to(out_dir) and teacher.exists():
+        raise UserError(f"teacher = {config.teacher}: is in the run folder {config.out_dir}; choose another --out_dir")
 
-    Raises UserError if the config asks for another tokenizer.
+
+def with_tokens(config: TrainConfig, teacher: Opened, say: Say) -> TrainConfig:
+    """Return the config with the tokens of the teacher: its run's own files, unless another text or folder is given.
+
+    Raises UserError if the config asks for another tokenizer or vocabulary, or if there is no text and the run's own
+    files are gone.
     """
-    chosen = token_settings(config, teacher, "teacher", say)
-    if config.vocab_size not in (None, teacher.config.vocab_size):
+    size = teacher.config.vocab_size
+    if config.vocab_size not in (None, size):
         raise UserError(
-            f"vocab_size = {config.vocab_size}: the teacher {config.teacher} has {teacher.config.vocab_size} tokens; "
-            "leave it out"
+            f"vocab_size = {config.vocab_size}: the teacher {config.teacher} has {size} tokens; leave it out"
         )
+    chosen = token_settings(config, teacher, "teacher", say) | {"vocab_size": size}
     folder = Path(config.data_dir) if config.data_dir else _tokens_of_run(teacher, config, say)
     if folder and has_tokens(folder):
+        theirs = folder / "tokenizer.json"
+        if teacher.tokenizer and theirs.exists() and load_tokenizer(theirs).to_json() != teacher.tokenizer.to_json():
+            raise other_tokens(folder, str(config.teacher))
         made = (read_meta(folder) or {}).get("settings") or {}  # another program's files have none
-        chosen |= {"data_dir": folder, "vocab_size": made.get("vocab_size")}
+        chosen |= {"data_dir": folder, "tokenizer": made.get("tokenizer", chosen["tokenizer"])}
     return from_settings(chosen, config)
 
 
 def _tokens_of_run(teacher: Opened, config: TrainConfig, say: Say) -> Path | None:
-    """Return the token files of the teacher's run, None if they are gone or were made from another text."""
-    if not teacher.is_ours:
+    """Return the token files of the teacher's run; None if the text that is given is another, or they are gone.
+
+    Raises UserError if they are gone or changed and no text is given.
+    """
+    if not teacher.is_ours or "-" in config.text:  # standard input can be read only once
         return None
     run_dir = teacher.path.parent
-    theirs = run_config(run_dir)
-    for place in places_of(theirs.data_dir or "data", run_dir, theirs):
-        if not has_tokens(place):
-            continue
-        if not config.text or ((place / "meta.json").exists() and made_from(place, config, say=say)):
-            return place
-    return None
+    try:
+        environment = storage.read_json(run_dir / "env.json")
+    except UserError:  # lost: the files cannot be compared with those of the run
+        environment = {}
+    expected = environment.get("data") if isinstance(environment, dict) else None
+    try:
+        folder = open_run_data(run_dir, run_config(run_dir), expected).folder
+    except UserError:
+        if config.text:
+            return None
+        raise
+    if config.text and not ((folder / "meta.json").exists() and made_from(folder, config, say=say)):
+        return None
+    return folder
 
 
 def check_teacher(config: TrainConfig, teacher: Opened) -> None:

@@ -223,6 +223,7 @@ def _fit_both(
     """
     folder, seconds = choice.teacher_part(overwrite)
     say(choice.teacher_words(folder, seconds))
+    given = given | {"block_size": choice.proposal.config.model.block_size}  # of both
     teacher, was_interrupted = _fit(given | {"out_dir": folder}, preset, False, overwrite, f"{seconds:.0f}", say)
     spent = seconds if was_interrupted else perf_counter() - began
     rest, left = given | {"teacher": folder}, f"{max(1.0, choice.seconds - spent):.0f}"

@@ -133,6 +133,24 @@ def test_a_teacher_replaces_dropout():
     assert proposed(text, 600, teacher="runs/first").config.model.dropout == 0
 
 
+@pytest.mark.parametrize(
+    ("tokens", "seconds", "typed", "called"),
+    [
+        (800_000, 300, {}, False),  # 4 passes
+        (400_000, 300, {}, True),
+        (400_000, 300, {"dropout": 0.0}, False),
+        (400_000, 300, {"teacher": "runs/first"}, False),
+        (40_000, 119, {}, False),
+    ],
+)
+def test_a_text_that_is_read_often_calls_for_a_teacher(tokens, seconds, typed, called):
+    request = read_request(str(seconds), {}, typed)
+    text = Text(tokens, 1024)
+    found = proposed(text, seconds, lambda config: Pace(0.26, 1e-6, 1e-3), **typed)
+    choice = autopilot.Choice(request, None, found)
+    assert (choice.calls_for_teacher, choice.passes >= 7) == (called, tokens < 800_000)
+
+
 @pytest.mark.parametrize(("n_layer", "n_embd", "dropout"), [(6, 192, 0.0), (8, 320, 0.1)])
 def test_a_model_that_is_large_for_its_text_gets_dropout_after_fewer_passes(n_layer, n_embd, dropout):
     """Eight passes, of models with 3.3 and 12 parameters in their blocks for each token."""
@@ -150,14 +168,16 @@ def test_a_short_time_measures_fewer_shapes():
 def test_a_shape_suits_that_gets_enough_steps_and_is_not_too_large_for_the_text():
     pace = Pace(0.05, 1e-7, 1e-5)
 
-    def check(width, seconds, tokens):
-        request = read_request(str(seconds), {}, {"n_layer": 4, "n_embd": width})
+    def check(width, seconds, tokens, **more):
+        request = read_request(str(seconds), {}, {"n_layer": 4, "n_embd": width} | more)
         return suits(request.config, request, Text(tokens, 1024), pace)
 
     assert check(64, 60, 10**8)
     assert not check(64, 30, 10**8)  # 570 steps at most
     assert check(512, 100, 19 * 10**5)
     assert not check(512, 100, 18 * 10**5)  # 12.8 M parameters in the blocks
+    assert check(512, 100, 11 * 10**5, teacher="runs/first")
+    assert not check(512, 100, 10 * 10**5, teacher="runs/first")
 
 
 # ---- the proposal

@@ -57,7 +57,8 @@ def train_both(words: list[str], choice: "Choice", began: float, train: Callable
 
     folder, first = choice.teacher_part(overwrite="--overwrite" in words)
     print_best_effort(choice.teacher_words(folder, first))
-    words = [word for word in words if not word.startswith(("--time=", "--out_dir="))]
+    words = [word for word in words if not word.startswith(("--time=", "--out_dir=", "--block_size="))]
+    words.insert(0, f"--block_size={choice.proposal.config.model.block_size}")  # of both
     code = train([f"--time={first:.0f}", f"--out_dir={folder}", *words])
     spent = first if code else time.perf_counter() - began  # an interrupted teacher has the rest of its time still
     rest = [

@@ -61,7 +61,13 @@ class Choice:
         config, given = self.proposal.config, self.request.given
         is_free = not (config.init_from or config.teacher or "dropout" in given)
         is_long = self.request.seconds >= rule.LEAST_TEACHING and config.max_steps >= rule.LEAST_TAUGHT_STEPS
-        return is_free and is_long and config.model.dropout > 0
+        return is_free and is_long and (self.passes >= rule.LEAST_TAUGHT_PASSES or config.model.dropout > 0)
+
+    @property
+    def passes(self) -> float:
+        """How often the run reads its text."""
+        config = self.proposal.config
+        return config.max_steps * config.tokens_per_step / self.proposal.text.tokens
 
     def teacher_part(self, overwrite: bool) -> tuple[str, float]:
         """Return the folder of the teacher's run, beside that of the run, and the seconds for it."""
@@ -72,11 +78,9 @@ class Choice:
 
     def teacher_words(self, folder: str, seconds: float) -> str:
         """Return a line that says why there is a teacher first, and where."""
-        config = self.proposal.config
-        passes = config.max_steps * config.tokens_per_step / self.proposal.text.tokens
         return (
-            f"in {short(passes)} passes one model would begin to learn this text by heart: first {spoken(seconds)} "
-            f"for a teacher in {folder}, then a run that learns from what it predicts, too"
+            f"in {short(self.passes)} passes one model would begin to learn this text by heart: first "
+            f"{spoken(seconds)} for a teacher in {folder}, then a run that learns from what it predicts, too"
         )
 
     @property

@@ -135,7 +135,8 @@ def estimate(model: GPTConfig, paces: dict[GPTConfig, Pace]) -> Pace:
 
 def suits(config: TrainConfig, request: Request, text: Text, pace: Pace) -> bool:
     """Return whether a shape gets GOOD_STEPS at a pace, and is not so large that it memorises the text."""
-    if parameters_per_token(config, text) > rule.PARAMETERS_PER_TOKEN:
+    most = rule.TAUGHT_PARAMETERS_PER_TOKEN if config.teacher else rule.PARAMETERS_PER_TOKEN
+    if parameters_per_token(config, text) > most:
         return False
     steps = affordable_steps(config, request, text, pace, rule.probes(request.seconds))
     return steps >= min(rule.GOOD_STEPS, int(useful_steps(config, request, text)))

@@ -31,7 +31,8 @@ SHAPES = (  # (n_layer, n_embd), from small to large
 )
 HEAD_SIZES = ((0, 32), (192, 64))  # (width from which a row counts, channels of a head)
 GOOD_STEPS = 900  # the largest shape that gets so many steps is taken,
-PARAMETERS_PER_TOKEN = 7  # unless its blocks have more parameters for each training token than these
+PARAMETERS_PER_TOKEN = 7  # unless its blocks have more parameters for each training token than these,
+TAUGHT_PARAMETERS_PER_TOKEN = 12  # or than these with a teacher
 
 BLOCK_SIZES = ((0, 128), (120, 256))  # (seconds from which a row counts, block_size)
 SMALLEST_BLOCK = 16
@@ -46,9 +47,11 @@ ENOUGH_STEPS = 2000  # fewer steps are never too many for this reason
 WEIGHT_DECAYS = ((0, 0.1), (7, 0.3))  # (passes from which a row counts, weight decay)
 DROPOUTS = ((0, 0, 0.0), (10, 60, 0.1), (30, 200, 0.2))  # (passes, or repetition, from which a row counts, dropout)
 COOLDOWN = 0.6  # share of the steps, with wsd
-TEACHING_SHARE = 1 / 3  # of the time, for a teacher; it replaces dropout
-LEAST_TEACHING = 120.0  # seconds of a run that gets one,
-LEAST_TAUGHT_STEPS = 300  # and the steps that it would have without
+TEACHING_SHARE = 1 / 3  # of the time, for a teacher; it replaces dropout,
+TAUGHT_LONGER = 1.5  # and so many times as many steps are useful with it
+LEAST_TEACHING = 120.0  # seconds of a run that gets one, if without it there were
+LEAST_TAUGHT_STEPS = 300  # so many steps, and
+LEAST_TAUGHT_PASSES = 7  # so many passes or dropout
 
 MUON_LR = 0.03
 MUON_MAX_LR = 3e-3  # of AdamW's share of the parameters

@@ -40,6 +40,8 @@ def useful_steps(config: TrainConfig, request: Request, text: Text) -> float:
     """Return the most steps that are useful: those of the most passes, fewer for a model that is large for its text."""
     passes_of_a_step = config.tokens_per_step / text.tokens
     enough = max(rule.ENOUGH_STEPS, rule.MOST_REPETITION / parameters_per_token(config, text) / passes_of_a_step)
+    if config.teacher:
+        enough *= rule.TAUGHT_LONGER
     return max(rule.LEAST_STEPS, min(request.most_epochs / passes_of_a_step, enough))
 
 

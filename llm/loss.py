@@ -189,17 +189,18 @@ class _TaughtCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, n, chunk):
-            part = slice(start, start + chunk)
-            rows, wanted = hidden[part].to(dtype), targets[part, None]
-            predicted = torch.log_softmax((rows @ ours.t()).float(), 1)
-            total -= predicted.gather(1, wanted).sum()
-            mixed_in = torch.softmax((their_hidden[part].to(dtype) @ theirs.t()).float(), 1)
-            slope = predicted.exp_().sub_(mixed_in, alpha=share)
-            slope.scatter_add_(1, wanted, slope.new_full((len(rows), 1), share - 1))
-            slope = slope.to(exact)
-            grad_hidden[part] = slope @ ours.to(exact)
-            grad_weight += slope.t() @ rows.to(exact)
+        with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are chosen here
+            for start in range(0, n, chunk):
+                part = slice(start, start + chunk)
+                rows, wanted = hidden[part].to(dtype), targets[part, None]
+                predicted = torch.log_softmax((rows @ ours.t()).float(), 1)
+                total -= predicted.gather(1, wanted).sum()
+                mixed_in = torch.softmax((their_hidden[part].to(dtype) @ theirs.t()).float(), 1)
+                slope = predicted.exp_().sub_(mixed_in, alpha=share)
+                slope.scatter_add_(1, wanted, slope.new_full((len(rows), 1), share - 1))
+                slope = slope.to(exact)
+                grad_hidden[part] = slope @ ours.to(exact)
+                grad_weight += slope.t() @ rows.to(exact)
         ctx.found = grad_hidden.div_(n).to(hidden.dtype), grad_weight.div_(n).to(weight.dtype)
         return total / n
 

@@ -165,7 +165,8 @@ def fit(
     """Train on a text (a path, several, or "shakespeare") and return the run; for notebooks.
 
     `settings` are the fields of `TrainConfig` and `GPTConfig`; `say` gets a line for each evaluation. With `time`, such
-    as "10m", the run is chosen for that time, around the given settings. After an interrupt the run saves and ends;
+    as "10m", the run is chosen for that time, around the given settings; where a text would be read often, a teacher is
+    trained first, in the folder OUT_DIR-teacher. After an interrupt the run saves and ends;
     `resume=True` continues it. Raises UserError for settings that cannot work, Failure if it cannot go on or be saved.
     """
     given = settings | ({} if text is None else {"text": text}) | {"out_dir": expanded(str(out_dir))}

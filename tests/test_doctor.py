@@ -164,7 +164,7 @@ def one_weight_not_updated(monkeypatch):
 
 
 def a_loss_that_is_no_number(monkeypatch):
-    monkeypatch.setattr("llm.model.linear_cross_entropy", lambda x, w, y: (x.sum() + w.sum()) * float("nan"))
+    monkeypatch.setattr("llm.model.linear_cross_entropy", lambda x, w, y, taught: (x.sum() + w.sum()) * float("nan"))
 
 
 def rotation_of_another(monkeypatch):

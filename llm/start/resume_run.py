@@ -68,8 +68,7 @@ def resume_run(
             tokenizer = run_tokenizer(out_dir, config.model.vocab_size, say, data.folder)
             agree(config, data, device, world)
         stack.enter_context(fixed_order(device))
-        with world.together():
-            teacher = read_teacher(out_dir, device, world) if config.teacher else None
+        teacher = read_teacher(out_dir, device, world) if config.teacher else None
         parts = build(config, data, tokenizer, device, DTYPES[config.dtype], world, teacher=teacher)
         progress = restore(parts, groups, facts)
         with world.together():

@@ -130,3 +130,16 @@ def test_a_folder_in_use_is_a_user_error_on_all_processes():
         with pytest.raises(storage.InUse), world.together():
             raise storage.InUse(Path("data"), "data: in use")
     assert exchanged == [{"error": "UserError", "message": "data: in use"}]
+
+
+def test_another_process_may_finish_between_a_look_and_the_lock(here, monkeypatch):
+    config = from_settings({"text": "text.txt", "tokenizer": "char"})
+
+    def prepared_twice(*args, **kwargs):
+        prepare.prepare(*args, **kwargs)
+        prepare.prepare(*args, **kwargs)
+
+    monkeypatch.setattr(reuse, "prepare", prepared_twice)
+    assert ensure(config) == Path("data/text-char")
+    with pytest.raises(UserError, match="made with tokenizer"):
+        ensure(from_settings({"text": "text.txt", "tokenizer": "byte", "data_dir": "data/text-char"}))

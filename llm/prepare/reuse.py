@@ -63,6 +63,9 @@ def ensure(
                 say(f"{error.folder}: waiting for another process that uses it for this text")
             waited_for.add(error.folder)
             _wait_until_free(error.folder)
+        except UserError:
+            if not files_there(folder):  # else another process has just prepared it, between our look and our lock
+                raise
     if not has_tokens(folder):
         raise UserError(f"{folder}: has no train.bin; {OTHER_FOLDER}, or {again(folder)}")
     if config.text:

@@ -80,3 +80,8 @@ def flops_per_token(config: GPTConfig) -> float:
     width = config.n_embd
     weights = count_hidden_matrices(config) + config.vocab_size * width
     return 6.0 * weights + 12.0 * config.n_layer * config.n_head * config.head_size * config.block_size
+
+
+def forward_flops_per_token(config: GPTConfig) -> float:
+    """Return the floating-point operations of the forward pass alone for one token: a third of `flops_per_token`."""
+    return flops_per_token(config) / 3

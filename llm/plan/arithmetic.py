@@ -118,11 +118,6 @@ def teacher_bytes(config: TrainConfig, teacher: GPTConfig) -> int:
     return 4 * count_parameters(teacher) + _low_precision_bytes(teacher, on_cpu, itemsize) + max(block, logits)
 
 
-def teacher_flops(teacher: GPTConfig) -> float:
-    """Return the FLOPs that a teacher of this shape adds for each token: its forward pass, a third of a step."""
-    return flops_per_token(teacher) / 3
-
-
 def muon_excess(held: dict[str, int], config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
     """Return the bytes that Muon's update takes beyond what a step has freed before it, which is in `held`.
 

@@ -72,7 +72,7 @@ class Choice:
     def teacher_part(self, overwrite: bool) -> tuple[str, float]:
         """Return the folder of the teacher's run, beside that of the run, and the seconds for it."""
         out_dir = Path(self.proposal.config.out_dir)
-        name = f"{str(out_dir).rstrip('/')}-teacher"
+        name = f"{out_dir}-teacher"
         is_ours = overwrite and (out_dir / "config.toml").is_file() and run_config(out_dir).teacher == name
         return name if is_ours else unused(name), rule.TEACHING_SHARE * self.request.seconds
 

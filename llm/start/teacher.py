@@ -93,20 +93,18 @@ def _tokens_of_run(teacher: Opened, config: TrainConfig, say: Say) -> Path | Non
 
 
 def check_teacher(config: TrainConfig, teacher: Opened) -> None:
-    """Raise UserError if the vocabulary of the teacher is not that of the model."""
+    """Raise UserError if the vocabulary of the teacher is not that of the model, which is then that of `init_from`."""
     if teacher.config.vocab_size != config.model.vocab_size:
         raise UserError(
-            f"vocab_size = {config.model.vocab_size}: the teacher {config.teacher} has {teacher.config.vocab_size} "
-            f"tokens; give --vocab_size {teacher.config.vocab_size}"
+            f"teacher = {config.teacher}: has a vocabulary of {teacher.config.vocab_size}, and the weights of "
+            f"{config.init_from} one of {config.model.vocab_size}; give others, or leave one of the two out"
         )
 
 
 def write_teacher(out_dir: Path, teacher: Model) -> None:
     """Write the teacher's weights and shape to the run folder. Raises OSError."""
     with storage.folder_in_place(out_dir / TEACHER) as folder:
-        with storage.writing(folder / "model.safetensors") as file:
-            for part in checkpoint.serialize_tensors(dict(teacher.named_parameters())):
-                file.write(part)
+        checkpoint.write_tensors(folder / "model.safetensors", dict(teacher.named_parameters()))
         storage.write_json(folder / "state.json", {"step": 0, "model": asdict(teacher.config)})
 
 

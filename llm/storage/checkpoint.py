@@ -61,9 +61,7 @@ def save_state(run_dir: Path, step: int, groups: Groups, facts: dict[str, Any], 
     final = run_dir / folder_name(step)
     with storage.folder_in_place(final) as folder:
         for name, tensors in groups.items():
-            with storage.writing(folder / f"{name}.safetensors") as file:
-                for part in serialize_tensors(tensors):
-                    file.write(part)
+            write_tensors(folder / f"{name}.safetensors", tensors)
         storage.write_json(folder / "state.json", {"step": step, **facts})
     storage.write_text(run_dir / "latest", final.name + "\n")
     if is_best:
@@ -82,6 +80,13 @@ def _remove_old(run_dir: Path, step: int, keep: int) -> None:
                 storage.remove_folder(run_dir / folder_name(old))
             except OSError as error:  # the new checkpoint is saved all the same
                 storage.note(run_dir, "old checkpoints could not be removed; the next save tries again", error)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as a safetensors file. Raises OSError."""
+    with storage.writing(path) as file:
+        for part in serialize_tensors(tensors):
+            file.write(part)
 
 
 def serialize_tensors(

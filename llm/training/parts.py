@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm.arch import Model
 from llm.config import TrainConfig
+from llm.config.counts import forward_flops_per_token
 from llm.data import TokenData, batch_at
 from llm.loss import Taught
 from llm.machine.device import onto
@@ -77,5 +78,5 @@ class Parts:
 
     def flops_per_token(self) -> float:
         """Return the floating-point operations of a step for one token, with the forward pass of the teacher."""
-        of_teacher = self.teacher.flops_per_token() / 3 if self.teacher else 0.0
+        of_teacher = forward_flops_per_token(self.teacher.config) if self.teacher else 0.0
         return self.model.flops_per_token() + of_teacher

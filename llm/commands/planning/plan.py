@@ -99,7 +99,12 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
 def predict(config: TrainConfig, text: "Text", pace: "Pace | None", teacher: GPTConfig | None = None) -> dict[str, Any]:
     """Return the plan in numbers: parameters, bytes, FLOPs and seconds, by part. Unknown values are None."""
-    from llm.config.counts import count_parameters, count_parameters_by_part, flops_per_token
+    from llm.config.counts import (
+        count_parameters,
+        count_parameters_by_part,
+        flops_per_token,
+        forward_flops_per_token,
+    )
     from llm.plan import arithmetic, timing
 
     step_flops = flops_per_token(config.model) * config.tokens_per_step
@@ -107,7 +112,7 @@ def predict(config: TrainConfig, text: "Text", pace: "Pace | None", teacher: GPT
     if teacher:
         memory["teacher"] = arithmetic.teacher_bytes(config, teacher)
         disk["copy of the teacher"] = 4 * count_parameters(teacher)
-        step_flops += arithmetic.teacher_flops(teacher) * config.tokens_per_step
+        step_flops += forward_flops_per_token(teacher) * config.tokens_per_step
     return {
         "parameters": count_parameters_by_part(config.model),
         "memory": memory,

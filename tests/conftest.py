@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from llm import storage
 from llm.commands.main import main
 from llm.config import TrainConfig, from_settings
 from llm.record.metrics import Record
@@ -29,7 +30,11 @@ for number in (signal.SIGINT, signal.SIGHUP):  # ignored below `nohup` or a shel
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
 # The files that take longest, each on one tester: they start first, so that none of them is left alone at the end.
-LONGEST = ("test_readme", "test_torchrun", "test_ranks", "test_rehearse", "test_distributed", "test_runs", "test_hosts")
+LONGEST = (
+    *("test_readme", "test_torchrun", "test_ranks", "test_rehearse", "test_distributed", "test_runs", "test_hosts"),
+    *("test_browser", "test_storage_faults", "test_change_it", "test_export_hf", "test_commands", "test_trackers"),
+    *("test_train", "test_trials", "test_teacher", "test_export_html", "test_chapter"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -127,6 +132,21 @@ def nothing_noted():
     yield
     filesystem_limits._recorded.clear()
     filesystem_limits._unreported.clear()
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(request, monkeypatch):
+    """The runs that a test trains in its own process write an empty picture, since drawing takes longer than they do.
+
+    Tests with the mark `pictures` have their curves drawn, as all commands in processes of their own have.
+    """
+
+    def write_blank(run_dirs: list[Path], out: Path) -> None:
+        with storage.writing(out) as file:
+            file.write(b"")
+
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr("llm.training.evaluating.plot_runs", write_blank)
 
 
 @pytest.fixture

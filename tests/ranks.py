@@ -27,7 +27,10 @@ import torch.distributed as dist
 os.environ.setdefault("RES_OPTIONS", "attempts:0")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch.distributed.fsdp", "llm.commands.train", "llm.start.new_run", "llm.run", "ranks", "rank_jobs"]
+    [
+        *("torch.distributed.fsdp", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"),
+        *("llm.commands.train", "llm.start.new_run", "llm.run", "ranks", "rank_jobs"),
+    ]
 )
 HERE = Path(__file__).parent
 WORLD_TIMEOUT = 120.0  # seconds for all jobs of a world

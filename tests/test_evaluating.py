@@ -15,6 +15,8 @@ from llm.start.new_run import new_run
 from llm.training.evaluating import draw_sample, evaluate_run, first_loss, note_evaluation, show_at_end
 from llm.training.events import Line, Notice
 
+pytestmark = pytest.mark.pictures
+
 
 @pytest.fixture
 def run(here):

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ def agree(config: TrainConfig, data: TokenData, device: torch.device, world: Wor
     world.agree(facts)
 
 
+@cache
 def code_hash() -> str:
     """Return the SHA-256 of the Python files of the package."""
     digest, here = hashlib.sha256(), Path(__file__).parents[1]

@@ -6,6 +6,7 @@ longer side get one length, so that no neuron is changed more than another (Li e
 mean over the steps).
 """
 
+import inspect
 import math
 from typing import Any
 
@@ -100,6 +101,8 @@ class Muon(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True  # GradScaler passes found_inf, and does not wait for it
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)  # as in optim.AdamW
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Parameter groups, the optimizer (AdamW: Loshchilov & Hutter 2019; or Muon and AdamW) and gradient clipping."""
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +10,17 @@ from torch import Tensor, nn
 from llm.config import TrainConfig
 from llm.machine.world import full_tensor
 from llm.muon import Muon, hidden_matrices
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's AdamW, without the wrappers that keep torch.compile out of it: they import all of the compiler.
+
+    That takes a second at the start of a run. Nothing here compiles the optimizer.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def parameter_groups(
@@ -32,9 +44,7 @@ def parameter_groups(
     ]
 
 
-def make_optimizer(
-    model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32
-) -> torch.optim.AdamW | Muon:
+def make_optimizer(model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32) -> AdamW | Muon:
     """Return the optimizer of the settings: AdamW, or Muon for the matrices of the blocks and AdamW for the rest.
 
     The training loop sets its learning rate at every step. `dtype`: precision of the run's matrix products.
@@ -42,7 +52,7 @@ def make_optimizer(
     """
     matrices = hidden_matrices(model) if config.optimizer == "muon" else {}
     groups = parameter_groups(model, config.weight_decay, config.weight_decay_split, matrices)
-    optimizer = torch.optim.AdamW(groups, lr=config.max_lr, betas=(config.beta1, config.beta2), fused=True)
+    optimizer = AdamW(groups, lr=config.max_lr, betas=(config.beta1, config.beta2), fused=True)
     for p in model.parameters():  # now, so that the moments are not allocated between the buffers of the first steps
         if p not in matrices:
             optimizer.state[p] = {

@@ -308,7 +308,7 @@ def test_a_restored_optimizer_goes_on_bit_for_bit():
 
 def test_the_state_of_adamw_alone_is_as_before():
     optimizer = make_optimizer(small(), TrainConfig())
-    assert type(optimizer) is torch.optim.AdamW
+    assert isinstance(optimizer, torch.optim.AdamW)
     assert [group["lr_ratio"] for group in optimizer.param_groups] == [1.0]
     assert not {"muon_lr", "muon_momentum"} & to_settings(TrainConfig()).keys()
 

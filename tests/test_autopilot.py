@@ -121,7 +121,8 @@ def test_weight_decay_and_dropout_follow_from_passes_and_repetition():
     assert rule.regularisation(6.9, 59, "wsd", False) == {"weight_decay": 0.1, "dropout": 0.0, "decay_fraction": 0.6}
     assert rule.regularisation(7, 59, "wsd", False) == {"weight_decay": 0.3, "dropout": 0.0, "decay_fraction": 0.6}
     assert rule.regularisation(6.9, 60, "wsd", False) == {"weight_decay": 0.1, "dropout": 0.1, "decay_fraction": 0.6}
-    assert rule.regularisation(10, 1, "wsd", False) == {"weight_decay": 0.3, "dropout": 0.1, "decay_fraction": 0.6}
+    assert rule.regularisation(15.9, 1, "wsd", False)["dropout"] == 0.0
+    assert rule.regularisation(16, 1, "wsd", False) == {"weight_decay": 0.3, "dropout": 0.1, "decay_fraction": 0.6}
     assert rule.regularisation(10, 200, "cosine", False) == {"weight_decay": 0.3, "dropout": 0.2}
     assert rule.regularisation(30, 1, "cosine", False) == {"weight_decay": 0.3, "dropout": 0.2}
     assert rule.regularisation(30, 200, "cosine", True) == {"weight_decay": 0.3, "dropout": 0.0}

@@ -75,7 +75,7 @@ def train(text: str, seconds: int, recipe: str, folder: Path, flags: list[str]) 
         run(text, folder, [*flags, "--time", f"{seconds}s"])
         return
     short = folder.with_name(folder.name + "-speed")
-    flags = [*flags, "--preset", recipe, "--sample_tokens", "0"]
+    flags = [*flags, "--preset", recipe, "--sample_tokens", "0", "--eval_tokens", str(2**20)]  # the whole split
     run(text, short, [*flags, "--max_steps", str(SPEED_STEPS), "--eval_every", str(SPEED_STEPS)])
     rows = list(read_record(short))
     evaluation = next(row["seconds"] for row in rows if row["split"] == "val")  # at step 0, before any training

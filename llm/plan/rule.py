@@ -45,11 +45,11 @@ MOST_EPOCHS = 40  # more passes over the text gain little
 MOST_REPETITION = 90  # beyond, a text is learned by heart
 ENOUGH_STEPS = 2000  # fewer steps are never too many for this reason
 WEIGHT_DECAYS = ((0, 0.1), (7, 0.3))  # (passes from which a row counts, weight decay)
-DROPOUTS = ((0, 0, 0.0), (10, 60, 0.1), (30, 200, 0.2))  # (passes, or repetition, from which a row counts, dropout)
+DROPOUTS = ((0, 0, 0.0), (16, 60, 0.1), (30, 200, 0.2))  # (passes, or repetition, from which a row counts, dropout)
 COOLDOWN = 0.6  # share of the steps, with wsd
 TEACHING_SHARE = 1 / 3  # of the time, for a teacher; it replaces dropout,
 TAUGHT_LONGER = 1.5  # and so many times as many steps are useful with it
-LEAST_TEACHING = 120.0  # seconds of a run that gets one, if without it there were
+LEAST_TEACHING = 270.0  # seconds of a run that gets one, if without it there were
 LEAST_TAUGHT_STEPS = 300  # so many steps, and
 LEAST_TAUGHT_PASSES = 7  # so many passes or dropout
 

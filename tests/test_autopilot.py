@@ -141,7 +141,7 @@ def test_a_teacher_replaces_dropout():
         (400_000, 300, {}, True),
         (400_000, 300, {"dropout": 0.0}, False),
         (400_000, 300, {"teacher": "runs/first"}, False),
-        (40_000, 119, {}, False),
+        (400_000, 269, {}, False),
     ],
 )
 def test_a_text_that_is_read_often_calls_for_a_teacher(tokens, seconds, typed, called):

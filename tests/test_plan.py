@@ -245,10 +245,10 @@ def test_a_probe_counts_the_cores_that_others_keep_busy():
     if timing.seconds_of_others() is None:
         pytest.skip("this system does not tell")
     config = small()
-    alone = timing.probe(config, 0.5).others
+    alone = timing.probe(config, seconds=0.5).others
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
         try:
-            beside = timing.probe(config, 0.5).others
+            beside = timing.probe(config, seconds=0.5).others
         finally:
             busy.kill()
     assert beside > alone + 0.3 or beside > os.cpu_count() - 1.5  # the second: the machine was full before
@@ -269,7 +269,7 @@ def test_seconds_of_others_are_those_of_the_system_without_our_own(monkeypatch):
 
 
 def test_a_probe_measures_and_a_short_schedule_does_not_end_it():
-    found = timing.probe(small(max_steps=1, warmup_steps=0), 0.1)
+    found = timing.probe(small(max_steps=1, warmup_steps=0), seconds=0.1)
     assert 0 < found.step < 5
     assert 0 < found.evaluated_token < found.step
     assert found.sampled_token > 0
@@ -339,7 +339,7 @@ def test_one_window_is_never_taken_for_a_whole_step(monkeypatch):
 
 
 def test_a_plan_in_words_and_in_json(here, capsys, monkeypatch):
-    monkeypatch.setattr(timing, "probe", lambda config: PACE)
+    monkeypatch.setattr(timing, "probe", lambda config, teacher: PACE)
     given = f"--text text.txt {flags()}".split()
     assert main(given) == 0
     out = capsys.readouterr().out
@@ -353,7 +353,7 @@ def test_a_plan_in_words_and_in_json(here, capsys, monkeypatch):
 
 
 def test_the_weights_of_init_from_decide_the_shape(here, capsys, losscurve, monkeypatch):
-    monkeypatch.setattr(timing, "probe", lambda config: PACE)
+    monkeypatch.setattr(timing, "probe", lambda config, teacher: PACE)
     losscurve(f"train --text text.txt {flags(n_embd=32)}")
     capsys.readouterr()
     assert main(["--text", "text.txt", "--init_from", "checkpoints", "--batch_size", "4"]) == 0

@@ -183,6 +183,22 @@ def test_muon_has_one_moment_and_products_that_every_rank_makes():
     assert shared.update == pytest.approx(speed.update / 8 + speed.muon)
 
 
+def test_a_teacher_is_whole_on_every_rank_and_takes_its_forward_pass():
+    config, teacher, h100 = gpt2(), gpt2(n_layer=6, n_embd=384, n_head=6).model, ACCELERATORS["h100"]
+    alone, taught = (clusters.rank_memory(config, 8, "fsdp", teacher=shape) for shape in (None, teacher))
+    assert alone == {part: size for part, size in taught.items() if part != "teacher"}
+    weights, logits = 4 * sum(p.numel() for p in make_model(teacher).parameters()), 12 * 50304 * 1024
+    assert weights < taught["teacher"] < weights + 2 * logits
+    of_model, of_teacher = flops_per_token(config.model), flops_per_token(teacher) / 3
+    rates = [clusters.assumed_rate(config, h100, teacher=shape) for shape in (None, teacher)]
+    assert rates[0] / rates[1] == pytest.approx(1 + of_teacher / of_model)
+    speed = clusters.speed_of(config, rates[1], h100, teacher)
+    found = clusters.predicted(config, 8, "ddp", h100, speed)
+    evaluation = clusters.run_time(config, found, speed, 8e6)["evaluation"]
+    passes = arithmetic.count_validations(config)
+    assert evaluation == pytest.approx(passes * 1e6 * speed.token * of_model / 3 / (of_model + of_teacher))
+
+
 def test_fsdp_gathers_the_matrices_for_muon():
     muon, adamw = (
         clusters.predicted(llama_with_muon(optimizer=name), 8, "fsdp", EIGHT, ALONE) for name in ("muon", "adamw")
@@ -344,7 +360,7 @@ def test_the_page_shows_what_the_command_prints(here, capsys):
 
 
 def test_machines_like_this_one_are_measured(here, capsys, monkeypatch):
-    monkeypatch.setattr(timing, "probe", lambda config: timing.Pace(0.01, 1e-6, 1e-3))
+    monkeypatch.setattr(timing, "probe", lambda config, teacher: timing.Pace(0.01, 1e-6, 1e-3))
     monkeypatch.setattr(plan_scale_prediction, "measure_memory_rate", lambda: 1e10)
     out = output_of(capsys, *f"--text text.txt --nproc 2 {flags()}".split())
     assert "2 x a CPU like this one" in out

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL, config_for, flags, steps_in, trained, words
 from saved_runs import same_bits
+from test_autopilot import machine
 
-from llm import fit, loss
+from llm import fit
+from llm import loss as loss_module
 from llm.checks.rehearsal import Rehearsal
 from llm.checks.verify import verify
 from llm.commands.train_time import train_both
@@ -20,7 +22,9 @@ from llm.config import TrainConfig, from_settings, read_toml
 from llm.data import batch_at
 from llm.errors import UserError
 from llm.loss import Taught, linear_cross_entropy
-from llm.plan import rule, timing
+from llm.plan import proposal, rule, text_facts, timing
+from llm.plan.arithmetic import MEASURED_SHAPE_BYTES
+from llm.plan.prediction import loss
 from llm.record.metrics import read_record
 from llm.start.new_run import new_run
 from llm.start.resume_run import resume_run
@@ -56,7 +60,7 @@ def reference(hidden, weight, targets, their_hidden, their_weight, share):
 @pytest.mark.parametrize("share", [0.25, 1.0])
 @pytest.mark.parametrize("rows", [1, 10**9])
 def test_the_value_is_the_texts_and_the_gradient_the_mixtures(monkeypatch, n, c, v, theirs, share, rows):
-    monkeypatch.setattr(loss, "ROWS_BYTES", rows)
+    monkeypatch.setattr(loss_module, "ROWS_BYTES", rows)
     hidden, weight, targets, their_hidden, their_weight = logits_and_teacher(n, c, v, theirs)
     expected, gradients = reference(hidden, weight, targets, their_hidden, their_weight, share)
     found = linear_cross_entropy(hidden, weight, targets, Taught(their_hidden, their_weight, share))
@@ -258,13 +262,23 @@ def test_plans_and_choices_count_the_teacher(here, losscurve):
     assert taught["run_flops"] > alone["run_flops"]
     code, out, err = losscurve("plan --teacher first --time 6s --out timed.toml")
     assert code == 0, err
-    assert "no prediction: it learns from first, too" in out
+    assert "no prediction: of its text only the tokens are known" in out
     settings = read_toml("timed.toml")
     assert (settings["teacher"], settings["block_size"], settings["data_dir"]) == ("first", 16, str(here / "data"))
     rehearsing = Rehearsal(config_for(here, data_dir=None, teacher="first"), 2, 2, False, here / "rehearsed")
     assert (rehearsing.small.teacher, rehearsing.config.data_dir) == (None, str(here / "data"))
     rehearsing.folder.mkdir()
     assert rehearsing.text()[0]
+
+
+@pytest.mark.parametrize(("teacher", "told"), [("other", "has a vocabulary of 257"), ("nowhere", "no such file")])
+def test_a_rehearsal_opens_the_teacher_beside_other_weights(here, teacher, told):
+    trained(config_for(here, out_dir="first", **OTHER_SHAPE))
+    trained(config_for(here, out_dir="other", data_dir="tokens", **OTHER_SHAPE | {"tokenizer": "byte"}))
+    config = config_for(here, data_dir=None, init_from="first", teacher="first", **OTHER_SHAPE)
+    assert Rehearsal(config, 1, 1, False, here / "rehearsed").config.teacher == "first"
+    with pytest.raises(UserError, match=told):
+        Rehearsal(from_settings({"teacher": teacher}, config), 1, 1, False, here / "rehearsed")
 
 
 def test_its_losses_compare_with_those_of_a_run_without(here):
@@ -294,10 +308,11 @@ def much_time(here, monkeypatch):
 
 def test_much_time_for_a_text_is_shared_with_a_teacher(much_time, losscurve, monkeypatch):
     monkeypatch.setattr("llm.commands.train.train_both", lambda words, *more: train_both(words, *more[:2], note))
-    commands = []
+    commands, kept = [], []
 
-    def note(words):
+    def note(words, kept_bytes):
         commands.append(words)
+        kept.append(kept_bytes)
         return 0
 
     code, out, err = losscurve("train --text text.txt --time 12s --block_size 64 --out_dir run --seed 5")
@@ -306,8 +321,54 @@ def test_much_time_for_a_text_is_shared_with_a_teacher(much_time, losscurve, mon
     assert "machine" not in out  # the five lines are those of each run, and none is of the run without a teacher
     rest = ["--block_size=64", "--text=text.txt", "--seed=5"]
     assert commands[0] == ["--time=4", "--out_dir=run-teacher", *rest]
+    assert kept[1] == kept[0] + MEASURED_SHAPE_BYTES
     left = int(commands[1][0].removeprefix("--time="))
     assert (0 < left < 12, commands[1][1:]) == (True, ["--out_dir=run", "--teacher=run-teacher", *rest])
+
+
+def test_a_plan_for_much_time_has_the_teachers_too(much_time, losscurve, monkeypatch):
+    monkeypatch.setattr(proposal, "short_probe", machine(1e10))
+    asked = "plan --text text.txt --time 24s --batch_size 12 --out_dir runs/mine"
+    code, out, err = losscurve(f"{asked} --out mine.toml")
+    assert code == 0, err
+    names = ["mine-teacher-teacher.toml", "mine-teacher.toml", "mine.toml"]
+    first, second, third = (read_toml(name) for name in names)
+    assert [run["out_dir"] for run in (first, second, third)] == [
+        "runs/mine-teacher-teacher",
+        "runs/mine-teacher",
+        "runs/mine",
+    ]
+    assert [run.get("teacher") for run in (first, second, third)] == [None, first["out_dir"], second["out_dir"]]
+    assert [run["max_time"] for run in (first, second, third)] == pytest.approx([24 / 9, 16 / 3, 16], rel=0.01)
+    assert {run["block_size"] for run in (first, second, third)} == {third["block_size"]}
+    assert re.findall(r"\n\nrun (\d of 3), in (\S+):\ntext  ", out) == [
+        ("1 of 3", first["out_dir"]),
+        ("2 of 3", second["out_dir"]),
+        ("3 of 3", third["out_dir"]),
+    ]
+    assert [line.partition(":")[2].split(",")[0] for line in out.splitlines()[:2]] == [
+        " first 8 s for a teacher in runs/mine-teacher",
+        " first 2.67 s for a teacher in runs/mine-teacher-teacher",
+    ]
+    commands = [f"losscurve train --preset {name}" for name in names]
+    assert out.splitlines()[-1] == f"wrote {', '.join(names)}; train them with: {' && '.join(commands)}"
+    for command in commands:
+        code, _, err = losscurve(f"{command.removeprefix('losscurve ')} --max_steps 2 --sample_tokens 2")
+        assert code == 0, err
+    facts = json.loads(losscurve(f"{asked} --json")[1])
+    assert [list(plan) for plan in facts["teachers"]] == 2 * [list(facts)[:-1]]
+    assert ["teacher" in plan["memory"] for plan in (*facts["teachers"], facts)] == [False, True, True]
+
+
+def test_a_taught_run_is_predicted_unless_its_teacher_is_larger(much_time, losscurve, monkeypatch):
+    monkeypatch.setattr(proposal, "short_probe", machine(1e10))
+    monkeypatch.setattr(loss, "predict", lambda properties: loss.Prediction(1.5, 2.5))
+    monkeypatch.setattr(text_facts, "LEAST_VALIDATED", 10)
+    trained(config_for(much_time, out_dir="first", data_dir="tokens", tokenizer="byte", text="text.txt"))
+    for width, said in ((32, "1.50 to 2.50 bits"), (8, "no prediction: no runs with a teacher larger than the model")):
+        code, out, err = losscurve(f"plan --text text.txt --teacher first --time 6s --n_embd {width}")
+        assert code == 0, err
+        assert f"loss       {said}" in out, out
 
 
 def test_a_teacher_that_is_interrupted_tells_the_rest(much_time, losscurve, monkeypatch):

@@ -35,6 +35,7 @@ from llm.weights import run_config
 
 TABLE = Path(__file__).with_name("runs.csv")
 TIME = "time"  # the recipe that is chosen by `train --time`
+TAUGHT = "time, with a teacher"  # the same, with a teacher first
 SPEED_STEPS = 200  # of a preset, to see how many fit the time
 FILL = 0.97  # of the time that a preset fills, with
 EVALUATIONS = 4  # besides the one at the start: each takes it seconds
@@ -100,7 +101,7 @@ def row_of(folder: Path, text: str, seconds: int, recipe: str) -> dict[str, Any]
     facts = look_at(read_request(str(seconds), {}, {"text": [text]}).config)
     return {
         "text": Path(text).name,
-        "recipe": f"{recipe}, with a teacher" if config.teacher else recipe,
+        "recipe": TAUGHT if config.teacher else recipe,
         "train_bytes": facts.train_bytes,
         "asked": seconds,
         "seconds": round(last["seconds"] + seconds_of_teacher(config.teacher), 1),

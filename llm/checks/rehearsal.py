@@ -32,7 +32,7 @@ from llm.prepare.reuse import default_folder
 from llm.start.init_from import check_tokens, starting_point
 from llm.start.new_run import name_of
 from llm.start.run_folder import Say, disk_needed
-from llm.start.teacher import open_teacher, with_tokens
+from llm.start.teacher import check_teacher, open_teacher, with_tokens
 from llm.start.texts import open_text
 from llm.storage import checkpoint
 from llm.tokens.saved_tokenizer import load_tokenizer
@@ -80,11 +80,13 @@ class Rehearsal:
         self.preset = folder / "small.toml"  # settings of both
         self.say = say
         self.given: Tokenizer | None = None  # the tokenizer of init_from or of the teacher
+        teacher = open_teacher(config) if config.teacher else None
         if config.init_from:
             start = starting_point(config, say)
             self.config, self.given = start.config, start.tokenizer
-        elif config.teacher:
-            teacher = open_teacher(config)
+            if teacher:
+                check_teacher(self.config, teacher)
+        elif teacher:
             self.config, self.given = with_tokens(config, teacher, say), teacher.tokenizer
         self.small = shrink_config(self.config, nproc, world_size)
         self.is_prepared = False  # whether the run's own token files exist

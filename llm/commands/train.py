@@ -95,16 +95,16 @@ def exec_torchrun(nproc: int, words: list[str]) -> int:
     os.execve(sys.executable, [sys.executable, *torchrun, *flags], child_environment())
 
 
-def run_process(argv: list[str], world: "World", began: float) -> int:
+def run_process(argv: list[str], world: "World", began: float, kept_bytes: int = 0) -> int:
     """Train in this process, one of the run's, and return its exit code. Only rank 0 prints and writes files.
 
-    `began`: when the command started, as `time.perf_counter` counts; --time counts from there.
+    `began`: when the command started, as `time.perf_counter` counts; --time counts from there. `kept_bytes`: of memory,
+    from runs before this one in the same process.
     """
     from pathlib import Path
 
     from llm.commands.look.watch import beside
     from llm.commands.train_lines import print_end, print_start
-    from llm.plan.arithmetic import teacher_bytes
     from llm.plan.forecast import Forecast
     from llm.record.trackers import starts
     from llm.run import interrupts
@@ -116,7 +116,6 @@ def run_process(argv: list[str], world: "World", began: float) -> int:
         choice: Choice | None = None
         deadline: Deadline | None = None
         predicted: Prediction | str = ""
-        kept_bytes = 0
         args = parse_flags(argv)
         config = read_config(args, say)
         if world.started and args.nproc is not None:
@@ -127,10 +126,16 @@ def run_process(argv: list[str], world: "World", began: float) -> int:
             choice = choose(args, world, say)
             config = choice.proposal.config
             deadline = choice.deadline(began)
-            predicted, kept_bytes = choice.predicted, choice.kept_bytes
+            predicted = choice.predicted
 
     if choice and choice.calls_for_teacher:
-        return train_both(args.words, choice, began, lambda words: run_process(words, world, time.perf_counter()))
+
+        def train_part(words: list[str], more_bytes: int) -> int:
+            return run_process(words, world, time.perf_counter(), kept_bytes + more_bytes)
+
+        return train_both(args.words, choice, began, train_part)
+    if choice:
+        kept_bytes += choice.kept_bytes
 
     # torchrun --max-restarts restarted the processes: resume this job's run, however its first start began
     out_dir = Path(config.out_dir)
@@ -142,8 +147,6 @@ def run_process(argv: list[str], world: "World", began: float) -> int:
     with contextlib.ExitStack() as stack:
         print_address = stack.enter_context(beside(out_dir)) if args.watch and world.leads else None
         run = open_run(stack, args, config, world, resumes=args.resume or left is not None, say=say)
-        if teacher := run.parts.teacher:
-            kept_bytes += teacher_bytes(run.parts.config, teacher.config)
         caught = stack.enter_context(interrupts())
         run.stop = lambda: bool(caught)
         run.deadline = deadline
@@ -156,7 +159,7 @@ def run_process(argv: list[str], world: "World", began: float) -> int:
         print_start(run, kept_bytes, was_chosen=args.time is not None)
         if print_address:
             print_address()
-        forecast = Forecast(run.parts.config, kept_bytes)
+        forecast = Forecast(run.parts.config, kept_bytes, run.parts.teacher_shape)
         train_with_output(run, forecast, trackers, explains=args.explain)
     check_saved(run)
     print_end(run, forecast, predicted)

@@ -40,7 +40,7 @@ def print_start(run: "LiveRun", kept_bytes: int, was_chosen: bool) -> None:
         print_best_effort(f"{config.teacher_share:.0%} of each target is what the teacher predicts: {config.teacher}")
     if run.fine_tuning:
         print_best_effort(run.fine_tuning)
-    print_best_effort(outline(config, len(run.parts.data.train), kept_bytes))
+    print_best_effort(outline(config, len(run.parts.data.train), kept_bytes, run.parts.teacher_shape))
 
 
 def start_lines(run: "LiveRun") -> str:

@@ -47,19 +47,21 @@ def choose(args: argparse.Namespace, world: "World", say: Say) -> "Choice":
     return choice
 
 
-def train_both(words: list[str], choice: "Choice", began: float, train: Callable[[list[str]], int]) -> int:
+def train_both(words: list[str], choice: "Choice", began: float, train: Callable[[list[str], int], int]) -> int:
     """Train a teacher for a part of the time, then the run that learns from it too; return the exit code.
 
-    `words` are the flags of the command, and `train` is what runs such flags. If the teacher is interrupted, the
-    commands that go on are printed. `began`: when the command started, as `time.perf_counter` counts.
+    `words` are the flags of the command, and `train` is what runs such flags; its second argument are the bytes that
+    this process has kept from before. If the teacher is interrupted, the commands that go on are printed. `began`: when
+    the command started, as `time.perf_counter` counts.
     """
     from llm.commands.bars import print_best_effort
+    from llm.plan.arithmetic import MEASURED_SHAPE_BYTES
 
     folder, first = choice.teacher_part(overwrite="--overwrite" in words)
     print_best_effort(choice.teacher_words(folder, first))
     words = [word for word in words if not word.startswith(("--time=", "--out_dir=", "--block_size="))]
     words.insert(0, f"--block_size={choice.proposal.config.model.block_size}")  # of both
-    code = train([f"--time={first:.0f}", f"--out_dir={folder}", *words])
+    code = train([f"--time={first:.0f}", f"--out_dir={folder}", *words], choice.kept_bytes)
     spent = first if code else time.perf_counter() - began  # an interrupted teacher has the rest of its time still
     rest = [
         f"--time={max(1.0, choice.seconds - spent):.0f}",
@@ -71,4 +73,4 @@ def train_both(words: list[str], choice: "Choice", began: float, train: Callable
         print_best_effort(f"after that, train the run with: {shlex.join(['losscurve', 'train', *rest])}")
         return code
     print_best_effort("")
-    return train(rest)
+    return train(rest, choice.kept_bytes + MEASURED_SHAPE_BYTES)

@@ -85,3 +85,8 @@ def flops_per_token(config: GPTConfig) -> float:
 def forward_flops_per_token(config: GPTConfig) -> float:
     """Return the floating-point operations of the forward pass alone for one token: a third of `flops_per_token`."""
     return flops_per_token(config) / 3
+
+
+def training_flops_per_token(config: GPTConfig, teacher: GPTConfig | None = None) -> float:
+    """Return the floating-point operations of a step for one token, with the forward pass of a teacher, if any."""
+    return flops_per_token(config) + (forward_flops_per_token(teacher) if teacher else 0.0)

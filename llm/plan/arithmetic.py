@@ -16,8 +16,8 @@ from llm.config.counts import (
     count_hidden_matrices,
     count_parameters,
     count_parameters_by_part,
-    flops_per_token,
     matrix_shapes,
+    training_flops_per_token,
 )
 from llm.loss import TAUGHT_BYTES, chunk_rows
 from llm.machine import fused_gpt2, fused_llama
@@ -65,22 +65,23 @@ def count_group_parameters(model: GPTConfig) -> dict[str, int]:
     return {"attention": attention, "feed-forward": feed_forward, "root": root}
 
 
-def run_flops(config: TrainConfig) -> float:
+def run_flops(config: TrainConfig, teacher: GPTConfig | None = None) -> float:
     """Return the FLOPs of all steps of a run. Its evaluations are not counted."""
-    return flops_per_token(config.model) * config.tokens_per_step * config.max_steps
+    return training_flops_per_token(config.model, teacher) * config.tokens_per_step * config.max_steps
 
 
-def memory(config: TrainConfig) -> dict[str, int]:
+def memory(config: TrainConfig, teacher: GPTConfig | None = None) -> dict[str, int]:
     """Return the bytes at peak by part: of the process on a CPU, otherwise of the GPU's memory.
 
-    Raises UserError if this machine does not have the device.
+    `teacher`: the shape of the model that the run learns from. Raises UserError if this machine does not have the
+    device.
     """
     device = choose_device(config.device)
     itemsize = choose_dtype(config.dtype, device).itemsize
-    return memory_for(config, device.type == "cpu", itemsize)
+    return memory_for(config, device.type == "cpu", itemsize, teacher)
 
 
-def memory_for(config: TrainConfig, on_cpu: bool, itemsize: int) -> dict[str, int]:
+def memory_for(config: TrainConfig, on_cpu: bool, itemsize: int, teacher: GPTConfig | None = None) -> dict[str, int]:
     """Return what `memory` does, for any machine. `itemsize`: bytes of a number in the matrix products."""
     model = config.model
     count = count_parameters(model)
@@ -94,6 +95,8 @@ def memory_for(config: TrainConfig, on_cpu: bool, itemsize: int) -> dict[str, in
     }
     if config.ema:
         found["average of the weights"] = 4 * count
+    if teacher:
+        found["teacher"] = _teacher_bytes(config, teacher, on_cpu, itemsize)
     if config.optimizer == "muon":
         found["Muon's update"] = muon_excess(found, config, on_cpu, itemsize)
     if on_cpu:
@@ -104,13 +107,11 @@ def memory_for(config: TrainConfig, on_cpu: bool, itemsize: int) -> dict[str, in
     return found
 
 
-def teacher_bytes(config: TrainConfig, teacher: GPTConfig) -> int:
+def _teacher_bytes(config: TrainConfig, teacher: GPTConfig, on_cpu: bool, itemsize: int) -> int:
     """Return the bytes of a teacher of this shape at peak: its weights, its work on one block, and the logits of both.
 
     It keeps no activations for a backward pass.
     """
-    device = choose_device(config.device)
-    on_cpu, itemsize = device.type == "cpu", choose_dtype(config.dtype, device).itemsize
     n = config.batch_size * config.model.block_size
     block = n * (8 * teacher.n_embd + itemsize * (4 * teacher.n_embd + 4 * teacher.ffn_width))
     rows = min(n, chunk_rows(n, teacher.vocab_size, TAUGHT_BYTES, on_cpu))
@@ -268,16 +269,19 @@ def peak_memory() -> int | None:
         return None
 
 
-def disk(config: TrainConfig, tokens: int) -> dict[str, int]:
+def disk(config: TrainConfig, tokens: int, teacher: GPTConfig | None = None) -> dict[str, int]:
     """Return the bytes of a finished run by part. `tokens`: tokens of the training split."""
     count = count_parameters(config.model)
     kept = min(config.keep + 1, 1 + count_evaluations(config))  # the newest checkpoints and the best
     bytes_per_token = 4 if config.model.vocab_size > 2**16 else 2
-    return {
+    found = {
         "states": kept * checkpoint_bytes(config),
         "model.pt and best.pt": 2 * 4 * count,
         "token files": round(bytes_per_token * tokens / (1 - config.val_fraction)),
     }
+    if teacher:
+        found["copy of the teacher"] = 4 * count_parameters(teacher)
+    return found
 
 
 def count_evaluations(config: TrainConfig) -> int:

@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llm.config import MODEL_FIELDS, TrainConfig, from_settings
+from llm.config.counts import count_parameters
 from llm.config.recipe import MUON_SETTINGS
 from llm.machine.device import choose_device
 from llm.plan import proposal, rule
@@ -86,18 +88,20 @@ class Choice:
     @property
     def predicted(self) -> Prediction | str:
         """The loss at the end, or why it cannot be predicted."""
-        config, given = self.proposal.config, self.request.given
+        config, given, teacher = self.proposal.config, self.request.given, self.request.teacher
         if config.init_from:
             return "its weights have learned from other texts"
-        if config.teacher:
-            return f"it learns from {config.teacher}, too"
+        if teacher and count_parameters(teacher) > count_parameters(config.model):
+            return "no runs with a teacher larger than the model were measured"
         if self.facts is None:
             return "of its text only the tokens are known"
         if self.facts.cross_entropy is None:
             if _validated_bytes(self.facts, config) < LEAST_VALIDATED:
                 return f"a validation split of less than {LEAST_VALIDATED:,} bytes tells too little of this text"
             return f"its text has more than {SAMPLE / 1e6:.0f} million characters, or is given by a name"
-        changed = sorted(name for name, value in given.items() if name not in loss.OPEN)
+        usual = {"vocab_size": self.proposal.text.vocabulary}  # of tokens that have no choice of it
+        usual |= rule.tokenizer(self.facts.train_bytes, self.facts.bytes_per_character, self.facts.distinct, {})
+        changed = sorted(name for name, value in given.items() if name not in loss.OPEN and value != usual.get(name))
         if changed:
             return f"no runs with a given {', '.join(changed)} were measured"
         return loss.predict(
@@ -144,11 +148,11 @@ def choose_run(
     weights_tokenizer = None
     if request.config.init_from:
         request, weights_tokenizer = with_weights(request, say)
-    if request.config.teacher:
+    if request.config.teacher and request.teacher is None:  # else it is planned, too
         request, tokenizer = with_teacher(request, say)
         weights_tokenizer = weights_tokenizer or tokenizer
     facts = None
-    if not has_own_tokens(request):
+    if not has_own_tokens(request) or (request.teacher and request.config.text):
         facts = look_at(request.config, say)
         if facts.train_bytes < rule.SMALL_TEXT:
             say(small_text(facts, request.config))
@@ -169,6 +173,30 @@ def choose_run(
             line += f": {steps} steps are planned, and the run takes more if the machine becomes faster"
         say(line)
     return choice
+
+
+def choose_all(request: Request, say: Callable[[str], None], tell: Callable[[str], None]) -> list[Choice]:
+    """Return the runs that `train --time` would train for `request`, each the teacher of the next.
+
+    Nothing is trained, so the text may be estimated. `tell` gets a line that says why there is a teacher. Raises
+    UserError.
+    """
+    whole = choose_run(request, prepares=False, say=say)
+    if not whole.calls_for_teacher:
+        return [whole]
+    folder, seconds = whole.teacher_part(overwrite=False)
+    tell(whole.teacher_words(folder, seconds))
+    size = whole.proposal.config.model.block_size  # of both
+    teachers = choose_all(with_given(request, seconds, out_dir=folder, block_size=size), say, tell)
+    taught = with_given(request, request.seconds - seconds, teacher=folder, block_size=size)
+    taught = dataclasses.replace(taught, teacher=teachers[-1].proposal.config.model)
+    return [*teachers, choose_run(taught, prepares=False, say=say)]
+
+
+def with_given(request: Request, seconds: float, **settings: Any) -> Request:
+    """Return the request for another time, with more settings given."""
+    config = from_settings(settings, request.config)
+    return dataclasses.replace(request, config=config, given=request.given | settings, seconds=seconds)
 
 
 def small_text(facts: TextFacts, config: TrainConfig) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from llm.config import GPTConfig
-from llm.config.counts import count_parameters, flops_per_token, forward_flops_per_token
+from llm.config.counts import count_parameters, training_flops_per_token
 from llm.machine.device import choose_device, choose_dtype, describe_device
 from llm.plan import rule
 from llm.plan.autopilot import Choice
@@ -55,8 +55,7 @@ def _preparation(choice: Choice) -> str:
 def _machine(choice: Choice) -> str:
     config, pace, count = choice.proposal.config, choice.proposal.pace, choice.proposal.measured
     device = choose_device(config.device)
-    of_teacher = forward_flops_per_token(choice.request.teacher) if choice.request.teacher else 0.0
-    rate = (flops_per_token(config.model) + of_teacher) * config.tokens_per_step / pace.step
+    rate = training_flops_per_token(config.model, choice.request.teacher) * config.tokens_per_step / pace.step
     shapes = counted(count, "shape")
     return (
         f"{describe_device(device, choose_dtype(config.dtype, device))}: {rate / 1e9:,.0f} GFLOP/s in training, "

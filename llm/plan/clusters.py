@@ -8,8 +8,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from llm.config import TrainConfig, from_settings
-from llm.config.counts import count_hidden_matrices, count_parameters, flops_per_token, muon_flops
+from llm.config import GPTConfig, TrainConfig, from_settings
+from llm.config.counts import (
+    count_hidden_matrices,
+    count_parameters,
+    forward_flops_per_token,
+    muon_flops,
+    training_flops_per_token,
+)
 from llm.errors import UserError
 from llm.plan.accelerators import Accelerator, describe_link
 from llm.plan.arithmetic import count_group_parameters, count_validations, memory_for, muon_excess
@@ -68,6 +74,7 @@ def rank_memory(
     itemsize: int = 2,
     activation_checkpointing: bool = False,
     cpu_offload: bool = False,
+    teacher: GPTConfig | None = None,
 ) -> dict[str, int]:
     """Return the bytes at peak of one of `ranks` by part, as `plan.arithmetic.memory` counts them.
 
@@ -82,6 +89,7 @@ def rank_memory(
       (Chen et al. 2016).
     - cpu_offload moves the shards to the host's memory.
     - Muon's momentum is sharded like the weights. Each rank gathers all matrices for the products of its update.
+    - teacher: each rank has a whole one of this shape.
 
     One rank shards nothing.
     """
@@ -89,7 +97,7 @@ def rank_memory(
     windows, _ = config.share(ranks)
     micro_batch = {"batch_size": min(windows, config.batch_size), "gradient_accumulation_steps": 1}
     of_rank = from_settings(micro_batch, config)
-    held = memory_for(of_rank, on_cpu, itemsize)
+    held = memory_for(of_rank, on_cpu, itemsize, teacher)
     if activation_checkpointing:
         one_block = memory_for(from_settings({"n_layer": 1}, of_rank), on_cpu, itemsize)["activations"]
         stream = 4 * of_rank.tokens_per_step * model.n_embd
@@ -132,9 +140,10 @@ class Speed:
     token: float  # forward and backward pass of one token
     update: float  # memory traffic of the optimizer, all parameters
     muon: float = 0.0  # Muon's products: each rank computes them all
+    teacher_share: float = 0.0  # of a token's seconds, for the teacher's forward pass
 
 
-def speed_of(config: TrainConfig, rate: float, accelerator: Accelerator) -> Speed:
+def speed_of(config: TrainConfig, rate: float, accelerator: Accelerator, teacher: GPTConfig | None = None) -> Speed:
     """Return the parts of a step that runs at `rate` tokens per second, over whole steps of `config`.
 
     The traffic of the update is computed from the memory bandwidth, a peak. It is at most half of a step, because very
@@ -146,10 +155,11 @@ def speed_of(config: TrainConfig, rate: float, accelerator: Accelerator) -> Spee
     if config.optimizer == "muon":
         touched -= (UPDATE_BYTES - MUON_UPDATE_BYTES) * count_hidden_matrices(config.model)
     update = min(touched / accelerator.memory_bandwidth, step / 2)
-    of_tokens = flops_per_token(config.model) * config.tokens_per_step
+    of_tokens = training_flops_per_token(config.model, teacher) * config.tokens_per_step
     of_muon = optimizer_flops(config)
     muon = (step - update) * of_muon / (of_muon + of_tokens)
-    return Speed((step - update - muon) / config.tokens_per_step, update, muon)
+    teacher_share = forward_flops_per_token(teacher) * config.tokens_per_step / of_tokens if teacher else 0.0
+    return Speed((step - update - muon) / config.tokens_per_step, update, muon, teacher_share)
 
 
 def optimizer_flops(config: TrainConfig) -> float:
@@ -157,9 +167,12 @@ def optimizer_flops(config: TrainConfig) -> float:
     return muon_flops(config.model) if config.optimizer == "muon" else 0.0
 
 
-def assumed_rate(config: TrainConfig, accelerator: Accelerator, share: float = MFU) -> float:
+def assumed_rate(
+    config: TrainConfig, accelerator: Accelerator, share: float = MFU, teacher: GPTConfig | None = None
+) -> float:
     """Return the tokens per second of one accelerator at a share of its peak, over whole steps of `config`."""
-    return share * accelerator.peak / (flops_per_token(config.model) + optimizer_flops(config) / config.tokens_per_step)
+    of_token = training_flops_per_token(config.model, teacher) + optimizer_flops(config) / config.tokens_per_step
+    return share * accelerator.peak / of_token
 
 
 @dataclass(frozen=True)
@@ -225,9 +238,10 @@ def run_time(config: TrainConfig, found: Prediction, speed: Speed, validated: fl
     `found` is a step of `config` or of `weak`. Evaluations, forward passes over `validated` tokens each, are split over
     the ranks. Samples, saving and starting are not counted.
     """
+    forward = speed.token * (1 - speed.teacher_share) / 3
     return {
         "steps": config.max_steps * config.tokens_per_step / found.tokens_per_second,
-        "evaluation": count_validations(config) * validated * speed.token / 3 / found.ranks,
+        "evaluation": count_validations(config) * validated * forward / found.ranks,
     }
 
 

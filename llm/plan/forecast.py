@@ -2,7 +2,7 @@
 
 import math
 
-from llm.config import TrainConfig
+from llm.config import GPTConfig, TrainConfig
 from llm.config.counts import count_parameters
 from llm.plan.arithmetic import MIB, TOKENS_PER_PARAMETER, count_evaluations, disk, memory, peak_memory, run_flops
 
@@ -30,15 +30,17 @@ def spoken(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days"
 
 
-def outline(config: TrainConfig, tokens: int, kept_bytes: int = 0) -> str:
+def outline(config: TrainConfig, tokens: int, kept_bytes: int = 0, teacher: GPTConfig | None = None) -> str:
     """Return lines for the start of a run: its memory, disk, FLOPs and tokens per parameter. Nothing is measured.
 
     A run from other weights has no tokens per parameter: those that the weights have learned from are not known.
-    `tokens`: tokens of the training split. `kept_bytes`: of memory that was used before.
+    `tokens`: tokens of the training split. `kept_bytes`: of memory that was used before. `teacher`: the shape of the
+    model that the run learns from.
     """
-    memory_mib = (sum(memory(config).values()) + kept_bytes) / MIB
-    disk_mib = sum(disk(config, tokens).values()) / MIB
-    needs = f"about {memory_mib:,.0f} MiB of memory and {disk_mib:,.0f} MiB of disk; {run_flops(config):.2g} FLOPs"
+    memory_mib = (sum(memory(config, teacher).values()) + kept_bytes) / MIB
+    disk_mib = sum(disk(config, tokens, teacher).values()) / MIB
+    flops = run_flops(config, teacher)
+    needs = f"about {memory_mib:,.0f} MiB of memory and {disk_mib:,.0f} MiB of disk; {flops:.2g} FLOPs"
     if config.init_from:
         return needs
     tokens_per_parameter = config.max_steps * config.tokens_per_step / count_parameters(config.model)
@@ -59,8 +61,9 @@ class Forecast:
     STEPS = 20
     SECONDS = 5.0
 
-    def __init__(self, config: TrainConfig, kept_bytes: int = 0) -> None:
+    def __init__(self, config: TrainConfig, kept_bytes: int = 0, teacher: GPTConfig | None = None) -> None:
         self.config = config
+        self.teacher = teacher  # the shape of the model that the run learns from
         self.kept_bytes = kept_bytes  # of memory that was used before
         self.first: tuple[int, float] | None = None  # the first step seen, and the seconds of steps until its end
         self.predicted: float | None = None  # seconds of the whole run
@@ -99,7 +102,7 @@ class Forecast:
         if self.predicted is None:
             return None
         line = f"predicted {spoken(self.predicted)}, took {spoken(seconds)}: {_error(self.predicted, seconds)}"
-        planned = memory(self.config)
+        planned = memory(self.config, self.teacher)
         peak = peak_memory() if "process" in planned else None  # on a GPU, the plan is of the GPU's memory
         if peak:
             total = sum(planned.values()) + self.kept_bytes

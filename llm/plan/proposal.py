@@ -15,7 +15,7 @@ from llm.plan.steps import affordable_steps, parameters_per_token, useful_steps,
 from llm.plan.text_size import Text
 from llm.plan.timing import Pace, fits, preparing_seconds, probe, starting_seconds
 
-Measure = Callable[[TrainConfig], Pace]
+Measure = Callable[[TrainConfig, GPTConfig | None], Pace]  # of a run, and of the shape of its teacher
 Shapes = dict[GPTConfig, TrainConfig]
 
 
@@ -31,9 +31,9 @@ class Proposal:
     probes: int  # of shapes, and of dropout
 
 
-def short_probe(config: TrainConfig) -> Pace:
+def short_probe(config: TrainConfig, teacher: GPTConfig | None) -> Pace:
     """Measure a pace, set-up included, within about a second, or half of one for a short run."""
-    return probe(config, 0.6 * rule.probe_seconds(config.max_time or math.inf))
+    return probe(config, teacher, 0.6 * rule.probe_seconds(config.max_time or math.inf))
 
 
 def propose(request: Request, text: Text, measure: Measure) -> Proposal:
@@ -44,13 +44,13 @@ def propose(request: Request, text: Text, measure: Measure) -> Proposal:
 
     Raises UserError if not even LEAST_STEPS steps of the smallest shape fit, and no other work is to blame.
     """
-    shapes = {trial.model: trial for trial in candidates(request, text) if fits(trial)}
+    shapes = {trial.model: trial for trial in candidates(request, text) if fits(trial, request.teacher)}
     if not shapes:
         raise UserError("memory: not even the smallest model fits in the memory here; give a smaller --batch_size")
     paces: dict[GPTConfig, Pace] = {}
     best = next(iter(shapes))
     while best not in paces and len(paces) < rule.probes(request.seconds):
-        paces[best] = measure(shapes[best])
+        paces[best] = measure(shapes[best], request.teacher)
         if len(paces) == 1:
             check_time(shapes[best], request, text, paces[best])
         best = choose(shapes, request, text, {model: estimate(model, paces) for model in shapes})
@@ -79,7 +79,7 @@ def finish(
     probes = len(paces)
     config = with_chosen(chosen, request, regularisation(chosen, request, text, pace, probes))
     if config.model.dropout != chosen.model.dropout:  # dropout takes time, so that there are fewer epochs
-        pace = measure(config)
+        pace = measure(config, request.teacher)
         probes += 1
         config = with_chosen(config, request, regularisation(config, request, text, pace, probes))
     return Proposal(with_steps(config, request, text, pace, probes), text, pace, shapes, len(paces), probes)

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm.config import TrainConfig, from_settings
+from llm.arch import make_model
+from llm.config import GPTConfig, TrainConfig, from_settings
 from llm.data import TokenData
 from llm.evaluate import WINDOW_TOKENS, evaluate
 from llm.generate import generate
@@ -28,7 +29,6 @@ from llm.plan.arithmetic import (
 from llm.plan.text_size import Text
 from llm.prepare.choose_tokenizer import SAMPLE
 from llm.start.build import build
-from llm.start.teacher import open_teacher
 from llm.train import train_step
 from llm.training.evaluating import PICTURE_PACE
 from llm.training.parts import Parts
@@ -68,11 +68,11 @@ def seconds_of_others() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-def fits(config: TrainConfig) -> bool:
+def fits(config: TrainConfig, teacher: GPTConfig | None = None) -> bool:
     """Return whether a probe of one window fits in this machine's memory. A GPU's memory is not checked."""
     if choose_device(config.device).type != "cpu":
         return True
-    planned = memory(from_settings({"batch_size": 1}, config))
+    planned = memory(from_settings({"batch_size": 1}, config), teacher)
     needed = sum(planned.values()) - planned["copies being saved"]
     return needed < (machine_memory() or math.inf)
 
@@ -92,10 +92,11 @@ class Pace:
         return self.others > DISTURBING * (os.cpu_count() or 1)
 
 
-def probe(config: TrainConfig, seconds: float = PROBE_SECONDS) -> Pace:
+def probe(config: TrainConfig, teacher: GPTConfig | None = None, seconds: float = PROBE_SECONDS) -> Pace:
     """Time real steps of `config` on random tokens for about `seconds`, then evaluation and sampling for a third of it.
 
-    torch.compile is not used, because it takes longer than the probe.
+    `teacher` is the shape of the model that the run learns from; its weights are random, too. torch.compile is not
+    used, because it takes longer than the probe.
     """
     device = choose_device(config.device)
     block_size = config.model.block_size
@@ -106,8 +107,8 @@ def probe(config: TrainConfig, seconds: float = PROBE_SECONDS) -> Pace:
     rest = seconds / 6  # for evaluation, and as long for sampling
     began, before = time.perf_counter(), seconds_of_others()
     with fixed_order(device):
-        teacher = open_teacher(config).model(device) if config.teacher else None
-        parts = build(config, data, None, device, choose_dtype(config.dtype, device), teacher=teacher)
+        taught_by = make_model(teacher) if teacher else None
+        parts = build(config, data, None, device, choose_dtype(config.dtype, device), teacher=taught_by)
         pace = Pace(
             _step_seconds(parts, seconds), _evaluated_token_seconds(parts, rest), _sampled_token_seconds(parts, rest)
         )

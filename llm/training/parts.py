@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llm.arch import Model
-from llm.config import TrainConfig
-from llm.config.counts import forward_flops_per_token
+from llm.config import GPTConfig, TrainConfig
+from llm.config.counts import training_flops_per_token
 from llm.data import TokenData, batch_at
 from llm.loss import Taught
 from llm.machine.device import onto
@@ -68,6 +68,11 @@ class Parts:
             x, y, seeds = (onto(self.device, part[windows]) for part in (batch.x, batch.y, batch.seeds))
             yield MicroBatch(x, y, seeds, count / len(x), first + len(x) == count)
 
+    @property
+    def teacher_shape(self) -> GPTConfig | None:
+        """The shape of the teacher, None without one."""
+        return self.teacher.config if self.teacher else None
+
     def taught(self, x: Tensor) -> Taught | None:
         """Return what the teacher predicts of the windows x (B, T), None without a teacher."""
         if self.teacher is None:
@@ -78,5 +83,4 @@ class Parts:
 
     def flops_per_token(self) -> float:
         """Return the floating-point operations of a step for one token, with the forward pass of the teacher."""
-        of_teacher = forward_flops_per_token(self.teacher.config) if self.teacher else 0.0
-        return self.model.flops_per_token() + of_teacher
+        return training_flops_per_token(self.model.config, self.teacher_shape)

@@ -4,6 +4,8 @@ A run on many accelerators: `plan_scale.py`. The lines that it prints: `plan_lin
 """
 
 import argparse
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llm.commands.flags import Parser, add_settings, config_from, flag, given_settings, path, request_from, warn
@@ -11,6 +13,10 @@ from llm.commands.planning import plan_scale
 from llm.config import FIELDS, PRESETS, GPTConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from llm.plan.autopilot import Choice
+    from llm.plan.request import Request
     from llm.plan.text_size import Text
     from llm.plan.timing import Pace
 
@@ -20,10 +26,15 @@ DESCRIPTION = (
 )
 
 
-TEACHER = (
-    "losscurve train --time trains a teacher first, in a third of this time, and then a run that learns from it, too; "
-    "what follows is one run without"
-)
+@dataclass(frozen=True)
+class Planned:
+    """A run that is planned, and what its plan follows from."""
+
+    config: TrainConfig
+    text: "Text"
+    pace: "Pace | None"  # None: a step does not fit in the memory here
+    teacher: GPTConfig | None  # the shape of the model that it learns from
+    choice: "Choice | None" = None  # for --time
 
 
 def main(argv: list[str]) -> int:
@@ -36,52 +47,93 @@ def main(argv: list[str]) -> int:
     import json
 
     from llm.commands.bars import print_result
-    from llm.commands.planning.plan_lines import plan_lines
-    from llm.plan.autopilot import choose_run
-    from llm.plan.choice_lines import choice_lines
-    from llm.plan.plan_file import check_new, write
+    from llm.plan.plan_file import check_new
+
+    if args.out:
+        check_new(args.out)
+    lines: list[str] = []
+    runs = plan_for_time(request, lines.append) if request else [plan_given(config, given_settings(args))]
+    facts = [predict(run) for run in runs]
+    if args.json:
+        print_result(json.dumps(facts[-1] | {"teachers": facts[:-1]}))
+    else:
+        for number, (run, numbers) in enumerate(zip(runs, facts, strict=True), 1):
+            if len(runs) > 1:
+                lines += ["", f"run {number} of {len(runs)}, in {run.config.out_dir}:"]
+            lines += run_lines(run, numbers)
+        print_result("\n".join(lines))
+    if args.out:
+        told = write_all(runs, args.out)
+        if not args.json:
+            print_result(told)
+    return 0
+
+
+def plan_for_time(request: "Request", tell: Callable[[str], None]) -> list[Planned]:
+    """Return the runs for --time, each the teacher of the next; `tell` gets a line for each. Raises UserError."""
+    from llm.plan.autopilot import choose_all
+    from llm.start.run_folder import once
+
+    return [
+        Planned(choice.proposal.config, choice.proposal.text, choice.proposal.pace, choice.request.teacher, choice)
+        for choice in choose_all(request, once(warn), tell)
+    ]
+
+
+def plan_given(config: TrainConfig, given: Collection[str]) -> Planned:
+    """Return the run of a config, whose pace is measured. `given`: the names of the settings that were given.
+
+    Raises UserError.
+    """
     from llm.plan.text_size import text_of, with_vocabulary
     from llm.plan.timing import busy_line, fits, probe
     from llm.start.fine_tuning import with_steps
     from llm.start.init_from import starting_point
     from llm.start.teacher import open_teacher, with_tokens
 
-    if args.out:
-        check_new(args.out)
-    lines: list[str] = []
-    pace: Pace | None
     teacher = open_teacher(config) if config.teacher else None
-    if request:
-        choice = choose_run(request, prepares=False, say=warn)
-        config, text, pace = choice.proposal.config, choice.proposal.text, choice.proposal.pace
-        lines += choice_lines(choice)
-        if choice.calls_for_teacher:
-            lines.append(f"teacher    {TEACHER}")
+    if config.init_from:
+        start = starting_point(config, warn, given)
+        text = text_of(start.config, start.tokenizer)
+        config = start.config
+        if start.is_pretrained:
+            config = with_steps(config, text.tokens, given)
     else:
-        if config.init_from:
-            start = starting_point(config, warn, given_settings(args))
-            text = text_of(start.config, start.tokenizer)
-            config = start.config
-            if start.is_pretrained:
-                config = with_steps(config, text.tokens, given_settings(args))
-        else:
-            if teacher:
-                config = with_tokens(config, teacher, warn)
-            text = text_of(config, teacher.tokenizer if teacher else None)
-            config = with_vocabulary(config, text.vocabulary)
-        pace = probe(config) if fits(config) else None
-        if pace and (line := busy_line(pace)):
-            warn(line)
-    facts = predict(config, text, pace, teacher.config if teacher else None)
-    if request and "process" in facts["memory"]:
-        facts["memory"]["process"] += choice.kept_bytes
-    lines += plan_lines(config, facts, text, request.seconds if request else None)
-    print_result(json.dumps(facts) if args.json else "\n".join(lines))
-    if args.out:
-        write(config, args.out)
-        if not args.json:
-            print_result(f"wrote {args.out}; train it with: losscurve train {flag('preset', args.out)}")
-    return 0
+        if teacher:
+            config = with_tokens(config, teacher, warn)
+        text = text_of(config, teacher.tokenizer if teacher else None)
+        config = with_vocabulary(config, text.vocabulary)
+    shape = teacher.config if teacher else None
+    pace = probe(config, shape) if fits(config, shape) else None
+    if pace and (line := busy_line(pace)):
+        warn(line)
+    return Planned(config, text, pace, shape)
+
+
+def run_lines(run: Planned, facts: dict[str, Any]) -> Iterator[str]:
+    """Yield the plan of a run in lines. `facts` are `predict`'s."""
+    from llm.commands.planning.plan_lines import plan_lines
+    from llm.plan.choice_lines import choice_lines
+
+    if run.choice:
+        yield from choice_lines(run.choice)
+    yield from plan_lines(run.config, facts, run.text, run.choice.request.seconds if run.choice else None)
+
+
+def write_all(runs: Sequence[Planned], out: "Path") -> str:
+    """Write the settings of the last run to `out` and those of its teachers beside it; return a line that says so.
+
+    Raises UserError if there is a file of such a name, or one cannot be written.
+    """
+    from llm.plan.plan_file import check_new, write
+
+    names = [out.with_stem(out.stem + "-teacher" * number) for number in reversed(range(len(runs)))]
+    for name in names:
+        check_new(name)
+    for run, name in zip(runs, names, strict=True):
+        write(run.config, name)
+    commands = " && ".join(f"losscurve train {flag('preset', name)}" for name in names)
+    return f"wrote {', '.join(map(str, names))}; train {'it' if len(names) == 1 else 'them'} with: {commands}"
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -97,31 +149,25 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     return parser.read(argv)
 
 
-def predict(config: TrainConfig, text: "Text", pace: "Pace | None", teacher: GPTConfig | None = None) -> dict[str, Any]:
+def predict(run: Planned) -> dict[str, Any]:
     """Return the plan in numbers: parameters, bytes, FLOPs and seconds, by part. Unknown values are None."""
-    from llm.config.counts import (
-        count_parameters,
-        count_parameters_by_part,
-        flops_per_token,
-        forward_flops_per_token,
-    )
+    from llm.config.counts import count_parameters_by_part, training_flops_per_token
     from llm.plan import arithmetic, timing
 
-    step_flops = flops_per_token(config.model) * config.tokens_per_step
-    memory, disk = arithmetic.memory(config), arithmetic.disk(config, text.tokens)
-    if teacher:
-        memory["teacher"] = arithmetic.teacher_bytes(config, teacher)
-        disk["copy of the teacher"] = 4 * count_parameters(teacher)
-        step_flops += forward_flops_per_token(teacher) * config.tokens_per_step
+    config, pace = run.config, run.pace
+    step_flops = training_flops_per_token(config.model, run.teacher) * config.tokens_per_step
+    memory = arithmetic.memory(config, run.teacher)
+    if run.choice and "process" in memory:
+        memory["process"] += run.choice.kept_bytes
     return {
         "parameters": count_parameters_by_part(config.model),
         "memory": memory,
         "machine_memory": arithmetic.machine_memory(),
-        "disk": disk,
+        "disk": arithmetic.disk(config, run.text.tokens, run.teacher),
         "step_flops": step_flops,
         "run_flops": step_flops * config.max_steps,
         "flops_per_second": step_flops / pace.step if pace else None,
         "step_seconds": pace.step if pace else None,
-        "seconds": timing.run_seconds(config, text, pace) if pace else None,
-        "text_tokens": text.tokens,
+        "seconds": timing.run_seconds(config, run.text, pace) if pace else None,
+        "text_tokens": run.text.tokens,
     }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llm.commands.flags import warn
-from llm.config import TrainConfig
+from llm.config import GPTConfig, TrainConfig
 from llm.errors import UserError
 from llm.plan import accelerators, arithmetic, clusters
 from llm.plan.clusters import Prediction
@@ -25,6 +25,7 @@ class ScalePlan:
 
     config: TrainConfig
     text_tokens: int  # of the training split
+    teacher: GPTConfig | None  # the shape of the model that the run learns from
     accelerator: "Accelerator"
     rate: float  # tokens per second of one accelerator
     rate_source: str
@@ -44,7 +45,7 @@ class ScalePlan:
 
 def make_plan(args: argparse.Namespace, config: TrainConfig) -> ScalePlan:
     """Return the plan that the flags ask for. Raises UserError if the run cannot be split so, or a flag is missing."""
-    config, text_tokens = with_text(config)
+    config, text_tokens, teacher = with_text(config)
     if args.accelerator:
         accelerator = accelerators.ACCELERATORS[args.accelerator]
         number_size = 4 if config.dtype == "float32" else 2
@@ -53,15 +54,16 @@ def make_plan(args: argparse.Namespace, config: TrainConfig) -> ScalePlan:
     accelerator = accelerators.with_links(accelerator, args.bandwidth, args.network_bandwidth, args.nproc_per_node)
     ranks = args.nproc or 1
     clusters.check(config, ranks, accelerator)
-    rate, rate_source = rate_of_one(args, config, accelerator, number_size)
-    speed = clusters.speed_of(config, rate, accelerator)
-    memory = memory_of_rank(config, ranks, accelerator, number_size)
+    rate, rate_source = rate_of_one(args, config, accelerator, number_size, teacher)
+    speed = clusters.speed_of(config, rate, accelerator, teacher)
+    memory = memory_of_rank(config, ranks, accelerator, number_size, teacher)
     is_too_large = clusters.fits(memory["ddp"], accelerator) is False
     parallel: Parallel = "fsdp" if is_too_large and not args.parallel else config.parallel
     prediction = clusters.predicted(config, ranks, parallel, accelerator, speed, number_size)
     return ScalePlan(
         config,
         text_tokens,
+        teacher,
         accelerator,
         rate,
         rate_source,
@@ -83,28 +85,33 @@ def make_tables(plan: ScalePlan) -> Tables:
     return {"strong": simulate(False), "weak": simulate(True)}
 
 
-def with_text(config: TrainConfig) -> tuple[TrainConfig, int]:
-    """Return the config with its model's vocabulary (or shape, with init_from), and the number of training tokens."""
+def with_text(config: TrainConfig) -> tuple[TrainConfig, int, GPTConfig | None]:
+    """Return the config with its model's vocabulary (or shape, with init_from), the number of training tokens, and the
+    shape of the teacher.
+    """
     from llm.start.init_from import starting_point
     from llm.start.teacher import open_teacher, with_tokens
 
+    teacher = open_teacher(config) if config.teacher else None
     if config.init_from:
         config = starting_point(config, warn).config
-    elif config.teacher:
-        config = with_tokens(config, open_teacher(config), warn)
+    elif teacher:
+        config = with_tokens(config, teacher, warn)
     text = text_of(config)
     if not config.init_from:
         config = with_vocabulary(config, text.vocabulary)
-    return config, text.tokens
+    return config, text.tokens, teacher.config if teacher else None
 
 
 def memory_of_rank(
-    config: TrainConfig, ranks: int, accelerator: "Accelerator", number_size: int
+    config: TrainConfig, ranks: int, accelerator: "Accelerator", number_size: int, teacher: GPTConfig | None
 ) -> dict[str, dict[str, int]]:
     """Return the bytes of one rank by part, for each way to share the model."""
 
     def count(parallel: "Parallel", checkpointing: bool = False, offload: bool = False) -> dict[str, int]:
-        return clusters.rank_memory(config, ranks, parallel, accelerator.is_cpu, number_size, checkpointing, offload)
+        return clusters.rank_memory(
+            config, ranks, parallel, accelerator.is_cpu, number_size, checkpointing, offload, teacher
+        )
 
     return {
         "ddp": count("ddp"),
@@ -146,7 +153,11 @@ def measure_memory_rate() -> float:
 
 
 def rate_of_one(
-    args: argparse.Namespace, config: TrainConfig, accelerator: "Accelerator", number_size: int
+    args: argparse.Namespace,
+    config: TrainConfig,
+    accelerator: "Accelerator",
+    number_size: int,
+    teacher: GPTConfig | None,
 ) -> tuple[float, str]:
     """Return the tokens per second of one accelerator, and their source: given, measured here, or a share of the peak.
 
@@ -157,14 +168,15 @@ def rate_of_one(
     if args.tokens_per_second_per_device:
         return args.tokens_per_second_per_device, "given"
     if not args.accelerator:
-        if not fits(config):
+        if not fits(config, teacher):
             raise UserError(
                 "accelerator: a step of one window does not fit in the memory here; give --accelerator or "
                 "--tokens_per_second_per_device"
             )
-        return config.tokens_per_step / probe(config).step, "measured just now, one process with all its threads"
+        rate = config.tokens_per_step / probe(config, teacher).step
+        return rate, "measured just now, one process with all its threads"
     if number_size == 4:
         raise UserError("dtype = 'float32': the vendor's peak is for bfloat16; give --tokens_per_second_per_device")
     share = args.mfu or clusters.MFU
     source = f"{share:.0%} of the vendor's {accelerator.peak / 1e12:g} TFLOP/s, {'given' if args.mfu else 'assumed'}"
-    return clusters.assumed_rate(config, accelerator, share), source
+    return clusters.assumed_rate(config, accelerator, share, teacher), source

@@ -40,7 +40,7 @@ OPEN = frozenset(
         *("text", "text_limit", "text_field", "val_fraction", "data_dir", "out_dir", "seed"),
         *("max_time", "eval_every", "eval_tokens", "log_every", "save_every", "keep"),
         *("sample_prompt", "sample_tokens", "dtype", "device", "compile"),
-        *("block_size", "n_layer", "n_embd"),
+        *("block_size", "n_layer", "n_embd", "teacher"),
     )
 )
 

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm.config import GPTConfig, counts
+from llm.config import GPTConfig
 from llm.errors import UserError
 from llm.loss import Taught, linear_cross_entropy
 from llm.machine import fused_block, fused_llama
@@ -163,10 +163,6 @@ class Llama(nn.Module):
                 nn.init.zeros_(p)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02 if name == "wte.weight" else 1 / math.sqrt(config.n_embd))
-
-    def flops_per_token(self) -> float:
-        """Return the floating-point operations of the forward and backward pass for one token."""
-        return counts.flops_per_token(self.config)
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None, seeds: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, C) of tokens `idx` (B, T), after those in `cache`; the rest as in `stream`."""

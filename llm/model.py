@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm.config import GPTConfig, counts
+from llm.config import GPTConfig
 from llm.errors import UserError
 from llm.loss import Taught, linear_cross_entropy
 from llm.machine import fused_block, fused_gpt2
@@ -196,10 +196,6 @@ class GPT(nn.Module):
             elif p.dim() == 2:
                 branch = name.endswith("c_proj.weight")
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if branch else 0.02)
-
-    def flops_per_token(self) -> float:
-        """Return the floating-point operations of the forward and backward pass for one token."""
-        return counts.flops_per_token(self.config)
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None, seeds: Tensor | None = None) -> Tensor:
         """Return hidden states (B, T, C) of tokens `idx` (B, T) that follow those in `cache`; see `stream`."""

@@ -195,6 +195,9 @@ def test_a_teacher_is_whole_on_every_rank_and_takes_its_forward_pass():
     speed = clusters.speed_of(config, rates[1], h100, teacher)
     found = clusters.predicted(config, 8, "ddp", h100, speed)
     evaluation = clusters.run_time(config, found, speed, 8e6)["evaluation"]
+    untaught = clusters.Speed(speed.token * (1 - speed.teacher_share), speed.update)
+    assert found.waiting == pytest.approx(clusters.predicted(config, 8, "ddp", h100, untaught).waiting)
+    assert found.computing > clusters.predicted(config, 8, "ddp", h100, untaught).computing
     passes = arithmetic.count_validations(config)
     assert evaluation == pytest.approx(passes * 1e6 * speed.token * of_model / 3 / (of_model + of_teacher))
 

@@ -50,9 +50,9 @@ def choose(args: argparse.Namespace, world: "World", say: Say) -> "Choice":
 def train_both(words: list[str], choice: "Choice", began: float, train: Callable[[list[str], int], int]) -> int:
     """Train a teacher for a part of the time, then the run that learns from it too; return the exit code.
 
-    `words` are the flags of the command, and `train` is what runs such flags; its second argument are the bytes that
-    this process has kept from before. If the teacher is interrupted, the commands that go on are printed. `began`: when
-    the command started, as `time.perf_counter` counts.
+    `words` are the flags of the command. `train` is what runs such flags; its second argument is the number of bytes
+    that this process has kept from before. If the teacher is interrupted, the commands that go on are printed. `began`:
+    when the command started, as `time.perf_counter` counts.
     """
     from llm.commands.bars import print_best_effort
     from llm.plan.arithmetic import MEASURED_SHAPE_BYTES

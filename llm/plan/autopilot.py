@@ -99,11 +99,14 @@ class Choice:
             if _validated_bytes(self.facts, config) < LEAST_VALIDATED:
                 return f"a validation split of less than {LEAST_VALIDATED:,} bytes tells too little of this text"
             return f"its text has more than {SAMPLE / 1e6:.0f} million characters, or is given by a name"
-        usual = {"vocab_size": self.proposal.text.vocabulary}  # of tokens that have no choice of it
-        usual |= rule.tokenizer(self.facts.train_bytes, self.facts.bytes_per_character, self.facts.distinct, {})
-        changed = sorted(name for name, value in given.items() if name not in loss.OPEN and value != usual.get(name))
+        usual = rule.tokenizer(self.facts.train_bytes, self.facts.bytes_per_character, self.facts.distinct, {})
+        changed = {name for name in given if name not in loss.OPEN} - {"tokenizer", "vocab_size"}
+        if config.tokenizer != usual["tokenizer"]:
+            changed.add("tokenizer")
+        elif config.vocab_size != usual.get("vocab_size", config.vocab_size):
+            changed.add("vocab_size")
         if changed:
-            return f"no runs with a given {', '.join(changed)} were measured"
+            return f"no runs with a given {', '.join(sorted(changed))} were measured"
         return loss.predict(
             {
                 "train_bytes": self.facts.train_bytes,
@@ -152,13 +155,14 @@ def choose_run(
         request, tokenizer = with_teacher(request, say)
         weights_tokenizer = weights_tokenizer or tokenizer
     facts = None
-    if not has_own_tokens(request) or (request.teacher and request.config.text):
+    has_tokenizer = has_own_tokens(request)
+    if not has_tokenizer or (request.teacher and request.config.text):
         facts = look_at(request.config, say)
         if facts.train_bytes < rule.SMALL_TEXT:
             say(small_text(facts, request.config))
-    elif not request.config.init_from:
+    if has_tokenizer and not request.config.init_from:
         request = with_tokenizer_there(request)
-    if facts and not request.config.init_from:
+    if facts and not has_tokenizer and not request.config.init_from:
         chosen = rule.tokenizer(facts.train_bytes, facts.bytes_per_character, facts.distinct, request.given)
         request = dataclasses.replace(request, config=from_settings(chosen, request.config))
     preparation = prepare_text(request, facts, say, progress, weights_tokenizer) if prepares else 0.0
@@ -175,20 +179,21 @@ def choose_run(
     return choice
 
 
-def choose_all(request: Request, say: Callable[[str], None], tell: Callable[[str], None]) -> list[Choice]:
+def choose_all(request: Request, say: Callable[[str], None], announce: Callable[[str], None]) -> list[Choice]:
     """Return the runs that `train --time` would train for `request`, each the teacher of the next.
 
-    Nothing is trained, so the text may be estimated. `tell` gets a line that says why there is a teacher. Raises
-    UserError.
+    Nothing is trained, so the text may be estimated. `announce` gets a line for each teacher, which says why there is
+    one. Raises UserError.
     """
     whole = choose_run(request, prepares=False, say=say)
     if not whole.calls_for_teacher:
         return [whole]
     folder, seconds = whole.teacher_part(overwrite=False)
-    tell(whole.teacher_words(folder, seconds))
+    announce(whole.teacher_words(folder, seconds))
     size = whole.proposal.config.model.block_size  # of both
-    teachers = choose_all(with_given(request, seconds, out_dir=folder, block_size=size), say, tell)
-    taught = with_given(request, request.seconds - seconds, teacher=folder, block_size=size)
+    teachers = choose_all(with_given(request, seconds, out_dir=folder, block_size=size), say, announce)
+    left = request.seconds - seconds - whole.proposal.probes * rule.probe_seconds(request.seconds)
+    taught = with_given(request, left, teacher=folder, block_size=size)
     taught = dataclasses.replace(taught, teacher=teachers[-1].proposal.config.model)
     return [*teachers, choose_run(taught, prepares=False, say=say)]
 

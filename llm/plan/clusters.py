@@ -205,7 +205,8 @@ def predicted(
     check(config, ranks, accelerator)
     windows, micro_batches = config.share(ranks)
     computing = windows * config.model.block_size * speed.token
-    overlapped = accelerator.overlap * computing / micro_batches
+    of_model = computing * (1 - speed.teacher_share)  # a teacher's pass comes before, and hides nothing
+    overlapped = accelerator.overlap * of_model / micro_batches
     forward = overlapped / 3
     backward = overlapped * 2 / 3
     if ranks == 1:

@@ -63,15 +63,16 @@ def fork(run_dir: Path, step: int, changes: dict[str, Any], out_dir: Path, say: 
 
     for line in ruled_out:
         say(line)
-    storage.check_writable(out_dir, disk_needed(config))
+    teacher = read_teacher(run_dir, torch.device("cpu")) if config.teacher else None
+    storage.check_writable(out_dir, disk_needed(config, teacher.config if teacher else None))
     with storage.new_folder(out_dir) as folder:
         storage.write_text(folder / "config.toml", write_toml(config))
         write_environment(folder, data, describe_past(run_dir, state, before, config))
         for name in ("tokenizer.json", metrics.NAME, samples.NAME):
             if (run_dir / name).exists():
                 storage.write_bytes(folder / name, (run_dir / name).read_bytes())
-        if config.teacher:
-            write_teacher(folder, read_teacher(run_dir, torch.device("cpu")))
+        if teacher:
+            write_teacher(folder, teacher)
         metrics.cut(folder, step)
         samples.Samples(folder).cut(step)
         write_weights(run_dir, folder, config, groups, facts, say)

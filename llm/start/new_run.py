@@ -23,7 +23,7 @@ from llm.start.build import build, connect
 from llm.start.init_from import Start, changed_settings, check_tokens, starting_point
 from llm.start.run_data import beside
 from llm.start.run_folder import Say, clear, disk_needed, refuse_existing, say_limits, write_environment
-from llm.start.teacher import check_teacher, open_teacher, refuse_own_folder, with_tokens, write_teacher
+from llm.start.teacher import open_teacher, refuse_own_folder, with_tokens, write_teacher
 from llm.start.texts import default_prompt, open_text
 from llm.tokens.saved_tokenizer import save_tokenizer
 from llm.tokens.tokenizer import Tokenizer
@@ -132,7 +132,6 @@ def open_new_text(
             line = fine_tuning.line(config, len(data.train), given or ())
     if teacher is not None:
         check_tokens(config, data, teacher.tokenizer, tokenizer, "teacher")
-        check_teacher(config, teacher)
     prompt = config.sample_prompt or default_prompt(data, tokenizer)
     if tokenizer is not None:
         tokenizer.encode(prompt)  # raises now if a character is not in the vocabulary
@@ -145,8 +144,7 @@ def open_new_folder(parts: Parts, overwrite: bool, is_pretrained: bool, say: Say
     Returns the lock, to be closed when the run ends. Raises UserError if the disk is too small or the folder is in use.
     """
     config, out_dir = parts.config, Path(parts.config.out_dir)
-    copy_of_teacher = 4 * sum(p.numel() for p in parts.teacher.parameters()) if parts.teacher else 0
-    storage.check_writable(out_dir, disk_needed(config) + copy_of_teacher)
+    storage.check_writable(out_dir, disk_needed(config, parts.teacher_shape))
     with contextlib.ExitStack() as stack:
         stack.enter_context(storage.locked(out_dir, "this run folder"))
         refuse_existing(out_dir, overwrite)  # another process may have written here since the first check

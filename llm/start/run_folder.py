@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm import __version__, storage
-from llm.config import TrainConfig
+from llm.config import GPTConfig, TrainConfig
 from llm.config.counts import count_parameters
 from llm.data import TokenData
 from llm.errors import UserError
@@ -66,13 +66,15 @@ def clear(out_dir: Path) -> None:
         (out_dir / name).unlink(missing_ok=True)
 
 
-def disk_needed(config: TrainConfig) -> int:
-    """Return the bytes of a run at its largest: checkpoints and the two .pt files.
+def disk_needed(config: TrainConfig, teacher: GPTConfig | None = None) -> int:
+    """Return the bytes of a run at its largest: checkpoints, the two .pt files, and the copy of a teacher.
 
-    A checkpoint holds weights, two moments and, with `ema`, an average of the weights, in float32.
+    A checkpoint holds weights, two moments and, with `ema`, an average of the weights, in float32. `teacher`: the shape
+    of the model that the run learns from.
     """
     size = 4 * count_parameters(config.model)
-    return size * ((4 if config.ema else 3) * (config.keep + 2) + 3)
+    copy_of_teacher = 4 * count_parameters(teacher) if teacher else 0
+    return size * ((4 if config.ema else 3) * (config.keep + 2) + 3) + copy_of_teacher
 
 
 def write_environment(out_dir: Path, data: TokenData, past: dict[str, Any]) -> None:

@@ -26,13 +26,22 @@ from llm.weights.opened import Opened
 
 
 def open_teacher(config: TrainConfig) -> Opened:
-    """Return the weights that `teacher` names. Raises UserError if they cannot be used, or see too short a context."""
+    """Return the weights that `teacher` names. With `init_from`, `config` is that of the start, with its shape.
+
+    Raises UserError if they cannot be used, see too short a context, or have another vocabulary than those of
+    `init_from`.
+    """
     teacher = open_weights(str(config.teacher), config.model)
     longest = teacher.config.block_size
     if config.model.block_size > longest:
         raise UserError(
             f"block_size = {config.model.block_size}: the teacher {config.teacher} sees {longest} tokens; give "
             f"--block_size {longest} or less"
+        )
+    if config.init_from and teacher.config.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"teacher = {config.teacher}: has a vocabulary of {teacher.config.vocab_size}, and the weights of "
+            f"{config.init_from} one of {config.model.vocab_size}; give others, or leave one of the two out"
         )
     return teacher
 
@@ -90,15 +99,6 @@ def _tokens_of_run(teacher: Opened, config: TrainConfig, say: Say) -> Path | Non
     if config.text and not ((folder / "meta.json").exists() and made_from(folder, config, say=say)):
         return None
     return folder
-
-
-def check_teacher(config: TrainConfig, teacher: Opened) -> None:
-    """Raise UserError if the vocabulary of the teacher is not that of the model, which is then that of `init_from`."""
-    if teacher.config.vocab_size != config.model.vocab_size:
-        raise UserError(
-            f"teacher = {config.teacher}: has a vocabulary of {teacher.config.vocab_size}, and the weights of "
-            f"{config.init_from} one of {config.model.vocab_size}; give others, or leave one of the two out"
-        )
 
 
 def write_teacher(out_dir: Path, teacher: Model) -> None:

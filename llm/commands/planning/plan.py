@@ -4,7 +4,7 @@ A run on many accelerators: `plan_scale.py`. The lines that it prints: `plan_lin
 """
 
 import argparse
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,6 @@ from llm.commands.planning import plan_scale
 from llm.config import FIELDS, PRESETS, GPTConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from llm.plan.autopilot import Choice
     from llm.plan.request import Request
     from llm.plan.text_size import Text
@@ -27,7 +25,7 @@ DESCRIPTION = (
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """A run that is planned, and what its plan follows from."""
 
     config: TrainConfig
@@ -47,40 +45,45 @@ def main(argv: list[str]) -> int:
     import json
 
     from llm.commands.bars import print_result
-    from llm.plan.plan_file import check_new
+    from llm.plan.plan_file import check_new, write
 
     if args.out:
         check_new(args.out)
     lines: list[str] = []
     runs = plan_for_time(request, lines.append) if request else [plan_given(config, given_settings(args))]
+    files = [args.out.with_stem(args.out.stem + "-teacher" * n) for n in reversed(range(len(runs)))] if args.out else []
+    for file in files:
+        check_new(file)
     facts = [predict(run) for run in runs]
     if args.json:
-        print_result(json.dumps(facts[-1] | {"teachers": facts[:-1]}))
+        print_result(json.dumps(facts[-1] | ({"teachers": facts[:-1]} if request else {})))
     else:
         for number, (run, numbers) in enumerate(zip(runs, facts, strict=True), 1):
             if len(runs) > 1:
                 lines += ["", f"run {number} of {len(runs)}, in {run.config.out_dir}:"]
             lines += run_lines(run, numbers)
         print_result("\n".join(lines))
-    if args.out:
-        told = write_all(runs, args.out)
-        if not args.json:
-            print_result(told)
+    for run, file in zip(runs, files, strict=False):
+        write(run.config, file)
+    if files and not args.json:
+        commands = " && ".join(f"losscurve train {flag('preset', file)}" for file in files)
+        these = "it" if len(files) == 1 else "them"
+        print_result(f"wrote {', '.join(map(str, files))}; train {these} with: {commands}")
     return 0
 
 
-def plan_for_time(request: "Request", tell: Callable[[str], None]) -> list[Planned]:
-    """Return the runs for --time, each the teacher of the next; `tell` gets a line for each. Raises UserError."""
+def plan_for_time(request: "Request", announce: Callable[[str], None]) -> list[PlannedRun]:
+    """Return the runs for --time, each the teacher of the next. `announce`: see `choose_all`. Raises UserError."""
     from llm.plan.autopilot import choose_all
     from llm.start.run_folder import once
 
     return [
-        Planned(choice.proposal.config, choice.proposal.text, choice.proposal.pace, choice.request.teacher, choice)
-        for choice in choose_all(request, once(warn), tell)
+        PlannedRun(choice.proposal.config, choice.proposal.text, choice.proposal.pace, choice.request.teacher, choice)
+        for choice in choose_all(request, once(warn), announce)
     ]
 
 
-def plan_given(config: TrainConfig, given: Collection[str]) -> Planned:
+def plan_given(config: TrainConfig, given: Collection[str]) -> PlannedRun:
     """Return the run of a config, whose pace is measured. `given`: the names of the settings that were given.
 
     Raises UserError.
@@ -91,11 +94,12 @@ def plan_given(config: TrainConfig, given: Collection[str]) -> Planned:
     from llm.start.init_from import starting_point
     from llm.start.teacher import open_teacher, with_tokens
 
-    teacher = open_teacher(config) if config.teacher else None
-    if config.init_from:
-        start = starting_point(config, warn, given)
-        text = text_of(start.config, start.tokenizer)
+    start = starting_point(config, warn, given) if config.init_from else None
+    if start:
         config = start.config
+    teacher = open_teacher(config) if config.teacher else None
+    if start:
+        text = text_of(config, start.tokenizer)
         if start.is_pretrained:
             config = with_steps(config, text.tokens, given)
     else:
@@ -107,10 +111,10 @@ def plan_given(config: TrainConfig, given: Collection[str]) -> Planned:
     pace = probe(config, shape) if fits(config, shape) else None
     if pace and (line := busy_line(pace)):
         warn(line)
-    return Planned(config, text, pace, shape)
+    return PlannedRun(config, text, pace, shape)
 
 
-def run_lines(run: Planned, facts: dict[str, Any]) -> Iterator[str]:
+def run_lines(run: PlannedRun, facts: dict[str, Any]) -> Iterator[str]:
     """Yield the plan of a run in lines. `facts` are `predict`'s."""
     from llm.commands.planning.plan_lines import plan_lines
     from llm.plan.choice_lines import choice_lines
@@ -118,22 +122,6 @@ def run_lines(run: Planned, facts: dict[str, Any]) -> Iterator[str]:
     if run.choice:
         yield from choice_lines(run.choice)
     yield from plan_lines(run.config, facts, run.text, run.choice.request.seconds if run.choice else None)
-
-
-def write_all(runs: Sequence[Planned], out: "Path") -> str:
-    """Write the settings of the last run to `out` and those of its teachers beside it; return a line that says so.
-
-    Raises UserError if there is a file of such a name, or one cannot be written.
-    """
-    from llm.plan.plan_file import check_new, write
-
-    names = [out.with_stem(out.stem + "-teacher" * number) for number in reversed(range(len(runs)))]
-    for name in names:
-        check_new(name)
-    for run, name in zip(runs, names, strict=True):
-        write(run.config, name)
-    commands = " && ".join(f"losscurve train {flag('preset', name)}" for name in names)
-    return f"wrote {', '.join(map(str, names))}; train {'it' if len(names) == 1 else 'them'} with: {commands}"
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -149,13 +137,16 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     return parser.read(argv)
 
 
-def predict(run: Planned) -> dict[str, Any]:
+def predict(run: PlannedRun) -> dict[str, Any]:
     """Return the plan in numbers: parameters, bytes, FLOPs and seconds, by part. Unknown values are None."""
     from llm.config.counts import count_parameters_by_part, training_flops_per_token
     from llm.plan import arithmetic, timing
 
     config, pace = run.config, run.pace
     step_flops = training_flops_per_token(config.model, run.teacher) * config.tokens_per_step
+    head_flops = 6 * config.model.vocab_size * config.model.n_embd * config.tokens_per_step
+    if run.teacher:  # the forward pass alone
+        head_flops += 2 * run.teacher.vocab_size * run.teacher.n_embd * config.tokens_per_step
     memory = arithmetic.memory(config, run.teacher)
     if run.choice and "process" in memory:
         memory["process"] += run.choice.kept_bytes
@@ -165,6 +156,7 @@ def predict(run: Planned) -> dict[str, Any]:
         "machine_memory": arithmetic.machine_memory(),
         "disk": arithmetic.disk(config, run.text.tokens, run.teacher),
         "step_flops": step_flops,
+        "head_flops": head_flops,  # of those of a step
         "run_flops": step_flops * config.max_steps,
         "flops_per_second": step_flops / pace.step if pace else None,
         "step_seconds": pace.step if pace else None,

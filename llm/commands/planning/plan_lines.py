@@ -27,13 +27,10 @@ def plan_lines(config: TrainConfig, facts: dict[str, Any], text: "Text", budget_
     by_part = ", ".join(f"{name} {size:,}" for name, size in parameters.items())
     yield _line("parameters", f"{sum(parameters.values()):,}: {by_part}")
     yield from _size_lines(facts)
-    head_flops = (
-        6 * model.vocab_size * model.n_embd * config.tokens_per_step
-    )  # forward and backward of the output matrix
     yield _line(
         "work",
-        f"{short(facts['step_flops'] / 1e9)} GFLOP a step, {head_flops / facts['step_flops']:.0%} of it for the "
-        f"vocabulary; {facts['run_flops']:.3g} FLOP in all",
+        f"{short(facts['step_flops'] / 1e9)} GFLOP a step, {facts['head_flops'] / facts['step_flops']:.0%} of it for "
+        f"the vocabulary; {facts['run_flops']:.3g} FLOP in all",
     )
     yield from _time_lines(config, facts)
     if not config.init_from:  # else most of the tokens are those that the weights have learned from

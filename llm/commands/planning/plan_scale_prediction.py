@@ -92,10 +92,10 @@ def with_text(config: TrainConfig) -> tuple[TrainConfig, int, GPTConfig | None]:
     from llm.start.init_from import starting_point
     from llm.start.teacher import open_teacher, with_tokens
 
-    teacher = open_teacher(config) if config.teacher else None
     if config.init_from:
         config = starting_point(config, warn).config
-    elif teacher:
+    teacher = open_teacher(config) if config.teacher else None
+    if teacher and not config.init_from:
         config = with_tokens(config, teacher, warn)
     text = text_of(config)
     if not config.init_from:

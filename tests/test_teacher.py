@@ -18,12 +18,13 @@ from llm import loss as loss_module
 from llm.checks.rehearsal import Rehearsal
 from llm.checks.verify import verify
 from llm.commands.train_time import train_both
-from llm.config import TrainConfig, from_settings, read_toml
+from llm.config import GPTConfig, TrainConfig, from_settings, read_toml
 from llm.data import batch_at
 from llm.errors import UserError
 from llm.loss import Taught, linear_cross_entropy
 from llm.plan import proposal, rule, text_facts, timing
 from llm.plan.arithmetic import MEASURED_SHAPE_BYTES
+from llm.plan.forecast import outline
 from llm.plan.prediction import loss
 from llm.record.metrics import read_record
 from llm.start.new_run import new_run
@@ -34,6 +35,7 @@ from llm.training.parts import Parts
 from llm.weights import load_model, run_config
 
 OTHER_SHAPE = {"n_layer": 1, "n_embd": 8, "max_steps": 8, "seed": 3}
+LARGE_SHAPE = GPTConfig(vocab_size=12, n_layer=2, n_embd=512, n_head=8, block_size=16)
 
 
 def small_flags(*without):
@@ -261,6 +263,18 @@ def test_plans_and_choices_count_the_teacher(here, losscurve):
     weights = torch.load("first/best.pt", weights_only=True)
     assert taught["disk"]["copy of the teacher"] == 4 * sum(w.numel() for w in weights.values())
     assert taught["run_flops"] > alone["run_flops"]
+    outlines = [outline(config_for(here, vocab_size=12), 9000, teacher=shape) for shape in (None, LARGE_SHAPE)]
+    needed = [[int(number) for number in re.findall(r"(\d+) MiB", words)] for words in outlines]
+    assert needed[1][0] > needed[0][0]
+    many = []
+    for teacher in ("--data_dir data", "--teacher first"):
+        asked = f"plan {small_flags('tokenizer', 'dtype')} {teacher} --accelerator h100 --nproc 2"
+        code, out, err = losscurve(f"{asked} --scale --json")
+        assert code == 0, err
+        many.append(json.loads(out))
+    alone, taught = many
+    assert taught["memory"]["fsdp"].keys() - alone["memory"]["fsdp"].keys() == {"teacher"}
+    assert taught["rate_of_one"] < alone["rate_of_one"]
     code, out, err = losscurve("plan --teacher first --time 6s --out timed.toml")
     assert code == 0, err
     assert "no prediction: of its text only the tokens are known" in out

@@ -42,6 +42,20 @@ def test_a_run_on_cuda_adds_up_in_a_fixed_order_and_what_follows_it_as_before(mo
     assert flags() == before
 
 
+def test_every_side_of_ours_makes_steps_with_the_same_loss(monkeypatch):
+    """But for the compiler, which is left out."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    cpu = torch.device("cpu")
+    config = gpu.config_of("gpt2-124m", None, small=True)
+    tokens, _ = gpu.tokens_for(100)
+    sides = [None]
+    for name in ("ours", "ours-any-order", "ours-compiled", "ours-plain-loss"):
+        sides.append(gpu.ready_side(name, config, tokens, cpu, sides[-1]))
+    losses = [side.facts["first_loss"] for side in sides[1:]]
+    assert losses[0] == losses[1] == pytest.approx(losses[2], abs=1e-3)
+    assert losses[3] < losses[0]  # its steps follow those of the compiled side
+
+
 @pytest.fixture
 def script(tmp_path):
     """`script(*arguments, fails=NAME)`: run the script with a Python that does nothing; (exit code, summary, calls)."""

@@ -98,15 +98,14 @@ def plan_given(config: TrainConfig, given: Collection[str]) -> PlannedRun:
     if start:
         config = start.config
     teacher = open_teacher(config) if config.teacher else None
-    if start:
-        text = text_of(config, start.tokenizer)
-        if start.is_pretrained:
-            config = with_steps(config, text.tokens, given)
-    else:
-        if teacher:
-            config = with_tokens(config, teacher, warn)
-        text = text_of(config, teacher.tokenizer if teacher else None)
+    if teacher and not start:
+        config = with_tokens(config, teacher, warn)
+    tokens_of = start or teacher
+    text = text_of(config, tokens_of.tokenizer if tokens_of else None)
+    if not start:
         config = with_vocabulary(config, text.vocabulary)
+    elif start.is_pretrained:
+        config = with_steps(config, text.tokens, given)
     shape = teacher.config if teacher else None
     pace = probe(config, shape) if fits(config, shape) else None
     if pace and (line := busy_line(pace)):

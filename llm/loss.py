@@ -9,6 +9,7 @@ N tokens, C channels, V vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +30,11 @@ SAFE = 60.0  # exp of numbers up to this size, and its sum over a row, stay in t
 
 
 class Taught(NamedTuple):
-    """What a teacher predicts of the tokens that a model learns from, as the two factors of its logits."""
+    """What teachers predict of the tokens that a model learns from, as the two factors of the logits of each."""
 
-    hidden: Tensor  # (..., C'), of the positions of the model's own hidden states
-    weight: Tensor  # (V, C')
-    share: float  # of the target that is the teacher's; the rest is the token of the text
+    hidden: Sequence[Tensor]  # each (..., C'), of the positions of the model's own hidden states
+    weights: Sequence[Tensor]  # each (V, C')
+    share: float  # of the target that is the teachers'; the rest is the token of the text
 
 
 def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -51,14 +52,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, taught
     is on, else in that of `hidden`; softmax and loss are always float32.
 
     With `taught`, the value is the same, and the gradient is that of the cross-entropy with (1 - share) times the
-    targets plus share times what the teacher predicts (distillation, Hinton et al. 2015, at temperature 1). So losses
-    with and without a teacher compare.
+    targets plus share times what the teachers predict (distillation, Hinton et al. 2015, at temperature 1): the mean of
+    their probabilities. So losses with and without teachers compare.
     """
     rows, kind = hidden.reshape(-1, hidden.size(-1)), hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     if taught is not None:
-        theirs = taught.hidden.reshape(len(rows), -1), taught.weight, taught.share
-        return _TaughtCrossEntropy.apply(rows, weight, targets.reshape(-1), dtype, *theirs)  # type: ignore[no-any-return, no-untyped-call]
+        return _TaughtCrossEntropy.apply(rows, weight, targets.reshape(-1), dtype, taught)  # type: ignore[no-any-return, no-untyped-call]
     if kind == "cpu" and dtype == torch.bfloat16 and len(weight) <= SMALL:
         return plain_cross_entropy(rows, weight, targets)
     if not torch.is_grad_enabled():  # autograd.Function does not see no_grad(); detach, or it computes gradients anyway
@@ -178,12 +178,14 @@ class _TaughtCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         dtype: torch.dtype,
-        their_hidden: Tensor,
-        their_weight: Tensor,
-        share: float,
+        taught: Taught,
     ) -> Tensor:
         """Compute the loss and its gradients together, for some rows at a time."""
-        n, ours, theirs = len(hidden), weight.to(dtype), their_weight.to(dtype)
+        n, ours, share = len(hidden), weight.to(dtype), taught.share
+        theirs = [
+            (states.reshape(n, -1).to(dtype), head.to(dtype))
+            for states, head in zip(taught.hidden, taught.weights, strict=True)
+        ]
         exact = torch.float32 if dtype == torch.float16 else dtype  # sums over many rows pass float16's 65,504
         chunk = chunk_rows(n, len(weight), TAUGHT_BYTES, hidden.device.type == "cpu")
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
@@ -195,8 +197,9 @@ class _TaughtCrossEntropy(torch.autograd.Function):
                 rows, wanted = hidden[part].to(dtype), targets[part, None]
                 predicted = torch.log_softmax((rows @ ours.t()).float(), 1)
                 total -= predicted.gather(1, wanted).sum()
-                mixed_in = torch.softmax((their_hidden[part].to(dtype) @ theirs.t()).float(), 1)
-                slope = predicted.exp_().sub_(mixed_in, alpha=share)
+                slope = predicted.exp_()
+                for states, head in theirs:
+                    slope.sub_(torch.softmax((states[part] @ head.t()).float(), 1), alpha=share / len(theirs))
                 slope.scatter_add_(1, wanted, slope.new_full((len(rows), 1), share - 1))
                 slope = slope.to(exact)
                 grad_hidden[part] = slope @ ours.to(exact)
@@ -207,4 +210,4 @@ class _TaughtCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(g * grad for g in ctx.found), None, None, None, None, None
+        return *(g * grad for g in ctx.found), None, None, None

@@ -165,8 +165,8 @@ def fit(
     """Train on a text (a path, several, or "shakespeare") and return the run; for notebooks.
 
     `settings` are the fields of `TrainConfig` and `GPTConfig`; `say` gets a line for each evaluation. With `time`, such
-    as "10m", the run is chosen for that time, around the given settings; where a text would be read often, a teacher is
-    trained first, in the folder OUT_DIR-teacher. After an interrupt the run saves and ends;
+    as "10m", the run is chosen for that time, around the given settings; where a text would be read often, teachers
+    are trained first, in folders OUT_DIR-teacher. After an interrupt the run saves and ends;
     `resume=True` continues it. Raises UserError for settings that cannot work, Failure if it cannot go on or be saved.
     """
     given = settings | ({} if text is None else {"text": text}) | {"out_dir": expanded(str(out_dir))}
@@ -192,8 +192,8 @@ def _fit(
             config, names = over_preset(base, given, tell), given_names(base, given)
         else:
             choice = choose_new_run(read_request(time, base, given, tell), overwrite, tell)
-            if choice.calls_for_teacher:
-                return _fit_both(given, preset, overwrite, choice, began, say)
+            if choice.calls_for_teachers:
+                return _fit_all(given, preset, overwrite, choice, began, say)
             say("\n".join(choice_lines(choice)))
             config, names = choice.proposal.config, set(FIELDS)
             deadline = choice.deadline(began)
@@ -215,25 +215,31 @@ def _fit(
     return Run.open(out_dir), bool(caught)
 
 
-def _fit_both(
+def _fit_all(
     given: dict[str, Any], preset: str | None, overwrite: bool, choice: Choice, began: float, say: Say
 ) -> tuple[Run, bool]:
-    """Train a teacher for a part of the time, then the run that learns from it too, and return that one.
+    """Train the teachers for a part of the time, then the run that learns from them too, and return that one.
 
-    Returns the teacher if it was interrupted.
+    Returns a teacher if it was interrupted.
     """
-    folder, seconds = choice.teacher_part(overwrite)
-    say(choice.teacher_words(folder, seconds))
-    given = given | {"block_size": choice.proposal.config.model.block_size}  # of both
-    teacher, was_interrupted = _fit(given | {"out_dir": folder}, preset, False, overwrite, f"{seconds:.0f}", say)
-    spent = seconds if was_interrupted else perf_counter() - began
-    rest, left = given | {"teacher": folder}, f"{max(1.0, choice.seconds - spent):.0f}"
-    if not was_interrupted:
-        return _fit(rest, preset, False, overwrite, left, say)
-    asked = rest | {"time": left, "preset": preset, "overwrite": overwrite}
-    words = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value not in (None, False))
-    say(f"after that, train the run with fit({words})")
-    return teacher, True
+    runs = choice.teacher_runs(overwrite)
+    say(choice.teacher_words(runs))
+    given = given | {"block_size": choice.proposal.config.model.block_size}  # of all
+    asked = [given | {"out_dir": run.folder, "seed": run.seed, "time": f"{run.seconds:.0f}"} for run in runs]
+    last = given | {"teacher": [run.folder for run in runs]}
+    for number, settings in enumerate(asked, 1):
+        seconds = settings.pop("time")
+        teacher, was_interrupted = _fit(settings, preset, False, overwrite, seconds, say)
+        if was_interrupted:
+            left = choice.seconds - sum(run.seconds for run in runs)
+            more = {"preset": preset, "overwrite": overwrite}
+            for rest in (*asked[number:], last | {"time": f"{max(1.0, left):.0f}"}):
+                told = {name: value for name, value in (rest | more).items() if value not in (None, False)}
+                words = ", ".join(f"{name}={value!r}" for name, value in told.items())
+                say(f"after that, train the run with fit({words})")
+            return teacher, True
+    left = choice.seconds - (perf_counter() - began)
+    return _fit(last, preset, False, overwrite, f"{max(1.0, left):.0f}", say)
 
 
 @contextmanager

@@ -43,8 +43,8 @@ def free_machine(monkeypatch):
 def machine(flops_per_second=2e11, growth=1.0):
     """Return the paces of a machine: seconds of a step as FLOPs to the power `growth`."""
 
-    def pace(config, teacher=None):
-        flops = training_flops_per_token(config.model, teacher) * config.tokens_per_step
+    def pace(config, teachers=()):
+        flops = training_flops_per_token(config.model, teachers) * config.tokens_per_step
         return Pace(1e9 / flops_per_second * (flops / 1e9) ** growth, 1e-6, 1e-3)
 
     return pace
@@ -147,9 +147,9 @@ def test_a_teacher_replaces_dropout():
 def test_a_text_that_is_read_often_calls_for_a_teacher(tokens, seconds, typed, called):
     request = read_request(str(seconds), {}, typed)
     text = Text(tokens, 1024)
-    found = proposed(text, seconds, lambda config, teacher: Pace(0.26, 1e-6, 1e-3), **typed)
+    found = proposed(text, seconds, lambda config, teachers: Pace(0.26, 1e-6, 1e-3), **typed)
     choice = autopilot.Choice(request, None, found)
-    assert (choice.calls_for_teacher, choice.passes >= 7) == (called, tokens < 800_000)
+    assert (choice.calls_for_teachers, choice.passes >= 7) == (called, tokens < 800_000)
 
 
 @pytest.mark.parametrize(("n_layer", "n_embd", "dropout"), [(6, 192, 0.0), (8, 320, 0.1)])
@@ -157,7 +157,7 @@ def test_a_model_that_is_large_for_its_text_gets_dropout_after_fewer_passes(n_la
     """Eight passes, of models with 3.3 and 12 parameters in their blocks for each token."""
     text = Text(800_000, 1024)
     shape = {"n_layer": n_layer, "n_embd": n_embd, "batch_size": 12}
-    found = proposed(text, 600, lambda config, teacher: Pace(0.27, 1e-6, 1e-3), **shape)
+    found = proposed(text, 600, lambda config, teachers: Pace(0.27, 1e-6, 1e-3), **shape)
     passes = found.config.max_steps * found.config.tokens_per_step / text.tokens
     assert 7 < passes < 9
     assert found.config.model.dropout == dropout
@@ -231,7 +231,7 @@ def test_a_model_that_is_large_for_its_text_gets_fewer_passes(n_layer, n_embd, t
 @pytest.mark.parametrize("seconds", [60, 600, 3600])
 def test_evaluations_take_at_most_their_share_of_the_time(seconds):
     text, slow = Text(10**8, 512), Pace(0.05, 2e-5, 2e-3)
-    config = proposed(text, seconds, lambda config, teacher: slow, n_layer=4, n_embd=128).config
+    config = proposed(text, seconds, lambda config, teachers: slow, n_layer=4, n_embd=128).config
     parts = timing.run_seconds(config, text, slow)
     spent = parts["evaluation"] + parts["samples"] + parts["pictures"] + parts["saving"]
     assert spent <= rule.EVALUATION_SHARE * seconds + 2 * rule.LEAST_EVAL_TOKENS * slow.evaluated_token
@@ -240,7 +240,7 @@ def test_evaluations_take_at_most_their_share_of_the_time(seconds):
 def test_the_best_shape_is_measured_and_no_more_than_the_time_allows():
     seen = []
 
-    def measure(config, teacher=None):
+    def measure(config, teachers=()):
         seen.append(config.model)
         return machine()(config)
 
@@ -256,7 +256,7 @@ def test_the_best_shape_is_measured_and_no_more_than_the_time_allows():
 
 
 def test_dropout_is_measured_because_it_takes_time():
-    def measure(config, teacher=None):
+    def measure(config, teachers=()):
         pace = machine(1e10)(config)
         return dataclasses.replace(pace, step=pace.step * (2 if config.model.dropout else 1))
 
@@ -370,7 +370,7 @@ def test_a_mistake_is_one_line(here, losscurve, command, typed, message, monkeyp
 
 
 def test_too_little_time_says_how_much_it_needs(here, losscurve, monkeypatch):
-    monkeypatch.setattr(proposal, "short_probe", lambda config, teacher: Pace(1.0, 1e-6, 1e-3))
+    monkeypatch.setattr(proposal, "short_probe", lambda config, teachers: Pace(1.0, 1e-6, 1e-3))
     code, _, err = losscurve("plan --text text.txt --time 4s")
     assert code == 2
     needed = re.search(r"20 steps of the smallest model here \(2 layers x 64\) need about (\d+) s.*--time (\d+)s", err)
@@ -381,7 +381,7 @@ def test_too_little_time_says_how_much_it_needs(here, losscurve, monkeypatch):
 
 
 def test_beside_other_work_the_smallest_model_is_trained_instead(here, losscurve, monkeypatch):
-    monkeypatch.setattr(proposal, "short_probe", lambda config, teacher: Pace(1.0, 1e-6, 1e-3, others=77.0))
+    monkeypatch.setattr(proposal, "short_probe", lambda config, teachers: Pace(1.0, 1e-6, 1e-3, others=77.0))
     code, out, err = losscurve("plan --text text.txt --time 4s")
     assert code == 0, err
     (line,) = err.splitlines()[-1:]

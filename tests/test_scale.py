@@ -185,14 +185,14 @@ def test_muon_has_one_moment_and_products_that_every_rank_makes():
 
 def test_a_teacher_is_whole_on_every_rank_and_takes_its_forward_pass():
     config, teacher, h100 = gpt2(), gpt2(n_layer=6, n_embd=384, n_head=6).model, ACCELERATORS["h100"]
-    alone, taught = (clusters.rank_memory(config, 8, "fsdp", teacher=shape) for shape in (None, teacher))
-    assert alone == {part: size for part, size in taught.items() if part != "teacher"}
+    alone, taught = (clusters.rank_memory(config, 8, "fsdp", teachers=shapes) for shapes in ([], [teacher]))
+    assert alone == {part: size for part, size in taught.items() if part != "teachers"}
     weights, logits = 4 * sum(p.numel() for p in make_model(teacher).parameters()), 12 * 50304 * 1024
-    assert weights < taught["teacher"] < weights + 2 * logits
+    assert weights < taught["teachers"] < weights + 2 * logits
     of_model, of_teacher = flops_per_token(config.model), flops_per_token(teacher) / 3
-    rates = [clusters.assumed_rate(config, h100, teacher=shape) for shape in (None, teacher)]
+    rates = [clusters.assumed_rate(config, h100, teachers=shapes) for shapes in ([], [teacher])]
     assert rates[0] / rates[1] == pytest.approx(1 + of_teacher / of_model)
-    speed = clusters.speed_of(config, rates[1], h100, teacher)
+    speed = clusters.speed_of(config, rates[1], h100, [teacher])
     found = clusters.predicted(config, 8, "ddp", h100, speed)
     evaluation = clusters.run_time(config, found, speed, 8e6)["evaluation"]
     untaught = clusters.Speed(speed.token * (1 - speed.teacher_share), speed.update)
@@ -363,7 +363,7 @@ def test_the_page_shows_what_the_command_prints(here, capsys):
 
 
 def test_machines_like_this_one_are_measured(here, capsys, monkeypatch):
-    monkeypatch.setattr(timing, "probe", lambda config, teacher: timing.Pace(0.01, 1e-6, 1e-3))
+    monkeypatch.setattr(timing, "probe", lambda config, teachers: timing.Pace(0.01, 1e-6, 1e-3))
     monkeypatch.setattr(plan_scale_prediction, "measure_memory_rate", lambda: 1e10)
     out = output_of(capsys, *f"--text text.txt --nproc 2 {flags()}".split())
     assert "2 x a CPU like this one" in out

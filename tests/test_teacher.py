@@ -1,5 +1,6 @@
-"""A run that learns from a teacher too: the loss against PyTorch's, and all that a run with a teacher goes through."""
+"""A run that learns from teachers too: the loss against PyTorch's, and all that a run with teachers goes through."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -17,7 +18,7 @@ from llm import fit
 from llm import loss as loss_module
 from llm.checks.rehearsal import Rehearsal
 from llm.checks.verify import verify
-from llm.commands.train_time import train_both
+from llm.commands.train_time import train_all
 from llm.config import GPTConfig, TrainConfig, from_settings, read_toml
 from llm.data import batch_at
 from llm.errors import UserError
@@ -43,30 +44,37 @@ def small_flags(*without):
     return " ".join(f"--{name} {value}" for name, value in SMALL.items() if name not in without)
 
 
-def logits_and_teacher(n, c, v, theirs, dtype=torch.float32, seed=0):
+def logits_and_taught(n, c, v, widths, share, dtype=torch.float32, seed=0):
+    """The input of the loss: of a model, and of a teacher of each of the widths."""
     draw = torch.Generator().manual_seed(seed)
     hidden, weight = (torch.randn(*size, generator=draw).requires_grad_() for size in ((n, c), (v, c)))
-    their_hidden, their_weight = torch.randn(n, theirs, generator=draw), torch.randn(v, theirs, generator=draw)
-    return hidden, weight, torch.randint(v, (n,), generator=draw), their_hidden.to(dtype), their_weight
+    theirs = [(torch.randn(n, wide, generator=draw).to(dtype), torch.randn(v, wide, generator=draw)) for wide in widths]
+    return hidden, weight, torch.randint(v, (n,), generator=draw), Taught(*map(list, zip(*theirs, strict=True)), share)
 
 
-def reference(hidden, weight, targets, their_hidden, their_weight, share):
+def reference(hidden, weight, targets, taught):
     """PyTorch's loss of the text, and its gradients for the mixed targets."""
-    mixed = share * torch.softmax(their_hidden.double() @ their_weight.double().T, 1)
-    mixed += (1 - share) * F.one_hot(targets, len(weight))
+    predicted = [
+        torch.softmax(states.double() @ head.double().T, 1)
+        for states, head in zip(taught.hidden, taught.weights, strict=True)
+    ]
+    mixed = taught.share * torch.stack(predicted).mean(0) + (1 - taught.share) * F.one_hot(targets, len(weight))
     logits = hidden.double() @ weight.double().T
     found = torch.autograd.grad(F.cross_entropy(logits, mixed), (hidden, weight))
     return F.cross_entropy(logits, targets).item(), found
 
 
-@pytest.mark.parametrize(("n", "c", "v", "theirs"), [(1, 3, 2, 5), (7, 16, 50, 8), (300, 32, 1024, 16)])
+@pytest.mark.parametrize(
+    ("n", "c", "v", "widths"),
+    [(1, 3, 2, [5]), (7, 16, 50, [8, 16]), (300, 32, 1024, [16]), (300, 32, 1024, [16, 8, 4])],
+)
 @pytest.mark.parametrize("share", [0.25, 1.0])
 @pytest.mark.parametrize("rows", [1, 10**9])
-def test_the_value_is_the_texts_and_the_gradient_the_mixtures(monkeypatch, n, c, v, theirs, share, rows):
+def test_the_value_is_the_texts_and_the_gradient_the_mixtures(monkeypatch, n, c, v, widths, share, rows):
     monkeypatch.setattr(loss_module, "ROWS_BYTES", rows)
-    hidden, weight, targets, their_hidden, their_weight = logits_and_teacher(n, c, v, theirs)
-    expected, gradients = reference(hidden, weight, targets, their_hidden, their_weight, share)
-    found = linear_cross_entropy(hidden, weight, targets, Taught(their_hidden, their_weight, share))
+    hidden, weight, targets, taught = logits_and_taught(n, c, v, widths, share)
+    expected, gradients = reference(hidden, weight, targets, taught)
+    found = linear_cross_entropy(hidden, weight, targets, taught)
     assert found.item() == pytest.approx(expected, abs=1e-5)
     (3 * found).backward(retain_graph=True)
     for ours, gradient in zip((hidden.grad, weight.grad), gradients, strict=True):
@@ -77,10 +85,10 @@ def test_the_value_is_the_texts_and_the_gradient_the_mixtures(monkeypatch, n, c,
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_low_precision_it_is_close(dtype):
-    hidden, weight, targets, their_hidden, their_weight = logits_and_teacher(200, 32, 512, 16, dtype)
-    expected, gradients = reference(hidden, weight, targets, their_hidden, their_weight, 0.5)
+    hidden, weight, targets, taught = logits_and_taught(200, 32, 512, [16, 24], 0.5, dtype)
+    expected, gradients = reference(hidden, weight, targets, taught)
     with torch.autocast("cpu", dtype):
-        found = linear_cross_entropy(hidden, weight, targets, Taught(their_hidden, their_weight, 0.5))
+        found = linear_cross_entropy(hidden, weight, targets, taught)
     assert (found.dtype, found.item()) == (torch.float32, pytest.approx(expected, rel=2e-3))
     found.backward()
     for ours, gradient in zip((hidden.grad, weight.grad), gradients, strict=True):
@@ -94,7 +102,9 @@ def test_float16_sums_more_than_it_can_hold():
     weight.requires_grad_()
     targets = torch.arange(40_000) % 2
     with torch.autocast("cpu", torch.float16):
-        linear_cross_entropy(hidden, weight, targets, Taught(torch.zeros(40_000, 4), torch.zeros(8, 4), 0.5)).backward()
+        linear_cross_entropy(
+            hidden, weight, targets, Taught([torch.zeros(40_000, 4)], [torch.zeros(8, 4)], 0.5)
+        ).backward()
     assert torch.allclose(weight.grad[:, 0], torch.tensor([-3.0, -3.0] + 6 * [1.0]), atol=1e-2)
 
 
@@ -110,21 +120,23 @@ def test_what_predicts_as_its_teacher_has_nothing_to_learn(here):
 @pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2, "batch_size": 2}])  # compiled: test_train.py
 def test_a_step_is_that_of_a_plain_loop(here, arch, more):
     """Two steps of AdamW on the cross-entropy with PyTorch's mixed targets end at the same weights."""
+    names = ["first", "other"]
     trained(config_for(here, out_dir="first", arch=arch, **OTHER_SHAPE, dropout=0.5))
+    trained(config_for(here, out_dir="other", arch=arch, max_steps=8, seed=4))
     changes = {"max_steps": 2, "warmup_steps": 0, "schedule": "constant", "min_lr": None, "max_lr": 1e-3}
-    config = config_for(here, out_dir="second", teacher="first", teacher_share=0.3, arch=arch, **changes | more)
+    config = config_for(here, out_dir="second", teacher=names, teacher_share=0.3, arch=arch, **changes | more)
     with new_run(config) as run:
         model, data = run.parts.model, run.parts.data
         torch.manual_seed(config.seed)
         plain = type(model)(run.parts.config.model)
         list(train(run))
-    teacher = load_model(Path("first/best.pt"), torch.device("cpu"), run_config(Path("first")).model)
+    teachers = [load_model(Path(name, "best.pt"), torch.device("cpu"), run_config(Path(name)).model) for name in names]
     optimizer = torch.optim.AdamW(plain.parameters(), 1e-3, (config.beta1, config.beta2), weight_decay=0.01)
     for step in range(2):
         batch = batch_at(data.train, config.seed, step, 4, 16)
         x, y = torch.from_numpy(batch.x), torch.from_numpy(batch.y)
         with torch.no_grad():
-            taught = torch.softmax(teacher(x)[0], -1)
+            taught = torch.stack([torch.softmax(teacher(x)[0], -1) for teacher in teachers]).mean(0)
         logits = plain(x)[0]
         mixed = 0.7 * F.one_hot(y, logits.size(-1)) + 0.3 * taught
         optimizer.zero_grad()
@@ -139,13 +151,18 @@ def test_a_step_is_that_of_a_plain_loop(here, arch, more):
 )
 def test_a_resume_needs_neither_the_teachers_folder_nor_another_step(here, settings):
     trained(config_for(here, out_dir="first", **OTHER_SHAPE))
-    config = config_for(here, out_dir="whole", teacher="first", **settings)
+    trained(config_for(here, out_dir="other", max_steps=8))
+    config = config_for(here, out_dir="whole", teacher=["first", "other"], **settings)
     trained(config)
     with new_run(from_settings({"out_dir": "parts"}, config)) as run:
         run.stop = lambda: run.progress.step == 5
         list(train(run))
     shutil.rmtree("first")
-    with resume_run(Path("parts"), {"teacher": str(here / "first"), "out_dir": "parts"}) as run:  # the same, in full
+    shutil.rmtree("other")
+    in_full = [str(here / name) for name in ("first", "other")]
+    with pytest.raises(UserError, match="teacher was"), resume_run(Path("parts"), {"teacher": in_full[:1]}):
+        pass
+    with resume_run(Path("parts"), {"teacher": in_full, "out_dir": "parts"}) as run:
         list(train(run))
     (whole, _), (parts, _) = (load_state(Path(name) / "step-000012") for name in ("whole", "parts"))
     same_bits(whole, parts)
@@ -205,12 +222,20 @@ def test_tokens_that_were_chosen_by_themselves(here, losscurve):
         ("--teacher first --out_dir first --overwrite", "teacher = first: is in the run folder first; choose another"),
         ("--teacher first/model.pt --out_dir first/.. --overwrite", "is in the run folder first/.."),
         ("--teacher first --data_dir other", "its tokens are not those that first was trained on"),
+        ("--teacher first bytes", "teacher = bytes: has other tokens than first; leave one of the two out"),
+        ("--teacher first letters", "teacher = letters: has other tokens than first; leave one of the two out"),
+        ("--teacher first second/model.pt --overwrite", "second/model.pt: no such file"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_written(here, losscurve, typed, told):
     trained(config_for(here, out_dir="first", **OTHER_SHAPE))
     Path("other.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40, encoding="utf-8")
     assert losscurve("prepare other.txt --data_dir other --tokenizer char")[0] == 0
+    trained(config_for(here, out_dir="bytes", data_dir="tokens", **OTHER_SHAPE | {"tokenizer": "byte"}))
+    Path("twelve.txt").write_text("quick brown\n" * 90, encoding="utf-8")
+    twelve = {"text": "twelve.txt", "data_dir": "twelve", "tokenizer": "char"}
+    trained(config_for(here, out_dir="letters", **OTHER_SHAPE | twelve))
+    assert run_config(Path("letters")).model.vocab_size == run_config(Path("first")).model.vocab_size
     small = small_flags("tokenizer", *(["block_size"] if "block_size" in typed else []))
     where = "" if "out_dir" in typed else "--out_dir second"
     before = sorted(here.rglob("*"))
@@ -227,7 +252,7 @@ def test_a_fork_has_the_teacher_of_its_run(here, losscurve):
     ours, theirs = (load_state(Path(folder, "step-000012"))[0] for folder in ("second", "second-at-8"))
     same_bits(ours, theirs)
     code, _, err = losscurve("fork second --at 8 --teacher other --out_dir third")
-    assert (code, "a fork learns from the teacher of its run" in err) == (2, True)
+    assert (code, "a fork learns from the teachers of its run" in err) == (2, True)
     assert losscurve("fork second --at 8 --teacher_share 0.9 --out_dir third")[0] == 0
 
 
@@ -246,7 +271,7 @@ def test_a_damaged_teacher_is_said_and_a_new_run_takes_the_folder(here, losscurv
     ]
     code, _, err = losscurve("train --resume --out_dir second")
     assert (code, "second/teacher-weights/model.safetensors" in err) == (2, True), err
-    trained(from_settings({"teacher": None}, config), overwrite=True)
+    trained(from_settings({"teacher": ()}, config), overwrite=True)
     assert not Path("second/teacher-weights").exists()
 
 
@@ -259,11 +284,11 @@ def test_plans_and_choices_count_the_teacher(here, losscurve):
         assert code == 0, err
         plans.append(json.loads(out))
     alone, taught = plans
-    assert taught["memory"].keys() - alone["memory"].keys() == {"teacher"}
+    assert taught["memory"].keys() - alone["memory"].keys() == {"teachers"}
     weights = torch.load("first/best.pt", weights_only=True)
-    assert taught["disk"]["copy of the teacher"] == 4 * sum(w.numel() for w in weights.values())
+    assert taught["disk"]["copies of the teachers"] == 4 * sum(w.numel() for w in weights.values())
     assert taught["run_flops"] > alone["run_flops"]
-    outlines = [outline(config_for(here, vocab_size=12), 9000, teacher=shape) for shape in (None, LARGE_SHAPE)]
+    outlines = [outline(config_for(here, vocab_size=12), 9000, teachers=shapes) for shapes in ([], [LARGE_SHAPE])]
     needed = [[int(number) for number in re.findall(r"(\d+) MiB", words)] for words in outlines]
     assert needed[1][0] > needed[0][0]
     many = []
@@ -273,15 +298,15 @@ def test_plans_and_choices_count_the_teacher(here, losscurve):
         assert code == 0, err
         many.append(json.loads(out))
     alone, taught = many
-    assert taught["memory"]["fsdp"].keys() - alone["memory"]["fsdp"].keys() == {"teacher"}
+    assert taught["memory"]["fsdp"].keys() - alone["memory"]["fsdp"].keys() == {"teachers"}
     assert taught["rate_of_one"] < alone["rate_of_one"]
     code, out, err = losscurve("plan --teacher first --time 6s --out timed.toml")
     assert code == 0, err
     assert "no prediction: of its text only the tokens are known" in out
     settings = read_toml("timed.toml")
-    assert (settings["teacher"], settings["block_size"], settings["data_dir"]) == ("first", 16, str(here / "data"))
+    assert (settings["teacher"], settings["block_size"], settings["data_dir"]) == (("first",), 16, str(here / "data"))
     rehearsing = Rehearsal(config_for(here, data_dir=None, teacher="first"), 2, 2, False, here / "rehearsed")
-    assert (rehearsing.small.teacher, rehearsing.config.data_dir) == (None, str(here / "data"))
+    assert (rehearsing.small.teacher, rehearsing.config.data_dir) == ((), str(here / "data"))
     rehearsing.folder.mkdir()
     assert rehearsing.text()[0]
 
@@ -307,13 +332,14 @@ def test_a_teacher_beside_other_weights_is_checked_against_them(here, losscurve,
 def test_a_step_with_a_teacher_is_measured_with_its_forward_pass(here, monkeypatch):
     passes = []
     taught = Parts.taught
-    monkeypatch.setattr(Parts, "taught", lambda parts, x: passes.append(parts.teacher_shape) or taught(parts, x))
+    monkeypatch.setattr(Parts, "taught", lambda parts, x: passes.append(parts.teacher_shapes) or taught(parts, x))
     config = config_for(here, vocab_size=30)
     shape = from_settings({"n_layer": 1, "n_embd": 8}, config).model
-    for teacher in (None, shape):
+    for shapes in ([], [shape], [shape, config.model]):
         passes.clear()
-        timing.probe(from_settings({"teacher": "not yet"}, config), teacher, seconds=0.1)
-        assert set(passes) == {teacher}
+        timing.probe(from_settings({"teacher": "not yet"}, config), shapes, seconds=0.1)
+        assert passes
+        assert all(found == shapes for found in passes)
 
 
 def test_its_losses_compare_with_those_of_a_run_without(here):
@@ -342,7 +368,7 @@ def much_time(here, monkeypatch):
 
 
 def test_much_time_for_a_text_is_shared_with_a_teacher(much_time, losscurve, monkeypatch):
-    monkeypatch.setattr("llm.commands.train.train_both", lambda words, *more: train_both(words, *more[:2], note))
+    monkeypatch.setattr("llm.commands.train.train_all", lambda words, *more: train_all(words, *more[:2], note))
     commands, kept = [], []
 
     def note(words, kept_bytes):
@@ -354,7 +380,7 @@ def test_much_time_for_a_text_is_shared_with_a_teacher(much_time, losscurve, mon
     assert (code, err.count("error")) == (0, 0)
     assert "first 4 s for a teacher in run-teacher, then a run that learns from what it predicts, too" in out
     assert "machine" not in out  # the five lines are those of each run, and none is of the run without a teacher
-    rest = ["--block_size=64", "--text=text.txt", "--seed=5"]
+    rest = ["--seed=5", "--block_size=64", "--text=text.txt"]
     assert commands[0] == ["--time=4", "--out_dir=run-teacher", *rest]
     assert kept[1] == kept[0] + MEASURED_SHAPE_BYTES
     left = int(commands[1][0].removeprefix("--time="))
@@ -373,7 +399,7 @@ def test_a_plan_for_much_time_has_the_teachers_too(much_time, losscurve, monkeyp
         "runs/mine-teacher",
         "runs/mine",
     ]
-    assert [run.get("teacher") for run in (first, second, third)] == [None, first["out_dir"], second["out_dir"]]
+    assert [run.get("teacher") for run in (first, second, third)] == [None, (first["out_dir"],), (second["out_dir"],)]
     assert first["max_time"] == pytest.approx(24 / 9)
     for run, rest in ((second, 16 / 3), (third, 16)):  # without the seconds of its first choice
         assert rest - 2 < run["max_time"] < rest
@@ -388,19 +414,49 @@ def test_a_plan_for_much_time_has_the_teachers_too(much_time, losscurve, monkeyp
         " first 2.67 s for a teacher in runs/mine-teacher-teacher",
     ]
     commands = [f"losscurve train --preset {name}" for name in names]
-    assert out.splitlines()[-1] == f"wrote {', '.join(names)}; train them with: {' && '.join(commands)}"
-    for command in commands:
-        code, _, err = losscurve(f"{command.removeprefix('losscurve ')} --max_steps 2 --sample_tokens 2")
+    rest_words = shlex.join(["losscurve", "train", "--time=12", *last])
+    assert out.splitlines()[-1] == f"after that, train the run with: {rest_words}"
+    commands.clear()
+    assert losscurve(asked)[0] == 0
+    left = int(commands[2][0].removeprefix("--time="))
+    assert (commands[:2], 12 < left < 18, commands[2][1:]) == (expected, True, last)
+
+
+def test_a_plan_for_more_time_has_several_teachers(two_teachers, losscurve, monkeypatch):
+    monkeypatch.setattr(proposal, "short_probe", machine(1e10))
+    code, out, err = losscurve("plan --text text.txt --time 18s --out_dir run --out mine.toml --seed 2")
+    assert code == 0, err
+    names = ["mine-teacher-a.toml", "mine-teacher-b.toml", "mine.toml"]
+    runs = [read_toml(name) for name in names]
+    assert [run["out_dir"] for run in runs] == [*TWO, "run"]
+    assert [run["seed"] for run in runs] == [2, 1002, 2]
+    assert [run.get("teacher") for run in runs] == [None, None, tuple(TWO)]
+    assert [run["max_time"] for run in runs[:2]] == [3, 3]
+    assert 10 < runs[2]["max_time"] < 12
+    for name in names:
+        code, _, err = losscurve(f"train --preset {name} --max_steps 2 --sample_tokens 2")
         assert code == 0, err
-    written = {name: Path(name).read_bytes() for name in names}
-    Path("mine.toml").unlink()
-    code, out, err = losscurve(f"{asked} --out mine.toml")
-    assert (code, out, "mine-teacher-teacher.toml: already exists" in err) == (2, "", True), err
-    assert {name: Path(name).read_bytes() for name in names[:2]} == {name: written[name] for name in names[:2]}
-    assert not Path("mine.toml").exists()
-    facts = json.loads(losscurve(f"{asked} --json")[1])
-    assert [list(plan) for plan in facts["teachers"]] == 2 * [list(facts)[:-1]]
-    assert ["teacher" in plan["memory"] for plan in (*facts["teachers"], facts)] == [False, True, True]
+
+
+def test_fit_has_several_teachers_too_and_tells_the_rest(two_teachers, monkeypatch):
+    Path("text.txt").write_text(words(300), encoding="utf-8")  # 40 passes over it are soon done
+    said = []
+    run = fit("text.txt", time="12s", out_dir="run", sample_tokens=0, say=said.append)
+    assert (run.path, run.config.teacher) == (Path("run"), tuple(TWO))
+    assert [run_config(Path(name)).seed for name in (*TWO, "run")] == [1337, 2337, 1337]
+    monkeypatch.setattr("llm.training.live.LiveRun.stop_requested", lambda run: "interrupted")
+    monkeypatch.setattr("llm.run.interrupts", lambda: contextlib.nullcontext([2]))
+    first = fit("text.txt", time="12s", out_dir="again", sample_tokens=0, say=said.append)
+    assert first.path == Path("again-teacher-a")
+    told = [line for line in said if line.startswith("after that")]
+    assert re.findall(r"out_dir='([\w-]*)'", "".join(told)) == ["again-teacher-b", "again"]
+    assert "teacher=['again-teacher-a', 'again-teacher-b'], time='8'" in told[-1]
+
+
+def test_one_teacher_may_be_given_by_its_name_alone(here):
+    """As settings were written when a run had one teacher at most."""
+    Path("one.toml").write_text('teacher = "runs/first"\n', encoding="utf-8")
+    assert from_settings(read_toml("one.toml")).teacher == ("runs/first",)
 
 
 def test_what_is_planned_is_what_is_trained(much_time, losscurve, monkeypatch):
@@ -450,8 +506,8 @@ def test_fit_shares_its_time_too(much_time):
     said = []
     run = fit("text.txt", time="9s", out_dir="run", sample_tokens=0, say=said.append)
     teacher = run_config(Path("run-teacher"))
-    assert (run.path, run.config.teacher, run.config.model.dropout) == (Path("run"), "run-teacher", 0.0)
+    assert (run.path, run.config.teacher, run.config.model.dropout) == (Path("run"), ("run-teacher",), 0.0)
     assert (run.config.data_dir, run.config.vocab_size) == (teacher.data_dir, teacher.vocab_size)
-    assert (teacher.teacher, teacher.model.block_size) == (None, run.config.model.block_size)
+    assert (teacher.teacher, teacher.model.block_size) == ((), run.config.model.block_size)
     assert sum("for a teacher in run-teacher" in line for line in said) == 1
     assert sum(read_record(Path(name))[-1]["seconds"] for name in ("run-teacher", "run")) < 9

@@ -2,8 +2,8 @@
 
     python -m benchmarks.minutes.fit [TEXT ...]
 
-A run counts if its recipe is that of the rule (llm/plan/rule.py), with a teacher or without, and its text is in
-texts.csv. The FLOPs are those of the run alone, without its teacher. Each TEXT, a file or a name, is first added there
+A run counts if its recipe is that of the rule (llm/plan/rule.py), with teachers or without, and its text is in
+texts.csv. The FLOPs are those of the run alone, without its teachers. Each TEXT, a file or a name, is first added there
 with its cross-entropy. Every text has the same weight, however many its runs.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.minutes.train import TABLE, TAUGHT, TIME
+from benchmarks.minutes.train import TABLE, TIME
 from llm.plan import rule
 from llm.plan.prediction import loss
 from llm.plan.request import read_request
@@ -59,7 +59,7 @@ def measured() -> tuple[list[Row], set[str]]:
     with TEXTS.open(newline="", encoding="utf-8") as file:
         bits = {row["text"]: float(row["cross_entropy"]) for row in csv.DictReader(file)}
     with TABLE.open(newline="", encoding="utf-8") as file:
-        found = [row for row in csv.DictReader(file) if row["recipe"] in (TIME, TAUGHT) and has_rule(row)]
+        found = [row for row in csv.DictReader(file) if row["recipe"].startswith(TIME) and has_rule(row)]
     rows = []
     for row in found:
         if row["text"] in bits:
@@ -72,7 +72,7 @@ def has_rule(row: dict[str, str]) -> bool:
     """Return whether a run had what the rule chooses today, except for its shape."""
     passes = float(row["epochs"])
     repetition = passes * float(row["blocks"]) / float(row["train_tokens"])
-    chosen = rule.regularisation(passes, repetition, "wsd", is_taught=row["recipe"] == TAUGHT)
+    chosen = rule.regularisation(passes, repetition, "wsd", is_taught=row["recipe"] != TIME)
     given = {word for word in row["flags"].split() if word.startswith("--")}
     return given <= SHAPE_FLAGS and all(float(row[name]) == chosen[name] for name in ("weight_decay", "dropout"))
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from llm.checks.memorised import run_tokens
-from llm.config import to_settings
+from llm.config import TrainConfig, to_settings
 from llm.config.counts import count_parameters_by_part
 from llm.evaluate import evaluate
 from llm.machine.device import choose_dtype, matrix_rate, precision
@@ -35,7 +35,7 @@ from llm.weights import run_config
 
 TABLE = Path(__file__).with_name("runs.csv")
 TIME = "time"  # the recipe that is chosen by `train --time`
-TAUGHT = "time, with a teacher"  # the same, with a teacher first
+TAUGHT = ("time, with a teacher", "time, with {} teachers")  # the same, with teachers first
 SPEED_STEPS = 200  # of a preset, to see how many fit the time
 FILL = 0.97  # of the time that a preset fills, with
 EVALUATIONS = 4  # besides the one at the start: each takes it seconds
@@ -101,10 +101,10 @@ def row_of(folder: Path, text: str, seconds: int, recipe: str) -> dict[str, Any]
     facts = look_at(read_request(str(seconds), {}, {"text": [text]}).config)
     return {
         "text": Path(text).name,
-        "recipe": TAUGHT if config.teacher else recipe,
+        "recipe": TAUGHT[len(config.teacher) > 1].format(len(config.teacher)) if config.teacher else recipe,
         "train_bytes": facts.train_bytes,
         "asked": seconds,
-        "seconds": round(last["seconds"] + seconds_of_teacher(config.teacher), 1),
+        "seconds": round(last["seconds"] + seconds_of_teachers(config), 1),
         "n_layer": config.model.n_layer,
         "n_embd": config.model.n_embd,
         "block_size": config.model.block_size,
@@ -122,11 +122,10 @@ def row_of(folder: Path, text: str, seconds: int, recipe: str) -> dict[str, Any]
     }
 
 
-def seconds_of_teacher(folder: str | None) -> float:
-    """Return the seconds of a teacher that `train --time` trained first, and of its own teacher."""
-    if folder is None:
-        return 0.0
-    return read_record(Path(folder))[-1]["seconds"] + seconds_of_teacher(run_config(Path(folder)).teacher)
+def seconds_of_teachers(config: TrainConfig) -> float:
+    """Return the seconds of the teachers that `train --time` trained first, and of their own teachers."""
+    folders = [Path(name) for name in config.teacher]
+    return sum(read_record(folder)[-1]["seconds"] + seconds_of_teachers(run_config(folder)) for folder in folders)
 
 
 def of_whole_split(folder: Path) -> float:

@@ -32,7 +32,7 @@ from llm.prepare.reuse import default_folder
 from llm.start.init_from import check_tokens, starting_point
 from llm.start.new_run import name_of
 from llm.start.run_folder import Say, disk_needed
-from llm.start.teacher import open_teacher, with_tokens
+from llm.start.teacher import open_teachers, with_tokens
 from llm.start.texts import open_text
 from llm.storage import checkpoint
 from llm.tokens.saved_tokenizer import load_tokenizer
@@ -79,13 +79,13 @@ class Rehearsal:
         self.parts = folder / "parts"  # the run that is killed and resumed
         self.preset = folder / "small.toml"  # settings of both
         self.say = say
-        self.given: Tokenizer | None = None  # the tokenizer of init_from or of the teacher
+        self.given: Tokenizer | None = None  # the tokenizer of init_from or of the teachers
         if config.init_from:
             start = starting_point(config, say)
             self.config, self.given = start.config, start.tokenizer
-        self.teacher = open_teacher(self.config) if config.teacher else None
-        if self.teacher and not config.init_from:
-            self.config, self.given = with_tokens(config, self.teacher, say), self.teacher.tokenizer
+        self.teachers = open_teachers(self.config)
+        if self.teachers and not config.init_from:
+            self.config, self.given = with_tokens(config, self.teachers, say), self.teachers[0].tokenizer
         self.small = shrink_config(self.config, nproc, world_size)
         self.is_prepared = False  # whether the run's own token files exist
         self.resumed_at = 0  # step
@@ -136,13 +136,13 @@ class Rehearsal:
             )
         data, tokenizer, source = self._open_text()
         if config.init_from:
-            check_tokens(config, data, self.given, tokenizer)
+            check_tokens(config, data, self.given, tokenizer, config.init_from)
         if self.is_prepared and config.sample_prompt and tokenizer is not None:
             tokenizer.encode(config.sample_prompt)  # raises if the tokenizer cannot encode it
         vocabulary = config.model.vocab_size if config.init_from else config.vocab_size or data.vocab_size
         self.config = text_size.with_vocabulary(config, vocabulary)
-        if self.teacher:
-            check_tokens(self.config, data, self.teacher.tokenizer, tokenizer, "teacher")
+        if self.teachers:
+            check_tokens(self.config, data, self.teachers[0].tokenizer, tokenizer, config.teacher[0])
         self.small = text_size.with_vocabulary(self.small, vocabulary)
         self._write_preset(data)
         return True, (
@@ -187,7 +187,7 @@ class Rehearsal:
     def disk(self) -> tuple[bool | None, str]:
         """Check the disk space for the checkpoints of the real model, and for its token files if they do not exist."""
         config = self.config
-        needed = disk_needed(config, self.teacher.config if self.teacher else None)
+        needed = disk_needed(config, [teacher.config for teacher in self.teachers])
         purpose = f"the checkpoints of {config.out_dir}"
         if not self.is_prepared:
             # a character tokenizer would read the whole text, and hf is not to be had here

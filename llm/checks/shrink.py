@@ -62,7 +62,7 @@ def shrink_config(config: TrainConfig, nproc: int, world_size: int) -> TrainConf
         "dtype": "float32" if config.optimizer == "muon" else config.dtype,
         "compile": False,
         "init_from": None,
-        "teacher": None,
+        "teacher": (),
         "teacher_share": TRAIN_FIELDS["teacher_share"].default,
         "max_time": None,
         "patience": None,

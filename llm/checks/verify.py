@@ -11,7 +11,7 @@ from llm.config import TrainConfig
 from llm.errors import UserError
 from llm.record import metrics
 from llm.start.run_data import open_run_data, places_of
-from llm.start.run_folder import TEACHER
+from llm.start.run_folder import teacher_folders
 from llm.storage import checkpoint
 from llm.tokens.foreign import characters, check_format
 from llm.tokens.remedies import again
@@ -58,9 +58,8 @@ def verify_run(run_dir: Path) -> Iterator[Finding]:
         path = run_dir / name
         if path.exists() and config:
             yield from _try(path, "weights", partial(read_weights, path, config.model))
-    if config and config.teacher:
-        teacher = run_dir / TEACHER
-        yield from _try(teacher, "the teacher's weights", partial(checkpoint.load_state, teacher))
+    for teacher in teacher_folders(run_dir, config) if config else ():
+        yield from _try(teacher, "a teacher's weights", partial(checkpoint.load_state, teacher))
     tokenizer = run_dir / "tokenizer.json"
     if tokenizer.exists():
         yield from _try(tokenizer, "tokenizer", partial(load_tokenizer, tokenizer))

@@ -14,6 +14,7 @@ from llm.config import (
     ALIASES,
     BOOLEAN_WORDS,
     FIELDS,
+    LISTS,
     PRESETS,
     TrainConfig,
     check_expanded,
@@ -215,7 +216,7 @@ def add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
         more: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(name)}
         if kind is bool:
             more |= {"nargs": "?", "const": True, "metavar": "true|false"}
-        elif name == "text":
+        elif name in LISTS:
             more |= {"nargs": "+", "metavar": "PATH", "action": "extend"}
         elif get_origin(kind) is not None:
             more["metavar"] = "|".join(get_args(kind))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llm.commands.flags import Parser, add_settings, config_from, given_settings, typed_settings, warn
-from llm.commands.train_time import choose, read_time_config, train_both
+from llm.commands.train_time import choose, read_time_config, train_all
 from llm.config import FIELDS, PRESETS, TrainConfig
 from llm.errors import Failure, UserError
 from llm.machine.interpreter import child_environment
@@ -128,12 +128,12 @@ def run_process(argv: list[str], world: "World", began: float, kept_bytes: int =
             deadline = choice.deadline(began)
             predicted = choice.predicted
 
-    if choice and choice.calls_for_teacher:
+    if choice and choice.calls_for_teachers:
 
         def train_part(words: list[str], more_bytes: int) -> int:
             return run_process(words, world, time.perf_counter(), kept_bytes + more_bytes)
 
-        return train_both(args.words, choice, began, train_part)
+        return train_all(args.words, choice, began, train_part)
     if choice:
         kept_bytes += choice.kept_bytes
 
@@ -159,7 +159,7 @@ def run_process(argv: list[str], world: "World", began: float, kept_bytes: int =
         print_start(run, kept_bytes, was_chosen=args.time is not None)
         if print_address:
             print_address()
-        forecast = Forecast(run.parts.config, kept_bytes, run.parts.teacher_shape)
+        forecast = Forecast(run.parts.config, kept_bytes, run.parts.teacher_shapes)
         train_with_output(run, forecast, trackers, explains=args.explain)
     check_saved(run)
     print_end(run, forecast, predicted)

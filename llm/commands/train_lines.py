@@ -37,10 +37,11 @@ def print_start(run: "LiveRun", kept_bytes: int, was_chosen: bool) -> None:
         print_best_effort(f"training on {describe_device(run.parts.device, run.parts.dtype)}")
         print_best_effort(start_lines(run))
     if config.teacher:
-        print_best_effort(f"{config.teacher_share:.0%} of each target is what the teacher predicts: {config.teacher}")
+        whose = "the teacher predicts" if len(config.teacher) == 1 else "the teachers predict, on average"
+        print_best_effort(f"{config.teacher_share:.0%} of each target is what {whose}: {', '.join(config.teacher)}")
     if run.fine_tuning:
         print_best_effort(run.fine_tuning)
-    print_best_effort(outline(config, len(run.parts.data.train), kept_bytes, run.parts.teacher_shape))
+    print_best_effort(outline(config, len(run.parts.data.train), kept_bytes, run.parts.teacher_shapes))
 
 
 def start_lines(run: "LiveRun") -> str:

@@ -30,7 +30,7 @@ def read_time_config(args: argparse.Namespace, say: Say) -> "TrainConfig":
 
 
 def choose(args: argparse.Namespace, world: "World", say: Say) -> "Choice":
-    """Prepare the text, choose the run for `--time`, print why unless it gets a teacher first, and return it.
+    """Prepare the text, choose the run for `--time`, print why unless it gets teachers first, and return it.
 
     Raises UserError.
     """
@@ -42,35 +42,38 @@ def choose(args: argparse.Namespace, world: "World", say: Say) -> "Choice":
         raise UserError("--time works with one process; start it without torchrun")
     with progress_bar("tokenizing") as progress:
         choice = choose_new_run(request_from(args, lambda line: None), args.overwrite, say, progress)
-    for line in () if choice.calls_for_teacher else choice_lines(choice):
+    for line in () if choice.calls_for_teachers else choice_lines(choice):
         print_best_effort(line)
     return choice
 
 
-def train_both(words: list[str], choice: "Choice", began: float, train: Callable[[list[str], int], int]) -> int:
-    """Train a teacher for a part of the time, then the run that learns from it too; return the exit code.
+def train_all(words: list[str], choice: "Choice", began: float, train: Callable[[list[str], int], int]) -> int:
+    """Train the teachers for a part of the time, then the run that learns from them too; return the exit code.
 
     `words` are the flags of the command. `train` is what runs such flags; its second argument is the number of bytes
-    that this process has kept from before. If the teacher is interrupted, the commands that go on are printed. `began`:
+    that this process has kept from before. If a teacher is interrupted, the commands that go on are printed. `began`:
     when the command started, as `time.perf_counter` counts.
     """
     from llm.commands.bars import print_best_effort
     from llm.plan.arithmetic import MEASURED_SHAPE_BYTES
 
-    folder, first = choice.teacher_part(overwrite="--overwrite" in words)
-    print_best_effort(choice.teacher_words(folder, first))
-    words = [word for word in words if not word.startswith(("--time=", "--out_dir=", "--block_size="))]
-    words.insert(0, f"--block_size={choice.proposal.config.model.block_size}")  # of both
-    code = train([f"--time={first:.0f}", f"--out_dir={folder}", *words], choice.kept_bytes)
-    spent = first if code else time.perf_counter() - began  # an interrupted teacher has the rest of its time still
-    rest = [
-        f"--time={max(1.0, choice.seconds - spent):.0f}",
-        f"--out_dir={choice.proposal.config.out_dir}",
-        f"--teacher={folder}",
-        *words,
-    ]
-    if code:
-        print_best_effort(f"after that, train the run with: {shlex.join(['losscurve', 'train', *rest])}")
-        return code
-    print_best_effort("")
-    return train(rest, choice.kept_bytes + MEASURED_SHAPE_BYTES)
+    runs = choice.teacher_runs(overwrite="--overwrite" in words)
+    print_best_effort(choice.teacher_words(runs))
+    words = [word for word in words if not word.startswith(("--time=", "--out_dir=", "--block_size=", "--seed="))]
+    words.insert(0, f"--block_size={choice.proposal.config.model.block_size}")  # of all
+    commands = [[f"--time={run.seconds:.0f}", f"--out_dir={run.folder}", f"--seed={run.seed}", *words] for run in runs]
+    config = choice.proposal.config
+    last = [f"--out_dir={config.out_dir}", *(f"--teacher={run.folder}" for run in runs), f"--seed={config.seed}"]
+    kept = choice.kept_bytes
+    for number, command in enumerate(commands, 1):
+        code = train(command, kept)
+        kept += MEASURED_SHAPE_BYTES
+        if code:  # the interrupted teacher has the rest of its time still
+            left = choice.seconds - sum(run.seconds for run in runs)
+            rest = [*commands[number:], [f"--time={max(1.0, left):.0f}", *last, *words]]
+            lines = " && ".join(shlex.join(["losscurve", "train", *command]) for command in rest)
+            print_best_effort(f"after that, train the run with: {lines}")
+            return code
+        print_best_effort("")
+    left = choice.seconds - (time.perf_counter() - began)
+    return train([f"--time={max(1.0, left):.0f}", *last, *words], kept)

@@ -7,6 +7,7 @@ of `llm.fit`.
 from llm.config.differences import differing_settings
 from llm.config.fields import (
     BOOLEAN_WORDS,
+    LISTS,
     NO_PATH,
     check_expanded,
     check_path,
@@ -34,6 +35,7 @@ __all__ = [
     "ALIASES",
     "BOOLEAN_WORDS",
     "FIELDS",
+    "LISTS",
     "MODEL_FIELDS",
     "NO_PATH",
     "PRESETS",

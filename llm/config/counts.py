@@ -1,5 +1,7 @@
 """Parameters and FLOPs of a model, counted from its shape. The model is not built, and torch is not imported."""
 
+from collections.abc import Sequence
+
 from llm.config.recipe import GPTConfig
 
 
@@ -87,6 +89,6 @@ def forward_flops_per_token(config: GPTConfig) -> float:
     return flops_per_token(config) / 3
 
 
-def training_flops_per_token(config: GPTConfig, teacher: GPTConfig | None = None) -> float:
-    """Return the floating-point operations of a step for one token, with the forward pass of a teacher, if any."""
-    return flops_per_token(config) + (forward_flops_per_token(teacher) if teacher else 0.0)
+def training_flops_per_token(config: GPTConfig, teachers: Sequence[GPTConfig] = ()) -> float:
+    """Return the floating-point operations of a step for one token, with the forward passes of its teachers, if any."""
+    return flops_per_token(config) + sum(map(forward_flops_per_token, teachers))

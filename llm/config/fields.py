@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from llm.errors import UserError
 
-PATHS = ("text", "data_dir", "out_dir", "init_from", "teacher")  # the fields that hold paths
+PATHS = ("text", "data_dir", "out_dir", "init_from", "teacher")  # the fields that hold paths,
+LISTS = ("text", "teacher")  # and those of them that hold several
 
 BOOLEAN_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import get_args, get_origin
 
-from llm.config.fields import field_type
+from llm.config.fields import LISTS, field_type
 from llm.config.recipe import FIELDS
 from llm.config.settings import coerce
 from llm.errors import Failure, UserError
@@ -62,7 +62,7 @@ def _call(command: str) -> str:
     if not given.keys() <= {*FIELDS, "resume", "overwrite", "preset", "time"}:
         return command
     typed = {
-        name: coerce(name, values if name == "text" else values[0]) for name, values in given.items() if name in FIELDS
+        name: coerce(name, values if name in LISTS else values[0]) for name, values in given.items() if name in FIELDS
     }
     typed |= {name: " ".join(values) or True for name, values in given.items() if name not in FIELDS}
     return f"fit({', '.join(f'{name}={typed[name]!r}' for name in given)})"

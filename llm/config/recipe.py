@@ -209,11 +209,11 @@ class TrainConfig:
     init_from: str | None = setting(
         None, "start from weights: a run folder, a .pt file, a folder in Hugging Face's format or its name on the hub"
     )
-    teacher: str | None = setting(
-        None, "learn from what these weights predict, too (distillation): a finished run, or what init_from takes"
+    teacher: tuple[str, ...] = setting(
+        (), "learn from what these weights predict, too (distillation): finished runs, or what init_from takes"
     )
     teacher_share: float = setting(
-        0.8, "teacher: its share of the target; the rest is the text's token", above=0.0, high=1.0
+        0.8, "teacher: their share of the target; the rest is the text's token", above=0.0, high=1.0
     )
     sample_prompt: str | None = setting(
         None, "prompt of the sample at each evaluation (default: ROMEO: or a line break)"
@@ -236,7 +236,7 @@ class TrainConfig:
         if self.optimizer != "muon":
             unused = f"optimizer = {self.optimizer!r} does not use it; leave it out, or give --optimizer muon"
             self._check_default(MUON_SETTINGS, unused)
-        if self.teacher is None:
+        if not self.teacher:
             self._check_default(TEACHER_SETTINGS, "there is no teacher; leave it out, or give --teacher RUN")
 
     def _check_default(self, names: tuple[str, ...], unused: str) -> None:
@@ -283,6 +283,6 @@ TRAIN_FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != 
 
 MUON_SETTINGS = ("muon_lr", "muon_momentum")  # apply to optimizer = "muon" only
 
-TEACHER_SETTINGS = ("teacher_share",)  # apply with a teacher only
+TEACHER_SETTINGS = ("teacher_share",)  # apply with teachers only
 
 FIELDS = TRAIN_FIELDS | MODEL_FIELDS  # every flag of `train`, by name

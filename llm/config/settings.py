@@ -14,6 +14,7 @@ from llm.config import other_names
 from llm.config.fields import (
     BOOLEAN_WORDS,
     COUNT_SUFFIXES,
+    LISTS,
     PATHS,
     SECONDS_PER_UNIT,
     describe,
@@ -62,7 +63,7 @@ def coerce(name: str, value: Any) -> Any:
 
 def _convert(f: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
     """Return `value` as a `kind`. Raises one of the exceptions that `coerce` catches."""
-    if f.name == "text":
+    if f.name in LISTS:
         return _convert_paths(value)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
@@ -162,10 +163,12 @@ def from_settings(settings: dict[str, Any], base: TrainConfig | None = None) -> 
 def to_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the flat settings of a config: `from_settings(to_settings(c)) == c`.
 
-    Settings that are None, and those of another architecture or optimizer or of no teacher, are left out.
+    Settings that are None, and those of another architecture or optimizer or of no teachers, are left out.
     """
     values = {name: getattr(config, name) for name in TRAIN_FIELDS}
-    unused = (MUON_SETTINGS if config.optimizer != "muon" else ()) + (TEACHER_SETTINGS if not config.teacher else ())
+    unused = (MUON_SETTINGS if config.optimizer != "muon" else ()) + (
+        ("teacher", *TEACHER_SETTINGS) if not config.teacher else ()
+    )
     values = {name: value for name, value in values.items() if name not in unused}
     model = config.model
     values |= {name: getattr(model, name) for name, f in MODEL_FIELDS.items() if f.metadata["arch"] in ("", model.arch)}

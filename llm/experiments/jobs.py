@@ -108,16 +108,16 @@ def slowest_pace(processes: int) -> Iterator[Measure]:
     """Yield a measurement of a config's pace while so many processes train it at once: that of the slowest of them."""
     with other_processes(processes, of=processes) as others:
 
-        def measure(config: TrainConfig, teacher: GPTConfig | None) -> Pace:
+        def measure(config: TrainConfig, teachers: Sequence[GPTConfig]) -> Pace:
             for connection in others:
-                ask(connection, (_pace, (config, teacher)))
+                ask(connection, (_pace, (config, teachers)))
             paces: list[Pace] = [answer(connection) for connection in others]
             return dataclasses.replace(max(paces, key=lambda pace: pace.step), others=0.0)  # they are each other's work
 
         yield measure
 
 
-def _pace(run: tuple[TrainConfig, GPTConfig | None], stop: Stop) -> Pace:
+def _pace(run: tuple[TrainConfig, Sequence[GPTConfig]], stop: Stop) -> Pace:
     return short_probe(*run)
 
 

@@ -170,9 +170,8 @@ def best_toml(tried: Try, found: Sequence[Outcome], anchored: bool = False) -> s
     places: dict[str, Any] = {"out_dir": TrainConfig().out_dir}
     if anchored:
         places["text"] = tuple(word if word in NAMED_TEXTS else _absolute(word) for word in config.text)
-        places |= {
-            name: _absolute(value) for name in ("data_dir", "init_from", "teacher") if (value := getattr(config, name))
-        }
+        places["teacher"] = tuple(map(_absolute, config.teacher))
+        places |= {name: _absolute(value) for name in ("data_dir", "init_from") if (value := getattr(config, name))}
     lines = [f"# {outcome.setting.name}: {outcome.words}" for outcome in found]
     title = f"# the best of {len(found)} settings; seeds of each: {len(tried.seeds)}"
     best = found[0].setting.changes

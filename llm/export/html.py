@@ -183,7 +183,7 @@ def origin(config: TrainConfig) -> str:
     if config.init_from:
         return "trained further on this text"
     if config.teacher:
-        return "trained from scratch on this text, and on what another model predicts of it"
+        return "trained from scratch on this text, and on what other models predict of it"
     return "trained from scratch on this text alone"
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from llm.config import GPTConfig, TrainConfig
@@ -65,23 +66,23 @@ def count_group_parameters(model: GPTConfig) -> dict[str, int]:
     return {"attention": attention, "feed-forward": feed_forward, "root": root}
 
 
-def run_flops(config: TrainConfig, teacher: GPTConfig | None = None) -> float:
+def run_flops(config: TrainConfig, teachers: Sequence[GPTConfig] = ()) -> float:
     """Return the FLOPs of all steps of a run. Its evaluations are not counted."""
-    return training_flops_per_token(config.model, teacher) * config.tokens_per_step * config.max_steps
+    return training_flops_per_token(config.model, teachers) * config.tokens_per_step * config.max_steps
 
 
-def memory(config: TrainConfig, teacher: GPTConfig | None = None) -> dict[str, int]:
+def memory(config: TrainConfig, teachers: Sequence[GPTConfig] = ()) -> dict[str, int]:
     """Return the bytes at peak by part: of the process on a CPU, otherwise of the GPU's memory.
 
-    `teacher`: the shape of the model that the run learns from. Raises UserError if this machine does not have the
+    `teachers`: the shapes of the models that the run learns from. Raises UserError if this machine does not have the
     device.
     """
     device = choose_device(config.device)
     itemsize = choose_dtype(config.dtype, device).itemsize
-    return memory_for(config, device.type == "cpu", itemsize, teacher)
+    return memory_for(config, device.type == "cpu", itemsize, teachers)
 
 
-def memory_for(config: TrainConfig, on_cpu: bool, itemsize: int, teacher: GPTConfig | None = None) -> dict[str, int]:
+def memory_for(config: TrainConfig, on_cpu: bool, itemsize: int, teachers: Sequence[GPTConfig] = ()) -> dict[str, int]:
     """Return what `memory` does, for any machine. `itemsize`: bytes of a number in the matrix products."""
     model = config.model
     count = count_parameters(model)
@@ -95,8 +96,8 @@ def memory_for(config: TrainConfig, on_cpu: bool, itemsize: int, teacher: GPTCon
     }
     if config.ema:
         found["average of the weights"] = 4 * count
-    if teacher:
-        found["teacher"] = _teacher_bytes(config, teacher, on_cpu, itemsize)
+    if teachers:
+        found["teachers"] = _teacher_bytes(config, teachers, on_cpu, itemsize)
     if config.optimizer == "muon":
         found["Muon's update"] = muon_excess(found, config, on_cpu, itemsize)
     if on_cpu:
@@ -107,16 +108,18 @@ def memory_for(config: TrainConfig, on_cpu: bool, itemsize: int, teacher: GPTCon
     return found
 
 
-def _teacher_bytes(config: TrainConfig, teacher: GPTConfig, on_cpu: bool, itemsize: int) -> int:
-    """Return the bytes of a teacher of this shape at peak: its weights, its work on one block, and the logits of both.
+def _teacher_bytes(config: TrainConfig, teachers: Sequence[GPTConfig], on_cpu: bool, itemsize: int) -> int:
+    """Return the bytes of teachers of these shapes at peak: their weights, the work on one block, and the logits.
 
-    It keeps no activations for a backward pass.
+    They keep no activations for a backward pass.
     """
     n = config.batch_size * config.model.block_size
-    block = n * (8 * teacher.n_embd + itemsize * (4 * teacher.n_embd + 4 * teacher.ffn_width))
-    rows = min(n, chunk_rows(n, teacher.vocab_size, TAUGHT_BYTES, on_cpu))
-    logits = TAUGHT_BYTES * rows * teacher.vocab_size
-    return 4 * count_parameters(teacher) + _low_precision_bytes(teacher, on_cpu, itemsize) + max(block, logits)
+    weights = sum(4 * count_parameters(shape) + _low_precision_bytes(shape, on_cpu, itemsize) for shape in teachers)
+    block = max(n * (8 * shape.n_embd + itemsize * 4 * (shape.n_embd + shape.ffn_width)) for shape in teachers)
+    rows = min(n, chunk_rows(n, config.model.vocab_size, TAUGHT_BYTES, on_cpu))
+    logits = TAUGHT_BYTES * rows * config.model.vocab_size
+    states = n * (4 + itemsize) * sum(shape.n_embd for shape in teachers)
+    return weights + max(block, logits) + states
 
 
 def muon_excess(held: dict[str, int], config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
@@ -269,7 +272,7 @@ def peak_memory() -> int | None:
         return None
 
 
-def disk(config: TrainConfig, tokens: int, teacher: GPTConfig | None = None) -> dict[str, int]:
+def disk(config: TrainConfig, tokens: int, teachers: Sequence[GPTConfig] = ()) -> dict[str, int]:
     """Return the bytes of a finished run by part. `tokens`: tokens of the training split."""
     count = count_parameters(config.model)
     kept = min(config.keep + 1, 1 + count_evaluations(config))  # the newest checkpoints and the best
@@ -279,8 +282,8 @@ def disk(config: TrainConfig, tokens: int, teacher: GPTConfig | None = None) -> 
         "model.pt and best.pt": 2 * 4 * count,
         "token files": round(bytes_per_token * tokens / (1 - config.val_fraction)),
     }
-    if teacher:
-        found["copy of the teacher"] = 4 * count_parameters(teacher)
+    if teachers:
+        found["copies of the teachers"] = 4 * sum(map(count_parameters, teachers))
     return found
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,22 @@ from llm.prepare.shards import Progress
 from llm.start import fine_tuning
 from llm.start.init_from import starting_point
 from llm.start.run_folder import refuse_existing
-from llm.start.teacher import open_teacher, with_tokens
+from llm.start.teacher import open_teachers, with_tokens
 from llm.tokens.token_files import has_tokens, read_meta
 from llm.tokens.tokenizer import Tokenizer
 from llm.training.live import Deadline
 from llm.weights import run_config
 
 LARGE = 20_000_000  # bytes of a text from which the time to prepare it is announced
+
+
+@dataclass(frozen=True)
+class TeacherRun:
+    """A run whose predictions another one learns from, before that is trained."""
+
+    folder: str
+    seconds: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,8 @@ class Choice:
         return (self.proposal.measured - 1) * MEASURED_SHAPE_BYTES + trains_bpe * TRAINED_BPE_BYTES
 
     @property
-    def calls_for_teacher(self) -> bool:
-        """Whether the run would read its text so often that a teacher, trained in a part of its time, brings more."""
+    def calls_for_teachers(self) -> bool:
+        """Whether the run would read its text so often that teachers, trained in a part of its time, bring more."""
         config, given = self.proposal.config, self.request.given
         is_free = not (config.init_from or config.teacher or "dropout" in given)
         is_long = self.request.seconds >= rule.LEAST_TEACHING and config.max_steps >= rule.LEAST_TAUGHT_STEPS
@@ -71,27 +80,38 @@ class Choice:
         config = self.proposal.config
         return config.max_steps * config.tokens_per_step / self.proposal.text.tokens
 
-    def teacher_part(self, overwrite: bool) -> tuple[str, float]:
-        """Return the folder of the teacher's run, beside that of the run, and the seconds for it."""
-        out_dir = Path(self.proposal.config.out_dir)
-        name = f"{out_dir}-teacher"
-        is_ours = overwrite and (out_dir / "config.toml").is_file() and run_config(out_dir).teacher == name
-        return name if is_ours else unused(name), rule.TEACHING_SHARE * self.request.seconds
+    def teacher_runs(self, overwrite: bool) -> list[TeacherRun]:
+        """Return the runs of the teachers, whose folders are beside that of the run."""
+        config, seconds = self.proposal.config, self.request.seconds
+        out_dir, count = Path(config.out_dir), int(rule.row_for(rule.TEACHERS, seconds)[1])
+        names = [f"{out_dir}-teacher-{letter}" for letter in "abc"[:count]] if count > 1 else [f"{out_dir}-teacher"]
+        is_ours = overwrite and (out_dir / "config.toml").is_file() and run_config(out_dir).teacher == tuple(names)
+        return [
+            TeacherRun(
+                name if is_ours else unused(name),
+                rule.TEACHING_SHARE * seconds / count,
+                (config.seed + number * rule.SEED_STEP) % 2**63,
+            )
+            for number, name in enumerate(names)
+        ]
 
-    def teacher_words(self, folder: str, seconds: float) -> str:
-        """Return a line that says why there is a teacher first, and where."""
-        return (
-            f"in {short(self.passes)} passes one model would begin to learn this text by heart: first "
-            f"{spoken(seconds)} for a teacher in {folder}, then a run that learns from what it predicts, too"
-        )
+    def teacher_words(self, runs: Sequence[TeacherRun]) -> str:
+        """Return a line that says why there are teachers first, and where."""
+        why = f"in {short(self.passes)} passes one model would begin to learn this text by heart: first "
+        if len(runs) == 1:
+            whose, they = f"for a teacher in {runs[0].folder}", "it predicts"
+        else:
+            *folders, last = (run.folder for run in runs)
+            whose, they = f"for each teacher in {', '.join(folders)} and {last}", "they predict"
+        return f"{why}{spoken(runs[0].seconds)} {whose}, then a run that learns from what {they}, too"
 
     @property
     def predicted(self) -> Prediction | str:
         """The loss at the end, or why it cannot be predicted."""
-        config, given, teacher = self.proposal.config, self.request.given, self.request.teacher
+        config, given, teachers = self.proposal.config, self.request.given, self.request.teachers
         if config.init_from:
             return "its weights have learned from other texts"
-        if teacher and count_parameters(teacher) > count_parameters(config.model):
+        if any(count_parameters(teacher) > count_parameters(config.model) for teacher in teachers):
             return "no runs with a teacher larger than the model were measured"
         if self.facts is None:
             return "of its text only the tokens are known"
@@ -151,12 +171,12 @@ def choose_run(
     weights_tokenizer = None
     if request.config.init_from:
         request, weights_tokenizer = with_weights(request, say)
-    if request.config.teacher and request.teacher is None:  # else it is planned, too
-        request, tokenizer = with_teacher(request, say)
+    if request.config.teacher and not request.teachers:  # else they are planned, too
+        request, tokenizer = with_teachers(request, say)
         weights_tokenizer = weights_tokenizer or tokenizer
     facts = None
     has_tokenizer = has_own_tokens(request)
-    if not has_tokenizer or (request.teacher and request.config.text):
+    if not has_tokenizer or (request.teachers and request.config.text):
         facts = look_at(request.config, say)
         if facts.train_bytes < rule.SMALL_TEXT:
             say(small_text(facts, request.config))
@@ -180,22 +200,28 @@ def choose_run(
 
 
 def choose_all(request: Request, say: Callable[[str], None], announce: Callable[[str], None]) -> list[Choice]:
-    """Return the runs that `train --time` would train for `request`, each the teacher of the next.
+    """Return the runs that `train --time` would train for `request`, in their order: teachers come before their run.
 
-    Nothing is trained, so the text may be estimated. `announce` gets a line for each teacher, which says why there is
-    one. Raises UserError.
+    Nothing is trained, so the text may be estimated. `announce` gets a line where there are teachers, which says why.
+    Raises UserError.
     """
     whole = choose_run(request, prepares=False, say=say)
-    if not whole.calls_for_teacher:
+    if not whole.calls_for_teachers:
         return [whole]
-    folder, seconds = whole.teacher_part(overwrite=False)
-    announce(whole.teacher_words(folder, seconds))
-    size = whole.proposal.config.model.block_size  # of both
-    teachers = choose_all(with_given(request, seconds, out_dir=folder, block_size=size), say, announce)
-    left = request.seconds - seconds - whole.proposal.probes * rule.probe_seconds(request.seconds)
-    taught = with_given(request, left, teacher=folder, block_size=size)
-    taught = dataclasses.replace(taught, teacher=teachers[-1].proposal.config.model)
-    return [*teachers, choose_run(taught, prepares=False, say=say)]
+    runs = whole.teacher_runs(overwrite=False)
+    announce(whole.teacher_words(runs))
+    size = whole.proposal.config.model.block_size  # of all
+    chosen: list[Choice] = []
+    shapes = []
+    for run in runs:
+        asked = with_given(request, run.seconds, out_dir=run.folder, seed=run.seed, block_size=size)
+        chosen += choose_all(asked, say, announce)
+        shapes.append(chosen[-1].proposal.config.model)
+    left = request.seconds - sum(run.seconds for run in runs)
+    left -= whole.proposal.probes * rule.probe_seconds(request.seconds)
+    taught = with_given(request, left, teacher=[run.folder for run in runs], block_size=size)
+    taught = dataclasses.replace(taught, teachers=tuple(shapes))
+    return [*chosen, choose_run(taught, prepares=False, say=say)]
 
 
 def with_given(request: Request, seconds: float, **settings: Any) -> Request:
@@ -241,15 +267,16 @@ def with_weights(request: Request, say: Callable[[str], None]) -> tuple[Request,
     return dataclasses.replace(request, config=config, given=given, most_epochs=epochs), start.tokenizer
 
 
-def with_teacher(request: Request, say: Callable[[str], None]) -> tuple[Request, Tokenizer | None]:
-    """Return the request with the shape of the teacher and, as given, its tokens; and its tokenizer."""
-    teacher = open_teacher(request.config)
+def with_teachers(request: Request, say: Callable[[str], None]) -> tuple[Request, Tokenizer | None]:
+    """Return the request with the shapes of the teachers and, as given, their tokens; and their tokenizer."""
+    teachers = open_teachers(request.config)
     config, given = request.config, request.given
     if not config.init_from:  # else the tokens are those of its weights
-        config = with_tokens(config, teacher, say)
+        config = with_tokens(config, teachers, say)
         names = "tokenizer", "vocab_size", "data_dir"
         given = given | {name: value for name in names if (value := getattr(config, name)) is not None}
-    return dataclasses.replace(request, config=config, given=given, teacher=teacher.config), teacher.tokenizer
+    shapes = tuple(teacher.config for teacher in teachers)
+    return dataclasses.replace(request, config=config, given=given, teachers=shapes), teachers[0].tokenizer
 
 
 def has_own_tokens(request: Request) -> bool:

@@ -55,7 +55,7 @@ def _preparation(choice: Choice) -> str:
 def _machine(choice: Choice) -> str:
     config, pace, count = choice.proposal.config, choice.proposal.pace, choice.proposal.measured
     device = choose_device(config.device)
-    rate = training_flops_per_token(config.model, choice.request.teacher) * config.tokens_per_step / pace.step
+    rate = training_flops_per_token(config.model, choice.request.teachers) * config.tokens_per_step / pace.step
     shapes = counted(count, "shape")
     return (
         f"{describe_device(device, choose_dtype(config.dtype, device))}: {rate / 1e9:,.0f} GFLOP/s in training, "

@@ -5,6 +5,7 @@ words, and docs/plan.md has the formulas. N: ranks, one process and one accelera
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,7 +75,7 @@ def rank_memory(
     itemsize: int = 2,
     activation_checkpointing: bool = False,
     cpu_offload: bool = False,
-    teacher: GPTConfig | None = None,
+    teachers: Sequence[GPTConfig] = (),
 ) -> dict[str, int]:
     """Return the bytes at peak of one of `ranks` by part, as `plan.arithmetic.memory` counts them.
 
@@ -89,7 +90,7 @@ def rank_memory(
       (Chen et al. 2016).
     - cpu_offload moves the shards to the host's memory.
     - Muon's momentum is sharded like the weights. Each rank gathers all matrices for the products of its update.
-    - teacher: each rank has a whole one of this shape.
+    - teachers: each rank has whole ones of these shapes.
 
     One rank shards nothing.
     """
@@ -97,7 +98,7 @@ def rank_memory(
     windows, _ = config.share(ranks)
     micro_batch = {"batch_size": min(windows, config.batch_size), "gradient_accumulation_steps": 1}
     of_rank = from_settings(micro_batch, config)
-    held = memory_for(of_rank, on_cpu, itemsize, teacher)
+    held = memory_for(of_rank, on_cpu, itemsize, teachers)
     if activation_checkpointing:
         one_block = memory_for(from_settings({"n_layer": 1}, of_rank), on_cpu, itemsize)["activations"]
         stream = 4 * of_rank.tokens_per_step * model.n_embd
@@ -140,10 +141,10 @@ class Speed:
     token: float  # forward and backward pass of one token
     update: float  # memory traffic of the optimizer, all parameters
     muon: float = 0.0  # Muon's products: each rank computes them all
-    teacher_share: float = 0.0  # of a token's seconds, for the teacher's forward pass
+    teacher_share: float = 0.0  # of a token's seconds, for the teachers' forward passes
 
 
-def speed_of(config: TrainConfig, rate: float, accelerator: Accelerator, teacher: GPTConfig | None = None) -> Speed:
+def speed_of(config: TrainConfig, rate: float, accelerator: Accelerator, teachers: Sequence[GPTConfig] = ()) -> Speed:
     """Return the parts of a step that runs at `rate` tokens per second, over whole steps of `config`.
 
     The traffic of the update is computed from the memory bandwidth, a peak. It is at most half of a step, because very
@@ -155,10 +156,10 @@ def speed_of(config: TrainConfig, rate: float, accelerator: Accelerator, teacher
     if config.optimizer == "muon":
         touched -= (UPDATE_BYTES - MUON_UPDATE_BYTES) * count_hidden_matrices(config.model)
     update = min(touched / accelerator.memory_bandwidth, step / 2)
-    of_tokens = training_flops_per_token(config.model, teacher) * config.tokens_per_step
+    of_tokens = training_flops_per_token(config.model, teachers) * config.tokens_per_step
     of_muon = optimizer_flops(config)
     muon = (step - update) * of_muon / (of_muon + of_tokens)
-    teacher_share = forward_flops_per_token(teacher) * config.tokens_per_step / of_tokens if teacher else 0.0
+    teacher_share = sum(map(forward_flops_per_token, teachers)) * config.tokens_per_step / of_tokens
     return Speed((step - update - muon) / config.tokens_per_step, update, muon, teacher_share)
 
 
@@ -168,10 +169,10 @@ def optimizer_flops(config: TrainConfig) -> float:
 
 
 def assumed_rate(
-    config: TrainConfig, accelerator: Accelerator, share: float = MFU, teacher: GPTConfig | None = None
+    config: TrainConfig, accelerator: Accelerator, share: float = MFU, teachers: Sequence[GPTConfig] = ()
 ) -> float:
     """Return the tokens per second of one accelerator at a share of its peak, over whole steps of `config`."""
-    of_token = training_flops_per_token(config.model, teacher) + optimizer_flops(config) / config.tokens_per_step
+    of_token = training_flops_per_token(config.model, teachers) + optimizer_flops(config) / config.tokens_per_step
     return share * accelerator.peak / of_token
 
 
@@ -205,7 +206,7 @@ def predicted(
     check(config, ranks, accelerator)
     windows, micro_batches = config.share(ranks)
     computing = windows * config.model.block_size * speed.token
-    of_model = computing * (1 - speed.teacher_share)  # a teacher's pass comes before, and hides nothing
+    of_model = computing * (1 - speed.teacher_share)  # the teachers' passes come before, and hide nothing
     overlapped = accelerator.overlap * of_model / micro_batches
     forward = overlapped / 3
     backward = overlapped * 2 / 3

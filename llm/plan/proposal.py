@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from llm.plan.steps import affordable_steps, parameters_per_token, useful_steps,
 from llm.plan.text_size import Text
 from llm.plan.timing import Pace, fits, preparing_seconds, probe, starting_seconds
 
-Measure = Callable[[TrainConfig, GPTConfig | None], Pace]  # of a run, and of the shape of its teacher
+Measure = Callable[[TrainConfig, Sequence[GPTConfig]], Pace]  # of a run with teachers of these shapes
 Shapes = dict[GPTConfig, TrainConfig]
 
 
@@ -31,9 +31,9 @@ class Proposal:
     probes: int  # of shapes, and of dropout
 
 
-def short_probe(config: TrainConfig, teacher: GPTConfig | None) -> Pace:
+def short_probe(config: TrainConfig, teachers: Sequence[GPTConfig]) -> Pace:
     """Measure a pace, set-up included, within about a second, or half of one for a short run."""
-    return probe(config, teacher, 0.6 * rule.probe_seconds(config.max_time or math.inf))
+    return probe(config, teachers, 0.6 * rule.probe_seconds(config.max_time or math.inf))
 
 
 def propose(request: Request, text: Text, measure: Measure) -> Proposal:
@@ -44,13 +44,13 @@ def propose(request: Request, text: Text, measure: Measure) -> Proposal:
 
     Raises UserError if not even LEAST_STEPS steps of the smallest shape fit, and no other work is to blame.
     """
-    shapes = {trial.model: trial for trial in candidates(request, text) if fits(trial, request.teacher)}
+    shapes = {trial.model: trial for trial in candidates(request, text) if fits(trial, request.teachers)}
     if not shapes:
         raise UserError("memory: not even the smallest model fits in the memory here; give a smaller --batch_size")
     paces: dict[GPTConfig, Pace] = {}
     best = next(iter(shapes))
     while best not in paces and len(paces) < rule.probes(request.seconds):
-        paces[best] = measure(shapes[best], request.teacher)
+        paces[best] = measure(shapes[best], request.teachers)
         if len(paces) == 1:
             check_time(shapes[best], request, text, paces[best])
         best = choose(shapes, request, text, {model: estimate(model, paces) for model in shapes})
@@ -79,7 +79,7 @@ def finish(
     probes = len(paces)
     config = with_chosen(chosen, request, regularisation(chosen, request, text, pace, probes))
     if config.model.dropout != chosen.model.dropout:  # dropout takes time, so that there are fewer epochs
-        pace = measure(config, request.teacher)
+        pace = measure(config, request.teachers)
         probes += 1
         config = with_chosen(config, request, regularisation(config, request, text, pace, probes))
     return Proposal(with_steps(config, request, text, pace, probes), text, pace, shapes, len(paces), probes)
@@ -94,7 +94,7 @@ def regularisation(config: TrainConfig, request: Request, text: Text, pace: Pace
     repetition = passes * parameters_per_token(config, text)
     if config.model.dropout:
         repetition = max(repetition, rule.DROPOUTS[1][1])
-    return rule.regularisation(passes, repetition, config.schedule, config.teacher is not None)
+    return rule.regularisation(passes, repetition, config.schedule, bool(config.teacher))
 
 
 def with_chosen(config: TrainConfig, request: Request, chosen: dict[str, Any]) -> TrainConfig:
@@ -108,8 +108,7 @@ def candidates(request: Request, text: Text) -> list[TrainConfig]:
     size = rule.block_size(request.seconds, text.tokens)
     if request.config.init_from:
         size = min(size, request.config.model.block_size)
-    if request.teacher:
-        size = min(size, request.teacher.block_size)
+    size = min([size, *(teacher.block_size for teacher in request.teachers)])
     config = with_chosen(request.config, request, {"block_size": size})
     config = from_settings(rule.batch(given, config.model.block_size, text.tokens), config)
     config = with_chosen(config, request, {"max_time": request.seconds + text.uncounted})

@@ -22,7 +22,7 @@ class Request:
     given: dict[str, Any]  # settings that must not change
     seconds: float
     most_epochs: float = rule.MOST_EPOCHS  # passes over the text
-    teacher: GPTConfig | None = None  # the shape of the model that the run learns from
+    teachers: tuple[GPTConfig, ...] = ()  # the shapes of the models that the run learns from
 
 
 def read_request(

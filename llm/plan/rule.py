@@ -32,7 +32,7 @@ SHAPES = (  # (n_layer, n_embd), from small to large
 HEAD_SIZES = ((0, 32), (192, 64))  # (width from which a row counts, channels of a head)
 GOOD_STEPS = 900  # the largest shape that gets so many steps is taken,
 PARAMETERS_PER_TOKEN = 7  # unless its blocks have more parameters for each training token than these,
-TAUGHT_PARAMETERS_PER_TOKEN = 12  # or than these with a teacher
+TAUGHT_PARAMETERS_PER_TOKEN = 12  # or than these with teachers
 
 BLOCK_SIZES = ((0, 128), (120, 256))  # (seconds from which a row counts, block_size)
 SMALLEST_BLOCK = 16
@@ -47,9 +47,11 @@ ENOUGH_STEPS = 2000  # fewer steps are never too many for this reason
 WEIGHT_DECAYS = ((0, 0.1), (7, 0.3))  # (passes from which a row counts, weight decay)
 DROPOUTS = ((0, 0, 0.0), (16, 60, 0.1), (30, 200, 0.2))  # (passes, or repetition, from which a row counts, dropout)
 COOLDOWN = 0.6  # share of the steps, with wsd
-TEACHING_SHARE = 1 / 3  # of the time, for a teacher; it replaces dropout,
-TAUGHT_LONGER = 1.5  # and so many times as many steps are useful with it
-LEAST_TEACHING = 270.0  # seconds of a run that gets one, if without it there were
+TEACHING_SHARE = 1 / 3  # of the time, for the teachers; they replace dropout,
+TAUGHT_LONGER = 1.5  # and so many times as many steps are useful with them
+TEACHERS = ((0, 1), (1200, 2), (1700, 3))  # (seconds of the run from which a row counts, teachers)
+SEED_STEP = 1000  # from the seed of a teacher to that of the next
+LEAST_TEACHING = 270.0  # seconds of a run that gets any, if without them there were
 LEAST_TAUGHT_STEPS = 300  # so many steps, and
 LEAST_TAUGHT_PASSES = 7  # so many passes or dropout
 
@@ -185,7 +187,7 @@ def probes(seconds: float) -> int:
 def regularisation(passes: float, repetition: float, schedule: str, is_taught: bool) -> dict[str, float]:
     """Return weight decay, dropout, and with wsd the share of the cool-down, for so many passes and such repetition.
 
-    A run that `is_taught` by a teacher has no dropout: what the teacher predicts keeps it from learning by heart.
+    A run that `is_taught` has no dropout: what its teachers predict keeps it from learning by heart.
     """
     dropouts = [dropout for least, repeated, dropout in DROPOUTS if passes >= least or repetition >= repeated]
     found = {"weight_decay": row_for(WEIGHT_DECAYS, passes)[1], "dropout": 0.0 if is_taught else dropouts[-1]}

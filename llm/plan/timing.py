@@ -5,7 +5,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,11 +68,11 @@ def seconds_of_others() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-def fits(config: TrainConfig, teacher: GPTConfig | None = None) -> bool:
+def fits(config: TrainConfig, teachers: Sequence[GPTConfig] = ()) -> bool:
     """Return whether a probe of one window fits in this machine's memory. A GPU's memory is not checked."""
     if choose_device(config.device).type != "cpu":
         return True
-    planned = memory(from_settings({"batch_size": 1}, config), teacher)
+    planned = memory(from_settings({"batch_size": 1}, config), teachers)
     needed = sum(planned.values()) - planned["copies being saved"]
     return needed < (machine_memory() or math.inf)
 
@@ -92,11 +92,11 @@ class Pace:
         return self.others > DISTURBING * (os.cpu_count() or 1)
 
 
-def probe(config: TrainConfig, teacher: GPTConfig | None = None, seconds: float = PROBE_SECONDS) -> Pace:
+def probe(config: TrainConfig, teachers: Sequence[GPTConfig] = (), seconds: float = PROBE_SECONDS) -> Pace:
     """Time real steps of `config` on random tokens for about `seconds`, then evaluation and sampling for a third of it.
 
-    `teacher` is the shape of the model that the run learns from; its weights are random, too. torch.compile is not
-    used, because it takes longer than the probe.
+    `teachers` are the shapes of the models that the run learns from; their weights are random, too. torch.compile is
+    not used, because it takes longer than the probe.
     """
     device = choose_device(config.device)
     block_size = config.model.block_size
@@ -107,8 +107,8 @@ def probe(config: TrainConfig, teacher: GPTConfig | None = None, seconds: float 
     rest = seconds / 6  # for evaluation, and as long for sampling
     began, before = time.perf_counter(), seconds_of_others()
     with fixed_order(device):
-        taught_by = make_model(teacher) if teacher else None
-        parts = build(config, data, None, device, choose_dtype(config.dtype, device), teacher=taught_by)
+        taught_by = [make_model(teacher) for teacher in teachers]
+        parts = build(config, data, None, device, choose_dtype(config.dtype, device), teachers=taught_by)
         pace = Pace(
             _step_seconds(parts, seconds), _evaluated_token_seconds(parts, rest), _sampled_token_seconds(parts, rest)
         )

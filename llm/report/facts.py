@@ -137,10 +137,9 @@ class Report:
         return f"the weights of {plain(setting_words('init_from', start)[0], 60)}" if start else ""
 
     @property
-    def teacher(self) -> str:
-        """The name of the model that the run learned from too, "" without one."""
-        teacher = self.config.teacher
-        return plain(setting_words("teacher", teacher)[0], 60) if teacher else ""
+    def teachers(self) -> str:
+        """The names of the models that the run learned from too, "" without any."""
+        return " and ".join(plain(name, 60) for name in setting_words("teacher", self.config.teacher))
 
     @property
     def has_average(self) -> bool:

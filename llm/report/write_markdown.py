@@ -45,7 +45,9 @@ def text(report: Report, curve: str, schedule: str) -> str:
     """Return the Markdown of a report; `curve` and `schedule` are the file names of the pictures."""
     notable = [_sample(sample) for sample in report.samples if sample.notable]
     origin = f", from {escape(report.origin)}" if report.origin else ""
-    origin += f", and on what {escape(report.teacher)} predicts of it" if report.teacher else ""
+    if report.teachers:
+        verb = "predicts" if len(report.config.teacher) == 1 else "predict"
+        origin += f", and on what {escape(report.teachers)} {verb} of it"
     parts = [
         MARK + f"# {escape(report.name)}",
         f"A {report.kind} trained on {escape(report.text)} with losscurve{origin}.",

@@ -1,6 +1,6 @@
 """Build the objects that a training step uses: model, optimizer, loss scaler and the forward function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def build(
     dtype: torch.dtype,
     world: World = ALONE,
     weights: dict[str, Tensor] | None = None,
-    teacher: Model | None = None,
+    teachers: Sequence[Model] = (),
 ) -> Parts:
     """Return the parts of a run, with the given `weights` or, without any, weights initialised from the seed."""
     keep_memory()
@@ -47,8 +47,7 @@ def build(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizer = make_optimizer(model, config, dtype)
     parts = Parts(config, model, model, optimizer, scaler, data, tokenizer, device, dtype, world)
-    if teacher is not None:
-        parts.teacher = teacher.to(device).eval().requires_grad_(False)
+    parts.teachers = [teacher.to(device).eval().requires_grad_(False) for teacher in teachers]
     if config.ema:
         parts.average = Average(model, config.ema)
     return parts

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from llm.config import MODEL_FIELDS, TrainConfig, from_settings, to_settings
+from llm.config import MODEL_FIELDS, TrainConfig, coerce, from_settings, to_settings
 from llm.errors import UserError
 from llm.prepare.reuse import unused
 from llm.start.run_data import places_of
@@ -26,12 +26,16 @@ def drop_restatements(config: TrainConfig, out_dir: Path, changes: dict[str, Any
     same path; and `text`, which `check_same_text` compares.
     """
     kept = {name: value for name, value in changes.items() if name != "text" and (name, value) != ("dtype", "auto")}
-    for name in ("init_from", "teacher"):
-        ours = getattr(config, name)
-        if ours and kept.get(name):
-            given = Path(os.path.abspath(str(kept[name])))
-            if given in {Path(os.path.abspath(place)) for place in places_of(ours, out_dir, config)}:
-                del kept[name]
+
+    def is_same(ours: str, given: Any) -> bool:
+        places = places_of(ours, out_dir, config)
+        return os.path.abspath(str(given)) in {os.path.abspath(place) for place in places}
+
+    if config.init_from and kept.get("init_from") and is_same(config.init_from, kept["init_from"]):
+        del kept["init_from"]
+    teachers = coerce("teacher", kept.get("teacher", ()))
+    if config.teacher and len(teachers) == len(config.teacher) and all(map(is_same, config.teacher, teachers)):
+        del kept["teacher"]
     return kept
 
 

@@ -20,7 +20,7 @@ from llm.start.changes import new_run_command
 from llm.start.resume_run import check_unfinished
 from llm.start.run_data import beside, open_run_data
 from llm.start.run_folder import Say, disk_needed, write_environment
-from llm.start.teacher import read_teacher, write_teacher
+from llm.start.teacher import read_teachers, write_teachers
 from llm.storage import checkpoint
 from llm.training.state import weights_of, write_state
 from llm.weights import run_config
@@ -33,7 +33,7 @@ OTHER_RUN = {  # settings that a fork cannot change, and why
     ),
     **dict.fromkeys(("seed", "order"), "a fork draws the same batches as its run"),
     "init_from": "a fork starts from the saved state",
-    "teacher": "a fork learns from the teacher of its run",
+    "teacher": "a fork learns from the teachers of its run",
     "optimizer": "the saved state has the moments of this one",
 }
 
@@ -63,16 +63,15 @@ def fork(run_dir: Path, step: int, changes: dict[str, Any], out_dir: Path, say: 
 
     for line in ruled_out:
         say(line)
-    teacher = read_teacher(run_dir, torch.device("cpu")) if config.teacher else None
-    storage.check_writable(out_dir, disk_needed(config, teacher.config if teacher else None))
+    teachers = read_teachers(run_dir, config, torch.device("cpu"))
+    storage.check_writable(out_dir, disk_needed(config, [teacher.config for teacher in teachers]))
     with storage.new_folder(out_dir) as folder:
         storage.write_text(folder / "config.toml", write_toml(config))
         write_environment(folder, data, describe_past(run_dir, state, before, config))
         for name in ("tokenizer.json", metrics.NAME, samples.NAME):
             if (run_dir / name).exists():
                 storage.write_bytes(folder / name, (run_dir / name).read_bytes())
-        if teacher:
-            write_teacher(folder, teacher)
+        write_teachers(folder, config, teachers)
         metrics.cut(folder, step)
         samples.Samples(folder).cut(step)
         write_weights(run_dir, folder, config, groups, facts, say)

@@ -19,12 +19,12 @@ from llm.weights.opened import Opened
 
 
 def check_tokens(
-    config: TrainConfig, data: TokenData, given: Tokenizer | None, tokenizer: Tokenizer | None, role: str = "init_from"
+    config: TrainConfig, data: TokenData, given: Tokenizer | None, tokenizer: Tokenizer | None, weights: str
 ) -> None:
-    """Raise UserError if the tokens of `data` are not those of `given`, which the weights of `role` have."""
+    """Raise UserError if the tokens of `data` are not those of `given`, which the named weights have."""
     same = given is None or tokenizer is None or given.to_json() == tokenizer.to_json()
     if config.model.vocab_size < data.vocab_size or not same:
-        raise other_tokens(data.folder, str(getattr(config, role)))
+        raise other_tokens(data.folder, weights)
 
 
 def other_tokens(folder: Path, weights: str) -> UserError:
@@ -56,7 +56,7 @@ def starting_point(config: TrainConfig, say: Say, given: Collection[str] | None 
     opened = open_weights(str(config.init_from), config.model)
     shape, weights = opened.config, opened.weights
     _check_shape(config, shape, given)
-    changes = token_settings(config, opened, "init_from", say)
+    changes = token_settings(config, opened, str(config.init_from), say)
     if opened.is_pretrained:
         changes |= fine_tuning.settings(shape, given)
     block_size = changes.pop("block_size", config.model.block_size if "block_size" in given else shape.block_size)
@@ -67,10 +67,10 @@ def starting_point(config: TrainConfig, say: Say, given: Collection[str] | None 
     return Start(config, weights, opened.tokenizer, opened.is_pretrained)
 
 
-def token_settings(config: TrainConfig, opened: Opened, role: str, say: Say) -> dict[str, Any]:
+def token_settings(config: TrainConfig, opened: Opened, name: str, say: Say) -> dict[str, Any]:
     """Return the settings of the token files that weights can read: their `tokenizer`, and `data_dir` if it is needed.
 
-    `role`: the setting that names the weights. Raises UserError if the config asks for another tokenizer.
+    `name`: of the weights. Raises UserError if the config asks for another tokenizer.
     """
     kind = "gpt2"
     if opened.tokenizer is not None:
@@ -78,9 +78,7 @@ def token_settings(config: TrainConfig, opened: Opened, role: str, say: Say) -> 
     else:
         say(f"{opened.path}: no tokenizer.json beside it, so GPT-2's tokens are assumed")
     if config.tokenizer not in ("auto", kind):
-        raise UserError(
-            f"tokenizer = {config.tokenizer!r}: the weights of {getattr(config, role)} know {kind} tokens; leave it out"
-        )
+        raise UserError(f"tokenizer = {config.tokenizer!r}: the weights of {name} know {kind} tokens; leave it out")
     changes = {"tokenizer": kind}
     if kind in ("bpe", "char", "hf") and config.text and config.data_dir is None:  # of one kind, but not the same
         folder = default_folder(dataclasses.replace(config, tokenizer="auto"))

@@ -23,7 +23,7 @@ from llm.start.build import build, connect
 from llm.start.init_from import Start, changed_settings, check_tokens, starting_point
 from llm.start.run_data import beside
 from llm.start.run_folder import Say, clear, disk_needed, refuse_existing, say_limits, write_environment
-from llm.start.teacher import open_teacher, refuse_own_folder, with_tokens, write_teacher
+from llm.start.teacher import open_teachers, refuse_own_folder, with_tokens, write_teachers
 from llm.start.texts import default_prompt, open_text
 from llm.tokens.saved_tokenizer import save_tokenizer
 from llm.tokens.tokenizer import Tokenizer
@@ -56,8 +56,8 @@ def new_run(
             config, text, start, taught_by = open_new_text(config, dtype, say, progress, world, given)
             agree(config, text.data, device, world)
         stack.enter_context(fixed_order(device))
-        weights, teacher = start.weights if start else None, taught_by.model(device) if taught_by else None
-        parts = build(config, text.data, text.tokenizer, device, dtype, world, weights, teacher)
+        weights, teachers = start.weights if start else None, [opened.model(device) for opened in taught_by]
+        parts = build(config, text.data, text.tokenizer, device, dtype, world, weights, teachers)
         is_pretrained = start is not None and start.is_pretrained
         del start, weights, taught_by  # the models have copied their weights
         with world.together():
@@ -104,11 +104,11 @@ def open_new_text(
     progress: Any,
     world: World,
     given: Collection[str] | None,
-) -> tuple[TrainConfig, OpenText, Start | None, Opened | None]:
-    """Return the config with all automatic choices made, the text, what to start from (None: new weights), the teacher.
+) -> tuple[TrainConfig, OpenText, Start | None, list[Opened]]:
+    """Return the config with all automatic choices made, the text, what to start from, and the teachers.
 
-    Tokenizes the text first if necessary. Raises UserError if it is too short, or if its tokens are not those of the
-    weights of `init_from` or of the teacher.
+    The third is None for new weights. Tokenizes the text first if necessary. Raises UserError if it is too short, or if
+    its tokens are not those of the weights of `init_from` or of the teachers.
     """
     start = None
     tokens_of: Start | Opened | None = None
@@ -117,25 +117,25 @@ def open_new_text(
         given = changed_settings(config) if given is None else given
         start = starting_point(config, say, given)
         config, tokens_of = start.config, start
-    teacher = open_teacher(config) if config.teacher else None
-    if teacher is not None and start is None:
-        config, tokens_of = with_tokens(config, teacher, say), teacher
+    teachers = open_teachers(config)
+    if teachers and start is None:
+        config, tokens_of = with_tokens(config, teachers, say), teachers[0]
     world.gather(None)  # the other ranks wait here until rank 0 has passed its checks
     data, tokenizer = open_text(config, say, progress, tokens_of.tokenizer if tokens_of else None, world)
     if start is None:
         vocab_size = config.vocab_size or data.vocab_size
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
     else:
-        check_tokens(config, data, start.tokenizer, tokenizer)
+        check_tokens(config, data, start.tokenizer, tokenizer, str(config.init_from))
         if start.is_pretrained:
             config = fine_tuning.with_steps(config, len(data.train), given or ())
             line = fine_tuning.line(config, len(data.train), given or ())
-    if teacher is not None:
-        check_tokens(config, data, teacher.tokenizer, tokenizer, "teacher")
+    if teachers:
+        check_tokens(config, data, teachers[0].tokenizer, tokenizer, config.teacher[0])
     prompt = config.sample_prompt or default_prompt(data, tokenizer)
     if tokenizer is not None:
         tokenizer.encode(prompt)  # raises now if a character is not in the vocabulary
-    return resolve(config, data, dtype, prompt), OpenText(data, tokenizer, prompt, line), start, teacher
+    return resolve(config, data, dtype, prompt), OpenText(data, tokenizer, prompt, line), start, teachers
 
 
 def open_new_folder(parts: Parts, overwrite: bool, is_pretrained: bool, say: Say) -> contextlib.ExitStack:
@@ -144,7 +144,7 @@ def open_new_folder(parts: Parts, overwrite: bool, is_pretrained: bool, say: Say
     Returns the lock, to be closed when the run ends. Raises UserError if the disk is too small or the folder is in use.
     """
     config, out_dir = parts.config, Path(parts.config.out_dir)
-    storage.check_writable(out_dir, disk_needed(config, parts.teacher_shape))
+    storage.check_writable(out_dir, disk_needed(config, parts.teacher_shapes))
     with contextlib.ExitStack() as stack:
         stack.enter_context(storage.locked(out_dir, "this run folder"))
         refuse_existing(out_dir, overwrite)  # another process may have written here since the first check
@@ -153,8 +153,7 @@ def open_new_folder(parts: Parts, overwrite: bool, is_pretrained: bool, say: Say
         write_environment(out_dir, parts.data, {"pretrained": True} if is_pretrained else {})
         if parts.tokenizer is not None:
             save_tokenizer(parts.tokenizer, out_dir / "tokenizer.json")
-        if parts.teacher is not None:
-            write_teacher(out_dir, parts.teacher)
+        write_teachers(out_dir, config, parts.teachers)
         say_limits(say)
         return stack.pop_all()
 

@@ -31,7 +31,7 @@ from llm.start.changes import (
 )
 from llm.start.run_data import beside, open_run_data
 from llm.start.run_folder import Say, disk_needed, say_limits, write_environment
-from llm.start.teacher import read_teacher
+from llm.start.teacher import read_teachers
 from llm.start.texts import run_tokenizer
 from llm.storage import checkpoint
 from llm.training.live import LiveRun
@@ -68,8 +68,8 @@ def resume_run(
             tokenizer = run_tokenizer(out_dir, config.model.vocab_size, say, data.folder)
             agree(config, data, device, world)
         stack.enter_context(fixed_order(device))
-        teacher = read_teacher(out_dir, device, world) if config.teacher else None
-        parts = build(config, data, tokenizer, device, DTYPES[config.dtype], world, teacher=teacher)
+        teachers = read_teachers(out_dir, config, device, world)
+        parts = build(config, data, tokenizer, device, DTYPES[config.dtype], world, teachers=teachers)
         progress = restore(parts, groups, facts)
         with world.together():
             if world.leads:

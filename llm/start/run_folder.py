@@ -2,7 +2,7 @@
 
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ OURS = (
     *("samples.jsonl", "samples.txt", "loss_curve.png"),
 )
 WEIGHTS = ("model.pt", "best.pt")
-TEACHER = "teacher-weights"  # the folder with a copy of the weights that the run learns from
+TEACHER = "teacher-weights"  # the folder with a copy of the weights that the run learns from; of more, with a number
 # facts in env.json that stay true on another machine: the state that a fork began from, and whether the run, or one
 # that it goes on from, began with weights that another program had trained
 PAST = ("forked_from", "pretrained")
@@ -60,21 +60,28 @@ def refuse_existing(out_dir: Path, overwrite: bool) -> None:
 def clear(out_dir: Path) -> None:
     """Remove the files of an earlier run, and nothing else."""
     states = [out_dir / checkpoint.folder_name(step) for step in checkpoint.saved_steps(out_dir)]
-    for folder in (*states, *out_dir.glob("damaged-step-*"), *out_dir.glob(TEACHER)):
+    for folder in (*states, *out_dir.glob("damaged-step-*"), *out_dir.glob(f"{TEACHER}*")):
         storage.remove_folder(folder)
     for name in (*OURS, *WEIGHTS, "latest", "best"):
         (out_dir / name).unlink(missing_ok=True)
 
 
-def disk_needed(config: TrainConfig, teacher: GPTConfig | None = None) -> int:
-    """Return the bytes of a run at its largest: checkpoints, the two .pt files, and the copy of a teacher.
+def teacher_folders(run_dir: Path, config: TrainConfig) -> list[Path]:
+    """Return the folders with the copies of the run's teachers."""
+    return [
+        run_dir / (f"{TEACHER}-{number}" if number > 1 else TEACHER) for number in range(1, len(config.teacher) + 1)
+    ]
 
-    A checkpoint holds weights, two moments and, with `ema`, an average of the weights, in float32. `teacher`: the shape
-    of the model that the run learns from.
+
+def disk_needed(config: TrainConfig, teachers: Sequence[GPTConfig] = ()) -> int:
+    """Return the bytes of a run at its largest: checkpoints, the two .pt files, and the copies of its teachers.
+
+    A checkpoint holds weights, two moments and, with `ema`, an average of the weights, in float32. `teachers`: the
+    shapes of the models that the run learns from.
     """
     size = 4 * count_parameters(config.model)
-    copy_of_teacher = 4 * count_parameters(teacher) if teacher else 0
-    return size * ((4 if config.ema else 3) * (config.keep + 2) + 3) + copy_of_teacher
+    copies = 4 * sum(map(count_parameters, teachers))
+    return size * ((4 if config.ema else 3) * (config.keep + 2) + 3) + copies
 
 
 def write_environment(out_dir: Path, data: TokenData, past: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
-"""The teacher of a run: weights whose predictions it learns from, besides its text (distillation, Hinton et al. 2015).
+"""The teachers of a run: weights whose predictions it learns from, besides its text (distillation, Hinton et al. 2015).
 
-The run folder holds a copy of them, in the form of a saved state, so that a resume needs no other folder.
+The run folder holds a copy of each, in the form of a saved state, so that a resume needs no other folder.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from llm.machine.world import ALONE, World, receive
 from llm.prepare.reuse import made_from
 from llm.start.init_from import other_tokens, token_settings
 from llm.start.run_data import open_run_data
-from llm.start.run_folder import TEACHER, Say
+from llm.start.run_folder import Say, teacher_folders
 from llm.storage import checkpoint
 from llm.tokens.saved_tokenizer import load_tokenizer
 from llm.tokens.token_files import has_tokens, read_meta
@@ -25,53 +26,61 @@ from llm.weights import open_weights, run_config
 from llm.weights.opened import Opened
 
 
-def open_teacher(config: TrainConfig) -> Opened:
+def open_teachers(config: TrainConfig) -> list[Opened]:
     """Return the weights that `teacher` names. With `init_from`, `config` is that of the start, with its shape.
 
-    Raises UserError if they cannot be used, see too short a context, or have another vocabulary than those of
-    `init_from`.
+    Raises UserError if they cannot be used, see too short a context, or have other tokens than each other or another
+    vocabulary than those of `init_from`.
     """
-    teacher = open_weights(str(config.teacher), config.model)
-    longest = teacher.config.block_size
-    if config.model.block_size > longest:
-        raise UserError(
-            f"block_size = {config.model.block_size}: the teacher {config.teacher} sees {longest} tokens; give "
-            f"--block_size {longest} or less"
-        )
-    if config.init_from and teacher.config.vocab_size != config.model.vocab_size:
-        raise UserError(
-            f"teacher = {config.teacher}: has a vocabulary of {teacher.config.vocab_size}, and the weights of "
-            f"{config.init_from} one of {config.model.vocab_size}; give others, or leave one of the two out"
-        )
-    return teacher
+    teachers = [open_weights(name, config.model) for name in config.teacher]
+    for name, teacher in zip(config.teacher, teachers, strict=True):
+        longest = teacher.config.block_size
+        if config.model.block_size > longest:
+            raise UserError(
+                f"block_size = {config.model.block_size}: the teacher {name} sees {longest} tokens; give "
+                f"--block_size {longest} or less"
+            )
+        if config.init_from and teacher.config.vocab_size != config.model.vocab_size:
+            raise UserError(
+                f"teacher = {name}: has a vocabulary of {teacher.config.vocab_size}, and the weights of "
+                f"{config.init_from} one of {config.model.vocab_size}; give others, or leave one of the two out"
+            )
+        if not have_same_tokens(teacher, teachers[0]):
+            raise UserError(f"teacher = {name}: has other tokens than {config.teacher[0]}; leave one of the two out")
+    return teachers
+
+
+def have_same_tokens(one: Opened, other: Opened) -> bool:
+    """Return whether two models have the same vocabulary, as far as their tokenizers are known."""
+    if one.config.vocab_size != other.config.vocab_size:
+        return False
+    return not (one.tokenizer and other.tokenizer) or one.tokenizer.to_json() == other.tokenizer.to_json()
 
 
 def refuse_own_folder(config: TrainConfig) -> None:
-    """Raise UserError if the teacher is the run folder, or in it: a new run clears that."""
-    if not config.teacher:
-        return
-    out_dir, teacher = Path(config.out_dir).resolve(), Path(config.teacher).resolve()
-    if teacher.is_relative_to(out_dir) and teacher.exists():
-        raise UserError(f"teacher = {config.teacher}: is in the run folder {config.out_dir}; choose another --out_dir")
+    """Raise UserError if a teacher is the run folder, or in it: a new run clears that."""
+    out_dir = Path(config.out_dir).resolve()
+    for name in config.teacher:
+        if Path(name).resolve().is_relative_to(out_dir) and Path(name).exists():
+            raise UserError(f"teacher = {name}: is in the run folder {config.out_dir}; choose another --out_dir")
 
 
-def with_tokens(config: TrainConfig, teacher: Opened, say: Say) -> TrainConfig:
-    """Return the config with the tokens of the teacher: its run's own files, unless another text or folder is given.
+def with_tokens(config: TrainConfig, teachers: Sequence[Opened], say: Say) -> TrainConfig:
+    """Return the config with the tokens of its teachers: those of the first one's run, unless others are given.
 
     Raises UserError if the config asks for another tokenizer or vocabulary, or if there is no text and the run's own
     files are gone.
     """
+    name, teacher = config.teacher[0], teachers[0]
     size = teacher.config.vocab_size
     if config.vocab_size not in (None, size):
-        raise UserError(
-            f"vocab_size = {config.vocab_size}: the teacher {config.teacher} has {size} tokens; leave it out"
-        )
-    chosen = token_settings(config, teacher, "teacher", say) | {"vocab_size": size}
+        raise UserError(f"vocab_size = {config.vocab_size}: the teacher {name} has {size} tokens; leave it out")
+    chosen = token_settings(config, teacher, name, say) | {"vocab_size": size}
     folder = Path(config.data_dir) if config.data_dir else _tokens_of_run(teacher, config, say)
     if folder and has_tokens(folder):
         theirs = folder / "tokenizer.json"
         if teacher.tokenizer and theirs.exists() and load_tokenizer(theirs).to_json() != teacher.tokenizer.to_json():
-            raise other_tokens(folder, str(config.teacher))
+            raise other_tokens(folder, name)
         made = (read_meta(folder) or {}).get("settings") or {}  # another program's files have none
         chosen |= {"data_dir": folder, "tokenizer": made.get("tokenizer", chosen["tokenizer"])}
     return from_settings(chosen, config)
@@ -101,19 +110,24 @@ def _tokens_of_run(teacher: Opened, config: TrainConfig, say: Say) -> Path | Non
     return folder
 
 
-def write_teacher(out_dir: Path, teacher: Model) -> None:
-    """Write the teacher's weights and shape to the run folder. Raises OSError."""
-    with storage.folder_in_place(out_dir / TEACHER) as folder:
-        checkpoint.write_tensors(folder / "model.safetensors", dict(teacher.named_parameters()))
-        storage.write_json(folder / "state.json", {"step": 0, "model": asdict(teacher.config)})
+def write_teachers(out_dir: Path, config: TrainConfig, teachers: Sequence[Model]) -> None:
+    """Write the weights and shapes of the teachers to the run folder. Raises OSError."""
+    for place, teacher in zip(teacher_folders(out_dir, config), teachers, strict=True):
+        with storage.folder_in_place(place) as folder:
+            checkpoint.write_tensors(folder / "model.safetensors", dict(teacher.named_parameters()))
+            storage.write_json(folder / "state.json", {"step": 0, "model": asdict(teacher.config)})
 
 
-def read_teacher(out_dir: Path, device: torch.device, world: World = ALONE) -> Model:
-    """Return the teacher from the run folder, which only rank 0 reads. Raises UserError if it is gone or damaged."""
+def read_teachers(out_dir: Path, config: TrainConfig, device: torch.device, world: World = ALONE) -> list[Model]:
+    """Return the teachers from the run folder, which only rank 0 reads. Raises UserError if one is gone or damaged."""
+    return [_read(folder, device, world) for folder in teacher_folders(out_dir, config)]
+
+
+def _read(folder: Path, device: torch.device, world: World) -> Model:
     groups: checkpoint.Groups = {}
 
     def read() -> Any:
-        tensors, facts = checkpoint.load_state(out_dir / TEACHER)
+        tensors, facts = checkpoint.load_state(folder)
         groups.update(tensors)
         return facts["model"]
 

@@ -1,7 +1,7 @@
 """The objects that a training step uses (model, optimizer, data, device), and the micro-batches of a step."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +51,7 @@ class Parts:
     dtype: torch.dtype
     world: World = ALONE
     exchange: Callable[[bool], AbstractContextManager[Any]] = lambda is_last: nullcontext()
-    teacher: Model | None = None  # that the model learns from, in evaluation mode, if the settings name one
+    teachers: Sequence[Model] = ()  # that the model learns from, in evaluation mode, if the settings name any
     average: Average | None = None  # of the weights, if the settings ask for it
     data_seconds: float = 0.0  # spent on making batches since the last training row
 
@@ -69,18 +69,19 @@ class Parts:
             yield MicroBatch(x, y, seeds, count / len(x), first + len(x) == count)
 
     @property
-    def teacher_shape(self) -> GPTConfig | None:
-        """The shape of the teacher, None without one."""
-        return self.teacher.config if self.teacher else None
+    def teacher_shapes(self) -> list[GPTConfig]:
+        """The shapes of the teachers."""
+        return [teacher.config for teacher in self.teachers]
 
     def taught(self, x: Tensor) -> Taught | None:
-        """Return what the teacher predicts of the windows x (B, T), None without a teacher."""
-        if self.teacher is None:
+        """Return what the teachers predict of the windows x (B, T), None without any."""
+        if not self.teachers:
             return None
         with torch.no_grad():
-            hidden = self.teacher.hidden(x)
-        return Taught(hidden, self.teacher.lm_head.weight.detach(), self.config.teacher_share)
+            hidden = [teacher.hidden(x) for teacher in self.teachers]
+        heads = [teacher.lm_head.weight.detach() for teacher in self.teachers]
+        return Taught(hidden, heads, self.config.teacher_share)
 
     def flops_per_token(self) -> float:
-        """Return the floating-point operations of a step for one token, with the forward pass of the teacher."""
-        return training_flops_per_token(self.model.config, self.teacher_shape)
+        """Return the floating-point operations of a step for one token, with the forward passes of the teachers."""
+        return training_flops_per_token(self.model.config, self.teacher_shapes)

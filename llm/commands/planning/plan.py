@@ -4,7 +4,7 @@ A run on many accelerators: `plan_scale.py`. The lines that it prints: `plan_lin
 """
 
 import argparse
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ class PlannedRun:
     config: TrainConfig
     text: "Text"
     pace: "Pace | None"  # None: a step does not fit in the memory here
-    teacher: GPTConfig | None  # the shape of the model that it learns from
+    teachers: Sequence[GPTConfig]  # the shapes of the models that it learns from
     choice: "Choice | None" = None  # for --time
 
 
@@ -51,7 +51,8 @@ def main(argv: list[str]) -> int:
         check_new(args.out)
     lines: list[str] = []
     runs = plan_for_time(request, lines.append) if request else [plan_given(config, given_settings(args))]
-    files = [args.out.with_stem(args.out.stem + "-teacher" * n) for n in reversed(range(len(runs)))] if args.out else []
+    suffixes = [run.config.out_dir.removeprefix(runs[-1].config.out_dir) for run in runs]  # such as "-teacher"
+    files = [args.out.with_stem(args.out.stem + suffix) for suffix in suffixes] if args.out else []
     for file in files:
         check_new(file)
     facts = [predict(run) for run in runs]
@@ -73,12 +74,12 @@ def main(argv: list[str]) -> int:
 
 
 def plan_for_time(request: "Request", announce: Callable[[str], None]) -> list[PlannedRun]:
-    """Return the runs for --time, each the teacher of the next. `announce`: see `choose_all`. Raises UserError."""
+    """Return the runs for --time, teachers before their run. `announce`: see `choose_all`. Raises UserError."""
     from llm.plan.autopilot import choose_all
     from llm.start.run_folder import once
 
     return [
-        PlannedRun(choice.proposal.config, choice.proposal.text, choice.proposal.pace, choice.request.teacher, choice)
+        PlannedRun(choice.proposal.config, choice.proposal.text, choice.proposal.pace, choice.request.teachers, choice)
         for choice in choose_all(request, once(warn), announce)
     ]
 
@@ -92,25 +93,25 @@ def plan_given(config: TrainConfig, given: Collection[str]) -> PlannedRun:
     from llm.plan.timing import busy_line, fits, probe
     from llm.start.fine_tuning import with_steps
     from llm.start.init_from import starting_point
-    from llm.start.teacher import open_teacher, with_tokens
+    from llm.start.teacher import open_teachers, with_tokens
 
     start = starting_point(config, warn, given) if config.init_from else None
     if start:
         config = start.config
-    teacher = open_teacher(config) if config.teacher else None
-    if teacher and not start:
-        config = with_tokens(config, teacher, warn)
-    tokens_of = start or teacher
+    teachers = open_teachers(config)
+    if teachers and not start:
+        config = with_tokens(config, teachers, warn)
+    tokens_of = start or (teachers[0] if teachers else None)
     text = text_of(config, tokens_of.tokenizer if tokens_of else None)
     if not start:
         config = with_vocabulary(config, text.vocabulary)
     elif start.is_pretrained:
         config = with_steps(config, text.tokens, given)
-    shape = teacher.config if teacher else None
-    pace = probe(config, shape) if fits(config, shape) else None
+    shapes = [teacher.config for teacher in teachers]
+    pace = probe(config, shapes) if fits(config, shapes) else None
     if pace and (line := busy_line(pace)):
         warn(line)
-    return PlannedRun(config, text, pace, shape)
+    return PlannedRun(config, text, pace, shapes)
 
 
 def run_lines(run: PlannedRun, facts: dict[str, Any]) -> Iterator[str]:
@@ -142,18 +143,18 @@ def predict(run: PlannedRun) -> dict[str, Any]:
     from llm.plan import arithmetic, timing
 
     config, pace = run.config, run.pace
-    step_flops = training_flops_per_token(config.model, run.teacher) * config.tokens_per_step
+    step_flops = training_flops_per_token(config.model, run.teachers) * config.tokens_per_step
     head_flops = 6 * config.model.vocab_size * config.model.n_embd * config.tokens_per_step
-    if run.teacher:  # the forward pass alone
-        head_flops += 2 * run.teacher.vocab_size * run.teacher.n_embd * config.tokens_per_step
-    memory = arithmetic.memory(config, run.teacher)
+    for teacher in run.teachers:  # the forward pass alone
+        head_flops += 2 * teacher.vocab_size * teacher.n_embd * config.tokens_per_step
+    memory = arithmetic.memory(config, run.teachers)
     if run.choice and "process" in memory:
         memory["process"] += run.choice.kept_bytes
     return {
         "parameters": count_parameters_by_part(config.model),
         "memory": memory,
         "machine_memory": arithmetic.machine_memory(),
-        "disk": arithmetic.disk(config, run.text.tokens, run.teacher),
+        "disk": arithmetic.disk(config, run.text.tokens, run.teachers),
         "step_flops": step_flops,
         "head_flops": head_flops,  # of those of a step
         "run_flops": step_flops * config.max_steps,

@@ -1,6 +1,7 @@
 """Predict memory, speed, time and cost of a run on many accelerators, from the flags of `plan`."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ class ScalePlan:
 
     config: TrainConfig
     text_tokens: int  # of the training split
-    teacher: GPTConfig | None  # the shape of the model that the run learns from
+    teachers: Sequence[GPTConfig]  # the shapes of the models that the run learns from
     accelerator: "Accelerator"
     rate: float  # tokens per second of one accelerator
     rate_source: str
@@ -45,7 +46,7 @@ class ScalePlan:
 
 def make_plan(args: argparse.Namespace, config: TrainConfig) -> ScalePlan:
     """Return the plan that the flags ask for. Raises UserError if the run cannot be split so, or a flag is missing."""
-    config, text_tokens, teacher = with_text(config)
+    config, text_tokens, teachers = with_text(config)
     if args.accelerator:
         accelerator = accelerators.ACCELERATORS[args.accelerator]
         number_size = 4 if config.dtype == "float32" else 2
@@ -54,16 +55,16 @@ def make_plan(args: argparse.Namespace, config: TrainConfig) -> ScalePlan:
     accelerator = accelerators.with_links(accelerator, args.bandwidth, args.network_bandwidth, args.nproc_per_node)
     ranks = args.nproc or 1
     clusters.check(config, ranks, accelerator)
-    rate, rate_source = rate_of_one(args, config, accelerator, number_size, teacher)
-    speed = clusters.speed_of(config, rate, accelerator, teacher)
-    memory = memory_of_rank(config, ranks, accelerator, number_size, teacher)
+    rate, rate_source = rate_of_one(args, config, accelerator, number_size, teachers)
+    speed = clusters.speed_of(config, rate, accelerator, teachers)
+    memory = memory_of_rank(config, ranks, accelerator, number_size, teachers)
     is_too_large = clusters.fits(memory["ddp"], accelerator) is False
     parallel: Parallel = "fsdp" if is_too_large and not args.parallel else config.parallel
     prediction = clusters.predicted(config, ranks, parallel, accelerator, speed, number_size)
     return ScalePlan(
         config,
         text_tokens,
-        teacher,
+        teachers,
         accelerator,
         rate,
         rate_source,
@@ -85,32 +86,32 @@ def make_tables(plan: ScalePlan) -> Tables:
     return {"strong": simulate(False), "weak": simulate(True)}
 
 
-def with_text(config: TrainConfig) -> tuple[TrainConfig, int, GPTConfig | None]:
+def with_text(config: TrainConfig) -> tuple[TrainConfig, int, list[GPTConfig]]:
     """Return the config with its model's vocabulary (or shape, with init_from), the number of training tokens, and the
-    shape of the teacher.
+    shapes of the teachers.
     """
     from llm.start.init_from import starting_point
-    from llm.start.teacher import open_teacher, with_tokens
+    from llm.start.teacher import open_teachers, with_tokens
 
     if config.init_from:
         config = starting_point(config, warn).config
-    teacher = open_teacher(config) if config.teacher else None
-    if teacher and not config.init_from:
-        config = with_tokens(config, teacher, warn)
+    teachers = open_teachers(config)
+    if teachers and not config.init_from:
+        config = with_tokens(config, teachers, warn)
     text = text_of(config)
     if not config.init_from:
         config = with_vocabulary(config, text.vocabulary)
-    return config, text.tokens, teacher.config if teacher else None
+    return config, text.tokens, [teacher.config for teacher in teachers]
 
 
 def memory_of_rank(
-    config: TrainConfig, ranks: int, accelerator: "Accelerator", number_size: int, teacher: GPTConfig | None
+    config: TrainConfig, ranks: int, accelerator: "Accelerator", number_size: int, teachers: Sequence[GPTConfig]
 ) -> dict[str, dict[str, int]]:
     """Return the bytes of one rank by part, for each way to share the model."""
 
     def count(parallel: "Parallel", checkpointing: bool = False, offload: bool = False) -> dict[str, int]:
         return clusters.rank_memory(
-            config, ranks, parallel, accelerator.is_cpu, number_size, checkpointing, offload, teacher
+            config, ranks, parallel, accelerator.is_cpu, number_size, checkpointing, offload, teachers
         )
 
     return {
@@ -157,7 +158,7 @@ def rate_of_one(
     config: TrainConfig,
     accelerator: "Accelerator",
     number_size: int,
-    teacher: GPTConfig | None,
+    teachers: Sequence[GPTConfig],
 ) -> tuple[float, str]:
     """Return the tokens per second of one accelerator, and their source: given, measured here, or a share of the peak.
 
@@ -168,15 +169,15 @@ def rate_of_one(
     if args.tokens_per_second_per_device:
         return args.tokens_per_second_per_device, "given"
     if not args.accelerator:
-        if not fits(config, teacher):
+        if not fits(config, teachers):
             raise UserError(
                 "accelerator: a step of one window does not fit in the memory here; give --accelerator or "
                 "--tokens_per_second_per_device"
             )
-        rate = config.tokens_per_step / probe(config, teacher).step
+        rate = config.tokens_per_step / probe(config, teachers).step
         return rate, "measured just now, one process with all its threads"
     if number_size == 4:
         raise UserError("dtype = 'float32': the vendor's peak is for bfloat16; give --tokens_per_second_per_device")
     share = args.mfu or clusters.MFU
     source = f"{share:.0%} of the vendor's {accelerator.peak / 1e12:g} TFLOP/s, {'given' if args.mfu else 'assumed'}"
-    return clusters.assumed_rate(config, accelerator, share, teacher), source
+    return clusters.assumed_rate(config, accelerator, share, teachers), source

@@ -414,8 +414,51 @@ def test_a_plan_for_much_time_has_the_teachers_too(much_time, losscurve, monkeyp
         " first 2.67 s for a teacher in runs/mine-teacher-teacher",
     ]
     commands = [f"losscurve train --preset {name}" for name in names]
-    rest_words = shlex.join(["losscurve", "train", "--time=12", *last])
-    assert out.splitlines()[-1] == f"after that, train the run with: {rest_words}"
+    assert out.splitlines()[-1] == f"wrote {', '.join(names)}; train them with: {' && '.join(commands)}"
+    for command in commands:
+        code, _, err = losscurve(f"{command.removeprefix('losscurve ')} --max_steps 2 --sample_tokens 2")
+        assert code == 0, err
+    written = {name: Path(name).read_bytes() for name in names}
+    Path("mine.toml").unlink()
+    shutil.rmtree("runs")  # else the teachers' folders have other names, and the files too
+    code, out, err = losscurve(f"{asked} --out mine.toml")
+    assert (code, out, "mine-teacher-teacher.toml: already exists" in err) == (2, "", True), err
+    assert {name: Path(name).read_bytes() for name in names[:2]} == {name: written[name] for name in names[:2]}
+    assert not Path("mine.toml").exists()
+    facts = json.loads(losscurve(f"{asked} --json")[1])
+    assert [list(plan) for plan in facts["teachers"]] == 2 * [list(facts)[:-1]]
+    assert ["teachers" in plan["memory"] for plan in (*facts["teachers"], facts)] == [False, True, True]
+
+
+@pytest.fixture
+def two_teachers(much_time, monkeypatch):
+    """A run of 10 seconds or more gets two."""
+    monkeypatch.setattr(rule, "TEACHERS", ((0, 1), (10, 2)))
+    return much_time
+
+
+TWO = ["run-teacher-a", "run-teacher-b"]
+
+
+def test_more_time_is_shared_with_several_teachers(two_teachers, losscurve, monkeypatch):
+    monkeypatch.setattr("llm.commands.train.train_all", lambda words, *more: train_all(words, *more[:2], note))
+    commands, codes = [], iter([0, 143, 0, 0, 0])
+
+    def note(words, kept_bytes):
+        commands.append(words)
+        return next(codes)
+
+    asked = "train --text text.txt --time 18s --block_size 64 --out_dir run --seed 5"
+    code, out, _ = losscurve(asked)
+    assert code == 143
+    assert "first 3 s for each teacher in run-teacher-a and run-teacher-b, then a run that learns from what they" in out
+    rest = ["--block_size=64", "--text=text.txt"]
+    expected = [["--time=3", f"--out_dir={TWO[0]}", "--seed=5", *rest]]
+    expected += [["--time=3", f"--out_dir={TWO[1]}", "--seed=1005", *rest]]
+    assert commands == expected
+    last = ["--out_dir=run", *(f"--teacher={name}" for name in TWO), "--seed=5", *rest]
+    told = shlex.join(["losscurve", "train", "--time=12", *last])
+    assert out.splitlines()[-1] == f"after that, train the run with: {told}"
     commands.clear()
     assert losscurve(asked)[0] == 0
     left = int(commands[2][0].removeprefix("--time="))
@@ -424,7 +467,7 @@ def test_a_plan_for_much_time_has_the_teachers_too(much_time, losscurve, monkeyp
 
 def test_a_plan_for_more_time_has_several_teachers(two_teachers, losscurve, monkeypatch):
     monkeypatch.setattr(proposal, "short_probe", machine(1e10))
-    code, out, err = losscurve("plan --text text.txt --time 18s --out_dir run --out mine.toml --seed 2")
+    code, _, err = losscurve("plan --text text.txt --time 18s --out_dir run --out mine.toml --seed 2")
     assert code == 0, err
     names = ["mine-teacher-a.toml", "mine-teacher-b.toml", "mine.toml"]
     runs = [read_toml(name) for name in names]

@@ -117,9 +117,8 @@ def _teacher_bytes(config: TrainConfig, teachers: Sequence[GPTConfig], on_cpu: b
     weights = sum(4 * count_parameters(shape) + _low_precision_bytes(shape, on_cpu, itemsize) for shape in teachers)
     block = max(n * (8 * shape.n_embd + itemsize * 4 * (shape.n_embd + shape.ffn_width)) for shape in teachers)
     rows = min(n, chunk_rows(n, config.model.vocab_size, TAUGHT_BYTES, on_cpu))
-    logits = TAUGHT_BYTES * rows * config.model.vocab_size
     states = n * (4 + itemsize) * sum(shape.n_embd for shape in teachers)
-    return weights + max(block, logits) + states
+    return weights + states + max(block, TAUGHT_BYTES * rows * config.model.vocab_size)
 
 
 def muon_excess(held: dict[str, int], config: TrainConfig, on_cpu: bool, itemsize: int) -> int:

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from llm.config import MODEL_FIELDS, TrainConfig, from_settings
-from llm.config.counts import count_parameters
 from llm.config.recipe import MUON_SETTINGS
 from llm.machine.device import choose_device
 from llm.plan import proposal, rule
-from llm.plan.arithmetic import MEASURED_SHAPE_BYTES, TRAINED_BPE_BYTES, run_flops
+from llm.plan.arithmetic import MEASURED_SHAPE_BYTES, TRAINED_BPE_BYTES
 from llm.plan.forecast import short, spoken
-from llm.plan.prediction import loss
+from llm.plan.prediction import of_choice
 from llm.plan.prediction.loss import Prediction
 from llm.plan.proposal import Measure, Proposal
 from llm.plan.request import Request
 from llm.plan.steps import useful_steps
-from llm.plan.text_facts import LEAST_VALIDATED, TextFacts, look_at
-from llm.plan.text_size import SAMPLE, Text, text_of, with_vocabulary
+from llm.plan.text_facts import TextFacts, look_at
+from llm.plan.text_size import Text, text_of, with_vocabulary
 from llm.plan.timing import busy_line, preparing_seconds, tokenizing_seconds
 from llm.prepare.reuse import default_folder, ensure, unused
 from llm.prepare.shards import Progress
@@ -108,33 +107,7 @@ class Choice:
     @property
     def predicted(self) -> Prediction | str:
         """The loss at the end, or why it cannot be predicted."""
-        config, given, teachers = self.proposal.config, self.request.given, self.request.teachers
-        if config.init_from:
-            return "its weights have learned from other texts"
-        if any(count_parameters(teacher) > count_parameters(config.model) for teacher in teachers):
-            return "no runs with a teacher larger than the model were measured"
-        if self.facts is None:
-            return "of its text only the tokens are known"
-        if self.facts.cross_entropy is None:
-            if _validated_bytes(self.facts, config) < LEAST_VALIDATED:
-                return f"a validation split of less than {LEAST_VALIDATED:,} bytes tells too little of this text"
-            return f"its text has more than {SAMPLE / 1e6:.0f} million characters, or is given by a name"
-        usual = rule.tokenizer(self.facts.train_bytes, self.facts.bytes_per_character, self.facts.distinct, {})
-        changed = {name for name in given if name not in loss.OPEN} - {"tokenizer", "vocab_size"}
-        if config.tokenizer != usual["tokenizer"]:
-            changed.add("tokenizer")
-        elif config.vocab_size != usual.get("vocab_size", config.vocab_size):
-            changed.add("vocab_size")
-        if changed:
-            return f"no runs with a given {', '.join(sorted(changed))} were measured"
-        return loss.predict(
-            {
-                "train_bytes": self.facts.train_bytes,
-                "cross_entropy": self.facts.cross_entropy,
-                "flops": run_flops(config),
-                "steps": config.max_steps,
-            }
-        )
+        return of_choice.predicted(self.proposal.config, self.request.given, self.facts, self.request.teachers)
 
     def deadline(self, began: float) -> Deadline:
         """Return when the run has to end if its time began at `began`, as `time.perf_counter` counts."""
@@ -237,12 +210,8 @@ def small_text(facts: TextFacts, config: TrainConfig) -> str:
         remedies += ", then the weights of a run on a longer text like it (--init_from RUN)"
     return (
         f"{facts.train_bytes:,} bytes to train on are little to learn a language from, and a loss on "
-        f"{_validated_bytes(facts, config):,.0f} bytes is a rough measure; {remedies}"
+        f"{facts.validated_bytes(config.val_fraction):,.0f} bytes is a rough measure; {remedies}"
     )
-
-
-def _validated_bytes(facts: TextFacts, config: TrainConfig) -> float:
-    return facts.train_bytes * config.val_fraction / (1 - config.val_fraction)
 
 
 def with_weights(request: Request, say: Callable[[str], None]) -> tuple[Request, Tokenizer | None]:

@@ -26,6 +26,10 @@ class TextFacts:
     # yet, has more than SAMPLE characters, or too few
     cross_entropy: float | None = None
 
+    def validated_bytes(self, val_fraction: float) -> float:
+        """Return the bytes of the validation split that is such a fraction of the text."""
+        return self.train_bytes * val_fraction / (1 - val_fraction)
+
 
 def look_at(config: TrainConfig, say: corpus.Say = lambda line: None) -> TextFacts:
     """Return the facts of the text of `config`. A text with a name is not downloaded. `say` gets a line for a folder.

@@ -6,9 +6,9 @@ from pathlib import Path
 from llm.config import TrainConfig
 from llm.errors import UserError
 from llm.plan import rule
-from llm.plan.prediction.ngram import cross_entropy
 from llm.plan.text_size import SAMPLE, TEXT_BYTES, beginning
 from llm.text import corpus, hub
+from llm.text.ngram import cross_entropy
 
 SHAKESPEARE_CHARACTERS = 65  # distinct ones
 SHAKESPEARE_CROSS_ENTROPY = 2.5669  # its last tenth

@@ -11,9 +11,10 @@ from test_autopilot import machine
 
 from benchmarks.minutes import fit
 from llm.plan import proposal, text_facts
-from llm.plan.prediction import loss, ngram
+from llm.plan.prediction import loss
 from llm.plan.request import read_request
 from llm.plan.text_facts import look_at
+from llm.text import ngram
 
 PROPERTIES = {"train_bytes": 2e6, "cross_entropy": 2.0, "flops": 1e13, "steps": 1000}
 

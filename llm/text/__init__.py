@@ -1,1 +1,1 @@
-"""The sources of text: files, folders, rows and named texts; and the formats of their files."""
+"""Texts: their sources (files, folders, rows, named ones), the formats of their files, and what can be counted."""

@@ -255,6 +255,17 @@ def test_the_best_shape_is_measured_and_no_more_than_the_time_allows():
         assert found.config.model in seen
 
 
+def test_teachers_take_the_same_time_beside_any_shape():
+    """Six of them take most of a small model's step, which tells the step of a larger one."""
+    text, request = Text(400_000, 1024), read_request("600", {}, {"teacher": ["planned"]})
+    config = with_vocabulary(request.config, text.vocabulary)
+    teacher = from_settings({"n_layer": 5, "n_embd": 160, "n_head": 5, "block_size": 256}, config).model
+    request = dataclasses.replace(request, config=config, teachers=6 * (teacher,))
+    found = proposal.propose(request, text, machine(3e11))
+    assert (found.config.model.n_layer, found.config.model.n_embd) == (6, 192)
+    assert found.measured == 2
+
+
 def test_dropout_is_measured_because_it_takes_time():
     def measure(config, teachers=()):
         pace = machine(1e10)(config)

@@ -360,7 +360,7 @@ def test_its_losses_compare_with_those_of_a_run_without(here):
 @pytest.fixture
 def much_time(here, monkeypatch):
     """A few seconds are so much for the text here that a run of them gets a teacher."""
-    monkeypatch.setattr(rule, "LEAST_TEACHING", 7.0)
+    monkeypatch.setattr(rule, "TEACHERS", ((0, 0, 0.0), (7, 1, 1 / 3)))
     monkeypatch.setattr(rule, "LEAST_TAUGHT_STEPS", 20)
     monkeypatch.setattr(rule, "LEAST_STEPS", 5)  # so few seconds are enough on a busy machine, too
     monkeypatch.setattr(timing, "STARTING_SECONDS", 0.2)
@@ -433,7 +433,7 @@ def test_a_plan_for_much_time_has_the_teachers_too(much_time, losscurve, monkeyp
 @pytest.fixture
 def two_teachers(much_time, monkeypatch):
     """A run of 10 seconds or more gets two."""
-    monkeypatch.setattr(rule, "TEACHERS", ((0, 1), (10, 2)))
+    monkeypatch.setattr(rule, "TEACHERS", ((0, 0, 0.0), (7, 1, 1 / 3), (10, 2, 1 / 3)))
     return much_time
 
 
@@ -467,11 +467,11 @@ def test_more_time_is_shared_with_several_teachers(two_teachers, losscurve, monk
 
 def test_a_plan_for_more_time_has_several_teachers(two_teachers, losscurve, monkeypatch):
     monkeypatch.setattr(proposal, "short_probe", machine(1e10))
-    code, _, err = losscurve("plan --text text.txt --time 18s --out_dir run --out mine.toml --seed 2")
+    code, _, err = losscurve("plan --text text.txt --time 18s --out_dir run/ --out mine.toml --seed 2")
     assert code == 0, err
     names = ["mine-teacher-a.toml", "mine-teacher-b.toml", "mine.toml"]
     runs = [read_toml(name) for name in names]
-    assert [run["out_dir"] for run in runs] == [*TWO, "run"]
+    assert [run["out_dir"] for run in runs] == [*TWO, "run/"]
     assert [run["seed"] for run in runs] == [2, 1002, 2]
     assert [run.get("teacher") for run in runs] == [None, None, tuple(TWO)]
     assert [run["max_time"] for run in runs[:2]] == [3, 3]
@@ -532,7 +532,7 @@ def test_a_taught_run_is_predicted_unless_its_teacher_is_larger(much_time, lossc
 
 
 def test_a_teacher_that_is_interrupted_tells_the_rest(much_time, losscurve, monkeypatch):
-    monkeypatch.setattr(rule, "LEAST_TEACHING", 60.0)
+    monkeypatch.setattr(rule, "TEACHERS", ((0, 0, 0.0), (60, 1, 1 / 3)))
     monkeypatch.setattr("llm.training.live.LiveRun.stop_requested", lambda run: "interrupted")
     code, out, _ = losscurve("train --text text.txt --time 60s --out_dir run --sample_tokens 2")
     assert (code, Path("run").exists()) == (143, False)

@@ -1,6 +1,7 @@
 """Choose a run for a given time: look at the text, choose its tokens, measure the machine, propose the run."""
 
 import dataclasses
+import string
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,8 @@ class Choice:
         """Whether the run would read its text so often that teachers, trained in a part of its time, bring more."""
         config, given = self.proposal.config, self.request.given
         is_free = not (config.init_from or config.teacher or "dropout" in given)
-        is_long = self.request.seconds >= rule.LEAST_TEACHING and config.max_steps >= rule.LEAST_TAUGHT_STEPS
+        _, count, _ = rule.row_for(rule.TEACHERS, self.request.seconds)
+        is_long = count > 0 and config.max_steps >= rule.LEAST_TAUGHT_STEPS
         return is_free and is_long and (self.passes >= rule.LEAST_TAUGHT_PASSES or config.model.dropout > 0)
 
     @property
@@ -82,13 +84,14 @@ class Choice:
     def teacher_runs(self, overwrite: bool) -> list[TeacherRun]:
         """Return the runs of the teachers, whose folders are beside that of the run."""
         config, seconds = self.proposal.config, self.request.seconds
-        out_dir, count = Path(config.out_dir), int(rule.row_for(rule.TEACHERS, seconds)[1])
-        names = [f"{out_dir}-teacher-{letter}" for letter in "abc"[:count]] if count > 1 else [f"{out_dir}-teacher"]
+        out_dir, (_, count, share) = Path(config.out_dir), rule.row_for(rule.TEACHERS, seconds)
+        letters = string.ascii_lowercase[:count]
+        names = [f"{out_dir}-teacher-{letter}" for letter in letters] if count > 1 else [f"{out_dir}-teacher"]
         is_ours = overwrite and (out_dir / "config.toml").is_file() and run_config(out_dir).teacher == tuple(names)
         return [
             TeacherRun(
                 name if is_ours else unused(name),
-                rule.TEACHING_SHARE * seconds / count,
+                share * seconds / count,
                 (config.seed + number * rule.SEED_STEP) % 2**63,
             )
             for number, name in enumerate(names)

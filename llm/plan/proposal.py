@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm.config import GPTConfig, TrainConfig, from_settings
-from llm.config.counts import flops_per_token
+from llm.config.counts import flops_per_token, training_flops_per_token
 from llm.errors import UserError
 from llm.plan import rule
 from llm.plan.request import Request
@@ -53,7 +53,7 @@ def propose(request: Request, text: Text, measure: Measure) -> Proposal:
         paces[best] = measure(shapes[best], request.teachers)
         if len(paces) == 1:
             check_time(shapes[best], request, text, paces[best])
-        best = choose(shapes, request, text, {model: estimate(model, paces) for model in shapes})
+        best = choose(shapes, request, text, {model: estimate(model, paces, request.teachers) for model in shapes})
     if best not in paces:
         best = choose(shapes, request, text, paces)
     return finish(shapes[best], request, text, paces, tuple(shapes), measure)
@@ -121,15 +121,18 @@ def candidates(request: Request, text: Text) -> list[TrainConfig]:
     return sorted(found.values(), key=lambda trial: flops_per_token(trial.model))
 
 
-def estimate(model: GPTConfig, paces: dict[GPTConfig, Pace]) -> Pace:
+def estimate(model: GPTConfig, paces: dict[GPTConfig, Pace], teachers: Sequence[GPTConfig]) -> Pace:
     """Return the measured pace of a shape, or one derived from the measured shape that is most like it."""
     if model in paces:
         return paces[model]
-    ratios = {other: flops_per_token(model) / flops_per_token(other) for other in paces}
+    work = training_flops_per_token(model, teachers)
+    ratios = {other: work / training_flops_per_token(other, teachers) for other in paces}
     nearest = min(paces, key=lambda other: abs(math.log(ratios[other])))
-    pace, growth = paces[nearest], ratios[nearest] ** rule.STEP_GROWTH
+    pace = paces[nearest]
+    step = pace.step * ratios[nearest] ** rule.STEP_GROWTH
+    evaluated = pace.evaluated_token * (flops_per_token(model) / flops_per_token(nearest)) ** rule.STEP_GROWTH
     sampled = pace.sampled_token * model.n_layer / nearest.n_layer  # one token at a time: few FLOPs in each layer
-    return Pace(pace.step * growth, pace.evaluated_token * growth, sampled, pace.others)
+    return Pace(step, evaluated, sampled, pace.others)
 
 
 def suits(config: TrainConfig, request: Request, text: Text, pace: Pace) -> bool:

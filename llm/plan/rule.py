@@ -47,11 +47,10 @@ ENOUGH_STEPS = 2000  # fewer steps are never too many for this reason
 WEIGHT_DECAYS = ((0, 0.1), (7, 0.3))  # (passes from which a row counts, weight decay)
 DROPOUTS = ((0, 0, 0.0), (16, 60, 0.1), (30, 200, 0.2))  # (passes, or repetition, from which a row counts, dropout)
 COOLDOWN = 0.6  # share of the steps, with wsd
-TEACHING_SHARE = 1 / 3  # of the time, for the teachers; they replace dropout,
-TAUGHT_LONGER = 1.5  # and so many times as many steps are useful with them
-TEACHERS = ((0, 1), (1200, 2), (1700, 3))  # (seconds of the run from which a row counts, teachers)
+# (seconds of a run from which a row counts, its teachers if its text is read often, their share of the time)
+TEACHERS = ((0, 0, 0.0), (270, 1, 1 / 3), (1200, 3, 1 / 2), (1800, 3, 1 / 3))
 SEED_STEP = 1000  # from the seed of a teacher to that of the next
-LEAST_TEACHING = 270.0  # seconds of a run that gets any, if without them there were
+TAUGHT_LONGER = 1.5  # teachers replace dropout, and so many times as many steps are useful with them
 LEAST_TAUGHT_STEPS = 300  # so many steps, and
 LEAST_TAUGHT_PASSES = 7  # so many passes or dropout
 

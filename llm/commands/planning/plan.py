@@ -6,6 +6,7 @@ A run on many accelerators: `plan_scale.py`. The lines that it prints: `plan_lin
 import argparse
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.commands.flags import Parser, add_settings, config_from, flag, given_settings, path, request_from, warn
@@ -51,7 +52,8 @@ def main(argv: list[str]) -> int:
         check_new(args.out)
     lines: list[str] = []
     runs = plan_for_time(request, lines.append) if request else [plan_given(config, given_settings(args))]
-    suffixes = [run.config.out_dir.removeprefix(runs[-1].config.out_dir) for run in runs]  # such as "-teacher"
+    folders = [str(Path(run.config.out_dir)) for run in runs]  # those of teachers begin as that of the last run
+    suffixes = [folder.removeprefix(folders[-1]) for folder in folders]
     files = [args.out.with_stem(args.out.stem + suffix) for suffix in suffixes] if args.out else []
     for file in files:
         check_new(file)

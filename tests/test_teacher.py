@@ -431,6 +431,14 @@ def test_a_plan_for_much_time_has_the_teachers_too(much_time, losscurve, monkeyp
 
 
 @pytest.fixture
+def few_steps(monkeypatch):
+    """A run of any time is done after a few steps, and calls for a teacher all the same."""
+    monkeypatch.setattr(rule, "ENOUGH_STEPS", 20)
+    monkeypatch.setattr(rule, "MOST_REPETITION", 0)
+    monkeypatch.setattr(rule, "LEAST_TAUGHT_PASSES", 0)
+
+
+@pytest.fixture
 def two_teachers(much_time, monkeypatch):
     """A run of 10 seconds or more gets two."""
     monkeypatch.setattr(rule, "TEACHERS", ((0, 0, 0.0), (7, 1, 1 / 3), (10, 2, 1 / 3)))
@@ -481,8 +489,7 @@ def test_a_plan_for_more_time_has_several_teachers(two_teachers, losscurve, monk
         assert code == 0, err
 
 
-def test_fit_has_several_teachers_too_and_tells_the_rest(two_teachers, monkeypatch):
-    Path("text.txt").write_text(words(300), encoding="utf-8")  # 40 passes over it are soon done
+def test_fit_has_several_teachers_too_and_tells_the_rest(two_teachers, few_steps, monkeypatch):
     said = []
     run = fit("text.txt", time="12s", out_dir="run", sample_tokens=0, say=said.append)
     assert (run.path, run.config.teacher) == (Path("run"), tuple(TWO))

@@ -109,10 +109,7 @@ def memory_for(config: TrainConfig, on_cpu: bool, itemsize: int, teachers: Seque
 
 
 def _teacher_bytes(config: TrainConfig, teachers: Sequence[GPTConfig], on_cpu: bool, itemsize: int) -> int:
-    """Return the bytes of teachers of these shapes at peak: their weights, the work on one block, and the logits.
-
-    They keep no activations for a backward pass.
-    """
+    """Return the bytes of teachers at peak: weights, states, and one block or the logits. They keep no activations."""
     n = config.batch_size * config.model.block_size
     weights = sum(4 * count_parameters(shape) + _low_precision_bytes(shape, on_cpu, itemsize) for shape in teachers)
     block = max(n * (8 * shape.n_embd + itemsize * 4 * (shape.n_embd + shape.ffn_width)) for shape in teachers)

@@ -225,17 +225,15 @@ def _fit_all(
     runs = choice.teacher_runs(overwrite)
     say(choice.teacher_words(runs))
     given = given | {"block_size": choice.proposal.config.model.block_size}  # of all
-    asked = [given | {"out_dir": run.folder, "seed": run.seed, "time": f"{run.seconds:.0f}"} for run in runs]
+    planned = [(given | {"out_dir": run.folder, "seed": run.seed}, run.seconds) for run in runs]
     last = given | {"teacher": [run.folder for run in runs]}
-    for number, settings in enumerate(asked, 1):
-        seconds = settings.pop("time")
-        teacher, was_interrupted = _fit(settings, preset, False, overwrite, seconds, say)
+    for number, (settings, seconds) in enumerate(planned, 1):
+        teacher, was_interrupted = _fit(settings, preset, False, overwrite, f"{seconds:.0f}", say)
         if was_interrupted:
-            left = choice.seconds - sum(run.seconds for run in runs)
-            more = {"preset": preset, "overwrite": overwrite}
-            for rest in (*asked[number:], last | {"time": f"{max(1.0, left):.0f}"}):
-                told = {name: value for name, value in (rest | more).items() if value not in (None, False)}
-                words = ", ".join(f"{name}={value!r}" for name, value in told.items())
+            left = max(1.0, choice.seconds - sum(run.seconds for run in runs))
+            for rest, time in (*planned[number:], (last, left)):
+                asked = rest | {"time": f"{time:.0f}", "preset": preset, "overwrite": overwrite}
+                words = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value not in (None, False))
                 say(f"after that, train the run with fit({words})")
             return teacher, True
     left = choice.seconds - (perf_counter() - began)

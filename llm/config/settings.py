@@ -166,9 +166,11 @@ def to_settings(config: TrainConfig) -> dict[str, Any]:
     Settings that are None, and those of another architecture or optimizer or of no teachers, are left out.
     """
     values = {name: getattr(config, name) for name in TRAIN_FIELDS}
-    unused = (MUON_SETTINGS if config.optimizer != "muon" else ()) + (
-        ("teacher", *TEACHER_SETTINGS) if not config.teacher else ()
-    )
+    unused: set[str] = set()
+    if config.optimizer != "muon":
+        unused |= {*MUON_SETTINGS}
+    if not config.teacher:
+        unused |= {"teacher", *TEACHER_SETTINGS}
     values = {name: value for name, value in values.items() if name not in unused}
     model = config.model
     values |= {name: getattr(model, name) for name, f in MODEL_FIELDS.items() if f.metadata["arch"] in ("", model.arch)}

@@ -183,7 +183,8 @@ def origin(config: TrainConfig) -> str:
     if config.init_from:
         return "trained further on this text"
     if config.teacher:
-        return "trained from scratch on this text, and on what other models predict of it"
+        whose = "another model predicts" if len(config.teacher) == 1 else "other models predict"
+        return f"trained from scratch on this text, and on what {whose} of it"
     return "trained from scratch on this text alone"
 
 

@@ -22,9 +22,13 @@ def check_tokens(
     config: TrainConfig, data: TokenData, given: Tokenizer | None, tokenizer: Tokenizer | None, weights: str
 ) -> None:
     """Raise UserError if the tokens of `data` are not those of `given`, which the named weights have."""
-    same = given is None or tokenizer is None or given.to_json() == tokenizer.to_json()
-    if config.model.vocab_size < data.vocab_size or not same:
+    if config.model.vocab_size < data.vocab_size or not may_be_same(given, tokenizer):
         raise other_tokens(data.folder, weights)
+
+
+def may_be_same(one: Tokenizer | None, other: Tokenizer | None) -> bool:
+    """Return whether two tokenizers are the same, as far as both are known."""
+    return one is None or other is None or one.to_json() == other.to_json()
 
 
 def other_tokens(folder: Path, weights: str) -> UserError:

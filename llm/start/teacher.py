@@ -16,7 +16,7 @@ from llm.config import GPTConfig, TrainConfig, from_settings
 from llm.errors import UserError
 from llm.machine.world import ALONE, World, receive
 from llm.prepare.reuse import made_from
-from llm.start.init_from import other_tokens, token_settings
+from llm.start.init_from import may_be_same, other_tokens, token_settings
 from llm.start.run_data import open_run_data
 from llm.start.run_folder import Say, teacher_folders
 from llm.storage import checkpoint
@@ -45,16 +45,10 @@ def open_teachers(config: TrainConfig) -> list[Opened]:
                 f"teacher = {name}: has a vocabulary of {teacher.config.vocab_size}, and the weights of "
                 f"{config.init_from} one of {config.model.vocab_size}; give others, or leave one of the two out"
             )
-        if not have_same_tokens(teacher, teachers[0]):
+        first = teachers[0]
+        if teacher.config.vocab_size != first.config.vocab_size or not may_be_same(teacher.tokenizer, first.tokenizer):
             raise UserError(f"teacher = {name}: has other tokens than {config.teacher[0]}; leave one of the two out")
     return teachers
-
-
-def have_same_tokens(one: Opened, other: Opened) -> bool:
-    """Return whether two models have the same vocabulary, as far as their tokenizers are known."""
-    if one.config.vocab_size != other.config.vocab_size:
-        return False
-    return not (one.tokenizer and other.tokenizer) or one.tokenizer.to_json() == other.tokenizer.to_json()
 
 
 def refuse_own_folder(config: TrainConfig) -> None:
@@ -79,7 +73,7 @@ def with_tokens(config: TrainConfig, teachers: Sequence[Opened], say: Say) -> Tr
     folder = Path(config.data_dir) if config.data_dir else _tokens_of_run(teacher, config, say)
     if folder and has_tokens(folder):
         theirs = folder / "tokenizer.json"
-        if teacher.tokenizer and theirs.exists() and load_tokenizer(theirs).to_json() != teacher.tokenizer.to_json():
+        if teacher.tokenizer and theirs.exists() and not may_be_same(load_tokenizer(theirs), teacher.tokenizer):
             raise other_tokens(folder, name)
         made = (read_meta(folder) or {}).get("settings") or {}  # another program's files have none
         chosen |= {"data_dir": folder, "tokenizer": made.get("tokenizer", chosen["tokenizer"])}

@@ -55,16 +55,31 @@ def batch_at(
     stream of Philox (Salmon et al. 2011), which NumPy never changes, reduced by remainder: the bias is below
     len(tokens) / 2**64.
     """
-    philox = np.random.Philox(key=np.array([seed, step], dtype=np.uint64))
-    raw = philox.random_raw(2 * windows)
-    if order == "epochs":
-        taken = range(windows)[rows]
-        starts = epoch_starts(len(tokens), block_size, seed, step * windows + taken.start, len(taken))
-    else:
-        starts = (raw[:windows][rows] % np.uint64(len(tokens) - block_size)).astype(np.int64)
-    seeds = (raw[windows:][rows] >> np.uint64(33)).astype(np.int32)
+    starts = starts_at(len(tokens), seed, step, windows, block_size, rows, order)
+    seeds = (_raw(seed, step, 2 * windows)[windows:][rows] >> np.uint64(33)).astype(np.int32)
     ids = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
     return Batch(x=ids[:, :-1], y=ids[:, 1:], seeds=seeds)
+
+
+def starts_at(
+    count: int,
+    seed: int,
+    step: int,
+    windows: int,
+    block_size: int,
+    rows: slice = slice(None),
+    order: Literal["replacement", "epochs"] = "replacement",
+) -> npt.NDArray[np.int64]:
+    """Return where the windows of `step` start in a text of `count` tokens, or only its `rows`; see `batch_at`."""
+    if order == "epochs":
+        taken = range(windows)[rows]
+        return epoch_starts(count, block_size, seed, step * windows + taken.start, len(taken))
+    return (_raw(seed, step, windows)[rows] % np.uint64(count - block_size)).astype(np.int64)
+
+
+def _raw(seed: int, step: int, number: int) -> npt.NDArray[np.uint64]:
+    philox = np.random.Philox(key=np.array([seed, step], dtype=np.uint64))
+    return np.asarray(philox.random_raw(number), dtype=np.uint64)
 
 
 # ---- epochs

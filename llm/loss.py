@@ -9,7 +9,6 @@ N tokens, C channels, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,14 +25,15 @@ ROUND = 64  # chunks are multiples of so many rows: other products are slower
 SMALL = 256  # vocabulary up to which all logits at once, by plain operations, are faster in bfloat16 on a CPU
 HALF_SCALE = 16  # the sums of a product in float16 are divided by this before it, and by the rest of n after it
 TAUGHT_BYTES = 12  # held at once for each logit of a model with a teacher: three matrices in float32
+TINY = 1e-6  # probabilities that add up to less than this cannot be told from 0 in float32
 SAFE = 60.0  # exp of numbers up to this size, and its sum over a row, stay in the range of float32 and bfloat16
 
 
 class Taught(NamedTuple):
-    """What teachers predict of the tokens that a model learns from, as the two factors of the logits of each."""
+    """What teachers predict of the tokens that a model learns from: the K most probable ones at each position."""
 
-    hidden: Sequence[Tensor]  # each (..., C'), of the positions of the model's own hidden states
-    weights: Sequence[Tensor]  # each (V, C')
+    ids: Tensor  # (..., K) int64, for the positions of the model's hidden states
+    probabilities: Tensor  # (..., K)
     share: float  # of the target that is the teachers'; the rest is the token of the text
 
 
@@ -52,8 +52,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, taught
     is on, else in that of `hidden`; softmax and loss are always float32.
 
     With `taught`, the value is the same, and the gradient is that of the cross-entropy with (1 - share) times the
-    targets plus share times what the teachers predict (distillation, Hinton et al. 2015, at temperature 1): the mean of
-    their probabilities. So losses with and without teachers compare.
+    targets plus share times what the teachers predict (distillation, Hinton et al. 2015, at temperature 1). So losses
+    with and without teachers compare. What the K probabilities leave to all other tokens is divided among those as the
+    model itself divides it: of them the gradient corrects the sum alone.
     """
     rows, kind = hidden.reshape(-1, hidden.size(-1)), hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -182,10 +183,7 @@ class _TaughtCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         """Compute the loss and its gradients together, for some rows at a time."""
         n, ours, share = len(hidden), weight.to(dtype), taught.share
-        theirs = [
-            (states.reshape(n, -1).to(dtype), head.to(dtype))
-            for states, head in zip(taught.hidden, taught.weights, strict=True)
-        ]
+        known, probable = (part.reshape(n, -1) for part in taught[:2])
         exact = torch.float32 if dtype == torch.float16 else dtype  # sums over many rows pass float16's 65,504
         chunk = chunk_rows(n, len(weight), TAUGHT_BYTES, hidden.device.type == "cpu")
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
@@ -197,9 +195,12 @@ class _TaughtCrossEntropy(torch.autograd.Function):
                 rows, wanted = hidden[part].to(dtype), targets[part, None]
                 predicted = torch.log_softmax((rows @ ours.t()).float(), 1)
                 total -= predicted.gather(1, wanted).sum()
-                slope = predicted.exp_()
-                for states, head in theirs:
-                    slope.sub_(torch.softmax((states[part] @ head.t()).float(), 1), alpha=share / len(theirs))
+                slope = predicted.exp_()  # by the logits: what the model predicts, minus the target
+                theirs, same = probable[part], slope.gather(1, known[part])  # both of the K tokens
+                rest, our_rest = ((1 - p.sum(1, keepdim=True)).clamp_(min=TINY) for p in (theirs, same))
+                scale = rest / our_rest
+                slope *= 1 - share * scale
+                slope.scatter_add_(1, known[part], share * (scale * same - theirs))
                 slope.scatter_add_(1, wanted, slope.new_full((len(rows), 1), share - 1))
                 slope = slope.to(exact)
                 grad_hidden[part] = slope @ ours.to(exact)

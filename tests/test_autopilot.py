@@ -13,14 +13,14 @@ from conftest import SMALL, words
 
 import llm
 from llm.config import from_settings, read_toml, to_settings
-from llm.config.counts import flops_per_token, training_flops_per_token
+from llm.config.counts import flops_per_token
 from llm.errors import UserError
 from llm.plan import autopilot, proposal, rule, timing
 from llm.plan.proposal import suits
 from llm.plan.request import read_request
 from llm.plan.steps import parameters_per_token, useful_steps
 from llm.plan.text_size import Text, with_vocabulary
-from llm.plan.timing import Pace
+from llm.plan.timing import Pace, run_seconds
 from llm.prepare.reuse import ensure
 from llm.schedule import lr_at, muon_momentum_at
 from llm.start.new_run import new_run
@@ -43,8 +43,8 @@ def free_machine(monkeypatch):
 def machine(flops_per_second=2e11, growth=1.0):
     """Return the paces of a machine: seconds of a step as FLOPs to the power `growth`."""
 
-    def pace(config, teachers=()):
-        flops = training_flops_per_token(config.model, teachers) * config.tokens_per_step
+    def pace(config):
+        flops = flops_per_token(config.model) * config.tokens_per_step
         return Pace(1e9 / flops_per_second * (flops / 1e9) ** growth, 1e-6, 1e-3)
 
     return pace
@@ -147,7 +147,7 @@ def test_a_teacher_replaces_dropout():
 def test_a_text_that_is_read_often_calls_for_a_teacher(tokens, seconds, typed, called):
     request = read_request(str(seconds), {}, typed)
     text = Text(tokens, 1024)
-    found = proposed(text, seconds, lambda config, teachers: Pace(0.26, 1e-6, 1e-3), **typed)
+    found = proposed(text, seconds, lambda config: Pace(0.26, 1e-6, 1e-3), **typed)
     choice = autopilot.Choice(request, None, found)
     assert (choice.calls_for_teachers, choice.passes >= 7) == (called, tokens < 800_000)
 
@@ -157,7 +157,7 @@ def test_a_model_that_is_large_for_its_text_gets_dropout_after_fewer_passes(n_la
     """Eight passes, of models with 3.3 and 12 parameters in their blocks for each token."""
     text = Text(800_000, 1024)
     shape = {"n_layer": n_layer, "n_embd": n_embd, "batch_size": 12}
-    found = proposed(text, 600, lambda config, teachers: Pace(0.27, 1e-6, 1e-3), **shape)
+    found = proposed(text, 600, lambda config: Pace(0.27, 1e-6, 1e-3), **shape)
     passes = found.config.max_steps * found.config.tokens_per_step / text.tokens
     assert 7 < passes < 9
     assert found.config.model.dropout == dropout
@@ -231,7 +231,7 @@ def test_a_model_that_is_large_for_its_text_gets_fewer_passes(n_layer, n_embd, t
 @pytest.mark.parametrize("seconds", [60, 600, 3600])
 def test_evaluations_take_at_most_their_share_of_the_time(seconds):
     text, slow = Text(10**8, 512), Pace(0.05, 2e-5, 2e-3)
-    config = proposed(text, seconds, lambda config, teachers: slow, n_layer=4, n_embd=128).config
+    config = proposed(text, seconds, lambda config: slow, n_layer=4, n_embd=128).config
     parts = timing.run_seconds(config, text, slow)
     spent = parts["evaluation"] + parts["samples"] + parts["pictures"] + parts["saving"]
     assert spent <= rule.EVALUATION_SHARE * seconds + 2 * rule.LEAST_EVAL_TOKENS * slow.evaluated_token
@@ -240,7 +240,7 @@ def test_evaluations_take_at_most_their_share_of_the_time(seconds):
 def test_the_best_shape_is_measured_and_no_more_than_the_time_allows():
     seen = []
 
-    def measure(config, teachers=()):
+    def measure(config):
         seen.append(config.model)
         return machine()(config)
 
@@ -255,19 +255,23 @@ def test_the_best_shape_is_measured_and_no_more_than_the_time_allows():
         assert found.config.model in seen
 
 
-def test_teachers_take_the_same_time_beside_any_shape():
-    """Six of them take most of a small model's step, which tells the step of a larger one."""
-    text, request = Text(400_000, 1024), read_request("600", {}, {"teacher": ["planned"]})
+def test_the_time_in_which_teachers_predict_is_not_planned_twice():
+    text, request = Text(400_000, 1024), read_request("600", {}, {"teacher": ["planned"], "n_layer": 6, "n_embd": 192})
     config = with_vocabulary(request.config, text.vocabulary)
     teacher = from_settings({"n_layer": 5, "n_embd": 160, "n_head": 5, "block_size": 256}, config).model
-    request = dataclasses.replace(request, config=config, teachers=6 * (teacher,))
-    found = proposal.propose(request, text, machine(3e11))
-    assert (found.config.model.n_layer, found.config.model.n_embd) == (6, 192)
-    assert found.measured == 2
+    found = {}
+    for count in (0, 6):
+        asked = dataclasses.replace(request, config=config, teachers=count * (teacher,))
+        found[count] = proposal.propose(asked, text, machine(3e11))
+    seconds = 2 * text.tokens * 6 * flops_per_token(teacher) / 3 / 3e11  # each token is in two windows
+    saved = (found[0].config.max_steps - found[6].config.max_steps) * found[0].pace.step
+    assert seconds > 10
+    assert saved == pytest.approx(seconds, abs=found[0].pace.step)
+    assert run_seconds(found[6].config, text, found[6].pace, asked.teachers)["teachers"] == pytest.approx(seconds)
 
 
 def test_dropout_is_measured_because_it_takes_time():
-    def measure(config, teachers=()):
+    def measure(config):
         pace = machine(1e10)(config)
         return dataclasses.replace(pace, step=pace.step * (2 if config.model.dropout else 1))
 
@@ -381,7 +385,7 @@ def test_a_mistake_is_one_line(here, losscurve, command, typed, message, monkeyp
 
 
 def test_too_little_time_says_how_much_it_needs(here, losscurve, monkeypatch):
-    monkeypatch.setattr(proposal, "short_probe", lambda config, teachers: Pace(1.0, 1e-6, 1e-3))
+    monkeypatch.setattr(proposal, "short_probe", lambda config: Pace(1.0, 1e-6, 1e-3))
     code, _, err = losscurve("plan --text text.txt --time 4s")
     assert code == 2
     needed = re.search(r"20 steps of the smallest model here \(2 layers x 64\) need about (\d+) s.*--time (\d+)s", err)
@@ -392,7 +396,7 @@ def test_too_little_time_says_how_much_it_needs(here, losscurve, monkeypatch):
 
 
 def test_beside_other_work_the_smallest_model_is_trained_instead(here, losscurve, monkeypatch):
-    monkeypatch.setattr(proposal, "short_probe", lambda config, teachers: Pace(1.0, 1e-6, 1e-3, others=77.0))
+    monkeypatch.setattr(proposal, "short_probe", lambda config: Pace(1.0, 1e-6, 1e-3, others=77.0))
     code, out, err = losscurve("plan --text text.txt --time 4s")
     assert code == 0, err
     (line,) = err.splitlines()[-1:]

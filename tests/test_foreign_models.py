@@ -537,7 +537,7 @@ def test_it_is_fine_tuned_resumed_sampled_and_exported(here, losscurve, kind):
 
 def test_a_plan_counts_the_tokens_of_the_weights(here, losscurve, monkeypatch):
     """For each kind of tokenizer, also that of a run of ours, and a text that is too short for them."""
-    monkeypatch.setattr(timing, "probe", lambda config, teachers: Pace(0.1, 1e-4, 1e-4))
+    monkeypatch.setattr(timing, "probe", lambda config: Pace(0.1, 1e-4, 1e-4))
     assert losscurve("train --text text.txt --tokenizer bpe --vocab_size 300 --max_steps 1 --out_dir ours")[0] == 0
     for kind in ("Qwen3", "TinyLlama"):
         foreign(here / kind, kind, kind)
@@ -613,7 +613,7 @@ def test_a_shorter_context_leaves_out_positions(here, losscurve):
 
 
 def test_time_chooses_the_steps_and_keeps_to_fine_tuning(here, losscurve, monkeypatch):
-    monkeypatch.setattr(proposal, "short_probe", lambda config, teachers: Pace(0.05, 1e-6, 1e-3))
+    monkeypatch.setattr(proposal, "short_probe", lambda config: Pace(0.05, 1e-6, 1e-3))
     foreign(here / "model", context=50)  # shorter than the time suggests
     code, out, err = losscurve("train --text text.txt --init_from model --time 10s --sample_tokens 0 --out_dir tuned")
     assert code == 0, err
@@ -630,7 +630,7 @@ def test_time_chooses_the_steps_and_keeps_to_fine_tuning(here, losscurve, monkey
 
 
 def test_a_run_of_another_context_takes_a_time_too(here, losscurve, monkeypatch):
-    monkeypatch.setattr(proposal, "short_probe", lambda config, teachers: Pace(0.05, 1e-6, 1e-3))
+    monkeypatch.setattr(proposal, "short_probe", lambda config: Pace(0.05, 1e-6, 1e-3))
     shape = "--n_layer 1 --n_head 1 --n_embd 16 --block_size 32 --max_steps 1 --warmup_steps 0 --sample_tokens 0"
     assert losscurve(f"train --text text.txt --tokenizer byte {shape} --out_dir base")[0] == 0
     code, _, err = losscurve("train --text text.txt --init_from base --time 6s --sample_tokens 0 --out_dir tuned")

@@ -339,7 +339,7 @@ def test_one_window_is_never_taken_for_a_whole_step(monkeypatch):
 
 
 def test_a_plan_in_words_and_in_json(here, capsys, monkeypatch):
-    monkeypatch.setattr(timing, "probe", lambda config, teachers: PACE)
+    monkeypatch.setattr(timing, "probe", lambda config: PACE)
     given = f"--text text.txt {flags()}".split()
     assert main(given) == 0
     out = capsys.readouterr().out
@@ -353,7 +353,7 @@ def test_a_plan_in_words_and_in_json(here, capsys, monkeypatch):
 
 
 def test_the_weights_of_init_from_decide_the_shape(here, capsys, losscurve, monkeypatch):
-    monkeypatch.setattr(timing, "probe", lambda config, teachers: PACE)
+    monkeypatch.setattr(timing, "probe", lambda config: PACE)
     losscurve(f"train --text text.txt {flags(n_embd=32)}")
     capsys.readouterr()
     assert main(["--text", "text.txt", "--init_from", "checkpoints", "--batch_size", "4"]) == 0

@@ -11,7 +11,7 @@ import pytest
 from conftest import SMALL, flags
 
 from benchmarks.link import errors, fit_link, predict_from_measurements, predict_throughput, ring_seconds
-from llm.arch import make_model
+from llm.arch import empty_model, make_model
 from llm.commands.flags import Parser
 from llm.commands.planning import plan_scale, plan_scale_prediction
 from llm.commands.planning.plan import main
@@ -183,23 +183,19 @@ def test_muon_has_one_moment_and_products_that_every_rank_makes():
     assert shared.update == pytest.approx(speed.update / 8 + speed.muon)
 
 
-def test_a_teacher_is_whole_on_every_rank_and_takes_its_forward_pass():
-    config, teacher, h100 = gpt2(), gpt2(n_layer=6, n_embd=384, n_head=6).model, ACCELERATORS["h100"]
-    alone, taught = (clusters.rank_memory(config, 8, "fsdp", teachers=shapes) for shapes in ([], [teacher]))
-    assert alone == {part: size for part, size in taught.items() if part != "teachers"}
-    weights, logits = 4 * sum(p.numel() for p in make_model(teacher).parameters()), 12 * 50304 * 1024
-    assert weights < taught["teachers"] < weights + 2 * logits
-    of_model, of_teacher = flops_per_token(config.model), flops_per_token(teacher) / 3
-    rates = [clusters.assumed_rate(config, h100, teachers=shapes) for shapes in ([], [teacher])]
-    assert rates[0] / rates[1] == pytest.approx(1 + of_teacher / of_model)
-    speed = clusters.speed_of(config, rates[1], h100, [teacher])
-    found = clusters.predicted(config, 8, "ddp", h100, speed)
-    evaluation = clusters.run_time(config, found, speed, 8e6)["evaluation"]
-    untaught = clusters.Speed(speed.token * (1 - speed.teacher_share), speed.update)
-    assert found.waiting == pytest.approx(clusters.predicted(config, 8, "ddp", h100, untaught).waiting)
-    assert found.computing > clusters.predicted(config, 8, "ddp", h100, untaught).computing
-    passes = arithmetic.count_validations(config)
-    assert evaluation == pytest.approx(passes * 1e6 * speed.token * of_model / 3 / (of_model + of_teacher))
+def test_a_teacher_counts_by_what_it_takes_beyond_a_step():
+    config = gpt2()
+    large = gpt2(n_layer=6, n_embd=8192, n_head=64).model
+    counts = {}
+    for name, teachers in {"none": [], "small": [config.model], "large": [large]}.items():
+        counts[name] = clusters.rank_memory(config, 8, "fsdp", teachers=teachers)
+    assert "teachers" not in counts["none"]
+    rest = counts["none"]
+    assert all(rest == {part: size for part, size in found.items() if part != "teachers"} for found in counts.values())
+    freed = sum(rest[part] for part in ("gradients", "optimizer state", *arithmetic.OF_A_STEP))
+    weights = 4 * sum(math.prod(p.shape) for p in empty_model(large).parameters())
+    assert weights - freed < counts["large"]["teachers"] < 2 * weights
+    assert counts["small"]["teachers"] < 4 * sum(math.prod(p.shape) for p in empty_model(config.model).parameters())
 
 
 def test_fsdp_gathers_the_matrices_for_muon():
@@ -363,7 +359,7 @@ def test_the_page_shows_what_the_command_prints(here, capsys):
 
 
 def test_machines_like_this_one_are_measured(here, capsys, monkeypatch):
-    monkeypatch.setattr(timing, "probe", lambda config, teachers: timing.Pace(0.01, 1e-6, 1e-3))
+    monkeypatch.setattr(timing, "probe", lambda config: timing.Pace(0.01, 1e-6, 1e-3))
     monkeypatch.setattr(plan_scale_prediction, "measure_memory_rate", lambda: 1e10)
     out = output_of(capsys, *f"--text text.txt --nproc 2 {flags()}".split())
     assert "2 x a CPU like this one" in out

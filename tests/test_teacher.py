@@ -5,35 +5,38 @@ import json
 import re
 import shlex
 import shutil
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, config_for, flags, steps_in, trained, words
+from conftest import SMALL, config_for, flags, trained, words
 from saved_runs import same_bits
 from test_autopilot import machine
 
 from llm import fit
 from llm import loss as loss_module
+from llm.arch import make_model
 from llm.checks.rehearsal import Rehearsal
 from llm.checks.verify import verify
 from llm.commands.train_time import train_all
 from llm.config import GPTConfig, TrainConfig, from_settings, read_toml
-from llm.data import batch_at
+from llm.data import batch_at, starts_at
 from llm.errors import UserError
 from llm.loss import Taught, linear_cross_entropy
 from llm.plan import proposal, rule, text_facts, timing
-from llm.plan.arithmetic import MEASURED_SHAPE_BYTES
-from llm.plan.forecast import outline
+from llm.plan.arithmetic import MEASURED_SHAPE_BYTES, memory
 from llm.plan.prediction import loss
 from llm.record.metrics import read_record
 from llm.start.new_run import new_run
+from llm.start.predict import predict
 from llm.start.resume_run import resume_run
 from llm.storage.checkpoint import load_state
 from llm.train import train
-from llm.training.parts import Parts
-from llm.weights import load_model, run_config
+from llm.training import predictions
+from llm.weights import run_config
 
 OTHER_SHAPE = {"n_layer": 1, "n_embd": 8, "max_steps": 8, "seed": 3}
 LARGE_SHAPE = GPTConfig(vocab_size=12, n_layer=2, n_embd=512, n_head=8, block_size=16)
@@ -44,35 +47,35 @@ def small_flags(*without):
     return " ".join(f"--{name} {value}" for name, value in SMALL.items() if name not in without)
 
 
-def logits_and_taught(n, c, v, widths, share, dtype=torch.float32, seed=0):
-    """The input of the loss: of a model, and of a teacher of each of the widths."""
+def logits_and_taught(n, c, v, k, share, seed=0):
+    """The input of the loss: of a model, and the k most probable tokens of a teacher."""
     draw = torch.Generator().manual_seed(seed)
     hidden, weight = (torch.randn(*size, generator=draw).requires_grad_() for size in ((n, c), (v, c)))
-    theirs = [(torch.randn(n, wide, generator=draw).to(dtype), torch.randn(v, wide, generator=draw)) for wide in widths]
-    return hidden, weight, torch.randint(v, (n,), generator=draw), Taught(*map(list, zip(*theirs, strict=True)), share)
+    most = torch.softmax(2 * torch.randn(n, v, generator=draw), 1).topk(k)
+    return hidden, weight, torch.randint(v, (n,), generator=draw), Taught(most.indices, most.values, share)
 
 
 def reference(hidden, weight, targets, taught):
-    """PyTorch's loss of the text, and its gradients for the mixed targets."""
-    predicted = [
-        torch.softmax(states.double() @ head.double().T, 1)
-        for states, head in zip(taught.hidden, taught.weights, strict=True)
-    ]
-    mixed = taught.share * torch.stack(predicted).mean(0) + (1 - taught.share) * F.one_hot(targets, len(weight))
+    """PyTorch's loss of the text, and its gradients for the mixed targets.
+
+    What the teacher leaves to tokens that are not known is divided as the model divides it.
+    """
     logits = hidden.double() @ weight.double().T
+    theirs = torch.softmax(logits.detach(), 1).scatter(1, taught.ids, 0)
+    left = 1 - taught.probabilities.double().sum(1, keepdim=True)
+    theirs *= left.clamp(min=0) / theirs.sum(1, keepdim=True).clamp(min=1e-300)
+    theirs.scatter_(1, taught.ids, taught.probabilities.double())
+    mixed = taught.share * theirs + (1 - taught.share) * F.one_hot(targets, len(weight))
     found = torch.autograd.grad(F.cross_entropy(logits, mixed), (hidden, weight))
     return F.cross_entropy(logits, targets).item(), found
 
 
-@pytest.mark.parametrize(
-    ("n", "c", "v", "widths"),
-    [(1, 3, 2, [5]), (7, 16, 50, [8, 16]), (300, 32, 1024, [16]), (300, 32, 1024, [16, 8, 4])],
-)
+@pytest.mark.parametrize(("n", "c", "v", "k"), [(1, 3, 2, 1), (7, 16, 50, 50), (300, 32, 1024, 64), (300, 32, 1024, 3)])
 @pytest.mark.parametrize("share", [0.25, 1.0])
 @pytest.mark.parametrize("rows", [1, 10**9])
-def test_the_value_is_the_texts_and_the_gradient_the_mixtures(monkeypatch, n, c, v, widths, share, rows):
+def test_the_value_is_the_texts_and_the_gradient_the_mixtures(monkeypatch, n, c, v, k, share, rows):
     monkeypatch.setattr(loss_module, "ROWS_BYTES", rows)
-    hidden, weight, targets, taught = logits_and_taught(n, c, v, widths, share)
+    hidden, weight, targets, taught = logits_and_taught(n, c, v, k, share)
     expected, gradients = reference(hidden, weight, targets, taught)
     found = linear_cross_entropy(hidden, weight, targets, taught)
     assert found.item() == pytest.approx(expected, abs=1e-5)
@@ -85,7 +88,7 @@ def test_the_value_is_the_texts_and_the_gradient_the_mixtures(monkeypatch, n, c,
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_low_precision_it_is_close(dtype):
-    hidden, weight, targets, taught = logits_and_taught(200, 32, 512, [16, 24], 0.5, dtype)
+    hidden, weight, targets, taught = logits_and_taught(200, 32, 512, 64, 0.5)
     expected, gradients = reference(hidden, weight, targets, taught)
     with torch.autocast("cpu", dtype):
         found = linear_cross_entropy(hidden, weight, targets, taught)
@@ -102,18 +105,52 @@ def test_float16_sums_more_than_it_can_hold():
     weight.requires_grad_()
     targets = torch.arange(40_000) % 2
     with torch.autocast("cpu", torch.float16):
-        linear_cross_entropy(
-            hidden, weight, targets, Taught([torch.zeros(40_000, 4)], [torch.zeros(8, 4)], 0.5)
-        ).backward()
+        even = Taught(torch.arange(8).expand(40_000, 8), torch.full((40_000, 8), 1 / 8), 0.5)
+        linear_cross_entropy(hidden, weight, targets, even).backward()
     assert torch.allclose(weight.grad[:, 0], torch.tensor([-3.0, -3.0] + 6 * [1.0]), atol=1e-2)
 
 
-def test_what_predicts_as_its_teacher_has_nothing_to_learn(here):
-    """All of the target is the teacher's, and the weights are its own: no gradient. The loss is that of the text."""
-    trained(config_for(here, out_dir="first"))
-    _, events = trained(config_for(here, out_dir="same", init_from="first", teacher="first", teacher_share=1.0))
-    first = steps_in(events)[0]
-    assert (float(first.grad_norm) < 1e-6, float(first.loss) > 1) == (True, True)
+def test_what_predicts_as_its_teacher_has_nothing_to_learn():
+    """All of the target is the teacher's, of which only the most probable tokens are known: no gradient."""
+    hidden, weight, targets, _ = logits_and_taught(50, 16, 300, 1, 1.0)
+    most = torch.softmax(hidden @ weight.T, 1).detach().topk(20)
+    linear_cross_entropy(hidden, weight, targets, Taught(most.indices, most.values, 1.0)).backward()
+    assert max(hidden.grad.abs().max(), weight.grad.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize(("count", "block_size"), [(17, 16), (18, 16), (57, 16), (800, 16), (90, 5), (30, 1)])
+def test_every_place_is_predicted_from_half_a_window_before_it(here, monkeypatch, count, block_size):
+    """The mean of two models, in order, against their own logits of one of the contexts that are long enough."""
+    monkeypatch.setattr(predictions, "KEPT", 5)
+    config = config_for(here, teacher="first", block_size=block_size, vocab_size=30)
+    shapes = [from_settings({"n_embd": width}, config).model for width in (8, 16)]
+    teachers = [make_model(shape).eval() for shape in shapes]
+    tokens = np.random.default_rng(0).integers(0, 30, count).astype(np.uint16)
+    rows = np.concatenate(list(predict(config, teachers, tokens, torch.float32)))
+    assert (rows.shape, rows.nbytes) == ((count - 1,), predictions.size_of(config, count))
+    for place in range(count - 1):
+        found = []
+        for start in range(max(0, place - block_size + 1), max(0, place - block_size // 2) + 1):
+            x = torch.from_numpy(tokens[start : place + 1].astype(np.int64))[None]
+            with torch.no_grad():
+                both = torch.stack([torch.softmax(teacher(x)[0][0, -1], 0) for teacher in teachers]).mean(0)
+            most = both.topk(5)
+            found.append((most.indices.tolist(), most.values.half().numpy()))
+        assert any(
+            rows[place]["ids"].tolist() == ids and np.allclose(rows[place]["probabilities"], values, atol=2e-4)
+            for ids, values in found
+        ), place
+    rows.tofile("predictions.bin")
+    starts = np.array([0, (count - block_size) // 2, count - block_size - 1])
+    expected = np.stack([rows[start : start + block_size] for start in starts])
+    assert np.array_equal(predictions._read(Path("predictions.bin"), config, starts), expected)
+
+
+def in_full(rows, vocab_size):
+    """Predictions of all tokens as probabilities (..., V)."""
+    found = np.zeros((*rows.shape, vocab_size), np.float32)
+    np.put_along_axis(found, rows["ids"].astype(np.int64), rows["probabilities"].astype(np.float32), -1)
+    return torch.from_numpy(found)
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
@@ -130,13 +167,14 @@ def test_a_step_is_that_of_a_plain_loop(here, arch, more):
         torch.manual_seed(config.seed)
         plain = type(model)(run.parts.config.model)
         list(train(run))
-    teachers = [load_model(Path(name, "best.pt"), torch.device("cpu"), run_config(Path(name)).model) for name in names]
+    rows = np.fromfile("second/teacher-predictions/predictions.bin", predictions.row_type(12))
     optimizer = torch.optim.AdamW(plain.parameters(), 1e-3, (config.beta1, config.beta2), weight_decay=0.01)
     for step in range(2):
         batch = batch_at(data.train, config.seed, step, 4, 16)
         x, y = torch.from_numpy(batch.x), torch.from_numpy(batch.y)
-        with torch.no_grad():
-            taught = torch.stack([torch.softmax(teacher(x)[0], -1) for teacher in teachers]).mean(0)
+        starts = starts_at(len(data.train), config.seed, step, 4, 16)
+        assert np.array_equal([data.train[start : start + 16] for start in starts], batch.x)
+        taught = torch.stack([in_full(rows[start : start + 16], 12) for start in starts])
         logits = plain(x)[0]
         mixed = 0.7 * F.one_hot(y, logits.size(-1)) + 0.3 * taught
         optimizer.zero_grad()
@@ -262,17 +300,48 @@ def test_a_damaged_teacher_is_said_and_a_new_run_takes_the_folder(here, losscurv
     with new_run(config) as run:
         run.stop = lambda: run.progress.step == 5
         list(train(run))
-    path = Path("second/teacher-weights/model.safetensors")
+    path = Path("second/teacher-predictions/predictions.bin")
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     assert [str(finding.path) for finding in verify(Path("second")) if finding.good is False] == [
-        "second/teacher-weights"
+        "second/teacher-predictions"
     ]
     code, _, err = losscurve("train --resume --out_dir second")
-    assert (code, "second/teacher-weights/model.safetensors" in err) == (2, True), err
+    assert (code, "second/teacher-predictions/predictions.bin" in err) == (2, True), err
     trained(from_settings({"teacher": ()}, config), overwrite=True)
-    assert not Path("second/teacher-weights").exists()
+    assert not Path("second/teacher-predictions").exists()
+
+
+def test_a_run_whose_teachers_were_interrupted_begins_again(here, losscurve, monkeypatch):
+    trained(config_for(here, out_dir="first", **OTHER_SHAPE))
+
+    def interrupted(*given):
+        yield next(predict(*given))
+        raise KeyboardInterrupt
+
+    config = config_for(here, out_dir="second", teacher="first")
+    with monkeypatch.context() as patched:
+        patched.setattr("llm.start.predict.predict", interrupted)
+        with pytest.raises(KeyboardInterrupt), new_run(config):
+            pass
+    assert [path.name for path in Path("second").iterdir()] == [".lock"]
+    trained(config)
+    shutil.rmtree("second/teacher-predictions")
+    code, _, err = losscurve("train --resume --out_dir second --max_steps 20")
+    assert (code, "second/teacher-predictions: missing; copy it back" in err) == (2, True), err
+
+
+def test_the_seconds_of_the_teachers_are_the_runs_but_not_its_steps(here, monkeypatch):
+    trained(config_for(here, out_dir="first", **OTHER_SHAPE))
+    monkeypatch.setattr("llm.start.predict.predict", lambda *given: time.sleep(3) or predict(*given))
+    run, _ = trained(config_for(here, out_dir="second", teacher="first"))
+    seconds = [row["seconds"] for row in read_record(Path("second"))]
+    assert 3 <= run.progress.predicting < 9
+    assert round(run.progress.predicting, 3) == seconds[0] < seconds[-1]
+    assert run.stepping_seconds == pytest.approx(
+        run.seconds - run.progress.bookkeeping - run.progress.predicting, abs=1
+    )
 
 
 def test_plans_and_choices_count_the_teacher(here, losscurve):
@@ -285,12 +354,11 @@ def test_plans_and_choices_count_the_teacher(here, losscurve):
         plans.append(json.loads(out))
     alone, taught = plans
     assert taught["memory"].keys() - alone["memory"].keys() == {"teachers"}
-    weights = torch.load("first/best.pt", weights_only=True)
-    assert taught["disk"]["copies of the teachers"] == 4 * sum(w.numel() for w in weights.values())
-    assert taught["run_flops"] > alone["run_flops"]
-    outlines = [outline(config_for(here, vocab_size=12), 9000, teachers=shapes) for shapes in ([], [LARGE_SHAPE])]
-    needed = [[int(number) for number in re.findall(r"(\d+) MiB", words)] for words in outlines]
-    assert needed[1][0] > needed[0][0]
+    assert taught["disk"]["what the teachers predict"] == (taught["text_tokens"] - 1) * 12 * 4
+    assert taught["run_flops"] == alone["run_flops"]
+    assert taught["seconds"]["teachers"] > 0
+    config = config_for(here, vocab_size=12)
+    assert memory(config, [config.model])["teachers"] < memory(config, [LARGE_SHAPE])["teachers"]
     many = []
     for teacher in ("--data_dir data", "--teacher first"):
         asked = f"plan {small_flags('tokenizer', 'dtype')} {teacher} --accelerator h100 --nproc 2"
@@ -299,7 +367,7 @@ def test_plans_and_choices_count_the_teacher(here, losscurve):
         many.append(json.loads(out))
     alone, taught = many
     assert taught["memory"]["fsdp"].keys() - alone["memory"]["fsdp"].keys() == {"teachers"}
-    assert taught["rate_of_one"] < alone["rate_of_one"]
+    assert taught["seconds"].keys() - alone["seconds"].keys() == {"teachers"}
     code, out, err = losscurve("plan --teacher first --time 6s --out timed.toml")
     assert code == 0, err
     assert "no prediction: of its text only the tokens are known" in out
@@ -329,17 +397,14 @@ def test_a_teacher_beside_other_weights_is_checked_against_them(here, losscurve,
     assert (code, message in err) == (2, True), err
 
 
-def test_a_step_with_a_teacher_is_measured_with_its_forward_pass(here, monkeypatch):
-    passes = []
-    taught = Parts.taught
-    monkeypatch.setattr(Parts, "taught", lambda parts, x: passes.append(parts.teacher_shapes) or taught(parts, x))
+def test_a_step_with_a_teacher_is_measured_with_what_it_predicts(here, monkeypatch):
+    taught = []
+    forward = loss_module._TaughtCrossEntropy.forward
+    monkeypatch.setattr(loss_module._TaughtCrossEntropy, "forward", lambda *given: taught.append(1) or forward(*given))
     config = config_for(here, vocab_size=30)
-    shape = from_settings({"n_layer": 1, "n_embd": 8}, config).model
-    for shapes in ([], [shape], [shape, config.model]):
-        passes.clear()
-        timing.probe(from_settings({"teacher": "not yet"}, config), shapes, seconds=0.1)
-        assert passes
-        assert all(found == shapes for found in passes)
+    for teacher, is_taught in (((), False), ("not yet", True)):
+        timing.probe(from_settings({"teacher": teacher}, config), seconds=0.1)
+        assert bool(taught) == is_taught
 
 
 def test_its_losses_compare_with_those_of_a_run_without(here):

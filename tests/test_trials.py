@@ -116,7 +116,7 @@ def test_the_pace_of_several_is_measured_with_all_of_them_at_work(tmp_path, monk
 
     monkeypatch.setattr(jobs, "other_processes", lambda count, of: nullcontext([Process() for _ in range(count)]))
     with jobs.slowest_pace(3) as measure:
-        assert measure(from_settings({}), None) == Pace(0.3, 0, 0)
+        assert measure(from_settings({})) == Pace(0.3, 0, 0)
 
 
 def made(folder, levels, seeds=3, steps=(4, 8, 12)):

@@ -19,7 +19,7 @@ from llm.record.metrics import read_record
 from llm.storage import checkpoint
 
 # these differ between any two runs
-TIMES = ("seconds", "tokens_per_second", "matmul_utilisation", "data_seconds", "bookkeeping")
+TIMES = ("seconds", "tokens_per_second", "matmul_utilisation", "data_seconds", "bookkeeping", "predicting")
 
 
 def fingerprint(run_dir: Path) -> dict[str, str]:

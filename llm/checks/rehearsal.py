@@ -187,7 +187,7 @@ class Rehearsal:
     def disk(self) -> tuple[bool | None, str]:
         """Check the disk space for the checkpoints of the real model, and for its token files if they do not exist."""
         config = self.config
-        needed = disk_needed(config, [teacher.config for teacher in self.teachers])
+        needed = disk_needed(config)
         purpose = f"the checkpoints of {config.out_dir}"
         if not self.is_prepared:
             # a character tokenizer would read the whole text, and hf is not to be had here

@@ -11,12 +11,12 @@ from llm.config import TrainConfig
 from llm.errors import UserError
 from llm.record import metrics
 from llm.start.run_data import open_run_data, places_of
-from llm.start.run_folder import teacher_folders
 from llm.storage import checkpoint
 from llm.tokens.foreign import characters, check_format
 from llm.tokens.remedies import again
 from llm.tokens.saved_tokenizer import load_tokenizer
 from llm.tokens.token_files import SPLITS, files_of, has_tokens, read_meta
+from llm.training import predictions
 from llm.weights import read_weights, run_config
 
 
@@ -58,8 +58,9 @@ def verify_run(run_dir: Path) -> Iterator[Finding]:
         path = run_dir / name
         if path.exists() and config:
             yield from _try(path, "weights", partial(read_weights, path, config.model))
-    for teacher in teacher_folders(run_dir, config) if config else ():
-        yield from _try(teacher, "a teacher's weights", partial(checkpoint.load_state, teacher))
+    if config and config.teacher:
+        folder = run_dir / predictions.FOLDER
+        yield from _try(folder, "what the teachers predict", partial(storage.verify_folder, folder))
     tokenizer = run_dir / "tokenizer.json"
     if tokenizer.exists():
         yield from _try(tokenizer, "tokenizer", partial(load_tokenizer, tokenizer))

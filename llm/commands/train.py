@@ -159,7 +159,7 @@ def run_process(argv: list[str], world: "World", began: float, kept_bytes: int =
         print_start(run, kept_bytes, was_chosen=args.time is not None)
         if print_address:
             print_address()
-        forecast = Forecast(run.parts.config, kept_bytes, run.parts.teacher_shapes)
+        forecast = Forecast(run.parts.config, kept_bytes)
         train_with_output(run, forecast, trackers, explains=args.explain)
     check_saved(run)
     print_end(run, forecast, predicted)
@@ -201,7 +201,7 @@ def open_run(
     if resumes:
         return stack.enter_context(resume_run(Path(config.out_dir), typed_settings(args), say, world))
     overwrite = args.overwrite or world.restarted
-    with progress_bar("tokenizing") if world.leads else contextlib.nullcontext() as progress:
+    with progress_bar("preparing") if world.leads else contextlib.nullcontext() as progress:
         given = set(FIELDS) if args.time is not None else given_settings(args)  # --time has chosen every setting
         return stack.enter_context(new_run(config, overwrite, say, progress, world, given))
 

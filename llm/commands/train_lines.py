@@ -41,7 +41,7 @@ def print_start(run: "LiveRun", kept_bytes: int, was_chosen: bool) -> None:
         print_best_effort(f"{config.teacher_share:.0%} of each target is what {whose}: {', '.join(config.teacher)}")
     if run.fine_tuning:
         print_best_effort(run.fine_tuning)
-    print_best_effort(outline(config, len(run.parts.data.train), kept_bytes, run.parts.teacher_shapes))
+    print_best_effort(outline(config, len(run.parts.data.train), kept_bytes))
 
 
 def start_lines(run: "LiveRun") -> str:
@@ -119,13 +119,14 @@ def end_lines(run: "LiveRun") -> Iterator[str]:
     if overfitting:
         yield overfitting
 
-    tokens_per_second = progress.tokens / (progress.seconds - progress.bookkeeping)
+    tokens_per_second = progress.tokens / (progress.seconds - progress.bookkeeping - progress.predicting)
     yield (
         f"{tokens_per_second:,.0f} tokens/s: {run.matmul_utilisation(tokens_per_second):.1%} of the "
         f"{run.matrix_rate / 1e9:,.0f} GFLOP/s that matrix products reach here"
     )
     share = progress.bookkeeping / progress.seconds
-    yield f"evaluation, samples, pictures, saving: {share:.1%} of {progress.seconds:.0f} s"
+    teachers = f"; the teachers: {progress.predicting:.0f} s" if progress.predicting else ""
+    yield f"evaluation, samples, pictures, saving: {share:.1%} of {progress.seconds:.0f} s{teachers}"
     yield f"in {run.out_dir}: loss_curve.png, samples.txt, metrics.jsonl, best.pt, {folder_name(progress.step)}/"
     weights = " --weights best" if overfitting else ""
     yield f"next: losscurve sample {flag('out_dir', run.out_dir)}{weights}"

@@ -1,7 +1,5 @@
 """Parameters and FLOPs of a model, counted from its shape. The model is not built, and torch is not imported."""
 
-from collections.abc import Sequence
-
 from llm.config.recipe import GPTConfig
 
 
@@ -87,8 +85,3 @@ def flops_per_token(config: GPTConfig) -> float:
 def forward_flops_per_token(config: GPTConfig) -> float:
     """Return the floating-point operations of the forward pass alone for one token: a third of `flops_per_token`."""
     return flops_per_token(config) / 3
-
-
-def training_flops_per_token(config: GPTConfig, teachers: Sequence[GPTConfig] = ()) -> float:
-    """Return the floating-point operations of a step for one token, with the forward passes of its teachers, if any."""
-    return flops_per_token(config) + sum(map(forward_flops_per_token, teachers))

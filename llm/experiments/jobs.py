@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from llm.config import GPTConfig, TrainConfig
+from llm.config import TrainConfig
 from llm.errors import Failure, UserError
 from llm.experiments.outcome import read_run, step_at
 from llm.plan.proposal import Measure, short_probe
@@ -108,17 +108,17 @@ def slowest_pace(processes: int) -> Iterator[Measure]:
     """Yield a measurement of a config's pace while so many processes train it at once: that of the slowest of them."""
     with other_processes(processes, of=processes) as others:
 
-        def measure(config: TrainConfig, teachers: Sequence[GPTConfig]) -> Pace:
+        def measure(config: TrainConfig) -> Pace:
             for connection in others:
-                ask(connection, (_pace, (config, teachers)))
+                ask(connection, (_pace, config))
             paces: list[Pace] = [answer(connection) for connection in others]
             return dataclasses.replace(max(paces, key=lambda pace: pace.step), others=0.0)  # they are each other's work
 
         yield measure
 
 
-def _pace(run: tuple[TrainConfig, Sequence[GPTConfig]], stop: Stop) -> Pace:
-    return short_probe(*run)
+def _pace(config: TrainConfig, stop: Stop) -> Pace:
+    return short_probe(config)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ Messages are small, travel over the CPU (gloo) and are JSON, never pickle. DDP a
 
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -100,6 +100,11 @@ class World:
             dist.all_reduce(value)
             value /= self.size
         return value
+
+    def scatter(self, into: Tensor, parts: Sequence[Tensor] | None) -> Tensor:
+        """Fill a CPU tensor with this process's one of the `parts`, which only rank 0 has, and return it."""
+        dist.scatter(into, None if parts is None else list(parts), group=self.step_group)
+        return into
 
     def rows(self, count: int) -> slice:
         """Return this process's share of a batch of `count` windows, which `check_parallel` made divisible."""

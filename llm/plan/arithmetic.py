@@ -17,15 +17,18 @@ from llm.config.counts import (
     count_hidden_matrices,
     count_parameters,
     count_parameters_by_part,
+    flops_per_token,
+    forward_flops_per_token,
     matrix_shapes,
-    training_flops_per_token,
 )
+from llm.evaluate import WINDOW_TOKENS
 from llm.loss import TAUGHT_BYTES, chunk_rows
 from llm.machine import fused_gpt2, fused_llama
 from llm.machine.device import choose_device, choose_dtype
 from llm.machine.fused_block import LONGEST, can_compile
 from llm.model import SHORT
 from llm.muon import BATCH
+from llm.training.predictions import size_of
 
 MIB = 2**20
 
@@ -66,9 +69,14 @@ def count_group_parameters(model: GPTConfig) -> dict[str, int]:
     return {"attention": attention, "feed-forward": feed_forward, "root": root}
 
 
-def run_flops(config: TrainConfig, teachers: Sequence[GPTConfig] = ()) -> float:
-    """Return the FLOPs of all steps of a run. Its evaluations are not counted."""
-    return training_flops_per_token(config.model, teachers) * config.tokens_per_step * config.max_steps
+def run_flops(config: TrainConfig) -> float:
+    """Return the FLOPs of all steps of a run. Its evaluations, and what its teachers predict, are not counted."""
+    return flops_per_token(config.model) * config.tokens_per_step * config.max_steps
+
+
+def predicting_flops(tokens: int, teachers: Sequence[GPTConfig]) -> float:
+    """Return the FLOPs of teachers that predict a text of so many tokens: in windows that overlap by half."""
+    return 2 * tokens * sum(map(forward_flops_per_token, teachers))
 
 
 def memory(config: TrainConfig, teachers: Sequence[GPTConfig] = ()) -> dict[str, int]:
@@ -97,7 +105,7 @@ def memory_for(config: TrainConfig, on_cpu: bool, itemsize: int, teachers: Seque
     if config.ema:
         found["average of the weights"] = 4 * count
     if teachers:
-        found["teachers"] = _teacher_bytes(config, teachers, on_cpu, itemsize)
+        found["teachers"] = teacher_excess(found, config, teachers, on_cpu, itemsize)
     if config.optimizer == "muon":
         found["Muon's update"] = muon_excess(found, config, on_cpu, itemsize)
     if on_cpu:
@@ -108,14 +116,20 @@ def memory_for(config: TrainConfig, on_cpu: bool, itemsize: int, teachers: Seque
     return found
 
 
-def _teacher_bytes(config: TrainConfig, teachers: Sequence[GPTConfig], on_cpu: bool, itemsize: int) -> int:
-    """Return the bytes of teachers at peak: weights, states, and one block or the logits. They keep no activations."""
-    n = config.batch_size * config.model.block_size
+def teacher_excess(
+    held: dict[str, int], config: TrainConfig, teachers: Sequence[GPTConfig], on_cpu: bool, itemsize: int
+) -> int:
+    """Return the bytes of teachers beyond what the first step takes after they are gone, which is in `held`.
+
+    They have weights, the states of some windows, and one block or the logits. They keep no activations.
+    """
+    n = max(WINDOW_TOKENS, config.model.block_size)
     weights = sum(4 * count_parameters(shape) + _low_precision_bytes(shape, on_cpu, itemsize) for shape in teachers)
     block = max(n * (8 * shape.n_embd + itemsize * 4 * (shape.n_embd + shape.ffn_width)) for shape in teachers)
     rows = min(n, chunk_rows(n, config.model.vocab_size, TAUGHT_BYTES, on_cpu))
     states = n * (4 + itemsize) * sum(shape.n_embd for shape in teachers)
-    return weights + states + max(block, TAUGHT_BYTES * rows * config.model.vocab_size)
+    taken = weights + states + max(block, TAUGHT_BYTES * rows * config.model.vocab_size)
+    return max(0, taken - sum(held.get(part, 0) for part in ("gradients", "optimizer state", *OF_A_STEP)))
 
 
 def muon_excess(held: dict[str, int], config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
@@ -268,7 +282,7 @@ def peak_memory() -> int | None:
         return None
 
 
-def disk(config: TrainConfig, tokens: int, teachers: Sequence[GPTConfig] = ()) -> dict[str, int]:
+def disk(config: TrainConfig, tokens: int) -> dict[str, int]:
     """Return the bytes of a finished run by part. `tokens`: tokens of the training split."""
     count = count_parameters(config.model)
     kept = min(config.keep + 1, 1 + count_evaluations(config))  # the newest checkpoints and the best
@@ -278,8 +292,8 @@ def disk(config: TrainConfig, tokens: int, teachers: Sequence[GPTConfig] = ()) -
         "model.pt and best.pt": 2 * 4 * count,
         "token files": round(bytes_per_token * tokens / (1 - config.val_fraction)),
     }
-    if teachers:
-        found["copies of the teachers"] = 4 * sum(map(count_parameters, teachers))
+    if config.teacher:
+        found["what the teachers predict"] = size_of(config, tokens)
     return found
 
 

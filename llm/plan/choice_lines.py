@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from llm.config import GPTConfig
-from llm.config.counts import count_parameters, training_flops_per_token
+from llm.config.counts import count_parameters, flops_per_token
 from llm.machine.device import choose_device, choose_dtype, describe_device
 from llm.plan import rule
 from llm.plan.autopilot import Choice
@@ -55,7 +55,7 @@ def _preparation(choice: Choice) -> str:
 def _machine(choice: Choice) -> str:
     config, pace, count = choice.proposal.config, choice.proposal.pace, choice.proposal.measured
     device = choose_device(config.device)
-    rate = training_flops_per_token(config.model, choice.request.teachers) * config.tokens_per_step / pace.step
+    rate = flops_per_token(config.model) * config.tokens_per_step / pace.step
     shapes = counted(count, "shape")
     return (
         f"{describe_device(device, choose_dtype(config.dtype, device))}: {rate / 1e9:,.0f} GFLOP/s in training, "
@@ -85,7 +85,7 @@ def _steps(choice: Choice) -> str:
     config, text, pace = choice.proposal.config, choice.proposal.text, choice.proposal.pace
     trained = config.max_steps * config.tokens_per_step
     probing = choice.proposal.probes * rule.probe_seconds(choice.request.seconds)
-    seconds = sum(run_seconds(config, text, pace).values()) + probing
+    seconds = sum(run_seconds(config, text, pace, choice.request.teachers).values()) + probing
     is_capped = seconds - text.uncounted < 0.9 * rule.FILL * choice.request.seconds
     reason = "; more passes over this text gain little, more text would help" if is_capped else ""
     follows = "with" if choice.request.given.keys() & {"weight_decay", "dropout"} else "so"

@@ -10,16 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llm.config import GPTConfig, TrainConfig, from_settings
-from llm.config.counts import (
-    count_hidden_matrices,
-    count_parameters,
-    forward_flops_per_token,
-    muon_flops,
-    training_flops_per_token,
-)
+from llm.config.counts import count_hidden_matrices, count_parameters, flops_per_token, muon_flops
 from llm.errors import UserError
 from llm.plan.accelerators import Accelerator, describe_link
-from llm.plan.arithmetic import count_group_parameters, count_validations, memory_for, muon_excess
+from llm.plan.arithmetic import count_group_parameters, count_validations, memory_for, muon_excess, teacher_excess
 from llm.plan.messages import ddp_messages, fsdp_messages
 
 Parallel = Literal["ddp", "fsdp"]
@@ -90,7 +84,7 @@ def rank_memory(
       (Chen et al. 2016).
     - cpu_offload moves the shards to the host's memory.
     - Muon's momentum is sharded like the weights. Each rank gathers all matrices for the products of its update.
-    - teachers: each rank has whole ones of these shapes.
+    - teachers: the first rank has whole ones of these shapes before the first step.
 
     One rank shards nothing.
     """
@@ -98,7 +92,7 @@ def rank_memory(
     windows, _ = config.share(ranks)
     micro_batch = {"batch_size": min(windows, config.batch_size), "gradient_accumulation_steps": 1}
     of_rank = from_settings(micro_batch, config)
-    held = memory_for(of_rank, on_cpu, itemsize, teachers)
+    held = memory_for(of_rank, on_cpu, itemsize)
     if activation_checkpointing:
         one_block = memory_for(from_settings({"n_layer": 1}, of_rank), on_cpu, itemsize)["activations"]
         stream = 4 * of_rank.tokens_per_step * model.n_embd
@@ -107,6 +101,8 @@ def rank_memory(
         _shard(held, config, ranks, itemsize, on_cpu, cpu_offload)
     if config.optimizer == "muon":
         held["Muon's update"] = muon_excess(held, config, on_cpu, itemsize)
+    if teachers:
+        held["teachers"] = teacher_excess(held, of_rank, teachers, on_cpu, itemsize)
     return held
 
 
@@ -141,10 +137,9 @@ class Speed:
     token: float  # forward and backward pass of one token
     update: float  # memory traffic of the optimizer, all parameters
     muon: float = 0.0  # Muon's products: each rank computes them all
-    teacher_share: float = 0.0  # of a token's seconds, for the teachers' forward passes
 
 
-def speed_of(config: TrainConfig, rate: float, accelerator: Accelerator, teachers: Sequence[GPTConfig] = ()) -> Speed:
+def speed_of(config: TrainConfig, rate: float, accelerator: Accelerator) -> Speed:
     """Return the parts of a step that runs at `rate` tokens per second, over whole steps of `config`.
 
     The traffic of the update is computed from the memory bandwidth, a peak. It is at most half of a step, because very
@@ -156,11 +151,10 @@ def speed_of(config: TrainConfig, rate: float, accelerator: Accelerator, teacher
     if config.optimizer == "muon":
         touched -= (UPDATE_BYTES - MUON_UPDATE_BYTES) * count_hidden_matrices(config.model)
     update = min(touched / accelerator.memory_bandwidth, step / 2)
-    of_tokens = training_flops_per_token(config.model, teachers) * config.tokens_per_step
+    of_tokens = flops_per_token(config.model) * config.tokens_per_step
     of_muon = optimizer_flops(config)
     muon = (step - update) * of_muon / (of_muon + of_tokens)
-    teacher_share = sum(map(forward_flops_per_token, teachers)) * config.tokens_per_step / of_tokens
-    return Speed((step - update - muon) / config.tokens_per_step, update, muon, teacher_share)
+    return Speed((step - update - muon) / config.tokens_per_step, update, muon)
 
 
 def optimizer_flops(config: TrainConfig) -> float:
@@ -168,11 +162,9 @@ def optimizer_flops(config: TrainConfig) -> float:
     return muon_flops(config.model) if config.optimizer == "muon" else 0.0
 
 
-def assumed_rate(
-    config: TrainConfig, accelerator: Accelerator, share: float = MFU, teachers: Sequence[GPTConfig] = ()
-) -> float:
+def assumed_rate(config: TrainConfig, accelerator: Accelerator, share: float = MFU) -> float:
     """Return the tokens per second of one accelerator at a share of its peak, over whole steps of `config`."""
-    of_token = training_flops_per_token(config.model, teachers) + optimizer_flops(config) / config.tokens_per_step
+    of_token = flops_per_token(config.model) + optimizer_flops(config) / config.tokens_per_step
     return share * accelerator.peak / of_token
 
 
@@ -206,8 +198,7 @@ def predicted(
     check(config, ranks, accelerator)
     windows, micro_batches = config.share(ranks)
     computing = windows * config.model.block_size * speed.token
-    of_model = computing * (1 - speed.teacher_share)  # the teachers' passes come before, and hide nothing
-    overlapped = accelerator.overlap * of_model / micro_batches
+    overlapped = accelerator.overlap * computing / micro_batches
     forward = overlapped / 3
     backward = overlapped * 2 / 3
     if ranks == 1:
@@ -240,7 +231,7 @@ def run_time(config: TrainConfig, found: Prediction, speed: Speed, validated: fl
     `found` is a step of `config` or of `weak`. Evaluations, forward passes over `validated` tokens each, are split over
     the ranks. Samples, saving and starting are not counted.
     """
-    forward = speed.token * (1 - speed.teacher_share) / 3
+    forward = speed.token / 3
     return {
         "steps": config.max_steps * config.tokens_per_step / found.tokens_per_second,
         "evaluation": count_validations(config) * validated * forward / found.ranks,

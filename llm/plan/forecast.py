@@ -1,9 +1,8 @@
 """The forecast of a running run: how long it will take, and at its end how far off the forecast was."""
 
 import math
-from collections.abc import Sequence
 
-from llm.config import GPTConfig, TrainConfig
+from llm.config import TrainConfig
 from llm.config.counts import count_parameters
 from llm.plan.arithmetic import MIB, TOKENS_PER_PARAMETER, count_evaluations, disk, memory, peak_memory, run_flops
 
@@ -31,16 +30,15 @@ def spoken(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days"
 
 
-def outline(config: TrainConfig, tokens: int, kept_bytes: int = 0, teachers: Sequence[GPTConfig] = ()) -> str:
+def outline(config: TrainConfig, tokens: int, kept_bytes: int = 0) -> str:
     """Return lines for the start of a run: its memory, disk, FLOPs and tokens per parameter. Nothing is measured.
 
     A run from other weights has no tokens per parameter: those that the weights have learned from are not known.
-    `tokens`: tokens of the training split. `kept_bytes`: of memory that was used before. `teachers`: the shapes of the
-    models that the run learns from.
+    `tokens`: tokens of the training split. `kept_bytes`: of memory that was used before.
     """
-    memory_mib = (sum(memory(config, teachers).values()) + kept_bytes) / MIB
-    disk_mib = sum(disk(config, tokens, teachers).values()) / MIB
-    flops = run_flops(config, teachers)
+    memory_mib = (sum(memory(config).values()) + kept_bytes) / MIB
+    disk_mib = sum(disk(config, tokens).values()) / MIB
+    flops = run_flops(config)
     needs = f"about {memory_mib:,.0f} MiB of memory and {disk_mib:,.0f} MiB of disk; {flops:.2g} FLOPs"
     if config.init_from:
         return needs
@@ -62,9 +60,8 @@ class Forecast:
     STEPS = 20
     SECONDS = 5.0
 
-    def __init__(self, config: TrainConfig, kept_bytes: int = 0, teachers: Sequence[GPTConfig] = ()) -> None:
+    def __init__(self, config: TrainConfig, kept_bytes: int = 0) -> None:
         self.config = config
-        self.teachers = teachers  # the shapes of the models that the run learns from
         self.kept_bytes = kept_bytes  # of memory that was used before
         self.first: tuple[int, float] | None = None  # the first step seen, and the seconds of steps until its end
         self.predicted: float | None = None  # seconds of the whole run
@@ -103,7 +100,7 @@ class Forecast:
         if self.predicted is None:
             return None
         line = f"predicted {spoken(self.predicted)}, took {spoken(seconds)}: {_error(self.predicted, seconds)}"
-        planned = memory(self.config, self.teachers)
+        planned = memory(self.config)
         peak = peak_memory() if "process" in planned else None  # on a GPU, the plan is of the GPU's memory
         if peak:
             total = sum(planned.values()) + self.kept_bytes

@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from llm.config import GPTConfig, TrainConfig, from_settings
-from llm.config.counts import flops_per_token, training_flops_per_token
+from llm.config.counts import flops_per_token
 from llm.errors import UserError
 from llm.plan import rule
 from llm.plan.request import Request
@@ -15,7 +15,7 @@ from llm.plan.steps import affordable_steps, parameters_per_token, useful_steps,
 from llm.plan.text_size import Text
 from llm.plan.timing import Pace, fits, preparing_seconds, probe, starting_seconds
 
-Measure = Callable[[TrainConfig, Sequence[GPTConfig]], Pace]  # of a run with teachers of these shapes
+Measure = Callable[[TrainConfig], Pace]
 Shapes = dict[GPTConfig, TrainConfig]
 
 
@@ -31,9 +31,9 @@ class Proposal:
     probes: int  # of shapes, and of dropout
 
 
-def short_probe(config: TrainConfig, teachers: Sequence[GPTConfig]) -> Pace:
+def short_probe(config: TrainConfig) -> Pace:
     """Measure a pace, set-up included, within about a second, or half of one for a short run."""
-    return probe(config, teachers, 0.6 * rule.probe_seconds(config.max_time or math.inf))
+    return probe(config, 0.6 * rule.probe_seconds(config.max_time or math.inf))
 
 
 def propose(request: Request, text: Text, measure: Measure) -> Proposal:
@@ -50,10 +50,10 @@ def propose(request: Request, text: Text, measure: Measure) -> Proposal:
     paces: dict[GPTConfig, Pace] = {}
     best = next(iter(shapes))
     while best not in paces and len(paces) < rule.probes(request.seconds):
-        paces[best] = measure(shapes[best], request.teachers)
+        paces[best] = measure(shapes[best])
         if len(paces) == 1:
             check_time(shapes[best], request, text, paces[best])
-        best = choose(shapes, request, text, {model: estimate(model, paces, request.teachers) for model in shapes})
+        best = choose(shapes, request, text, {model: estimate(model, paces) for model in shapes})
     if best not in paces:
         best = choose(shapes, request, text, paces)
     return finish(shapes[best], request, text, paces, tuple(shapes), measure)
@@ -79,7 +79,7 @@ def finish(
     probes = len(paces)
     config = with_chosen(chosen, request, regularisation(chosen, request, text, pace, probes))
     if config.model.dropout != chosen.model.dropout:  # dropout takes time, so that there are fewer epochs
-        pace = measure(config, request.teachers)
+        pace = measure(config)
         probes += 1
         config = with_chosen(config, request, regularisation(config, request, text, pace, probes))
     return Proposal(with_steps(config, request, text, pace, probes), text, pace, shapes, len(paces), probes)
@@ -121,16 +121,15 @@ def candidates(request: Request, text: Text) -> list[TrainConfig]:
     return sorted(found.values(), key=lambda trial: flops_per_token(trial.model))
 
 
-def estimate(model: GPTConfig, paces: dict[GPTConfig, Pace], teachers: Sequence[GPTConfig]) -> Pace:
+def estimate(model: GPTConfig, paces: dict[GPTConfig, Pace]) -> Pace:
     """Return the measured pace of a shape, or one derived from the measured shape that is most like it."""
     if model in paces:
         return paces[model]
-    work = training_flops_per_token(model, teachers)
-    ratios = {other: work / training_flops_per_token(other, teachers) for other in paces}
+    ratios = {other: flops_per_token(model) / flops_per_token(other) for other in paces}
     nearest = min(paces, key=lambda other: abs(math.log(ratios[other])))
     pace = paces[nearest]
     step = pace.step * ratios[nearest] ** rule.STEP_GROWTH
-    evaluated = pace.evaluated_token * (flops_per_token(model) / flops_per_token(nearest)) ** rule.STEP_GROWTH
+    evaluated = pace.evaluated_token * ratios[nearest] ** rule.STEP_GROWTH
     sampled = pace.sampled_token * model.n_layer / nearest.n_layer  # one token at a time: few FLOPs in each layer
     return Pace(step, evaluated, sampled, pace.others)
 

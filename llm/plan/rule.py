@@ -48,7 +48,7 @@ WEIGHT_DECAYS = ((0, 0.1), (7, 0.3))  # (passes from which a row counts, weight 
 DROPOUTS = ((0, 0, 0.0), (16, 60, 0.1), (30, 200, 0.2))  # (passes, or repetition, from which a row counts, dropout)
 COOLDOWN = 0.6  # share of the steps, with wsd
 # (seconds of a run from which a row counts, its teachers if its text is read often, their share of the time)
-TEACHERS = ((0, 0, 0.0), (270, 1, 1 / 3), (1200, 3, 1 / 2), (1800, 3, 1 / 3))
+TEACHERS = ((0, 0, 0.0), (270, 1, 1 / 3), (1200, 3, 1 / 2), (1800, 5, 1 / 2))
 SEED_STEP = 1000  # from the seed of a teacher to that of the next
 TAUGHT_LONGER = 1.5  # teachers replace dropout, and so many times as many steps are useful with them
 LEAST_TAUGHT_STEPS = 300  # so many steps, and

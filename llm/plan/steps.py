@@ -7,7 +7,7 @@ from llm.plan import rule
 from llm.plan.arithmetic import bytes_copied_to_save
 from llm.plan.request import Request
 from llm.plan.text_size import Text
-from llm.plan.timing import PICTURE_SECONDS, SAVING_RATE, Pace, starting_seconds, validated_tokens
+from llm.plan.timing import PICTURE_SECONDS, SAVING_RATE, Pace, starting_seconds, teaching_seconds, validated_tokens
 
 
 def with_steps(config: TrainConfig, request: Request, text: Text, pace: Pace, probes: int) -> TrainConfig:
@@ -26,7 +26,7 @@ def with_steps(config: TrainConfig, request: Request, text: Text, pace: Pace, pr
 def affordable_steps(config: TrainConfig, request: Request, text: Text, pace: Pace, probes: int) -> int:
     """Return the steps that fit after `probes`, at most the useful ones."""
     evaluation = _other_seconds(config, pace) + _validation_seconds(config, request, text, pace)
-    starting = starting_seconds(text) - text.uncounted
+    starting = starting_seconds(text) - text.uncounted + teaching_seconds(config, text, pace, request.teachers)
     seconds = rule.FILL * request.seconds - starting - probes * rule.probe_seconds(request.seconds) - evaluation
     step = pace.step
     if "eval_every" in request.given:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm.arch import make_model
 from llm.config import GPTConfig, TrainConfig, from_settings
+from llm.config.counts import flops_per_token
 from llm.data import TokenData
 from llm.evaluate import WINDOW_TOKENS, evaluate
 from llm.generate import generate
@@ -25,6 +25,7 @@ from llm.plan.arithmetic import (
     count_validations,
     machine_memory,
     memory,
+    predicting_flops,
 )
 from llm.plan.text_size import Text
 from llm.prepare.choose_tokenizer import SAMPLE
@@ -32,6 +33,7 @@ from llm.start.build import build
 from llm.train import train_step
 from llm.training.evaluating import PICTURE_PACE
 from llm.training.parts import Parts
+from llm.training.predictions import uniform
 
 STARTING_SECONDS = 2.3  # importing, opening the text, and the set-up in the first step
 
@@ -92,11 +94,10 @@ class Pace:
         return self.others > DISTURBING * (os.cpu_count() or 1)
 
 
-def probe(config: TrainConfig, teachers: Sequence[GPTConfig] = (), seconds: float = PROBE_SECONDS) -> Pace:
+def probe(config: TrainConfig, seconds: float = PROBE_SECONDS) -> Pace:
     """Time real steps of `config` on random tokens for about `seconds`, then evaluation and sampling for a third of it.
 
-    `teachers` are the shapes of the models that the run learns from; their weights are random, too. torch.compile is
-    not used, because it takes longer than the probe.
+    What teachers predict is the same at each place. torch.compile is not used, because it takes longer than the probe.
     """
     device = choose_device(config.device)
     block_size = config.model.block_size
@@ -107,8 +108,9 @@ def probe(config: TrainConfig, teachers: Sequence[GPTConfig] = (), seconds: floa
     rest = seconds / 6  # for evaluation, and as long for sampling
     began, before = time.perf_counter(), seconds_of_others()
     with fixed_order(device):
-        taught_by = [make_model(teacher) for teacher in teachers]
-        parts = build(config, data, None, device, choose_dtype(config.dtype, device), teachers=taught_by)
+        parts = build(config, data, None, device, choose_dtype(config.dtype, device))
+        if config.teacher:
+            parts.predictions = uniform(config)
         pace = Pace(
             _step_seconds(parts, seconds), _evaluated_token_seconds(parts, rest), _sampled_token_seconds(parts, rest)
         )
@@ -197,14 +199,14 @@ def _sampled_token_seconds(parts: Parts, budget: float) -> float:
         return _median_seconds(lambda _: list(generate(parts.model, prompt, count)), budget) / count
 
 
-def run_seconds(config: TrainConfig, text: Text, pace: Pace) -> dict[str, float]:
-    """Return the seconds of a run by part, at a measured pace."""
+def run_seconds(config: TrainConfig, text: Text, pace: Pace, teachers: Sequence[GPTConfig] = ()) -> dict[str, float]:
+    """Return the seconds of a run by part, at a measured pace. `teachers`: the shapes of those that predict first."""
     evaluations = count_evaluations(config)
     steps = config.max_steps * pace.step
     save_every = config.save_every or config.eval_every
     saved_length = steps if isinstance(save_every, float) else config.max_steps  # in the unit of save_every
     saves = 2 + saved_length / save_every
-    return {
+    found = {
         "steps": steps,
         "evaluation": count_validations(config) * validated_tokens(config, text) * pace.evaluated_token,
         "samples": evaluations * config.sample_tokens * pace.sampled_token,
@@ -212,6 +214,15 @@ def run_seconds(config: TrainConfig, text: Text, pace: Pace) -> dict[str, float]
         "saving": saves * bytes_copied_to_save(config) / SAVING_RATE,
         "starting": starting_seconds(text),
     }
+    if teachers:
+        found["teachers"] = teaching_seconds(config, text, pace, teachers)
+    return found
+
+
+def teaching_seconds(config: TrainConfig, text: Text, pace: Pace, teachers: Sequence[GPTConfig]) -> float:
+    """Return the seconds in which teachers predict the text, at the FLOP/s of the steps of `config`."""
+    flops_per_second = flops_per_token(config.model) * config.tokens_per_step / pace.step
+    return predicting_flops(text.tokens, teachers) / flops_per_second
 
 
 def starting_seconds(text: Text) -> float:

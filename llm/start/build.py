@@ -1,12 +1,12 @@
 """Build the objects that a training step uses: model, optimizer, loss scaler and the forward function."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm.arch import Model, make_model
+from llm.arch import make_model
 from llm.config import TrainConfig
 from llm.data import TokenData
 from llm.loss import Taught, linear_cross_entropy
@@ -28,7 +28,6 @@ def build(
     dtype: torch.dtype,
     world: World = ALONE,
     weights: dict[str, Tensor] | None = None,
-    teachers: Sequence[Model] = (),
 ) -> Parts:
     """Return the parts of a run, with the given `weights` or, without any, weights initialised from the seed."""
     keep_memory()
@@ -47,7 +46,6 @@ def build(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizer = make_optimizer(model, config, dtype)
     parts = Parts(config, model, model, optimizer, scaler, data, tokenizer, device, dtype, world)
-    parts.teachers = [teacher.to(device).eval().requires_grad_(False) for teacher in teachers]
     if config.ema:
         parts.average = Average(model, config.ema)
     return parts
@@ -67,16 +65,15 @@ def connect(parts: Parts, say: Say) -> None:
 
 
 def warm_up(parts: Parts, forward: Callable[..., Any]) -> None:
-    """Run a warm-up forward and backward pass on dummy data."""
-    config = parts.config
-    windows = min(config.batch_size, config.share(parts.world.size)[0])
-    ids = torch.zeros(windows, config.model.block_size, dtype=torch.int64, device=parts.device)
+    """Run a warm-up forward and backward pass on the first micro-batch of the run."""
+    micro = next(parts.micro_batches(0))
     try:
         with precision(parts.dtype, parts.device):
-            loss: Any = forward(ids, ids, ids[:, 0].int(), parts.taught(ids))[1]
+            loss: Any = forward(micro.x, micro.y, micro.seeds, micro.taught)[1]
         loss.backward()
     finally:
         parts.model.zero_grad(set_to_none=True)
+        parts.data_seconds = 0.0
 
 
 def compile_forward(parts: Parts, say: Say) -> None:

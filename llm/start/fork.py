@@ -5,6 +5,7 @@ A fork is a run folder like any other, with that state as its newest checkpoint.
 
 import io
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from llm.start.changes import new_run_command
 from llm.start.resume_run import check_unfinished
 from llm.start.run_data import beside, open_run_data
 from llm.start.run_folder import Say, disk_needed, write_environment
-from llm.start.teacher import read_teachers, write_teachers
 from llm.storage import checkpoint
+from llm.training import predictions
 from llm.training.state import weights_of, write_state
 from llm.weights import run_config
 
@@ -63,15 +64,18 @@ def fork(run_dir: Path, step: int, changes: dict[str, Any], out_dir: Path, say: 
 
     for line in ruled_out:
         say(line)
-    teachers = read_teachers(run_dir, config, torch.device("cpu"))
-    storage.check_writable(out_dir, disk_needed(config, [teacher.config for teacher in teachers]))
+    if config.teacher:
+        predictions.open_predictions(run_dir, config, len(data.train))
+    storage.check_writable(out_dir, disk_needed(config, len(data.train)))
     with storage.new_folder(out_dir) as folder:
         storage.write_text(folder / "config.toml", write_toml(config))
         write_environment(folder, data, describe_past(run_dir, state, before, config))
         for name in ("tokenizer.json", metrics.NAME, samples.NAME):
             if (run_dir / name).exists():
                 storage.write_bytes(folder / name, (run_dir / name).read_bytes())
-        write_teachers(folder, config, teachers)
+        if config.teacher:
+            with storage.folder_in_place(folder / predictions.FOLDER) as copy:
+                shutil.copyfile(run_dir / predictions.FOLDER / predictions.NAME, copy / predictions.NAME)
         metrics.cut(folder, step)
         samples.Samples(folder).cut(step)
         write_weights(run_dir, folder, config, groups, facts, say)

@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,16 @@ from llm.start import fine_tuning
 from llm.start.agreement import agree, local_rank
 from llm.start.build import build, connect
 from llm.start.init_from import Start, changed_settings, check_tokens, starting_point
+from llm.start.predict import write_predictions
 from llm.start.run_data import beside
 from llm.start.run_folder import Say, clear, disk_needed, refuse_existing, say_limits, write_environment
-from llm.start.teacher import open_teachers, refuse_own_folder, with_tokens, write_teachers
+from llm.start.teacher import open_teachers, refuse_own_folder, with_tokens
 from llm.start.texts import default_prompt, open_text
 from llm.tokens.saved_tokenizer import save_tokenizer
 from llm.tokens.tokenizer import Tokenizer
 from llm.training.live import LiveRun
 from llm.training.parts import Parts
+from llm.training.predictions import open_predictions
 from llm.training.state import Progress
 from llm.weights.opened import Opened
 
@@ -56,16 +59,20 @@ def new_run(
             config, text, start, taught_by = open_new_text(config, dtype, say, progress, world, given)
             agree(config, text.data, device, world)
         stack.enter_context(fixed_order(device))
-        weights, teachers = start.weights if start else None, [opened.model(device) for opened in taught_by]
-        parts = build(config, text.data, text.tokenizer, device, dtype, world, weights, teachers)
+        weights = start.weights if start else None
+        parts = build(config, text.data, text.tokenizer, device, dtype, world, weights)
         is_pretrained = start is not None and start.is_pretrained
-        del start, weights, taught_by  # the models have copied their weights
+        del start, weights  # the model has copied its weights
+        began = time.perf_counter()
         with world.together():
             if world.leads:
-                stack.enter_context(open_new_folder(parts, overwrite, is_pretrained, say))
+                stack.enter_context(open_new_folder(parts, overwrite, is_pretrained, taught_by, say, progress))
             world.mark_started()
+        predicting = time.perf_counter() - began if taught_by else 0.0
+        del taught_by  # their weights are not needed any more
         connect(parts, say)
-        yield LiveRun(parts, Path(config.out_dir), Progress(), text.prompt, text.fine_tuning)
+        progress_so_far = Progress(seconds=predicting, predicting=predicting)
+        yield LiveRun(parts, Path(config.out_dir), progress_so_far, text.prompt, text.fine_tuning)
 
 
 def check_request(config: TrainConfig, overwrite: bool, world: World) -> tuple[torch.device, torch.dtype]:
@@ -138,22 +145,29 @@ def open_new_text(
     return resolve(config, data, dtype, prompt), OpenText(data, tokenizer, prompt, line), start, teachers
 
 
-def open_new_folder(parts: Parts, overwrite: bool, is_pretrained: bool, say: Say) -> contextlib.ExitStack:
+def open_new_folder(
+    parts: Parts, overwrite: bool, is_pretrained: bool, teachers: Sequence[Opened], say: Say, progress: Any
+) -> contextlib.ExitStack:
     """Lock the run folder, remove an earlier run if `overwrite` allows it, and write config, environment and tokenizer.
 
-    Returns the lock, to be closed when the run ends. Raises UserError if the disk is too small or the folder is in use.
+    Before that the teachers predict, which may take minutes: until it is done, the folder holds no run. Returns the
+    lock, to be closed when the run ends. Raises UserError if the disk is too small or the folder is in use.
     """
     config, out_dir = parts.config, Path(parts.config.out_dir)
-    storage.check_writable(out_dir, disk_needed(config, parts.teacher_shapes))
+    storage.check_writable(out_dir, disk_needed(config, len(parts.data.train)))
     with contextlib.ExitStack() as stack:
         stack.enter_context(storage.locked(out_dir, "this run folder"))
         refuse_existing(out_dir, overwrite)  # another process may have written here since the first check
         clear(out_dir)
+        if teachers:
+            models = [teacher.model(parts.device) for teacher in teachers]
+            tokens = parts.data.train
+            write_predictions(out_dir, config, models, tokens, parts.dtype, progress)
+            parts.predictions = open_predictions(out_dir, config, len(tokens))
         storage.write_text(out_dir / "config.toml", write_toml(config))
         write_environment(out_dir, parts.data, {"pretrained": True} if is_pretrained else {})
         if parts.tokenizer is not None:
             save_tokenizer(parts.tokenizer, out_dir / "tokenizer.json")
-        write_teachers(out_dir, config, parts.teachers)
         say_limits(say)
         return stack.pop_all()
 

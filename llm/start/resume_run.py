@@ -31,10 +31,10 @@ from llm.start.changes import (
 )
 from llm.start.run_data import beside, open_run_data
 from llm.start.run_folder import Say, disk_needed, say_limits, write_environment
-from llm.start.teacher import read_teachers
 from llm.start.texts import run_tokenizer
 from llm.storage import checkpoint
 from llm.training.live import LiveRun
+from llm.training.predictions import open_predictions
 from llm.training.state import newest_state, restore
 from llm.weights import run_config
 
@@ -68,11 +68,12 @@ def resume_run(
             tokenizer = run_tokenizer(out_dir, config.model.vocab_size, say, data.folder)
             agree(config, data, device, world)
         stack.enter_context(fixed_order(device))
-        teachers = read_teachers(out_dir, config, device, world)
-        parts = build(config, data, tokenizer, device, DTYPES[config.dtype], world, teachers=teachers)
+        parts = build(config, data, tokenizer, device, DTYPES[config.dtype], world)
         progress = restore(parts, groups, facts)
         with world.together():
             if world.leads:
+                if config.teacher:
+                    parts.predictions = open_predictions(out_dir, config, len(data.train))
                 storage.check_writable(out_dir, disk_needed(config))
                 set_aside(unusable, say)
                 say_changes(out_dir, data, before, config, say)

@@ -2,17 +2,18 @@
 
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llm import __version__, storage
-from llm.config import GPTConfig, TrainConfig
+from llm.config import TrainConfig
 from llm.config.counts import count_parameters
 from llm.data import TokenData
 from llm.errors import UserError
 from llm.machine.device import environment
 from llm.storage import checkpoint
+from llm.training import predictions
 
 Say = Callable[[str], None]  # prints a line for the user
 
@@ -21,7 +22,6 @@ OURS = (
     *("samples.jsonl", "samples.txt", "loss_curve.png"),
 )
 WEIGHTS = ("model.pt", "best.pt")
-TEACHER = "teacher-weights"  # the folder with a copy of the weights that the run learns from; of more, with a number
 # facts in env.json that stay true on another machine: the state that a fork began from, and whether the run, or one
 # that it goes on from, began with weights that another program had trained
 PAST = ("forked_from", "pretrained")
@@ -60,28 +60,20 @@ def refuse_existing(out_dir: Path, overwrite: bool) -> None:
 def clear(out_dir: Path) -> None:
     """Remove the files of an earlier run, and nothing else."""
     states = [out_dir / checkpoint.folder_name(step) for step in checkpoint.saved_steps(out_dir)]
-    for folder in (*states, *out_dir.glob("damaged-step-*"), *out_dir.glob(f"{TEACHER}*")):
+    for folder in (*states, *out_dir.glob("damaged-step-*"), *out_dir.glob(predictions.FOLDER)):
         storage.remove_folder(folder)
     for name in (*OURS, *WEIGHTS, "latest", "best"):
         (out_dir / name).unlink(missing_ok=True)
 
 
-def teacher_folders(run_dir: Path, config: TrainConfig) -> list[Path]:
-    """Return the folders with the copies of the run's teachers."""
-    return [
-        run_dir / (f"{TEACHER}-{number}" if number > 1 else TEACHER) for number in range(1, len(config.teacher) + 1)
-    ]
+def disk_needed(config: TrainConfig, tokens: int = 0) -> int:
+    """Return the bytes of a run at its largest: checkpoints, the two .pt files, and what its teachers predict.
 
-
-def disk_needed(config: TrainConfig, teachers: Sequence[GPTConfig] = ()) -> int:
-    """Return the bytes of a run at its largest: checkpoints, the two .pt files, and the copies of its teachers.
-
-    A checkpoint holds weights, two moments and, with `ema`, an average of the weights, in float32. `teachers`: the
-    shapes of the models that the run learns from.
+    A checkpoint holds weights, two moments and, with `ema`, an average of the weights, in float32. `tokens`: those of
+    the training text, of which the teachers still have to predict.
     """
     size = 4 * count_parameters(config.model)
-    copies = 4 * sum(map(count_parameters, teachers))
-    return size * ((4 if config.ema else 3) * (config.keep + 2) + 3) + copies
+    return size * ((4 if config.ema else 3) * (config.keep + 2) + 3) + predictions.size_of(config, tokens)
 
 
 def write_environment(out_dir: Path, data: TokenData, past: dict[str, Any]) -> None:

@@ -1,25 +1,18 @@
 """The teachers of a run: weights whose predictions it learns from, besides its text (distillation, Hinton et al. 2015).
 
-The run folder holds a copy of each, in the form of a saved state, so that a resume needs no other folder.
+They predict once, before the first step (`llm.start.predict`); a resume needs them no more.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from llm import storage
-from llm.arch import Model, make_model
-from llm.config import GPTConfig, TrainConfig, from_settings
+from llm.config import TrainConfig, from_settings
 from llm.errors import UserError
-from llm.machine.world import ALONE, World, receive
 from llm.prepare.reuse import made_from
 from llm.start.init_from import may_be_same, other_tokens, token_settings
 from llm.start.run_data import open_run_data
-from llm.start.run_folder import Say, teacher_folders
-from llm.storage import checkpoint
+from llm.start.run_folder import Say
 from llm.tokens.saved_tokenizer import load_tokenizer
 from llm.tokens.token_files import has_tokens, read_meta
 from llm.weights import open_weights, run_config
@@ -102,31 +95,3 @@ def _tokens_of_run(teacher: Opened, config: TrainConfig, say: Say) -> Path | Non
     if config.text and not ((folder / "meta.json").exists() and made_from(folder, config, say=say)):
         return None
     return folder
-
-
-def write_teachers(out_dir: Path, config: TrainConfig, teachers: Sequence[Model]) -> None:
-    """Write the weights and shapes of the teachers to the run folder. Raises OSError."""
-    for place, teacher in zip(teacher_folders(out_dir, config), teachers, strict=True):
-        with storage.folder_in_place(place) as folder:
-            checkpoint.write_tensors(folder / "model.safetensors", dict(teacher.named_parameters()))
-            storage.write_json(folder / "state.json", {"step": 0, "model": asdict(teacher.config)})
-
-
-def read_teachers(out_dir: Path, config: TrainConfig, device: torch.device, world: World = ALONE) -> list[Model]:
-    """Return the teachers from the run folder, which only rank 0 reads. Raises UserError if one is gone or damaged."""
-    return [_read(folder, device, world) for folder in teacher_folders(out_dir, config)]
-
-
-def _read(folder: Path, device: torch.device, world: World) -> Model:
-    groups: checkpoint.Groups = {}
-
-    def read() -> Any:
-        tensors, facts = checkpoint.load_state(folder)
-        groups.update(tensors)
-        return facts["model"]
-
-    teacher = make_model(GPTConfig(**world.first(read))).to(device)
-    with torch.no_grad():
-        for name, p in teacher.named_parameters():
-            receive(world, p, groups.get("model", {}).get(name))
-    return teacher

@@ -30,7 +30,7 @@ def evaluate_run(run: LiveRun) -> Iterator[Line | Notice]:
         facts = {"step": progress.step, "tokens": progress.tokens, "lr": lr}
         if progress.step == 0:
             train_loss = first_loss(parts)
-            run.record.add(split="train", loss=train_loss, seconds=0.0, **facts)
+            run.record.add(split="train", loss=train_loss, seconds=round(progress.predicting, 3), **facts)
         else:
             train_loss = progress.interval_loss / progress.interval_steps if progress.interval_steps else math.nan
         found = validation_loss(run)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm.config.counts import flops_per_token
 from llm.machine.device import matrix_rate
 from llm.record.metrics import Record
 from llm.record.samples import Samples
@@ -74,7 +75,7 @@ class LiveRun:
     @property
     def stepping_seconds(self) -> float:
         """Return how many of these seconds were spent on training steps."""
-        return self.seconds - self.progress.bookkeeping
+        return self.seconds - self.progress.bookkeeping - self.progress.predicting
 
     @contextmanager
     def bookkeeping(self) -> Iterator[None]:
@@ -89,7 +90,7 @@ class LiveRun:
 
     def matmul_utilisation(self, tokens_per_second: float) -> float:
         """Return the fraction of `matrix_rate` that this many tokens per second use."""
-        return tokens_per_second * self.parts.flops_per_token() / self.matrix_rate
+        return tokens_per_second * flops_per_token(self.parts.model.config) / self.matrix_rate
 
     def take(self, step: Step) -> None:
         """Count a finished step."""

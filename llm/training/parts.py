@@ -1,7 +1,7 @@
 """The objects that a training step uses (model, optimizer, data, device), and the micro-batches of a step."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from llm.arch import Model
-from llm.config import GPTConfig, TrainConfig
-from llm.config.counts import training_flops_per_token
+from llm.config import TrainConfig
 from llm.data import TokenData, batch_at
 from llm.loss import Taught
 from llm.machine.device import onto
@@ -19,6 +18,7 @@ from llm.machine.world import ALONE, World
 from llm.muon import Muon
 from llm.tokens.tokenizer import Tokenizer
 from llm.training.averaging import Average
+from llm.training.predictions import Predictions, Rows, rows_of_step, taught_by
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class MicroBatch:
     x: Tensor  # (B, T) int64
     y: Tensor  # (B, T) int64, x shifted by one token
     seeds: Tensor  # (B,) int32, for the dropout masks
+    taught: Taught | None  # what the teachers predict of y, if the settings name any
     parts: float  # windows of this process in the step / windows of this micro-batch
     is_last: bool  # of the step
 
@@ -51,7 +52,7 @@ class Parts:
     dtype: torch.dtype
     world: World = ALONE
     exchange: Callable[[bool], AbstractContextManager[Any]] = lambda is_last: nullcontext()
-    teachers: Sequence[Model] = ()  # that the model learns from, in evaluation mode, if the settings name any
+    predictions: Predictions | None = None  # of the teachers, if the settings name any; only on rank 0
     average: Average | None = None  # of the weights, if the settings ask for it
     data_seconds: float = 0.0  # spent on making batches since the last training row
 
@@ -61,27 +62,17 @@ class Parts:
         rows = self.world.rows(config.windows_per_step)
         sizes = config.windows_per_step, config.model.block_size
         batch = batch_at(self.data.train, config.seed, step, *sizes, rows, config.order)
+        predicted = self._predicted(step)
         self.data_seconds += time.perf_counter() - start
         count = len(batch.x)
         for first in range(0, count, config.batch_size):
             windows = slice(first, first + config.batch_size)
             x, y, seeds = (onto(self.device, part[windows]) for part in (batch.x, batch.y, batch.seeds))
-            yield MicroBatch(x, y, seeds, count / len(x), first + len(x) == count)
+            taught = None if predicted is None else taught_by(predicted[windows], config.teacher_share, self.device)
+            yield MicroBatch(x, y, seeds, taught, count / len(x), first + len(x) == count)
 
-    @property
-    def teacher_shapes(self) -> list[GPTConfig]:
-        """The shapes of the teachers."""
-        return [teacher.config for teacher in self.teachers]
-
-    def taught(self, x: Tensor) -> Taught | None:
-        """Return what the teachers predict of the windows x (B, T), None without any."""
-        if not self.teachers:
+    def _predicted(self, step: int) -> Rows | None:
+        """Return what the teachers predict of this process's share of the batch, None without any."""
+        if not self.config.teacher:
             return None
-        with torch.no_grad():
-            hidden = [teacher.hidden(x) for teacher in self.teachers]
-        heads = [teacher.lm_head.weight.detach() for teacher in self.teachers]
-        return Taught(hidden, heads, self.config.teacher_share)
-
-    def flops_per_token(self) -> float:
-        """Return the floating-point operations of a step for one token, with the forward passes of the teachers."""
-        return training_flops_per_token(self.model.config, self.teacher_shapes)
+        return rows_of_step(self.predictions, self.config, len(self.data.train), step, self.world)

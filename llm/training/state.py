@@ -25,7 +25,8 @@ class Progress:
     step: int = 0  # completed steps
     tokens: int = 0  # in the batches of these steps
     seconds: float = 0.0  # since the start of the run, evaluations included
-    bookkeeping: float = 0.0  # how many of these seconds were not spent on training steps
+    bookkeeping: float = 0.0  # how many of these seconds were spent on neither training steps nor teachers
+    predicting: float = 0.0  # in how many of them the teachers predicted, before the first step
     losses: list[float | None] = field(default_factory=list)  # of the steps since the last row; None: refused
     recent: list[float] = field(default_factory=list)  # losses of the last steps, to detect spikes
     interval_loss: float = 0.0  # sum of the losses since the last evaluation

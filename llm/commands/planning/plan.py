@@ -110,7 +110,7 @@ def plan_given(config: TrainConfig, given: Collection[str]) -> PlannedRun:
     elif start.is_pretrained:
         config = with_steps(config, text.tokens, given)
     shapes = [teacher.config for teacher in teachers]
-    pace = probe(config, shapes) if fits(config, shapes) else None
+    pace = probe(config) if fits(config, shapes) else None
     if pace and (line := busy_line(pace)):
         warn(line)
     return PlannedRun(config, text, pace, shapes)
@@ -141,14 +141,12 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
 def predict(run: PlannedRun) -> dict[str, Any]:
     """Return the plan in numbers: parameters, bytes, FLOPs and seconds, by part. Unknown values are None."""
-    from llm.config.counts import count_parameters_by_part, training_flops_per_token
+    from llm.config.counts import count_parameters_by_part, flops_per_token
     from llm.plan import arithmetic, timing
 
     config, pace = run.config, run.pace
-    step_flops = training_flops_per_token(config.model, run.teachers) * config.tokens_per_step
+    step_flops = flops_per_token(config.model) * config.tokens_per_step
     head_flops = 6 * config.model.vocab_size * config.model.n_embd * config.tokens_per_step
-    for teacher in run.teachers:  # the forward pass alone
-        head_flops += 2 * teacher.vocab_size * teacher.n_embd * config.tokens_per_step
     memory = arithmetic.memory(config, run.teachers)
     if run.choice and "process" in memory:
         memory["process"] += run.choice.kept_bytes
@@ -156,12 +154,12 @@ def predict(run: PlannedRun) -> dict[str, Any]:
         "parameters": count_parameters_by_part(config.model),
         "memory": memory,
         "machine_memory": arithmetic.machine_memory(),
-        "disk": arithmetic.disk(config, run.text.tokens, run.teachers),
+        "disk": arithmetic.disk(config, run.text.tokens),
         "step_flops": step_flops,
         "head_flops": head_flops,  # of those of a step
         "run_flops": step_flops * config.max_steps,
         "flops_per_second": step_flops / pace.step if pace else None,
         "step_seconds": pace.step if pace else None,
-        "seconds": timing.run_seconds(config, run.text, pace) if pace else None,
+        "seconds": timing.run_seconds(config, run.text, pace, run.teachers) if pace else None,
         "text_tokens": run.text.tokens,
     }

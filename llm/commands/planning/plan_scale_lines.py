@@ -73,7 +73,7 @@ def _run_lines(plan: ScalePlan) -> Iterator[str]:
         "run",
         f"{_parameter_count(plan):,} parameters: n_layer {model.n_layer}, n_embd {model.n_embd}, "
         f"block_size {model.block_size}, vocabulary {model.vocab_size:,}; {config.max_steps:,} steps of "
-        f"{config.windows_per_step} windows, {run_flops(config, plan.teachers):.3g} FLOP",
+        f"{config.windows_per_step} windows, {run_flops(config):.3g} FLOP",
     )
     yield _line(
         "accelerator",
@@ -118,7 +118,7 @@ def _time_lines(plan: ScalePlan) -> Iterator[str]:
 
 def _budget_line(plan: ScalePlan, flops_budget: float) -> str:
     best = optimal_parameters(flops_budget)
-    flops_per_second = run_flops(plan.config, plan.teachers) / plan.config.max_steps / plan.prediction.step
+    flops_per_second = run_flops(plan.config) / plan.config.max_steps / plan.prediction.step
     return _line(
         "budget",
         f"{flops_budget:.3g} FLOP suit {short(best / 1e6)} M parameters and "

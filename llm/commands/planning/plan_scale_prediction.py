@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from llm.commands.flags import warn
 from llm.config import GPTConfig, TrainConfig
+from llm.config.counts import flops_per_token
 from llm.errors import UserError
 from llm.plan import accelerators, arithmetic, clusters
 from llm.plan.clusters import Prediction
@@ -41,7 +42,11 @@ class ScalePlan:
         """Return the seconds of the run by part, at the pace of `prediction`, its own or one of a table."""
         val_fraction = self.config.val_fraction
         val_tokens = self.text_tokens * val_fraction / (1 - val_fraction)
-        return clusters.run_time(self.config, prediction, self.speed, min(val_tokens, self.config.eval_tokens))
+        found = clusters.run_time(self.config, prediction, self.speed, min(val_tokens, self.config.eval_tokens))
+        if self.teachers:  # the first rank lets them predict, while the others wait
+            work = arithmetic.predicting_flops(self.text_tokens, self.teachers) / flops_per_token(self.config.model)
+            found["teachers"] = work * self.speed.token
+        return found
 
 
 def make_plan(args: argparse.Namespace, config: TrainConfig) -> ScalePlan:
@@ -55,8 +60,8 @@ def make_plan(args: argparse.Namespace, config: TrainConfig) -> ScalePlan:
     accelerator = accelerators.with_links(accelerator, args.bandwidth, args.network_bandwidth, args.nproc_per_node)
     ranks = args.nproc or 1
     clusters.check(config, ranks, accelerator)
-    rate, rate_source = rate_of_one(args, config, accelerator, number_size, teachers)
-    speed = clusters.speed_of(config, rate, accelerator, teachers)
+    rate, rate_source = rate_of_one(args, config, accelerator, number_size)
+    speed = clusters.speed_of(config, rate, accelerator)
     memory = memory_of_rank(config, ranks, accelerator, number_size, teachers)
     is_too_large = clusters.fits(memory["ddp"], accelerator) is False
     parallel: Parallel = "fsdp" if is_too_large and not args.parallel else config.parallel
@@ -154,11 +159,7 @@ def measure_memory_rate() -> float:
 
 
 def rate_of_one(
-    args: argparse.Namespace,
-    config: TrainConfig,
-    accelerator: "Accelerator",
-    number_size: int,
-    teachers: Sequence[GPTConfig],
+    args: argparse.Namespace, config: TrainConfig, accelerator: "Accelerator", number_size: int
 ) -> tuple[float, str]:
     """Return the tokens per second of one accelerator, and their source: given, measured here, or a share of the peak.
 
@@ -169,15 +170,15 @@ def rate_of_one(
     if args.tokens_per_second_per_device:
         return args.tokens_per_second_per_device, "given"
     if not args.accelerator:
-        if not fits(config, teachers):
+        if not fits(config):
             raise UserError(
                 "accelerator: a step of one window does not fit in the memory here; give --accelerator or "
                 "--tokens_per_second_per_device"
             )
-        rate = config.tokens_per_step / probe(config, teachers).step
+        rate = config.tokens_per_step / probe(config).step
         return rate, "measured just now, one process with all its threads"
     if number_size == 4:
         raise UserError("dtype = 'float32': the vendor's peak is for bfloat16; give --tokens_per_second_per_device")
     share = args.mfu or clusters.MFU
     source = f"{share:.0%} of the vendor's {accelerator.peak / 1e12:g} TFLOP/s, {'given' if args.mfu else 'assumed'}"
-    return clusters.assumed_rate(config, accelerator, share, teachers), source
+    return clusters.assumed_rate(config, accelerator, share), source

@@ -69,7 +69,7 @@ def settings(place, name, **more):
 def jobs_of(place, size):
     """Return the jobs of a world of `size` by name; size 0 is one process without torchrun."""
     jobs = {}
-    taught = {"teacher": 2 * [str(place / "first")]}  # which rank 0 reads for all when a run is resumed
+    taught = {"teacher": 2 * [str(place / "first")]}  # whose predictions rank 0 reads for all
     for dtype in DTYPES[size]:
         for kind in KINDS if size else KINDS[:1]:
             name = f"{size} {kind} {dtype}"

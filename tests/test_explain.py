@@ -254,6 +254,8 @@ def test_a_leap_near_the_warmup_is_too_short_a_warmup():
 def test_time_outside_the_steps_is_reported_above_a_quarter():
     assert time_verdicts.not_training(healthy(beside=0.2)) is None
     assert time_verdicts.not_training(healthy(beside=0.4)).startswith("time outside the steps: 40% of 8333 s went to ")
+    taught = [row | {"seconds": row["seconds"] + 9000} for row in healthy(beside=0.2)]
+    assert time_verdicts.not_training(taught) is None  # the teachers' time is neither
     assert time_verdicts.not_training(healthy(beside=0.4, end=500)) is None  # 3 evaluations
     often = replace(CHAPTER, eval_every=10)
     assert time_verdicts.not_training(healthy(often, beside=0.4, end=60)) is not None

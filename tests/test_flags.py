@@ -318,7 +318,7 @@ def test_a_run_warns_once_about_ignored_settings_of_its_preset(here, losscurve):
 
 
 def test_the_pasted_remedy_of_a_plan_names_its_file(here, losscurve, capsys, monkeypatch):
-    monkeypatch.setattr("llm.plan.timing.fits", lambda config, teachers: False)  # so nothing is measured
+    monkeypatch.setattr("llm.plan.timing.fits", lambda config: False)  # so nothing is measured
     losscurve("prepare text.txt --tokenizer char")
     words = shlex.split(f"plan --data_dir data {flags()} --out 'my plan.toml'")
     assert main(words) == 0

@@ -192,7 +192,7 @@ def test_a_teacher_counts_by_what_it_takes_beyond_a_step():
     assert "teachers" not in counts["none"]
     rest = counts["none"]
     assert all(rest == {part: size for part, size in found.items() if part != "teachers"} for found in counts.values())
-    freed = sum(rest[part] for part in ("gradients", "optimizer state", *arithmetic.OF_A_STEP))
+    freed = sum(rest[part] for part in ("gradients", *arithmetic.OF_A_STEP))
     weights = 4 * sum(math.prod(p.shape) for p in empty_model(large).parameters())
     assert weights - freed < counts["large"]["teachers"] < 2 * weights
     assert counts["small"]["teachers"] < 4 * sum(math.prod(p.shape) for p in empty_model(config.model).parameters())

@@ -313,23 +313,40 @@ def test_a_damaged_teacher_is_said_and_a_new_run_takes_the_folder(here, losscurv
     assert not Path("second/teacher-predictions").exists()
 
 
-def test_a_run_whose_teachers_were_interrupted_begins_again(here, losscurve, monkeypatch):
+def test_an_earlier_run_stays_until_the_teachers_have_predicted(here, losscurve, monkeypatch):
     trained(config_for(here, out_dir="first", **OTHER_SHAPE))
+    config = config_for(here, out_dir="second", teacher="first")
 
     def interrupted(*given):
         yield next(predict(*given))
         raise KeyboardInterrupt
 
-    config = config_for(here, out_dir="second", teacher="first")
-    with monkeypatch.context() as patched:
-        patched.setattr("llm.start.predict.predict", interrupted)
-        with pytest.raises(KeyboardInterrupt), new_run(config):
-            pass
+    def interrupt():
+        with monkeypatch.context() as patched:
+            patched.setattr("llm.start.predict.predict", interrupted)
+            with pytest.raises(KeyboardInterrupt), new_run(config, overwrite=True):
+                pass
+
+    interrupt()
     assert [path.name for path in Path("second").iterdir()] == [".lock"]
     trained(config)
-    shutil.rmtree("second/teacher-predictions")
-    code, _, err = losscurve("train --resume --out_dir second --max_steps 20")
-    assert (code, "second/teacher-predictions: missing; copy it back" in err) == (2, True), err
+    before = {path: path.read_bytes() for path in Path("second").rglob("*") if path.is_file()}
+    interrupt()
+    assert {path: path.read_bytes() for path in Path("second").rglob("*") if path.is_file()} == before
+    path = Path("second/teacher-predictions/predictions.bin")
+    path.write_bytes(path.read_bytes()[:-1])
+    for command in ("train --resume --out_dir second --max_steps 20", "fork second --at 12 --max_steps 20"):
+        code, _, err = losscurve(command)
+        assert (code, "predictions.bin: changed since it was written" in err) == (2, True), err
+    shutil.rmtree(path.parent)
+    for command in ("train --resume --out_dir second --max_steps 20", "fork second --at 12 --max_steps 20"):
+        code, _, err = losscurve(command)
+        assert (code, "second/teacher-predictions: missing; copy it back" in err) == (2, True), err
+    assert not Path("second-at-12").exists()
+
+
+def test_a_large_vocabulary_has_wider_ids():
+    assert [predictions.row_type(size)["ids"].base for size in (2**16, 2**16 + 1)] == [np.dtype("<u2"), np.dtype("<u4")]
 
 
 def test_the_seconds_of_the_teachers_are_the_runs_but_not_its_steps(here, monkeypatch):

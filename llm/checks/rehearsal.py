@@ -87,7 +87,8 @@ class Rehearsal:
         if self.teachers and not config.init_from:
             self.config, self.given = with_tokens(config, self.teachers, say), self.teachers[0].tokenizer
         self.small = shrink_config(self.config, nproc, world_size)
-        self.is_prepared = False  # whether the run's own token files exist
+        self.is_prepared = False  # whether the run's own token files exist, and
+        self.train_tokens = 0  # how many tokens to train on they have
         self.resumed_at = 0  # step
         threads = max(1, (os.cpu_count() or 1) // nproc)  # also of one process, so that it sums in the same order
         self.environment = {"OMP_NUM_THREADS": str(threads), "TMPDIR": str(folder)}  # torchrun leaves folders in TMPDIR
@@ -156,6 +157,7 @@ class Rehearsal:
         self.is_prepared = bool(files_there(tokens))
         if self.is_prepared:
             data, tokenizer = open_text(config, self.say, None, self.given, ALONE)
+            self.train_tokens = len(data.train)
             return data, tokenizer, str(tokens)
         small_block_size = self.small.model.block_size
         tokens, is_whole = prepare_first_piece(config, self.folder, self.given, small_block_size, self.say)
@@ -187,14 +189,15 @@ class Rehearsal:
     def disk(self) -> tuple[bool | None, str]:
         """Check the disk space for the checkpoints of the real model, and for its token files if they do not exist."""
         config = self.config
-        needed = disk_needed(config)
+        tokens, token_files = self.train_tokens, 0
         purpose = f"the checkpoints of {config.out_dir}"
         if not self.is_prepared:
             # a character tokenizer would read the whole text, and hf is not to be had here
             tokenizer = "byte" if config.tokenizer in ("char", "hf") else config.tokenizer
-            text = text_size.text_of(from_settings({"tokenizer": tokenizer}, config))
-            needed += arithmetic.disk(config, text.tokens)["token files"]
+            tokens = text_size.text_of(from_settings({"tokenizer": tokenizer}, config)).tokens
+            token_files = arithmetic.disk(config, tokens)["token files"]
             purpose += " and the token files"
+        needed = disk_needed(config, tokens) + token_files
         out_dir = Path(config.out_dir).resolve()
         existing = next(path for path in (out_dir, *out_dir.parents) if path.exists())
         message = f"{needed / 2**30:.2f} GiB for {purpose}"

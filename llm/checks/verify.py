@@ -46,7 +46,7 @@ def verify_run(run_dir: Path) -> Iterator[Finding]:
     """Yield a finding for each file of a run, and for the token files that it was trained on, if they are found.
 
     Checkpoints are checked by their SHA-256 sums, weights by their CRC-32, the tokenizer by its own sum, the record by
-    its rows.
+    its rows, what teachers predict by its SHA-256 sum.
     """
     config = yield from _try(run_dir / "config.toml", "settings", partial(run_config, run_dir))
     newest_facts = yield from _verify_checkpoints(run_dir)

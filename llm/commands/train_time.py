@@ -76,4 +76,10 @@ def train_all(words: list[str], choice: "Choice", began: float, train: Callable[
             return code
         print_best_effort("")
     left = choice.seconds - (time.perf_counter() - began)
-    return train([f"--time={max(1.0, left):.0f}", *last, *words], kept)
+    command = [f"--time={max(1.0, left):.0f}", *last, *words]
+    try:
+        return train(command, kept)
+    except KeyboardInterrupt:  # the run has not begun: while the teachers predict, nothing can be saved
+        line = shlex.join(["losscurve", "train", *command])
+        print_best_effort(f"the teachers are trained; train the run with: {line}")
+        raise

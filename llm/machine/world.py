@@ -1,7 +1,7 @@
 """The processes of a run, as one of them sees it, and the messages that they exchange.
 
-Messages are small, travel over the CPU (gloo) and are JSON, never pickle. DDP and FSDP2 exchange gradients and shards
-(parallel.py). A run without torchrun is a world of one process.
+Messages are small, travel over the CPU (gloo) and are JSON, never pickle; what teachers predict is scattered. DDP and
+FSDP2 exchange gradients and shards (parallel.py). A run without torchrun is a world of one process.
 """
 
 import json

@@ -18,17 +18,17 @@ from llm.config.counts import (
     count_parameters,
     count_parameters_by_part,
     flops_per_token,
-    forward_flops_per_token,
     matrix_shapes,
 )
 from llm.evaluate import WINDOW_TOKENS
-from llm.loss import TAUGHT_BYTES, chunk_rows
+from llm.loss import chunk_rows
 from llm.machine import fused_gpt2, fused_llama
 from llm.machine.device import choose_device, choose_dtype
 from llm.machine.fused_block import LONGEST, can_compile
 from llm.model import SHORT
 from llm.muon import BATCH
-from llm.training.predictions import size_of
+from llm.start.predict import LOGIT_BYTES
+from llm.training.predictions import KEPT, size_of
 
 MIB = 2**20
 
@@ -72,11 +72,6 @@ def count_group_parameters(model: GPTConfig) -> dict[str, int]:
 def run_flops(config: TrainConfig) -> float:
     """Return the FLOPs of all steps of a run. Its evaluations, and what its teachers predict, are not counted."""
     return flops_per_token(config.model) * config.tokens_per_step * config.max_steps
-
-
-def predicting_flops(tokens: int, teachers: Sequence[GPTConfig]) -> float:
-    """Return the FLOPs of teachers that predict a text of so many tokens: in windows that overlap by half."""
-    return 2 * tokens * sum(map(forward_flops_per_token, teachers))
 
 
 def memory(config: TrainConfig, teachers: Sequence[GPTConfig] = ()) -> dict[str, int]:
@@ -126,10 +121,11 @@ def teacher_excess(
     n = max(WINDOW_TOKENS, config.model.block_size)
     weights = sum(4 * count_parameters(shape) + _low_precision_bytes(shape, on_cpu, itemsize) for shape in teachers)
     block = max(n * (8 * shape.n_embd + itemsize * 4 * (shape.n_embd + shape.ffn_width)) for shape in teachers)
-    rows = min(n, chunk_rows(n, config.model.vocab_size, TAUGHT_BYTES, on_cpu))
-    states = n * (4 + itemsize) * sum(shape.n_embd for shape in teachers)
-    taken = weights + states + max(block, TAUGHT_BYTES * rows * config.model.vocab_size)
-    return max(0, taken - sum(held.get(part, 0) for part in ("gradients", "optimizer state", *OF_A_STEP)))
+    rows = min(n, chunk_rows(n, config.model.vocab_size, LOGIT_BYTES, on_cpu))
+    heads = itemsize * sum(shape.vocab_size * shape.n_embd for shape in teachers)
+    states = n * itemsize * sum(shape.n_embd for shape in teachers)
+    taken = weights + heads + states + max(block, LOGIT_BYTES * rows * config.model.vocab_size)
+    return max(0, taken - sum(held.get(part, 0) for part in ("gradients", *OF_A_STEP)))
 
 
 def muon_excess(held: dict[str, int], config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
@@ -188,7 +184,8 @@ def _loss_bytes(config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
     if not model.tied_lm_head:
         peak -= embedding_gradient
     hidden_gradient_and_sums = 8 * n * model.n_embd
-    return peak + hidden_gradient_and_sums
+    predictions = 16 * n * min(KEPT, model.vocab_size) if config.teacher else 0  # as read, and as the loss takes them
+    return peak + hidden_gradient_and_sums + predictions
 
 
 def _activation_bytes(config: TrainConfig, on_cpu: bool, itemsize: int) -> int:

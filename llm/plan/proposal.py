@@ -44,7 +44,7 @@ def propose(request: Request, text: Text, measure: Measure) -> Proposal:
 
     Raises UserError if not even LEAST_STEPS steps of the smallest shape fit, and no other work is to blame.
     """
-    shapes = {trial.model: trial for trial in candidates(request, text) if fits(trial, request.teachers)}
+    shapes = {trial.model: trial for trial in candidates(request, text) if fits(trial)}
     if not shapes:
         raise UserError("memory: not even the smallest model fits in the memory here; give a smaller --batch_size")
     paces: dict[GPTConfig, Pace] = {}

@@ -25,8 +25,8 @@ from llm.plan.arithmetic import (
     count_validations,
     machine_memory,
     memory,
-    predicting_flops,
 )
+from llm.plan.rule import STEP_GROWTH
 from llm.plan.text_size import Text
 from llm.prepare.choose_tokenizer import SAMPLE
 from llm.start.build import build
@@ -70,11 +70,11 @@ def seconds_of_others() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-def fits(config: TrainConfig, teachers: Sequence[GPTConfig] = ()) -> bool:
+def fits(config: TrainConfig) -> bool:
     """Return whether a probe of one window fits in this machine's memory. A GPU's memory is not checked."""
     if choose_device(config.device).type != "cpu":
         return True
-    planned = memory(from_settings({"batch_size": 1}, config), teachers)
+    planned = memory(from_settings({"batch_size": 1}, config))
     needed = sum(planned.values()) - planned["copies being saved"]
     return needed < (machine_memory() or math.inf)
 
@@ -220,9 +220,9 @@ def run_seconds(config: TrainConfig, text: Text, pace: Pace, teachers: Sequence[
 
 
 def teaching_seconds(config: TrainConfig, text: Text, pace: Pace, teachers: Sequence[GPTConfig]) -> float:
-    """Return the seconds in which teachers predict the text, at the FLOP/s of the steps of `config`."""
-    flops_per_second = flops_per_token(config.model) * config.tokens_per_step / pace.step
-    return predicting_flops(text.tokens, teachers) / flops_per_second
+    """Return the seconds in which teachers predict the text, each token in two windows, by the pace of evaluations."""
+    ratios = (flops_per_token(teacher) / flops_per_token(config.model) for teacher in teachers)
+    return 2.0 * text.tokens * pace.evaluated_token * math.fsum(ratio**STEP_GROWTH for ratio in ratios)
 
 
 def starting_seconds(text: Text) -> float:

@@ -17,7 +17,8 @@ def not_training(rows: list[Row]) -> str | None:
     train = [row for row in rows if row["split"] == "train" and all(row[key] for key in keys)]
     if not train or train[-1]["seconds"] < 60 or len(losses(rows, "val")) < 4:
         return None
-    seconds = train[-1]["seconds"]
+    predicting = rows[0]["seconds"]  # of the teachers, before the first step
+    seconds = train[-1]["seconds"] - predicting
     share = 1 - _stepping_seconds(train) / seconds
     if share <= 0.25:
         return None

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ from llm.start.teacher import open_teachers, refuse_own_folder, with_tokens
 from llm.start.texts import default_prompt, open_text
 from llm.tokens.saved_tokenizer import save_tokenizer
 from llm.tokens.tokenizer import Tokenizer
+from llm.training import predictions
 from llm.training.live import LiveRun
 from llm.training.parts import Parts
-from llm.training.predictions import open_predictions
 from llm.training.state import Progress
 from llm.weights.opened import Opened
 
@@ -63,13 +63,14 @@ def new_run(
         parts = build(config, text.data, text.tokenizer, device, dtype, world, weights)
         is_pretrained = start is not None and start.is_pretrained
         del start, weights  # the model has copied its weights
+        if not world.leads:
+            taught_by.clear()  # their weights are not needed: rank 0 alone lets them predict
         began = time.perf_counter()
         with world.together():
             if world.leads:
                 stack.enter_context(open_new_folder(parts, overwrite, is_pretrained, taught_by, say, progress))
             world.mark_started()
-        predicting = time.perf_counter() - began if taught_by else 0.0
-        del taught_by  # their weights are not needed any more
+        predicting = time.perf_counter() - began if config.teacher else 0.0
         connect(parts, say)
         progress_so_far = Progress(seconds=predicting, predicting=predicting)
         yield LiveRun(parts, Path(config.out_dir), progress_so_far, text.prompt, text.fine_tuning)
@@ -146,24 +147,28 @@ def open_new_text(
 
 
 def open_new_folder(
-    parts: Parts, overwrite: bool, is_pretrained: bool, teachers: Sequence[Opened], say: Say, progress: Any
+    parts: Parts, overwrite: bool, is_pretrained: bool, teachers: list[Opened], say: Say, progress: Any
 ) -> contextlib.ExitStack:
     """Lock the run folder, remove an earlier run if `overwrite` allows it, and write config, environment and tokenizer.
 
-    Before that the teachers predict, which may take minutes: until it is done, the folder holds no run. Returns the
-    lock, to be closed when the run ends. Raises UserError if the disk is too small or the folder is in use.
+    Before that the `teachers` predict, which may take minutes: until it is done, an earlier run stays. The list is
+    empty then. Returns the lock, to be closed when the run ends. Raises UserError if the disk is too small or the
+    folder is in use.
     """
     config, out_dir = parts.config, Path(parts.config.out_dir)
     storage.check_writable(out_dir, disk_needed(config, len(parts.data.train)))
     with contextlib.ExitStack() as stack:
         stack.enter_context(storage.locked(out_dir, "this run folder"))
         refuse_existing(out_dir, overwrite)  # another process may have written here since the first check
-        clear(out_dir)
-        if teachers:
-            models = [teacher.model(parts.device) for teacher in teachers]
-            tokens = parts.data.train
-            write_predictions(out_dir, config, models, tokens, parts.dtype, progress)
-            parts.predictions = open_predictions(out_dir, config, len(tokens))
+        with contextlib.ExitStack() as predicting:
+            if teachers:
+                folder = predicting.enter_context(storage.folder_in_place(out_dir / predictions.FOLDER))
+                models = [teachers.pop(0).model(parts.device) for _ in range(len(teachers))]  # each copies its weights
+                path = folder / predictions.NAME
+                write_predictions(path, config, models, parts.data.train, parts.dtype, progress)
+                del models
+                parts.predictions = predictions.reader(out_dir, config)
+            clear(out_dir)
         storage.write_text(out_dir / "config.toml", write_toml(config))
         write_environment(out_dir, parts.data, {"pretrained": True} if is_pretrained else {})
         if parts.tokenizer is not None:

@@ -18,7 +18,7 @@ from llm.machine.world import ALONE, World
 from llm.muon import Muon
 from llm.tokens.tokenizer import Tokenizer
 from llm.training.averaging import Average
-from llm.training.predictions import Predictions, Rows, rows_of_step, taught_by
+from llm.training.predictions import Predictions, rows_of, taught_by
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,20 @@ class Parts:
         rows = self.world.rows(config.windows_per_step)
         sizes = config.windows_per_step, config.model.block_size
         batch = batch_at(self.data.train, config.seed, step, *sizes, rows, config.order)
-        predicted = self._predicted(step)
         self.data_seconds += time.perf_counter() - start
         count = len(batch.x)
         for first in range(0, count, config.batch_size):
             windows = slice(first, first + config.batch_size)
             x, y, seeds = (onto(self.device, part[windows]) for part in (batch.x, batch.y, batch.seeds))
-            taught = None if predicted is None else taught_by(predicted[windows], config.teacher_share, self.device)
+            taught = self._taught(step, windows)
             yield MicroBatch(x, y, seeds, taught, count / len(x), first + len(x) == count)
 
-    def _predicted(self, step: int) -> Rows | None:
-        """Return what the teachers predict of this process's share of the batch, None without any."""
+    def _taught(self, step: int, windows: slice) -> Taught | None:
+        """Return what the teachers predict of some windows of this process's share of the batch, None without any."""
         if not self.config.teacher:
             return None
-        return rows_of_step(self.predictions, self.config, len(self.data.train), step, self.world)
+        start = time.perf_counter()
+        rows = rows_of(self.predictions, self.config, len(self.data.train), step, windows, self.world)
+        taught = taught_by(rows, self.config.teacher_share, self.device)
+        self.data_seconds += time.perf_counter() - start
+        return taught

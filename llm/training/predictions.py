@@ -38,7 +38,7 @@ def row_type(vocab_size: int) -> np.dtype[Any]:
 
 def size_of(config: TrainConfig, tokens: int) -> int:
     """Return the bytes of the predictions for a training text of so many tokens; 0 without teachers."""
-    return (tokens - 1) * row_type(config.model.vocab_size).itemsize if config.teacher else 0
+    return max(0, tokens - 1) * row_type(config.model.vocab_size).itemsize if config.teacher else 0
 
 
 def open_predictions(run_dir: Path, config: TrainConfig, tokens: int) -> Predictions:
@@ -49,13 +49,21 @@ def open_predictions(run_dir: Path, config: TrainConfig, tokens: int) -> Predict
     storage.verify_folder(folder)
     if (folder / NAME).stat().st_size != size_of(config, tokens):
         raise UserError(f"{folder / NAME}: is of another text or vocabulary; train again from the start")
-    return partial(_read, folder / NAME, config)
+    return reader(run_dir, config)
+
+
+def reader(run_dir: Path, config: TrainConfig) -> Predictions:
+    """Return the predictions in the run folder, which were just written."""
+    return partial(_read, run_dir / FOLDER / NAME, config)
 
 
 def _read(path: Path, config: TrainConfig, starts: npt.NDArray[np.int64]) -> Rows:
     kind, block_size = row_type(config.model.vocab_size), config.model.block_size
-    # not memory-mapped: what was read would count as memory of the process
-    return np.stack([np.fromfile(path, kind, block_size, offset=int(start) * kind.itemsize) for start in starts])
+    rows = np.empty((len(starts), block_size), kind)
+    for row, start in zip(rows, starts, strict=True):
+        # not memory-mapped: what was read would count as memory of the process
+        row[:] = np.fromfile(path, kind, block_size, offset=int(start) * kind.itemsize)
+    return rows
 
 
 def uniform(config: TrainConfig) -> Predictions:
@@ -66,18 +74,24 @@ def uniform(config: TrainConfig) -> Predictions:
     return lambda starts: np.full((len(starts), config.model.block_size), row)
 
 
-def rows_of_step(predictions: Predictions | None, config: TrainConfig, tokens: int, step: int, world: World) -> Rows:
-    """Return the rows (B, T) of this process's windows in `step`. Only rank 0 has predictions, and sends theirs."""
-    windows, block_size = config.windows_per_step, config.model.block_size
-    kind, share = row_type(config.model.vocab_size), windows // world.size
+def rows_of(
+    predictions: Predictions | None, config: TrainConfig, tokens: int, step: int, windows: slice, world: World
+) -> Rows:
+    """Return the rows (B, T) of some `windows` of this process's share of `step`.
+
+    Only rank 0 has predictions, and sends the others theirs: a collective that all processes must call.
+    """
+    share, block_size = config.windows_per_step // world.size, config.model.block_size
     parts = None
     if predictions is not None:
-        found = predictions(starts_at(tokens, config.seed, step, windows, block_size, order=config.order))
+        starts = starts_at(tokens, config.seed, step, config.windows_per_step, block_size, order=config.order)
+        found = [predictions(of_rank[windows]) for of_rank in starts.reshape(world.size, share)]
         if world.size == 1:
-            return found
-        parts = torch.from_numpy(found.view(np.uint8)).chunk(world.size)
-    mine = world.scatter(torch.empty(share, block_size * kind.itemsize, dtype=torch.uint8), parts)
-    return mine.numpy().view(kind)
+            return found[0]
+        parts = [torch.from_numpy(part.view(np.uint8)) for part in found]
+    kind = row_type(config.model.vocab_size)
+    mine = torch.empty(len(range(share)[windows]), block_size * kind.itemsize, dtype=torch.uint8)
+    return world.scatter(mine, parts).numpy().view(kind)
 
 
 def taught_by(rows: Rows, share: float, device: torch.device) -> Taught:

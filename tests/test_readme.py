@@ -52,7 +52,7 @@ def home(tmp_path_factory):
 def test_a_command_of_the_readme_runs(home, line, monkeypatch, capsys):
     words = shlex.split(line)
     if "--time" in words:
-        words[words.index("--time") + 1] = "8s"
+        words[words.index("--time") + 1] = "5s"
     elif any(word in ("train", "scripts.train", "try") for word in words):
         smaller = "--max_steps 6 --eval_every 3" if "--resume" in words else SMALLER
         typed = {word.partition("=")[0].replace("-", "_") for word in words}

@@ -16,6 +16,9 @@ from llm.errors import UserError
 from llm.tokens.remedies import prepare_command
 from llm.tokens.token_files import Tokens, has_tokens, open_split, read_meta, settle, vocabulary_of
 
+EPOCH_STREAM = np.array([0, 0, 0, 1], dtype=np.uint64)  # a counter that the draws of a step do not reach
+ROUNDS = 10  # as NIST's FF1 has; with 4, some orders of a few windows are clearly more frequent than others
+
 
 @dataclass(frozen=True)
 class TokenData:
@@ -106,10 +109,6 @@ def epoch_starts(count: int, block_size: int, seed: int, first: int, number: int
         first += taken
         number -= taken
     return np.concatenate(found)
-
-
-EPOCH_STREAM = np.array([0, 0, 0, 1], dtype=np.uint64)  # a counter that the draws of a step do not reach
-ROUNDS = 10  # as NIST's FF1 has; with 4, some orders of a few windows are clearly more frequent than others
 
 
 def permuted(indices: npt.NDArray[np.uint64], size: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

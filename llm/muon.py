@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from llm.machine.world import gather_shards, local_shard, take_shard
 
-# Of each iteration, those that bring singular values from 0.0075 to 1 nearest to 1 in three of them, as Amsel et al.
-# (2025, "Polar Express") find them. Jordan has the same for each, and five; see docs/decisions.md, "The optimizer".
+# (a, b, c) of the three iterations. Together they bring singular values from 0.0075 to 1 as near to 1 as three can
+# (Amsel et al. 2025, "Polar Express"). Jordan repeats one triple five times; see docs/decisions.md, "The optimizer".
 COEFFICIENTS = ((8.1948, -24.0205, 17.7642), (3.7690, -2.8171, 0.5474), (2.8758, -2.1496, 0.4718))
 MARGIN = 1.02  # the iteration diverges above 1, and bfloat16 rounds a norm
 EPS = 1e-7  # smallest norm that a matrix is divided by

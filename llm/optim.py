@@ -53,7 +53,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig, dtype: torch.dtype = t
     matrices = hidden_matrices(model) if config.optimizer == "muon" else {}
     groups = parameter_groups(model, config.weight_decay, config.weight_decay_split, matrices)
     optimizer = AdamW(groups, lr=config.max_lr, betas=(config.beta1, config.beta2), fused=True)
-    for p in model.parameters():  # now, so that the moments are not allocated between the buffers of the first steps
+    for p in model.parameters():  # now, so that a resume can copy into them
         if p not in matrices:
             optimizer.state[p] = {
                 "step": torch.zeros((), device=p.device),
@@ -70,7 +70,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig, dtype: torch.dtype = t
 def clip_gradients(model: nn.Module, grad_clip: float) -> Tensor:
     """Clip the gradients to a total norm of `grad_clip`, if it is above 0; return the norm before clipping."""
     norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
-    is_short = norm.device.type == "cpu" and bool(grad_clip / (norm + 1e-6) >= 1)  # then PyTorch would multiply by 1
-    if grad_clip > 0 and not is_short:
+    is_within = norm.device.type == "cpu" and bool(grad_clip / (norm + 1e-6) >= 1)  # then PyTorch would multiply by 1
+    if grad_clip > 0 and not is_within:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
     return norm

@@ -1,6 +1,6 @@
 """One step, and the loop around it: batch, forward, backward, step, repeat.
 
-Read it beside nanoGPT's train.py: each of its lines has a counterpart here. Three things differ. The batch, the
+Read it beside the training loop in nanoGPT's train.py. Three things differ. The batch, the
 learning rate and the dropout masks are functions of the step, so that a resumed run repeats nothing and skips nothing.
 The device checks for NaN and infinity, so that no step waits for the one before it. Evaluating, recording, saving and
 rolling back are in files of their own, and yield the events that `train` passes on.
@@ -80,8 +80,10 @@ def train(run: LiveRun) -> Iterator[Event]:
             yield from evaluate_run(run)
             yield from save(run)
         while run.reason is None:
-            is_skipped = run.progress.step + 1 in run.progress.skipped
-            step = (skipped_step if is_skipped else train_step)(run.parts, run.progress.step)
+            if run.progress.step + 1 in run.progress.skipped:
+                step = skipped_step(run.parts, run.progress.step)
+            else:
+                step = train_step(run.parts, run.progress.step)
             run.take(step)
             yield step
             yield from saved(run)  # the thread may have finished writing a checkpoint

@@ -43,7 +43,7 @@ def free_machine(monkeypatch):
 def machine(flops_per_second=2e11, growth=1.0):
     """Return the paces of a machine: seconds of a step as FLOPs to the power `growth`."""
 
-    def pace(config):
+    def pace(config, seconds=0.0):
         flops = flops_per_token(config.model) * config.tokens_per_step
         return Pace(1e9 / flops_per_second * (flops / 1e9) ** growth, 1e-6, 1e-3)
 
@@ -147,7 +147,7 @@ def test_a_teacher_replaces_dropout():
 def test_a_text_that_is_read_often_calls_for_a_teacher(tokens, seconds, typed, called):
     request = read_request(str(seconds), {}, typed)
     text = Text(tokens, 1024)
-    found = proposed(text, seconds, lambda config: Pace(0.26, 1e-6, 1e-3), **typed)
+    found = proposed(text, seconds, lambda config, seconds: Pace(0.26, 1e-6, 1e-3), **typed)
     choice = autopilot.Choice(request, None, found)
     assert (choice.calls_for_teachers, choice.passes >= 7) == (called, tokens < 800_000)
 
@@ -157,7 +157,7 @@ def test_a_model_that_is_large_for_its_text_gets_dropout_after_fewer_passes(n_la
     """Eight passes, of models with 3.3 and 12 parameters in their blocks for each token."""
     text = Text(800_000, 1024)
     shape = {"n_layer": n_layer, "n_embd": n_embd, "batch_size": 12}
-    found = proposed(text, 600, lambda config: Pace(0.27, 1e-6, 1e-3), **shape)
+    found = proposed(text, 600, lambda config, seconds: Pace(0.27, 1e-6, 1e-3), **shape)
     passes = found.config.max_steps * found.config.tokens_per_step / text.tokens
     assert 7 < passes < 9
     assert found.config.model.dropout == dropout
@@ -231,7 +231,7 @@ def test_a_model_that_is_large_for_its_text_gets_fewer_passes(n_layer, n_embd, t
 @pytest.mark.parametrize("seconds", [60, 600, 3600])
 def test_evaluations_take_at_most_their_share_of_the_time(seconds):
     text, slow = Text(10**8, 512), Pace(0.05, 2e-5, 2e-3)
-    config = proposed(text, seconds, lambda config: slow, n_layer=4, n_embd=128).config
+    config = proposed(text, seconds, lambda config, seconds: slow, n_layer=4, n_embd=128).config
     parts = timing.run_seconds(config, text, slow)
     spent = parts["evaluation"] + parts["samples"] + parts["pictures"] + parts["saving"]
     assert spent <= rule.EVALUATION_SHARE * seconds + 2 * rule.LEAST_EVAL_TOKENS * slow.evaluated_token
@@ -240,7 +240,7 @@ def test_evaluations_take_at_most_their_share_of_the_time(seconds):
 def test_the_best_shape_is_measured_and_no_more_than_the_time_allows():
     seen = []
 
-    def measure(config):
+    def measure(config, seconds=0.0):
         seen.append(config.model)
         return machine()(config)
 
@@ -255,12 +255,20 @@ def test_the_best_shape_is_measured_and_no_more_than_the_time_allows():
         assert found.config.model in seen
 
 
+def test_a_measurement_takes_what_the_plan_counts_for_it():
+    took = []
+    for seconds, typed in ((60, {"max_time": 900}), (10, {}), (900, {})):
+        proposed(Text(10**6, 1024), seconds, lambda *run: took.append(run[1]) or machine()(*run), **typed)
+        assert set(took) == {rule.probe_seconds(seconds)}
+        took.clear()
+
+
 def test_the_time_in_which_teachers_predict_is_planned():
     text, request = Text(400_000, 1024), read_request("600", {}, {"teacher": ["planned"], "n_layer": 6, "n_embd": 192})
     config = with_vocabulary(request.config, text.vocabulary)
     teacher = from_settings({"n_layer": 5, "n_embd": 160, "n_head": 5, "block_size": 256}, config).model
 
-    def measure(config):
+    def measure(config, seconds=0.0):
         return dataclasses.replace(machine(3e11)(config), evaluated_token=2e-5)
 
     found = {}
@@ -275,7 +283,7 @@ def test_the_time_in_which_teachers_predict_is_planned():
 
 
 def test_dropout_is_measured_because_it_takes_time():
-    def measure(config):
+    def measure(config, seconds=0.0):
         pace = machine(1e10)(config)
         return dataclasses.replace(pace, step=pace.step * (2 if config.model.dropout else 1))
 
@@ -389,7 +397,7 @@ def test_a_mistake_is_one_line(here, losscurve, command, typed, message, monkeyp
 
 
 def test_too_little_time_says_how_much_it_needs(here, losscurve, monkeypatch):
-    monkeypatch.setattr(proposal, "short_probe", lambda config: Pace(1.0, 1e-6, 1e-3))
+    monkeypatch.setattr(proposal, "short_probe", lambda config, seconds: Pace(1.0, 1e-6, 1e-3))
     code, _, err = losscurve("plan --text text.txt --time 4s")
     assert code == 2
     needed = re.search(r"20 steps of the smallest model here \(2 layers x 64\) need about (\d+) s.*--time (\d+)s", err)
@@ -400,7 +408,7 @@ def test_too_little_time_says_how_much_it_needs(here, losscurve, monkeypatch):
 
 
 def test_beside_other_work_the_smallest_model_is_trained_instead(here, losscurve, monkeypatch):
-    monkeypatch.setattr(proposal, "short_probe", lambda config: Pace(1.0, 1e-6, 1e-3, others=77.0))
+    monkeypatch.setattr(proposal, "short_probe", lambda config, seconds: Pace(1.0, 1e-6, 1e-3, others=77.0))
     code, out, err = losscurve("plan --text text.txt --time 4s")
     assert code == 0, err
     (line,) = err.splitlines()[-1:]
@@ -599,6 +607,7 @@ def test_the_steps_that_fit_keep_the_schedule_so_far(here):
     assert fitting(config, 20, 20.01) == 20 + 194
     assert fitting(config, 20, 20.01, most=150) == 150
     assert fitting(config, 20, 20.01, most=90) == 100
+    assert fitting(slow_config(here, schedule="constant"), 80, 1.01) == 90  # no cool-down is in the way
     warm = keep_time.warmed_up(config)
     assert warm == 10  # of the momentum
     for step in range(warm, 61):
@@ -685,7 +694,7 @@ def test_a_full_disk_or_an_old_checkpoint_leaves_the_run_as_it_is(here, monkeypa
 
 def test_a_step_counts_its_share_of_the_evaluations(here):
     with new_run(slow_config(here)) as run:
-        run.progress.step, run.progress.bookkeeping = 20, 6.0
-        run._began = time.perf_counter() - 26.0
-        # 20 steps in 20 s; evaluations at 0 and 10 took 6 s, 3 s for each 10 steps
+        run.progress.step, run.progress.bookkeeping = 20, 9.0
+        run._began = time.perf_counter() - 29.0
+        # 20 steps in 20 s; evaluations at 0, 10 and 20 took 9 s, 3 s for each 10 steps
         assert keep_time.seconds_of_step(run) == pytest.approx(1.3, rel=0.05)

@@ -55,7 +55,7 @@ def test_preparing_a_text_uses_at_most_half_of_the_time(preparation, uncounted):
 def test_too_little_time_says_how_much_it_needs_with_the_preparation(preparation):
     text = Text(10**7, 512, preparation=preparation)
 
-    def slow(config):
+    def slow(config, seconds):
         return Pace(0.5, 1e-6, 1e-3)
 
     with pytest.raises(UserError, match=r"^time = 6 s: too short") as found:

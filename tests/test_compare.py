@@ -167,6 +167,17 @@ def test_forks_of_one_run_and_forks_that_go_no_further(two_settings, losscurve):
     assert "at step" not in out.replace("at step 10", "")
 
 
+def test_forks_beside_runs_with_other_seeds_share_nothing(two_settings, losscurve):
+    """Seeds 1 and 2 against forks of seeds 2 and 4: no pairs, so all of each curve counts."""
+    make("a4", (5.0, 4.0, 3.1), seed=4)
+    for seed in (2, 4):
+        fork_of(f"a{seed}", 10, f"f{seed}", (), max_lr=3e-4)
+    out = losscurve("compare a1 a2 f2 f4")[1]
+    assert "without pairs" in out
+    assert "the same run" not in out
+    assert "at step 10: " in out
+
+
 def test_a_fork_repeats_a_run_only_if_nothing_ever_changed(two_settings, losscurve):
     """A fork whose rate was 0.0003 and is 0.001 is no repetition of a run with 0.001 from its start."""
     fork_of("b1", 10, "same", (2.9,))

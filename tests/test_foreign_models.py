@@ -549,6 +549,14 @@ def test_a_plan_counts_the_tokens_of_the_weights(here, losscurve, monkeypatch):
         assert code == 0, err
         tokens = len(open_weights(source, GPTConfig()).tokenizer.encode(text))
         assert json.loads(out)["text_tokens"] == pytest.approx(0.9 * tokens, abs=1)
+        # on accelerators it is the same run, also with a batch that is the chapter's and not fine-tuning's
+        line = f"plan --text other.txt --init_from {source} --batch_size 32"
+        steps = 5000 if source == "ours" else 20  # three passes over so short a text are fewer than the least
+        run = json.loads(losscurve(f"{line} --json")[1])
+        assert run["run_flops"] == steps * run["step_flops"]
+        code, out, err = losscurve(f"{line} --accelerator h100")
+        assert code == 0, err
+        assert f"; {steps:,} steps of 32 windows, " in out
         for command in ("plan", "train"):
             code, out, err = losscurve(f"{command} --text short.txt --init_from {source} --out_dir other")
             assert (code, out) == (2, "")
@@ -613,7 +621,7 @@ def test_a_shorter_context_leaves_out_positions(here, losscurve):
 
 
 def test_time_chooses_the_steps_and_keeps_to_fine_tuning(here, losscurve, monkeypatch):
-    monkeypatch.setattr(proposal, "short_probe", lambda config: Pace(0.05, 1e-6, 1e-3))
+    monkeypatch.setattr(proposal, "short_probe", lambda config, seconds: Pace(0.05, 1e-6, 1e-3))
     foreign(here / "model", context=50)  # shorter than the time suggests
     code, out, err = losscurve("train --text text.txt --init_from model --time 10s --sample_tokens 0 --out_dir tuned")
     assert code == 0, err
@@ -630,7 +638,7 @@ def test_time_chooses_the_steps_and_keeps_to_fine_tuning(here, losscurve, monkey
 
 
 def test_a_run_of_another_context_takes_a_time_too(here, losscurve, monkeypatch):
-    monkeypatch.setattr(proposal, "short_probe", lambda config: Pace(0.05, 1e-6, 1e-3))
+    monkeypatch.setattr(proposal, "short_probe", lambda config, seconds: Pace(0.05, 1e-6, 1e-3))
     shape = "--n_layer 1 --n_head 1 --n_embd 16 --block_size 32 --max_steps 1 --warmup_steps 0 --sample_tokens 0"
     assert losscurve(f"train --text text.txt --tokenizer byte {shape} --out_dir base")[0] == 0
     code, _, err = losscurve("train --text text.txt --init_from base --time 6s --sample_tokens 0 --out_dir tuned")

@@ -296,3 +296,13 @@ def test_a_new_folder_appears_when_it_is_complete(tmp_path):
     with pytest.raises(ZeroDivisionError), storage.new_folder(tmp_path / "other"):
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("content", [None, "[1]", "null", '{"half": ', "\x00"])
+def test_facts_that_are_lost_or_damaged_are_none(tmp_path, content):
+    path = tmp_path / "env.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    assert storage.read_facts(path) == {}
+    path.write_text('{"torch": "2"}', encoding="utf-8")
+    assert storage.read_facts(path) == {"torch": "2"}

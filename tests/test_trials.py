@@ -112,11 +112,11 @@ def test_the_pace_of_several_is_measured_with_all_of_them_at_work(tmp_path, monk
 
         def recv(self):
             assert len(sent) == 3
-            return next(paces), ""
+            return next(paces), None
 
     monkeypatch.setattr(jobs, "other_processes", lambda count, of: nullcontext([Process() for _ in range(count)]))
     with jobs.slowest_pace(3) as measure:
-        assert measure(from_settings({})) == Pace(0.3, 0, 0)
+        assert measure(from_settings({}), 1.0) == Pace(0.3, 0, 0)
 
 
 def made(folder, levels, seeds=3, steps=(4, 8, 12)):
@@ -273,6 +273,57 @@ def test_optuna_chooses_and_goes_on(here, losscurve):
     rates = [setting.changes["max_lr"] for setting in read_try(here / "t").settings]
     assert len(set(rates)) == 4
     assert all(1e-5 <= rate <= 1e-1 for rate in rates)
+
+
+def test_a_search_gets_more_seeds_and_keeps_its_choices(here, losscurve, monkeypatch):
+    create = pytest.importorskip("optuna").create_study
+    studies = []
+    monkeypatch.setattr("optuna.create_study", lambda **given: studies.append(create(**given)) or studies[-1])
+    line = try_line("--search max_lr=1e-5..1e-1 --vary n_layer=1,2 --trials 2 --max_steps 4 --seeds 1")
+    line = line.replace("--n_layer 1 ", "").replace("--max_steps 12 ", "")
+    assert losscurve(line)[0] == 0
+    before = [setting.changes for setting in read_try(here / "t").settings]
+    code, out, err = losscurve(line.replace("--seeds 1", "--seeds 2"))
+    assert code == 0, err
+    assert err.count("seed 1338") == 2
+    assert "not finished" not in out
+    assert [trial.params for trial in studies[-1].trials] == before  # what Optuna knows is what was trained
+    assert all(trial.value is not None for trial in studies[-1].trials)
+    assert [setting.changes for setting in read_try(here / "t").settings] == before
+    code, _, err = losscurve(line.replace("n_layer=1,2", "n_layer=1,2,3"))
+    assert (code, "holds another try: vary was n_layer=1,2 and is n_layer=1,2,3 now" in err) == (2, True)
+
+
+def test_a_save_that_failed_ends_the_try_and_the_same_command_goes_on(here, losscurve, monkeypatch):
+    def train(run):
+        yield from real(run)
+        run.unsaved = "step 12 (No space left on device)"
+
+    real = jobs.train
+    line = try_line("--vary max_lr=1e-2,1e-3 --seeds 1")
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "train", train)
+        code, _, err = losscurve(line)
+    assert code == 1
+    assert err.splitlines()[-1] == (
+        "error: t/max_lr=0.01/seed-1337: the last save failed: step 12 (No space left on device); free some disk "
+        "space, and the same command goes on"
+    )
+    code, out, err = losscurve(line)
+    assert code == 0, err
+    assert "stopped" not in out
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_what_the_disk_refuses_is_said_whichever_process_it_was(here, losscurve, together):
+    line = try_line(f"--vary max_lr=1e-2,1e-3 --seeds 1 --jobs {together}")
+    assert losscurve(line)[0] == 0
+    run = here / "t" / "max_lr=0.01" / "seed-1337"
+    shutil.rmtree(run)
+    (run / "model.pt" / "something").mkdir(parents=True)  # no file can take its place
+    code, _, err = losscurve(line)
+    assert code == 1
+    assert "seed-1337/model.pt: Is a directory" in err.splitlines()[-1]
 
 
 def test_without_optuna_one_line_says_how_to_get_it(here, losscurve, monkeypatch):

@@ -11,13 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from llm import storage
 from llm.arch import Model
 from llm.data import TokenData
-from llm.errors import UserError
 from llm.generate import generate, generators
 from llm.run import Run
-from llm.start.run_data import open_run_data
+from llm.start.run_data import hashes_of, open_run_data
 from llm.start.run_folder import Say
 from llm.tokens.token_files import Tokens
 from llm.tokens.tokenizer import Ids, Tokenizer
@@ -163,14 +161,7 @@ def run_tokens(run: Run, data_dir: str | None = None, say: Say = lambda line: No
 
     Raises UserError if they are not found, or if they are not those of the run's env.json.
     """
-    try:
-        environment = storage.read_json(run.path / "env.json")
-    except UserError:  # the run's env.json was lost, so there is nothing to compare with
-        environment = None
-    expected = environment.get("data") if isinstance(environment, dict) else None
-    if not isinstance(expected, dict):
-        expected = None
-    return open_run_data(run.path, run.config, expected, data_dir, say)
+    return open_run_data(run.path, run.config, hashes_of(run.path), data_dir, say)
 
 
 def draw(

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -29,10 +29,10 @@ from llm.machine.world import ALONE, World
 from llm.plan import arithmetic, text_size
 from llm.prepare.prepare import files_there
 from llm.prepare.reuse import default_folder
-from llm.start.init_from import check_tokens, starting_point
+from llm.start.init_from import changed_settings, check_tokens
 from llm.start.new_run import name_of
 from llm.start.run_folder import Say, disk_needed
-from llm.start.teacher import open_teachers, with_tokens
+from llm.start.sources import open_sources
 from llm.start.texts import open_text
 from llm.storage import checkpoint
 from llm.tokens.saved_tokenizer import load_tokenizer
@@ -69,8 +69,12 @@ class Rehearsal:
         is_here: bool,
         folder: Path,
         say: Say = lambda line: None,
+        given: Collection[str] | None = None,
     ) -> None:
-        self.config = config
+        sources = open_sources(config, say, changed_settings(config) if given is None else given)
+        self.config = sources.config
+        self.teachers = sources.teachers
+        self.given = sources.tokenizer
         self.nproc = nproc
         self.world_size = world_size
         self.is_here = is_here
@@ -79,13 +83,6 @@ class Rehearsal:
         self.parts = folder / "parts"  # the run that is killed and resumed
         self.preset = folder / "small.toml"  # settings of both
         self.say = say
-        self.given: Tokenizer | None = None  # the tokenizer of init_from or of the teachers
-        if config.init_from:
-            start = starting_point(config, say)
-            self.config, self.given = start.config, start.tokenizer
-        self.teachers = open_teachers(self.config)
-        if self.teachers and not config.init_from:
-            self.config, self.given = with_tokens(config, self.teachers, say), self.teachers[0].tokenizer
         self.small = shrink_config(self.config, nproc, world_size)
         self.is_prepared = False  # whether the run's own token files exist, and
         self.train_tokens = 0  # how many tokens to train on they have

@@ -122,14 +122,10 @@ def open_try(args: argparse.Namespace, folder: Path, settings: "list[Setting]", 
     known = known if known and known.has_begun() else None
     seeds = [first + i for i in range(args.seeds or (len(known.seeds) if known else SEEDS))]
     asked: dict[str, Any] = {"preset": preset, "given": given, "first seed": first, "search": sorted(args.search)}
-    if args.time:  # which would give the runs another time each
-        asked |= {
-            "time": args.time,
-            "vary": sorted(args.vary),
-            "seeds": len(seeds),
-            "trials": trials,
-            "jobs": args.jobs,
-        }
+    if args.search or args.time:  # other choices of a search, or another part of the time for each run
+        asked["vary"] = sorted(args.vary)
+    if args.time:
+        asked |= {"time": args.time, "seeds": len(seeds), "trials": trials, "jobs": args.jobs}
     if known:
         tried = known
         check_same(tried, asked)

@@ -152,6 +152,8 @@ def difference_at(base: Group, other: Group, axis: Axis, place: float, unit: Uni
 
 def shared_until(base: Group, other: Group) -> int:
     """Return the step up to which the runs of all pairs are one, because they are forks; else 0."""
+    if not has_pairs(base, other):
+        return 0
     theirs = {run.config.seed: run for run in base.runs}
     steps = [run.shared_with(theirs[run.config.seed]) for run in other.runs if run.config.seed in theirs]
     return min(steps, default=0)

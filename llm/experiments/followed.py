@@ -1,5 +1,6 @@
 """A try that a page follows: its table and small multiples, as the report of a try has them."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ class FollowedTry:
     def answer(self) -> dict[str, Any]:
         """Return its name, an error or "", the rows of its table with the heads first, and its picture, a data URL."""
         files = (self.folder / NAME, *sorted(self.folder.glob(f"*/*/{metrics.NAME}")))
-        stamps = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.exists()]
+        stamps = []
+        for path in files:
+            with contextlib.suppress(OSError):  # not there, or no longer
+                found = path.stat()
+                stamps.append((path, found.st_size, found.st_mtime_ns))
         if stamps != self._stamps:
             self._stamps = stamps
             name = self.folder.resolve().name

@@ -4,9 +4,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
-import queue
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,7 +49,10 @@ class Job:
 
 
 def train_job(job: Job, stop: Stop) -> str:
-    """Train the run of a job, and save it. Return "", or why it cannot go on. Raises UserError for a bad request."""
+    """Train the run of a job, and save it. Return "", or why it cannot go on.
+
+    Raises UserError for a bad request, Failure if the run could not be saved, which ends the try: the disk is full.
+    """
     if checkpoint.saved_steps(job.run_dir):
         opened = resume_run(job.run_dir, {})
     else:
@@ -63,10 +64,12 @@ def train_job(job: Job, stop: Stop) -> str:
                 run.deadline = Deadline(time.perf_counter() + job.seconds - run.seconds, job.most_steps)
             for _ in train(run):
                 pass
-        if run.unsaved:
-            return f"the last save failed: {run.unsaved}"
     except Failure as error:
         return str(error)
+    if run.unsaved:
+        raise Failure(
+            f"{job.run_dir}: the last save failed: {run.unsaved}; free some disk space, and the same command goes on"
+        )
     return ""
 
 
@@ -108,17 +111,17 @@ def slowest_pace(processes: int) -> Iterator[Measure]:
     """Yield a measurement of a config's pace while so many processes train it at once: that of the slowest of them."""
     with other_processes(processes, of=processes) as others:
 
-        def measure(config: TrainConfig) -> Pace:
+        def measure(config: TrainConfig, seconds: float) -> Pace:
             for connection in others:
-                ask(connection, (_pace, config))
+                ask(connection, (_pace, (config, seconds)))
             paces: list[Pace] = [answer(connection) for connection in others]
             return dataclasses.replace(max(paces, key=lambda pace: pace.step), others=0.0)  # they are each other's work
 
         yield measure
 
 
-def _pace(config: TrainConfig, stop: Stop) -> Pace:
-    return short_probe(config)
+def _pace(asked: tuple[TrainConfig, float], stop: Stop) -> Pace:
+    return short_probe(*asked)
 
 
 @contextlib.contextmanager
@@ -136,8 +139,9 @@ def other_processes(count: int, of: int) -> Iterator[list[Connection]]:
             for _ in range(count):
                 ours, theirs = context.Pipe()
                 connections.append(ours)
-                started.append(context.Process(target=_serve, args=(theirs,)))
-                started[-1].start()
+                process = context.Process(target=_serve, args=(theirs,))
+                process.start()
+                started.append(process)
                 theirs.close()
         for connection in connections:
             answer(connection)  # it has loaded what it needs
@@ -169,15 +173,15 @@ def ask(connection: Connection, task: Any) -> None:
 
 
 def answer(connection: Connection) -> Any:
-    """Return the answer of another process. Raises UserError as it did, Failure if it was killed."""
+    """Return the answer of another process. Raises what it raised, or Failure if it was killed."""
     try:
-        found, refusal = connection.recv()
+        found, error = connection.recv()
     except (EOFError, OSError):
         raise Failure(
             "a process of the try was killed, perhaps for its memory; the same command goes on, with fewer --jobs"
         ) from None
-    if refusal:
-        raise UserError(refusal)
+    if error is not None:
+        raise error
     return found
 
 
@@ -185,24 +189,21 @@ def answer(connection: Connection) -> Any:
 
 
 def _serve(connection: Connection) -> None:
-    """Do what comes through the connection, one after the other, until it says None or closes."""
-    stopping = threading.Event()
-    tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, tasks, stopping), daemon=True).start()
-    with contextlib.suppress(OSError):  # the first process died
-        connection.send((None, ""))
-        while (task := tasks.get()) is not None:
-            function, argument = task
-            try:
-                connection.send((function(argument, stopping.is_set), ""))
-            except UserError as error:
-                connection.send((None, str(error)))
+    """Do what comes through the connection, one after the other, until it says None or closes.
 
-
-def _listen(connection: Connection, tasks: "queue.SimpleQueue[Any]", stopping: threading.Event) -> None:
-    """Pass on what comes; at its end, stop the job in progress, which saves."""
-    with contextlib.suppress(EOFError, OSError):
-        while (task := connection.recv()) is not None:
-            tasks.put(task)
-    stopping.set()
-    tasks.put(None)
+    While a task is in progress, nothing else can come: then the run that it trains saves and ends.
+    """
+    reply: tuple[Any, Exception | None] = (None, None)  # it has loaded what it needs
+    while True:
+        try:
+            connection.send(reply)
+            task = connection.recv()
+        except (EOFError, OSError):  # the first process died
+            return
+        if task is None:
+            return
+        function, argument = task
+        try:
+            reply = function(argument, lambda: bool(wait([connection], timeout=0))), None
+        except (UserError, Failure, OSError) as error:
+            reply = None, error

@@ -134,11 +134,7 @@ def read_run(path: Path, data_dir: str | None = None) -> RecordedRun:
 def recorded_run(path: Path, config: TrainConfig, rows: Sequence[Row], data_dir: str | None = None) -> RecordedRun:
     """Return the run in the folder `path` whose settings and record are `config` and `rows`; `data_dir`: as above."""
     rows = [row for row in rows if row["split"] == "val"]
-    try:
-        environment = storage.read_json(path / "env.json")
-    except UserError:  # lost; what cannot be compared without it is said
-        environment = {}
-    facts = environment if isinstance(environment, dict) else {}
+    facts = storage.read_facts(path / "env.json")  # {} if it is lost: what cannot be compared without it is said
     hashes = facts.get("data")
     hashes = hashes if isinstance(hashes, dict) else {}
     places = [*([Path(data_dir)] if data_dir else []), *places_of(config.data_dir or "data", path, config)]

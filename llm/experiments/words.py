@@ -139,7 +139,9 @@ def closing_lines(comparisons: Sequence[Comparison], looks: int = 1) -> list[str
         lines.append(
             f"{looks} looks at the same question: the brackets are wider, and the 5 of 100 are for all looks together."
         )
-    elif any("would tell" in verdict(item.difference) for found in family for item in found.findings.values()):
+    elif any(
+        "would tell" in verdict(item.difference, item.pair) for found in family for item in found.findings.values()
+    ):
         lines.append(
             "More seeds after this are a second look at the same question, and with two looks 10 of 100 say better or "
             "worse by chance; --looks 2, each time, keeps it at 5."

@@ -15,7 +15,7 @@ from llm.plan.steps import affordable_steps, parameters_per_token, useful_steps,
 from llm.plan.text_size import Text
 from llm.plan.timing import Pace, fits, preparing_seconds, probe, starting_seconds
 
-Measure = Callable[[TrainConfig], Pace]
+Measure = Callable[[TrainConfig, float], Pace]  # of a config, in about so many seconds
 Shapes = dict[GPTConfig, TrainConfig]
 
 
@@ -31,9 +31,9 @@ class Proposal:
     probes: int  # of shapes, and of dropout
 
 
-def short_probe(config: TrainConfig) -> Pace:
-    """Measure a pace, set-up included, within about a second, or half of one for a short run."""
-    return probe(config, 0.6 * rule.probe_seconds(config.max_time or math.inf))
+def short_probe(config: TrainConfig, seconds: float) -> Pace:
+    """Measure a pace within about `seconds`, set-up and the pace of evaluations and samples included."""
+    return probe(config, 0.6 * seconds)
 
 
 def propose(request: Request, text: Text, measure: Measure) -> Proposal:
@@ -50,7 +50,7 @@ def propose(request: Request, text: Text, measure: Measure) -> Proposal:
     paces: dict[GPTConfig, Pace] = {}
     best = next(iter(shapes))
     while best not in paces and len(paces) < rule.probes(request.seconds):
-        paces[best] = measure(shapes[best])
+        paces[best] = measure(shapes[best], rule.probe_seconds(request.seconds))
         if len(paces) == 1:
             check_time(shapes[best], request, text, paces[best])
         best = choose(shapes, request, text, {model: estimate(model, paces) for model in shapes})
@@ -79,7 +79,7 @@ def finish(
     probes = len(paces)
     config = with_chosen(chosen, request, regularisation(chosen, request, text, pace, probes))
     if config.model.dropout != chosen.model.dropout:  # dropout takes time, so that there are fewer epochs
-        pace = measure(config)
+        pace = measure(config, rule.probe_seconds(request.seconds))
         probes += 1
         config = with_chosen(config, request, regularisation(config, request, text, pace, probes))
     return Proposal(with_steps(config, request, text, pace, probes), text, pace, shapes, len(paces), probes)

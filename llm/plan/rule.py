@@ -1,7 +1,7 @@
-"""The rule of the autopilot: what a run for a given time is made of. Every figure of it stands in the table below.
+"""The rule of the autopilot: what a run for a given time is made of. Its figures stand in the table below.
 
-The sources of the figures are in docs/decisions.md, "The rule for a given time". `llm.plan.proposal` measures the
-shapes and chooses one of them.
+Their sources are in docs/decisions.md, "The rule for a given time"; those for weights of another program stand in
+`llm.start.fine_tuning`. `llm.plan.proposal` measures the shapes and chooses one of them.
 """
 
 import math

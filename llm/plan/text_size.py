@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from llm.config import TrainConfig
 from llm.errors import Failure, UserError
 from llm.prepare.prepare import prepare
 from llm.prepare.reuse import default_folder
+from llm.start import fine_tuning
+from llm.start.sources import Sources
 from llm.text import corpus, hub
 from llm.tokens.bpe import train_bpe
 from llm.tokens.token_files import GPT2_VOCAB, check_length, has_tokens, read_meta, vocabulary_of
@@ -41,6 +44,20 @@ class Text:
     trains_bpe: bool = False  # whether a BPE is trained before
     preparation: float = 0.0  # seconds that its preparation has taken after the start of a given time
     uncounted: float = 0.0  # seconds of its preparation, taken or estimated, that are added to a given time
+
+
+def with_text(sources: Sources, given: Collection[str]) -> tuple[TrainConfig, Text]:
+    """Return the config with what follows from its text, the vocabulary or the steps to fine-tune, and the text.
+
+    `given` are the names of the settings that the user gave. Raises UserError if the text cannot be trained on.
+    """
+    config = sources.config
+    text = text_of(config, sources.tokenizer)
+    if sources.start is None:
+        config = with_vocabulary(config, text.vocabulary)
+    elif sources.start.is_pretrained:
+        config = fine_tuning.with_steps(config, text.tokens, given)
+    return config, text
 
 
 def text_of(config: TrainConfig, given: Tokenizer | None = None) -> Text:

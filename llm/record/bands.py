@@ -91,10 +91,9 @@ def band_of_run(run_dir: Path) -> Band | None:
     """Return the band for the run in `run_dir`; None also if its config.toml or env.json cannot be read."""
     try:
         config = from_settings(read_toml(str(run_dir / "config.toml")))
-        env = storage.read_json(run_dir / "env.json")
     except UserError:
         return None
-    return band_of(config, env.get("data")) if isinstance(env, dict) else None
+    return band_of(config, storage.read_facts(run_dir / "env.json").get("data"))
 
 
 def band_verdict(rows: list[Row], band: Band | None) -> str | None:

@@ -4,7 +4,7 @@ Every row has `step` (completed steps) and `split` ("train" or "val"). Where the
 
 - `loss`: mean cross-entropy, in nats per token
 - `bits_per_byte`: the same loss per byte of text (validation rows only)
-- `lr`: learning rate
+- `lr`: learning rate of the next update
 - `grad_norm`: gradient norm before clipping
 - `tokens`: tokens trained on so far
 - `seconds`: training time so far

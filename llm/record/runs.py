@@ -160,10 +160,7 @@ def origins(environment: object) -> list[Origin]:
 
 def origin_of(run_dir: Path) -> Origin | None:
     """Return the origin of the run in `run_dir`; None if it is no fork, or its env.json cannot be read."""
-    try:
-        return next(iter(origins(storage.read_json(run_dir / "env.json"))), None)
-    except UserError:
-        return None
+    return next(iter(origins(storage.read_facts(run_dir / "env.json"))), None)
 
 
 def origin_lines(run_dir: Path) -> list[str]:

@@ -163,12 +163,7 @@ def collect_evaluations(rows: list[Row]) -> list[Evaluation]:
 
 def read_environment(run_dir: Path) -> list[tuple[str, str]]:
     """Return env.json as names and values in words; an empty list if it cannot be read."""
-    try:
-        facts = storage.read_json(run_dir / "env.json")
-    except UserError:
-        return []
-    if not isinstance(facts, dict):
-        return []
+    facts = storage.read_facts(run_dir / "env.json")
     data = facts.pop("data", None)
     if isinstance(origin := facts.get("forked_from"), dict) and isinstance(origin.get("run"), str):
         facts["forked_from"] = f"{PurePath(origin['run']).name}, step {origin.get('step')}, state {origin.get('state')}"

@@ -3,13 +3,10 @@
 A fork is a run folder like any other, with that state as its newest checkpoint. To train it is to resume it.
 """
 
-import io
 import os
 import shutil
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from llm import storage
 from llm.arch import empty_model
@@ -23,7 +20,7 @@ from llm.start.run_data import beside, open_run_data
 from llm.start.run_folder import Say, disk_needed, write_environment
 from llm.storage import checkpoint
 from llm.training import predictions
-from llm.training.state import weights_of, write_state
+from llm.training.state import weights_of, write_pt, write_state
 from llm.weights import run_config
 
 OTHER_RUN = {  # settings that a fork cannot change, and why
@@ -110,11 +107,7 @@ def describe_past(run_dir: Path, state: Path, before: TrainConfig, config: Train
         "state": storage.sha256(state / "manifest.json"),
         "before": {name: old for name, (_, old) in settings_apart(config, before, ("out_dir", "data_dir")).items()},
     }
-    try:
-        earlier = storage.read_json(run_dir / "env.json")
-    except UserError:  # lost: the fork writes its own
-        earlier = {}
-    earlier = earlier if isinstance(earlier, dict) else {}
+    earlier = storage.read_facts(run_dir / "env.json")
     if "forked_from" in earlier:
         facts["forked_from"] = earlier["forked_from"]
     return earlier | {"forked_from": facts}
@@ -207,8 +200,15 @@ def write_weights(
     is_best = progress["best_loss"] is not None and best_step == step
     facts = facts | {"settings": to_settings(config)}
     write_state(
-        *(out_dir, metrics.Record(out_dir), 0, step, weights, best if is_best else None),
-        *(groups, {name: value for name, value in facts.items() if name != "step"}, config.keep),
+        out_dir,
+        metrics.Record(out_dir),
+        rows=0,
+        step=step,
+        weights=weights,
+        best=best if is_best else None,
+        groups=groups,
+        facts={name: value for name, value in facts.items() if name != "step"},
+        keep=config.keep,
     )
     if progress["best_loss"] is None or is_best:
         return
@@ -219,6 +219,4 @@ def write_weights(
         )
         return
     older, _ = checkpoint.load_state(run_dir / checkpoint.folder_name(best_step))
-    content = io.BytesIO()
-    torch.save(weights_of(model, older[kind]), content)
-    storage.write_bytes(out_dir / "best.pt", content.getbuffer())
+    write_pt(weights_of(model, older[kind]), out_dir / "best.pt")

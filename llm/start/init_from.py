@@ -49,14 +49,12 @@ class Start:
     is_pretrained: bool  # by another program: settings that are not given are those of llm.start.fine_tuning
 
 
-def starting_point(config: TrainConfig, say: Say, given: Collection[str] | None = None) -> Start:
+def starting_point(config: TrainConfig, say: Say, given: Collection[str]) -> Start:
     """Return the config with the shape and tokenizer kind of the weights of `init_from`, and the weights.
 
-    `given` are the names of the settings that the user gave (default: those that differ from the chapter's). The
-    context may be shorter than that of the weights. Raises UserError if a given size or tokenizer is not theirs.
+    `given` are the names of the settings that the user gave. The context may be shorter than that of the weights.
+    Raises UserError if a given size or tokenizer is not theirs.
     """
-    if given is None:
-        given = changed_settings(config)
     opened = open_weights(str(config.init_from), config.model)
     shape, weights = opened.config, opened.weights
     _check_shape(config, shape, given)

@@ -21,11 +21,12 @@ from llm.prepare.reuse import default_folder
 from llm.start import fine_tuning
 from llm.start.agreement import agree, local_rank
 from llm.start.build import build, connect
-from llm.start.init_from import Start, changed_settings, check_tokens, starting_point
+from llm.start.init_from import Start, changed_settings, check_tokens
 from llm.start.predict import write_predictions
 from llm.start.run_data import beside
 from llm.start.run_folder import Say, clear, disk_needed, refuse_existing, say_limits, write_environment
-from llm.start.teacher import open_teachers, refuse_own_folder, with_tokens
+from llm.start.sources import open_sources
+from llm.start.teacher import refuse_own_folder
 from llm.start.texts import default_prompt, open_text
 from llm.tokens.saved_tokenizer import save_tokenizer
 from llm.tokens.tokenizer import Tokenizer
@@ -47,16 +48,16 @@ def new_run(
 ) -> Iterator[LiveRun]:
     """Yield a new run, ready for `train`. Its folder is locked until the block ends.
 
-    `progress(done, total)` shows the progress of tokenizing. `given` are the names of the settings that the user gave
-    (default: those that differ from the chapter's); with `init_from`, the weights decide some of the others. Of several
-    processes only rank 0 touches the run folder.
+    `progress(done, total)` shows the progress of tokenizing, then of the teachers' predictions. `given` are the names
+    of the settings that the user gave (default: those that differ from the chapter's); with `init_from`, the weights
+    decide some of the others. Of several processes only rank 0 touches the run folder.
 
     Raises UserError if the run cannot work. It leaves the run folder untouched then, but may have tokenized the text.
     """
     with contextlib.ExitStack() as stack:
         with world.together():
             device, dtype = check_request(config, overwrite, world)
-            config, text, start, taught_by = open_new_text(config, dtype, say, progress, world, given)
+            config, text, start, teachers = open_new_text(config, dtype, say, progress, world, given)
             agree(config, text.data, device, world)
         stack.enter_context(fixed_order(device))
         weights = start.weights if start else None
@@ -64,11 +65,11 @@ def new_run(
         is_pretrained = start is not None and start.is_pretrained
         del start, weights  # the model has copied its weights
         if not world.leads:
-            taught_by.clear()  # their weights are not needed: rank 0 alone lets them predict
+            teachers.clear()  # their weights are not needed: rank 0 alone lets them predict
         began = time.perf_counter()
         with world.together():
             if world.leads:
-                stack.enter_context(open_new_folder(parts, overwrite, is_pretrained, taught_by, say, progress))
+                stack.enter_context(open_new_folder(parts, overwrite, is_pretrained, teachers, say, progress))
             world.mark_started()
         predicting = time.perf_counter() - began if config.teacher else 0.0
         connect(parts, say)
@@ -118,26 +119,20 @@ def open_new_text(
     The third is None for new weights. Tokenizes the text first if necessary. Raises UserError if it is too short, or if
     its tokens are not those of the weights of `init_from` or of the teachers.
     """
-    start = None
-    tokens_of: Start | Opened | None = None
+    given = changed_settings(config) if given is None else given
+    sources = open_sources(config, say, given)
+    config, start, teachers = sources.config, sources.start, sources.teachers
     line = ""
-    if config.init_from:
-        given = changed_settings(config) if given is None else given
-        start = starting_point(config, say, given)
-        config, tokens_of = start.config, start
-    teachers = open_teachers(config)
-    if teachers and start is None:
-        config, tokens_of = with_tokens(config, teachers, say), teachers[0]
     world.gather(None)  # the other ranks wait here until rank 0 has passed its checks
-    data, tokenizer = open_text(config, say, progress, tokens_of.tokenizer if tokens_of else None, world)
+    data, tokenizer = open_text(config, say, progress, sources.tokenizer, world)
     if start is None:
         vocab_size = config.vocab_size or data.vocab_size
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
     else:
         check_tokens(config, data, start.tokenizer, tokenizer, str(config.init_from))
         if start.is_pretrained:
-            config = fine_tuning.with_steps(config, len(data.train), given or ())
-            line = fine_tuning.line(config, len(data.train), given or ())
+            config = fine_tuning.with_steps(config, len(data.train), given)
+            line = fine_tuning.line(config, len(data.train), given)
     if teachers:
         check_tokens(config, data, teachers[0].tokenizer, tokenizer, config.teacher[0])
     prompt = config.sample_prompt or default_prompt(data, tokenizer)
@@ -167,7 +162,7 @@ def open_new_folder(
                 path = folder / predictions.NAME
                 write_predictions(path, config, models, parts.data.train, parts.dtype, progress)
                 parts.predictions = predictions.reader(out_dir, config)
-            clear(out_dir)
+            clear(out_dir)  # of an earlier run's predictions too: those of this run get their name at the block's end
         storage.write_text(out_dir / "config.toml", write_toml(config))
         write_environment(out_dir, parts.data, {"pretrained": True} if is_pretrained else {})
         if parts.tokenizer is not None:

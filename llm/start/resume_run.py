@@ -147,14 +147,10 @@ def set_aside(unusable: dict[Path, str], say: Say) -> None:
 
 def say_changes(out_dir: Path, data: TokenData, before: TrainConfig, config: TrainConfig, say: Say) -> None:
     """Say what differs from the run before the resume: settings, and the environment in env.json."""
-    try:
-        then = storage.read_json(out_dir / "env.json")
-    except UserError:
-        then = None
+    then = storage.read_facts(out_dir / "env.json")
     now = json.loads(json.dumps(environment()))
-    if not isinstance(then, dict):
+    if not then:
         say(f"{out_dir / 'env.json'}: not readable, so it is unknown whether this machine is the one the run began on")
-        then = {}
     changes = [f"{key} was {then.get(key)} and is {now[key]}" for key in now if key in then and then[key] != now[key]]
     if changes:
         say(f"{'; '.join(changes)}: from here on the run may differ in its last digits")

@@ -48,6 +48,12 @@ def open_run_data(
     raise errors[0]
 
 
+def hashes_of(run_dir: Path) -> dict[str, str] | None:
+    """Return the SHA-256 of the run's token files by name, as its env.json has them; None if that is lost."""
+    hashes = storage.read_facts(run_dir / "env.json").get("data")
+    return hashes if isinstance(hashes, dict) else None
+
+
 def places_of(name: str, run_dir: Path, config: TrainConfig) -> list[Path]:
     """Return the places where a path in the settings of the run in `run_dir` may be.
 

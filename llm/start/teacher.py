@@ -1,17 +1,16 @@
 """The teachers of a run: weights whose predictions it learns from, besides its text (distillation, Hinton et al. 2015).
 
-They predict once, before the first step (`llm.start.predict`); a resume needs them no more.
+They predict once, before the first step (`llm.start.predict`); a resume does not need them.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm import storage
 from llm.config import TrainConfig, from_settings
 from llm.errors import UserError
 from llm.prepare.reuse import made_from
 from llm.start.init_from import may_be_same, other_tokens, token_settings
-from llm.start.run_data import open_run_data
+from llm.start.run_data import hashes_of, open_run_data
 from llm.start.run_folder import Say
 from llm.tokens.saved_tokenizer import load_tokenizer
 from llm.tokens.token_files import has_tokens, read_meta
@@ -81,11 +80,7 @@ def _tokens_of_run(teacher: Opened, config: TrainConfig, say: Say) -> Path | Non
     if not teacher.is_ours or "-" in config.text:  # standard input can be read only once
         return None
     run_dir = teacher.path.parent
-    try:
-        environment = storage.read_json(run_dir / "env.json")
-    except UserError:  # lost: the files cannot be compared with those of the run
-        environment = {}
-    expected = environment.get("data") if isinstance(environment, dict) else None
+    expected = hashes_of(run_dir)
     try:
         folder = open_run_data(run_dir, run_config(run_dir), expected).folder
     except UserError:

@@ -72,6 +72,15 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
 
 
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file that a run can do without, such as its env.json; {} if it is lost or damaged."""
+    try:
+        facts = read_json(path)
+    except UserError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
 def append(path: Path, content: bytes) -> None:
     """Append all of `content` to a file, or nothing: after an OSError the file is unchanged.
 

@@ -16,7 +16,7 @@ class Step:
     step: int  # completed steps
     loss: Tensor  # mean over the batch, nats per token
     grad_norm: Tensor  # before clipping
-    refused: Tensor  # true if loss or gradient was not finite, so no update was made
+    refused: Tensor  # true if the loss, or but for float16 the gradient, was not finite: no update was made
 
 
 @dataclass(frozen=True)

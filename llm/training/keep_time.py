@@ -34,7 +34,8 @@ def keep_time(run: LiveRun, evaluated: bool) -> Iterator[Notice | Saved]:
     config, step = run.parts.config, run.progress.step
     if run.deadline is None or not warmed_up(config) <= step <= decay_start(config):
         return
-    if not evaluated and not step == decay_start(config) > config.warmup:
+    starts_cooldown = step == decay_start(config) > config.warmup
+    if not evaluated and not starts_cooldown:
         return
     steps = fitting_steps(config, step, run.deadline, seconds_of_step(run))
     if steps == config.max_steps:
@@ -78,7 +79,9 @@ def fitting_steps(config: TrainConfig, step: int, deadline: Deadline, step_secon
         return max(config.max_steps, min(step + int(AIM * left / step_seconds), deadline.most_steps))
     if needed <= LATE * left:
         return config.max_steps
-    earliest = step / max(1 - config.cooldown, 1e-9) - 2  # about where the cool-down begins at `step`
+    earliest = 0.0
+    if config.schedule == "wsd":
+        earliest = step / max(1 - config.cooldown, 1e-9) - 2  # about where the cool-down begins at `step`
     steps = max(step + int(left / step_seconds), math.ceil(min(earliest, config.max_steps)), step + 1)
     while steps < config.max_steps and decay_start(from_settings({"max_steps": steps}, config)) < step:
         steps += 1
@@ -88,5 +91,5 @@ def fitting_steps(config: TrainConfig, step: int, deadline: Deadline, step_secon
 def seconds_of_step(run: LiveRun) -> float:
     """Return the mean seconds of a step so far, with its share of evaluations, samples and pictures."""
     step, every = run.progress.step, run.parts.config.eval_every
-    evaluated = 1 + (step - 1) // every
+    evaluated = 1 + step // every  # this step too, if it is one of them
     return run.stepping_seconds / step + run.progress.bookkeeping / evaluated / every

@@ -1,4 +1,4 @@
-"""Write a training row of metrics.jsonl every `log_every` steps. Only this module copies losses from the device."""
+"""Write a training row of metrics.jsonl every `log_every` steps. Losses of steps leave the device only here."""
 
 import math
 from collections.abc import Iterator

@@ -136,18 +136,21 @@ def write_state(
     Raises OSError.
     """
     record.flush(rows)
-    files = [(weights, ["model.pt"])]
     if best is weights:  # serialised once
-        files[0][1].append("best.pt")
-    elif best is not None:
-        files.append((best, ["best.pt"]))
-    for tensors, names in files:
-        content = io.BytesIO()  # PyTorch's own writer raises RuntimeError on a full disk, not always OSError
-        torch.save(tensors, content)
-        for name in names:
-            storage.write_bytes(out_dir / name, content.getbuffer())
-        del content
+        write_pt(weights, out_dir / "model.pt", out_dir / "best.pt")
+    else:
+        write_pt(weights, out_dir / "model.pt")
+        if best is not None:
+            write_pt(best, out_dir / "best.pt")
     return checkpoint.save_state(out_dir, step, groups, facts, keep, is_best=best is not None)
+
+
+def write_pt(weights: dict[str, Tensor], *paths: Path) -> None:
+    """Write weights to all `paths`. Raises OSError."""
+    content = io.BytesIO()  # PyTorch's own writer raises RuntimeError on a full disk, not always OSError
+    torch.save(weights, content)
+    for path in paths:
+        storage.write_bytes(path, content.getbuffer())
 
 
 def newest_state(out_dir: Path, world: World) -> tuple[checkpoint.Groups, dict[str, Any], dict[Path, str]]:

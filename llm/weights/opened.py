@@ -34,13 +34,7 @@ class Opened:
     @property
     def is_pretrained(self) -> bool:
         """Whether another program trained the model, or a run did that began with such weights."""
-        if not self.is_ours:
-            return True
-        try:
-            environment = storage.read_json(self.path.with_name("env.json"))
-        except UserError:  # lost or damaged
-            return False
-        return isinstance(environment, dict) and bool(environment.get("pretrained"))
+        return not self.is_ours or bool(storage.read_facts(self.path.with_name("env.json")).get("pretrained"))
 
     @property
     def is_bare(self) -> bool:

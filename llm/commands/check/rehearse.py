@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, NoReturn
 
-from llm.commands.flags import Parser, add_settings, config_from, warn
+from llm.commands.flags import Parser, add_settings, config_from, given_settings, warn
 from llm.config import FIELDS, PRESETS
 from llm.errors import UserError
 
@@ -22,7 +22,7 @@ MARKS = {True: "ok", False: "FAILED", None: "see"}
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    config = config_from(args)
+    config, given = config_from(args), given_settings(args)
 
     import shutil
     import signal
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     previous_handler = signal.signal(signal.SIGTERM, _exit)
     folder = Path(tempfile.mkdtemp(prefix="losscurve-rehearsal-"))
     try:
-        rehearsal = Rehearsal(config, args.nproc, world_size, args.world_size is None, folder, warn)
+        rehearsal = Rehearsal(config, args.nproc, world_size, args.world_size is None, folder, warn, given)
         print_result(f"rehearsing {name} as {args.nproc} on the CPU of this machine (gloo)")
         results = run(rehearsal)
     finally:

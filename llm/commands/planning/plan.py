@@ -91,25 +91,13 @@ def plan_given(config: TrainConfig, given: Collection[str]) -> PlannedRun:
 
     Raises UserError.
     """
-    from llm.plan.text_size import text_of, with_vocabulary
+    from llm.plan.text_size import with_text
     from llm.plan.timing import busy_line, fits, probe
-    from llm.start.fine_tuning import with_steps
-    from llm.start.init_from import starting_point
-    from llm.start.teacher import open_teachers, with_tokens
+    from llm.start.sources import open_sources
 
-    start = starting_point(config, warn, given) if config.init_from else None
-    if start:
-        config = start.config
-    teachers = open_teachers(config)
-    if teachers and not start:
-        config = with_tokens(config, teachers, warn)
-    tokens_of = start or (teachers[0] if teachers else None)
-    text = text_of(config, tokens_of.tokenizer if tokens_of else None)
-    if not start:
-        config = with_vocabulary(config, text.vocabulary)
-    elif start.is_pretrained:
-        config = with_steps(config, text.tokens, given)
-    shapes = [teacher.config for teacher in teachers]
+    sources = open_sources(config, warn, given)
+    config, text = with_text(sources, given)
+    shapes = [teacher.config for teacher in sources.teachers]
     pace = probe(config) if fits(config) else None
     if pace and (line := busy_line(pace)):
         warn(line)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llm.commands.flags import config_from, typed_settings
+from llm.commands.flags import config_from, given_settings, typed_settings
 from llm.config import FIELDS
 from llm.errors import UserError
 
@@ -95,7 +95,7 @@ def main(typed: argparse.Namespace) -> int:
     from llm.commands.planning.plan_scale_lines import as_json, plan_lines, table_lines
     from llm.commands.planning.plan_scale_prediction import make_plan, make_tables
 
-    plan = make_plan(args, config)
+    plan = make_plan(args, config, given_settings(typed))
     tables = make_tables(plan) if args.scale else {}
     if args.json:
         print_result(json.dumps(as_json(plan, tables)))

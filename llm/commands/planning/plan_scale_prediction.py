@@ -1,7 +1,7 @@
 """Predict memory, speed, time and cost of a run on many accelerators, from the flags of `plan`."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from llm.config.counts import flops_per_token, forward_flops_per_token
 from llm.errors import UserError
 from llm.plan import accelerators, arithmetic, clusters
 from llm.plan.clusters import Prediction
-from llm.plan.text_size import text_of, with_vocabulary
+from llm.plan.text_size import with_text
 
 if TYPE_CHECKING:
     from llm.plan.accelerators import Accelerator
@@ -49,9 +49,15 @@ class ScalePlan:
         return found
 
 
-def make_plan(args: argparse.Namespace, config: TrainConfig) -> ScalePlan:
-    """Return the plan that the flags ask for. Raises UserError if the run cannot be split so, or a flag is missing."""
-    config, text_tokens, teachers = with_text(config)
+def make_plan(args: argparse.Namespace, config: TrainConfig, given: Collection[str]) -> ScalePlan:
+    """Return the plan that the flags ask for; `given`: the names of the settings that were given.
+
+    Raises UserError if the run cannot be split so, or a flag is missing."""
+    from llm.start.sources import open_sources
+
+    sources = open_sources(config, warn, given)
+    config, text = with_text(sources, given)
+    teachers = [teacher.config for teacher in sources.teachers]
     if args.accelerator:
         accelerator = accelerators.ACCELERATORS[args.accelerator]
         number_size = 4 if config.dtype == "float32" else 2
@@ -68,7 +74,7 @@ def make_plan(args: argparse.Namespace, config: TrainConfig) -> ScalePlan:
     prediction = clusters.predicted(config, ranks, parallel, accelerator, speed, number_size)
     return ScalePlan(
         config,
-        text_tokens,
+        text.tokens,
         teachers,
         accelerator,
         rate,
@@ -89,24 +95,6 @@ def make_tables(plan: ScalePlan) -> Tables:
         return clusters.simulated(plan.config, plan.parallel, plan.accelerator, plan.speed, is_weak, plan.number_size)
 
     return {"strong": simulate(False), "weak": simulate(True)}
-
-
-def with_text(config: TrainConfig) -> tuple[TrainConfig, int, list[GPTConfig]]:
-    """Return the config with its model's vocabulary (or shape, with init_from), the number of training tokens, and the
-    shapes of the teachers.
-    """
-    from llm.start.init_from import starting_point
-    from llm.start.teacher import open_teachers, with_tokens
-
-    if config.init_from:
-        config = starting_point(config, warn).config
-    teachers = open_teachers(config)
-    if teachers and not config.init_from:
-        config = with_tokens(config, teachers, warn)
-    text = text_of(config)
-    if not config.init_from:
-        config = with_vocabulary(config, text.vocabulary)
-    return config, text.tokens, [teacher.config for teacher in teachers]
 
 
 def memory_of_rank(

@@ -24,7 +24,7 @@ from llm.config import TrainConfig
 from llm.plan.accelerators import Accelerator, Link
 from llm.plan.clusters import Parallel, Prediction, Speed
 from llm.plan.clusters import predicted as predict_step
-from llm.plan.messages import BUCKET
+from llm.plan.collectives import BUCKET
 
 SIZES = (*(2**power for power in range(10, 25, 2)), BUCKET, 2**26)  # bytes of a message: 1 KiB to 64 MiB
 

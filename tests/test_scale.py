@@ -21,7 +21,7 @@ from llm.errors import UserError
 from llm.plan import accelerators, arithmetic, clusters, timing
 from llm.plan.accelerators import ACCELERATORS, Accelerator, Link
 from llm.plan.clusters import COUNTS
-from llm.plan.messages import BUCKET, all_gather_seconds, all_reduce_seconds, bucketed_all_reduce_seconds
+from llm.plan.collectives import BUCKET, all_gather_seconds, all_reduce_seconds, bucketed_all_reduce_seconds
 
 LINK, NETWORK = Link(100e9, 1e-6), Link(10e9, 10e-6)
 EIGHT = Accelerator("eight a node", 80e9, 1e15, math.inf, LINK, NETWORK, "made up")

@@ -14,7 +14,7 @@ from llm.config.counts import count_hidden_matrices, count_parameters, flops_per
 from llm.errors import UserError
 from llm.plan.accelerators import Accelerator, describe_link
 from llm.plan.arithmetic import count_group_parameters, count_validations, memory_for, muon_excess, teacher_excess
-from llm.plan.messages import ddp_messages, fsdp_messages
+from llm.plan.collectives import ddp_messages, fsdp_messages
 
 Parallel = Literal["ddp", "fsdp"]
 

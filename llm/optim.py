@@ -53,7 +53,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig, dtype: torch.dtype = t
     matrices = hidden_matrices(model) if config.optimizer == "muon" else {}
     groups = parameter_groups(model, config.weight_decay, config.weight_decay_split, matrices)
     optimizer = AdamW(groups, lr=config.max_lr, betas=(config.beta1, config.beta2), fused=True)
-    for p in model.parameters():  # now, so that a resume can copy into them
+    for p in model.parameters():  # now: a resume copies into them, and later they would fill gaps in a step
         if p not in matrices:
             optimizer.state[p] = {
                 "step": torch.zeros((), device=p.device),

@@ -201,8 +201,8 @@ def _fit(
     with opened as training, interrupts() as caught:
         training.stop = lambda: bool(caught)
         training.deadline = deadline
-        if training.fine_tuning:
-            tell(training.fine_tuning)
+        if training.fine_tuning_line:
+            tell(training.fine_tuning_line)
         for event in train(training):
             if isinstance(event, Line):
                 say(str(event))
@@ -222,22 +222,19 @@ def _fit_all(
 
     Returns a teacher if it was interrupted.
     """
-    runs = choice.teacher_runs(overwrite)
-    say(choice.teacher_words(runs))
-    given = given | {"block_size": choice.proposal.config.model.block_size}  # of all
-    planned = [(given | {"out_dir": run.folder, "seed": run.seed}, run.seconds) for run in runs]
-    last = given | {"teacher": [run.folder for run in runs]}
-    for number, (settings, seconds) in enumerate(planned, 1):
-        teacher, was_interrupted = _fit(settings, preset, False, overwrite, f"{seconds:.0f}", say)
+    *teachers, last = choice.timed_runs(overwrite)
+    say(choice.teacher_words(teachers))
+    for number, run in enumerate(teachers, 1):
+        teacher, was_interrupted = _fit(given | run.settings, preset, False, overwrite, f"{run.seconds:.0f}", say)
         if was_interrupted:
-            left = max(1.0, choice.seconds - sum(run.seconds for run in runs))
-            for rest, time in (*planned[number:], (last, left)):
-                asked = rest | {"time": f"{time:.0f}", "preset": preset, "overwrite": overwrite}
-                words = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value not in (None, False))
+            for rest in (*teachers[number:], last):
+                options = {"time": f"{max(1.0, rest.seconds):.0f}", "preset": preset, "overwrite": overwrite}
+                asked = given | rest.settings | {name: value for name, value in options.items() if value}
+                words = ", ".join(f"{name}={value!r}" for name, value in asked.items())
                 say(f"after that, train the run with fit({words})")
             return teacher, True
-    left = choice.seconds - (perf_counter() - began)
-    return _fit(last, preset, False, overwrite, f"{max(1.0, left):.0f}", say)
+    left = max(1.0, choice.seconds - (perf_counter() - began))
+    return _fit(given | last.settings, preset, False, overwrite, f"{left:.0f}", say)
 
 
 @contextmanager

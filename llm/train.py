@@ -40,7 +40,7 @@ def train_step(parts: Parts, step: int) -> Step:
     for micro in parts.micro_batches(step):
         with parts.exchange(micro.is_last):
             with precision(parts.dtype, parts.device):
-                micro_loss = parts.forward(micro.x, micro.y, micro.seeds, micro.taught)[1] / micro.parts
+                micro_loss = parts.forward(micro.x, micro.y, micro.seeds, micro.taught)[1] / micro.divisor
             scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
     parts.world.mean(loss)

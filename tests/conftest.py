@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
 ROOT = Path(__file__).parent.parent
 CACHE = os.environ.get("LOSSCURVE_CACHE", "")
-MOMENT = 0.05  # seconds
+MOMENT, MEDIAN = 0.05, timing._median_seconds  # seconds; what measures a pace
 SMALL = {
     "n_layer": 2,
     "n_head": 2,
@@ -154,8 +154,7 @@ def blank_pictures(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def short_probes(monkeypatch):
     """A plan that a test makes in its own process measures this machine for a moment only."""
-    median = timing._median_seconds
-    monkeypatch.setattr(timing, "_median_seconds", lambda work, seconds: median(work, min(seconds, MOMENT)))
+    monkeypatch.setattr(timing, "_median_seconds", lambda work, seconds: MEDIAN(work, min(seconds, MOMENT)))
 
 
 @pytest.fixture

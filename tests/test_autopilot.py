@@ -152,6 +152,23 @@ def test_a_text_that_is_read_often_calls_for_a_teacher(tokens, seconds, typed, c
     assert (choice.calls_for_teachers, choice.passes >= 7) == (called, tokens < 800_000)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "seconds", "count"),
+    [(400_000, 600, 1), (400_000, 1200, 3), (400_000, 1800, 5), (1_000_000, 1800, 1), (10_000_000, 1800, 0)],
+)
+def test_a_longer_text_gets_fewer_teachers(tokens, seconds, count):
+    """Of a million tokens, each of five teachers would have learned too little in its part of half an hour."""
+    found = proposed(Text(tokens, 1024), seconds, lambda config, seconds: Pace(0.45, 1e-6, 1e-3))
+    choice = autopilot.Choice(read_request(str(seconds), {}, {}), None, found)
+    assert choice.calls_for_teachers == (count > 0)
+    if count == 0:
+        return
+    *teachers, last = choice.timed_runs(overwrite=False)
+    assert [run.folder for run in teachers] == last.settings["teacher"]
+    assert len(teachers) == count
+    assert last.seconds + sum(run.seconds for run in teachers) == pytest.approx(seconds)
+
+
 @pytest.mark.parametrize(("n_layer", "n_embd", "dropout"), [(6, 192, 0.0), (8, 320, 0.1)])
 def test_a_model_that_is_large_for_its_text_gets_dropout_after_fewer_passes(n_layer, n_embd, dropout):
     """Eight passes, of models with 3.3 and 12 parameters in their blocks for each token."""

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import SMALL, flags
+from conftest import MEDIAN, SMALL, flags
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -240,10 +240,11 @@ def test_time_is_the_sum_of_its_parts():
     )
 
 
-def test_a_probe_counts_the_cores_that_others_keep_busy():
+def test_a_probe_counts_the_cores_that_others_keep_busy(monkeypatch):
     """A program that is always busy shows; the steps of the probe itself do not, however long it has trained before."""
     if timing.seconds_of_others() is None:
         pytest.skip("this system does not tell")
+    monkeypatch.setattr(timing, "_median_seconds", MEDIAN)
     config = small()
     alone = timing.probe(config, seconds=0.5).others
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:

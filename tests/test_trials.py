@@ -275,6 +275,17 @@ def test_optuna_chooses_and_goes_on(here, losscurve):
     assert all(1e-5 <= rate <= 1e-1 for rate in rates)
 
 
+def test_a_search_that_drew_what_cannot_be_goes_on(here, losscurve):
+    pytest.importorskip("optuna")
+    line = try_line("--search n_embd=11..20 --seeds 1 --max_steps 4").replace("--n_embd 16 ", "")
+    line = line.replace("--max_steps 12 ", "")
+    for count in (4, 8):
+        code, out, err = losscurve(f"{line} --trials {count}")
+        assert code == 0, err
+        assert len(read_try(here / "t").settings) == count
+        assert 0 < out.count("cannot be: n_embd = 1") < count  # the odd ones, with two heads
+
+
 def test_a_search_gets_more_seeds_and_keeps_its_choices(here, losscurve, monkeypatch):
     create = pytest.importorskip("optuna").create_study
     studies = []

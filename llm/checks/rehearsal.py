@@ -74,7 +74,7 @@ class Rehearsal:
         sources = open_sources(config, say, changed_settings(config) if given is None else given)
         self.config = sources.config
         self.teachers = sources.teachers
-        self.given = sources.tokenizer
+        self.tokenizer = sources.tokenizer  # of init_from or of the teachers
         self.nproc = nproc
         self.world_size = world_size
         self.is_here = is_here
@@ -134,7 +134,7 @@ class Rehearsal:
             )
         data, tokenizer, source = self._open_text()
         if config.init_from:
-            check_tokens(config, data, self.given, tokenizer, config.init_from)
+            check_tokens(config, data, self.tokenizer, tokenizer, config.init_from)
         if self.is_prepared and config.sample_prompt and tokenizer is not None:
             tokenizer.encode(config.sample_prompt)  # raises if the tokenizer cannot encode it
         vocabulary = config.model.vocab_size if config.init_from else config.vocab_size or data.vocab_size
@@ -153,11 +153,11 @@ class Rehearsal:
         tokens = Path(config.data_dir or default_folder(config))
         self.is_prepared = bool(files_there(tokens))
         if self.is_prepared:
-            data, tokenizer = open_text(config, self.say, None, self.given, ALONE)
+            data, tokenizer = open_text(config, self.say, None, self.tokenizer, ALONE)
             self.train_tokens = len(data.train)
             return data, tokenizer, str(tokens)
         small_block_size = self.small.model.block_size
-        tokens, is_whole = prepare_first_piece(config, self.folder, self.given, small_block_size, self.say)
+        tokens, is_whole = prepare_first_piece(config, self.folder, self.tokenizer, small_block_size, self.say)
         data = open_data(tokens, small_block_size)
         tokenizer = load_tokenizer(tokens / "tokenizer.json")
         block_size = config.model.block_size

@@ -39,8 +39,8 @@ def print_start(run: "LiveRun", kept_bytes: int, was_chosen: bool) -> None:
     if config.teacher:
         whose = "the teacher predicts" if len(config.teacher) == 1 else "the teachers predict, on average"
         print_best_effort(f"{config.teacher_share:.0%} of each target is what {whose}: {', '.join(config.teacher)}")
-    if run.fine_tuning:
-        print_best_effort(run.fine_tuning)
+    if run.fine_tuning_line:
+        print_best_effort(run.fine_tuning_line)
     print_best_effort(outline(config, len(run.parts.data.train), kept_bytes))
 
 

@@ -3,8 +3,8 @@
 import argparse
 import shlex
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from llm.commands.flags import request_from
 from llm.errors import UserError
@@ -12,7 +12,7 @@ from llm.errors import UserError
 if TYPE_CHECKING:
     from llm.config import TrainConfig
     from llm.machine.world import World
-    from llm.plan.autopilot import Choice
+    from llm.plan.autopilot import Choice, TimedRun
 
 Say = Callable[[str], None]
 
@@ -57,29 +57,35 @@ def train_all(words: list[str], choice: "Choice", began: float, train: Callable[
     from llm.commands.bars import print_best_effort
     from llm.plan.arithmetic import MEASURED_SHAPE_BYTES
 
-    runs = choice.teacher_runs(overwrite="--overwrite" in words)
-    print_best_effort(choice.teacher_words(runs))
-    words = [word for word in words if not word.startswith(("--time=", "--out_dir=", "--block_size=", "--seed="))]
-    words.insert(0, f"--block_size={choice.proposal.config.model.block_size}")  # of all
-    commands = [[f"--time={run.seconds:.0f}", f"--out_dir={run.folder}", f"--seed={run.seed}", *words] for run in runs]
-    config = choice.proposal.config
-    last = [f"--out_dir={config.out_dir}", *(f"--teacher={run.folder}" for run in runs), f"--seed={config.seed}"]
+    *teachers, last = choice.timed_runs(overwrite="--overwrite" in words)
+    print_best_effort(choice.teacher_words(teachers))
+    replaced = tuple(f"--{name}=" for name in ("time", *last.settings))
+    words = [word for word in words if not word.startswith(replaced)]
+
+    def command(run: "TimedRun", seconds: float) -> list[str]:
+        return [f"--time={max(1.0, seconds):.0f}", *flags_of(run.settings), *words]
+
     kept = choice.kept_bytes
-    for number, command in enumerate(commands, 1):
-        code = train(command, kept)
+    for number, run in enumerate(teachers, 1):
+        code = train(command(run, run.seconds), kept)
         kept += MEASURED_SHAPE_BYTES
         if code:  # the interrupted teacher has the rest of its time still
-            left = choice.seconds - sum(run.seconds for run in runs)
-            rest = [*commands[number:], [f"--time={max(1.0, left):.0f}", *last, *words]]
-            lines = " && ".join(shlex.join(["losscurve", "train", *command]) for command in rest)
+            rest = [*teachers[number:], last]
+            lines = " && ".join(shlex.join(["losscurve", "train", *command(run, run.seconds)]) for run in rest)
             print_best_effort(f"after that, train the run with: {lines}")
             return code
         print_best_effort("")
-    left = choice.seconds - (time.perf_counter() - began)
-    command = [f"--time={max(1.0, left):.0f}", *last, *words]
+    taught = command(last, choice.seconds - (time.perf_counter() - began))
     try:
-        return train(command, kept)
+        return train(taught, kept)
     except KeyboardInterrupt:  # the run has not begun: while the teachers predict, nothing can be saved
-        line = shlex.join(["losscurve", "train", *command])
+        line = shlex.join(["losscurve", "train", *taught])
         print_best_effort(f"the teachers are trained; train the run with: {line}")
         raise
+
+
+def flags_of(settings: dict[str, Any]) -> Iterator[str]:
+    """Yield the flags of settings, one for each value of a list."""
+    for name, value in settings.items():
+        for one in value if isinstance(value, list) else [value]:
+            yield f"--{name}={one}"

@@ -122,7 +122,7 @@ def open_try(args: argparse.Namespace, folder: Path, settings: "list[Setting]", 
     known = known if known and known.has_begun() else None
     seeds = [first + i for i in range(args.seeds or (len(known.seeds) if known else SEEDS))]
     asked: dict[str, Any] = {"preset": preset, "given": given, "first seed": first, "search": sorted(args.search)}
-    if args.search or args.time:  # other choices of a search, or another part of the time for each run
+    if args.time or (args.search and args.vary):  # other choices of a search, or another part of the time for each run
         asked["vary"] = sorted(args.vary)
     if args.time:
         asked |= {"time": args.time, "seeds": len(seeds), "trials": trials, "jobs": args.jobs}
@@ -153,7 +153,8 @@ def open_try(args: argparse.Namespace, folder: Path, settings: "list[Setting]", 
 def check_settings(tried: "Try") -> None:
     """Raise UserError for a setting whose values cannot be combined, or whose name is another's too."""
     for setting in tried.settings:
-        tried.config(setting, tried.seeds[0])
+        if setting.name not in tried.stopped:  # a search may have drawn values that cannot be combined
+            tried.config(setting, tried.seeds[0])
     names = [setting.name for setting in tried.settings]
     if len(set(names)) < len(names):
         raise UserError(f"{max(names, key=names.count)}: two settings have this name; give values that differ more")

@@ -88,7 +88,7 @@ def read_try(folder: Path) -> Try:
 def check_same(known: Try, asked: dict[str, Any]) -> None:
     """Raise UserError that names what differs between the try in a folder and what is `asked` for now."""
     asked = json.loads(json.dumps(asked, default=str))
-    changes = known.settings[0].changes
+    changes = next((setting.changes for setting in known.settings if setting.name not in known.stopped), {})
     now, before = (
         over_preset(one["preset"], one["given"] | changes, lambda line: None) for one in (asked, known.asked)
     )

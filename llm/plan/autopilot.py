@@ -37,12 +37,15 @@ LARGE = 20_000_000  # bytes of a text from which the time to prepare it is annou
 
 
 @dataclass(frozen=True)
-class TeacherRun:
-    """A run whose predictions another one learns from, before that is trained."""
+class TimedRun:
+    """One of the runs that share a given time: its settings beside those that were given, and its seconds."""
 
-    folder: str
+    settings: dict[str, Any]
     seconds: float
-    seed: int
+
+    @property
+    def folder(self) -> str:
+        return str(self.settings["out_dir"])
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Choice:
         """Whether the run would read its text so often that teachers, trained in a part of its time, bring more."""
         config, given = self.proposal.config, self.request.given
         is_free = not (config.init_from or config.teacher or "dropout" in given)
-        _, count, _ = rule.row_for(rule.TEACHERS, self.request.seconds)
+        count, _ = rule.teachers(self.request.seconds, config.model.dropout > 0)
         is_long = count > 0 and config.max_steps >= rule.LEAST_TAUGHT_STEPS
         return is_free and is_long and (self.passes >= rule.LEAST_TAUGHT_PASSES or config.model.dropout > 0)
 
@@ -81,31 +84,36 @@ class Choice:
         config = self.proposal.config
         return config.max_steps * config.tokens_per_step / self.proposal.text.tokens
 
-    def teacher_runs(self, overwrite: bool) -> list[TeacherRun]:
-        """Return the runs of the teachers, whose folders are beside that of the run."""
+    def timed_runs(self, overwrite: bool) -> list[TimedRun]:
+        """Return the runs that share the time: teachers, in folders beside that of the run, then the run itself.
+
+        Its seconds are those that the teachers leave.
+        """
         config, seconds = self.proposal.config, self.request.seconds
-        out_dir, (_, count, share) = Path(config.out_dir), rule.row_for(rule.TEACHERS, seconds)
+        count, share = rule.teachers(seconds, config.model.dropout > 0)
+        out_dir = Path(config.out_dir)
         letters = string.ascii_lowercase[:count]
         names = [f"{out_dir}-teacher-{letter}" for letter in letters] if count > 1 else [f"{out_dir}-teacher"]
         is_ours = overwrite and (out_dir / "config.toml").is_file() and run_config(out_dir).teacher == tuple(names)
-        return [
-            TeacherRun(
-                name if is_ours else unused(name),
-                share * seconds / count,
-                (config.seed + number * rule.SEED_STEP) % 2**63,
-            )
-            for number, name in enumerate(names)
+        folders = [name if is_ours else unused(name) for name in names]
+        seeds = [(config.seed + number * rule.SEED_STEP) % 2**63 for number in range(count)]
+        size = config.model.block_size  # of all
+        teachers = [
+            TimedRun({"out_dir": folder, "seed": seed, "block_size": size}, share * seconds / count)
+            for folder, seed in zip(folders, seeds, strict=True)
         ]
+        last = {"out_dir": config.out_dir, "seed": config.seed, "block_size": size, "teacher": folders}
+        return [*teachers, TimedRun(last, seconds - sum(run.seconds for run in teachers))]
 
-    def teacher_words(self, runs: Sequence[TeacherRun]) -> str:
+    def teacher_words(self, teachers: Sequence[TimedRun]) -> str:
         """Return a line that says why there are teachers first, and where."""
         why = f"in {short(self.passes)} passes one model would begin to learn this text by heart: first "
-        if len(runs) == 1:
-            whose, they = f"for a teacher in {runs[0].folder}", "it predicts"
+        if len(teachers) == 1:
+            whose, they = f"for a teacher in {teachers[0].folder}", "it predicts"
         else:
-            *folders, last = (run.folder for run in runs)
+            *folders, last = (run.folder for run in teachers)
             whose, they = f"for each teacher in {', '.join(folders)} and {last}", "they predict"
-        return f"{why}{spoken(runs[0].seconds)} {whose}, then a run that learns from what {they}, too"
+        return f"{why}{spoken(teachers[0].seconds)} {whose}, then a run that learns from what {they}, too"
 
     @property
     def predicted(self) -> Prediction | str:
@@ -184,26 +192,23 @@ def choose_all(request: Request, say: Callable[[str], None], announce: Callable[
     whole = choose_run(request, prepares=False, say=say)
     if not whole.calls_for_teachers:
         return [whole]
-    runs = whole.teacher_runs(overwrite=False)
-    announce(whole.teacher_words(runs))
-    size = whole.proposal.config.model.block_size  # of all
+    *teachers, last = whole.timed_runs(overwrite=False)
+    announce(whole.teacher_words(teachers))
     chosen: list[Choice] = []
     shapes = []
-    for run in runs:
-        asked = with_given(request, run.seconds, out_dir=run.folder, seed=run.seed, block_size=size)
-        chosen += choose_all(asked, say, announce)
+    for run in teachers:
+        chosen += choose_all(with_given(request, run), say, announce)
         shapes.append(chosen[-1].proposal.config.model)
-    left = request.seconds - sum(run.seconds for run in runs)
-    left -= whole.proposal.probes * rule.probe_seconds(request.seconds)
-    taught = with_given(request, left, teacher=[run.folder for run in runs], block_size=size)
+    left = last.seconds - whole.proposal.probes * rule.probe_seconds(request.seconds)
+    taught = with_given(request, TimedRun(last.settings, left))
     taught = dataclasses.replace(taught, teachers=tuple(shapes))
     return [*chosen, choose_run(taught, prepares=False, say=say)]
 
 
-def with_given(request: Request, seconds: float, **settings: Any) -> Request:
-    """Return the request for another time, with more settings given."""
-    config = from_settings(settings, request.config)
-    return dataclasses.replace(request, config=config, given=request.given | settings, seconds=seconds)
+def with_given(request: Request, run: TimedRun) -> Request:
+    """Return the request for a part of its time, with the settings of that as given too."""
+    config = from_settings(run.settings, request.config)
+    return dataclasses.replace(request, config=config, given=request.given | run.settings, seconds=run.seconds)
 
 
 def small_text(facts: TextFacts, config: TrainConfig) -> str:

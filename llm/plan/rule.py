@@ -5,6 +5,7 @@ Their sources are in docs/decisions.md, "The rule for a given time"; those for w
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from llm.config import FIELDS, TrainConfig
@@ -75,7 +76,7 @@ STEP_GROWTH = 0.75  # the time of a step grows with its FLOPs to this power, unt
 # ---- the rule
 
 
-def row_for(table: tuple[tuple[Any, ...], ...], value: float) -> tuple[Any, ...]:
+def row_for(table: Sequence[tuple[Any, ...]], value: float) -> tuple[Any, ...]:
     """Return the last row of a table whose first figure is at most `value`."""
     return [row for row in table if row[0] <= value][-1]
 
@@ -171,6 +172,16 @@ def rates(config: TrainConfig, given: dict[str, Any]) -> dict[str, float]:
         found = {"max_lr": share * min(ADAMW_MAX_LR, ADAMW_LR_WIDTH / config.model.n_embd)}
     found = {name: given.get(name, float(f"{value:.2g}")) for name, value in found.items()}
     return found | {"max_lr": max(found["max_lr"], given.get("min_lr", 0.0))}
+
+
+def teachers(seconds: float, has_dropout: bool) -> tuple[int, float]:
+    """Return how many teachers a run for a time gets if it reads its text often, and their share of the time.
+
+    Several only if one run for the whole time would have dropout: of a longer text, they would have learned too little.
+    """
+    rows = [row for row in TEACHERS if has_dropout or row[1] <= 1]
+    _, count, share = row_for(rows, seconds)
+    return count, share
 
 
 def probe_seconds(seconds: float) -> float:

@@ -45,7 +45,7 @@ TOKENIZING_RATE = 10 * MIB  # bytes per second: from text to token files
 
 BPE_TRAINING_RATE = 5 * MIB  # bytes per second, before that, of at most the SAMPLE of `choose_tokenizer`
 
-PROBE_SECONDS = 3.0  # of steps
+MEASURED_SECONDS = 3.0  # of steps
 
 DISTURBING = 0.25  # of the cores: other work that takes more than this is told
 
@@ -94,7 +94,7 @@ class Pace:
         return self.others > DISTURBING * (os.cpu_count() or 1)
 
 
-def probe(config: TrainConfig, seconds: float = PROBE_SECONDS) -> Pace:
+def probe(config: TrainConfig, seconds: float = MEASURED_SECONDS) -> Pace:
     """Time real steps of `config` on random tokens for about `seconds`, then evaluation and sampling for a third of it.
 
     What teachers predict is the same at each place. torch.compile is not used, because it takes longer than the probe.

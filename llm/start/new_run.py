@@ -74,7 +74,7 @@ def new_run(
         predicting = time.perf_counter() - began if config.teacher else 0.0
         connect(parts, say)
         progress_so_far = Progress(seconds=predicting, predicting=predicting)
-        yield LiveRun(parts, Path(config.out_dir), progress_so_far, text.prompt, text.fine_tuning)
+        yield LiveRun(parts, Path(config.out_dir), progress_so_far, text.prompt, text.fine_tuning_line)
 
 
 def check_request(config: TrainConfig, overwrite: bool, world: World) -> tuple[torch.device, torch.dtype]:
@@ -103,7 +103,7 @@ class OpenText:
     data: TokenData
     tokenizer: Tokenizer | None
     prompt: str
-    fine_tuning: str  # a line about the settings for it; "": the weights are not of another program
+    fine_tuning_line: str  # about the settings for it; "": the weights are not of another program
 
 
 def open_new_text(

@@ -16,7 +16,7 @@ class Step:
     step: int  # completed steps
     loss: Tensor  # mean over the batch, nats per token
     grad_norm: Tensor  # before clipping
-    refused: Tensor  # true if the loss, or but for float16 the gradient, was not finite: no update was made
+    refused: Tensor  # true if the loss was not finite, or (float16 aside, which has a scaler) the gradient
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,14 @@ class LiveRun:
     the last save succeeded; otherwise it names the step that could not be saved, and the cause.
     """
 
-    def __init__(self, parts: Parts, out_dir: Path, progress: Progress, prompt: str, fine_tuning: str = "") -> None:
+    def __init__(
+        self, parts: Parts, out_dir: Path, progress: Progress, prompt: str, fine_tuning_line: str = ""
+    ) -> None:
         self.parts = parts
         self.out_dir = out_dir
         self.progress = progress
         self.prompt = prompt
-        self.fine_tuning = fine_tuning  # of a new run from another program's weights: a line about its settings
+        self.fine_tuning_line = fine_tuning_line  # of a new run from another program's weights
         self.stop: Callable[[], bool] = lambda: False
         self.deadline: Deadline | None = None  # of a run for a given time
         self.reason: str | None = None
@@ -86,7 +88,7 @@ class LiveRun:
 
     def restart_pace(self) -> None:
         """Start to measure the speed for the next training row."""
-        self.pace = (self.stepping_seconds, self.progress.tokens)
+        self.row_began = (self.stepping_seconds, self.progress.tokens)
 
     def matmul_utilisation(self, tokens_per_second: float) -> float:
         """Return the fraction of `matrix_rate` that this many tokens per second use."""

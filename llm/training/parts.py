@@ -29,7 +29,7 @@ class MicroBatch:
     y: Tensor  # (B, T) int64, x shifted by one token
     seeds: Tensor  # (B,) int32, for the dropout masks
     taught: Taught | None  # what the teachers predict of y, if the settings name any
-    parts: float  # windows of this process in the step / windows of this micro-batch
+    divisor: float  # of its loss: windows of this process in the step / windows of this micro-batch
     is_last: bool  # of the step
 
 

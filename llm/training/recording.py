@@ -45,7 +45,7 @@ def check_losses(run: LiveRun) -> None:
 def log_step(run: LiveRun, step: Step) -> Iterator[Notice]:
     """Record the mean loss and the speed of the steps since the previous row."""
     progress = run.progress
-    seconds_before, tokens_before = run.pace
+    seconds_before, tokens_before = run.row_began
     run.restart_pace()
     first = step.step - len(progress.losses) + 1
     refused = [number for number, loss in enumerate(progress.losses, first) if loss is None]
@@ -55,7 +55,7 @@ def log_step(run: LiveRun, step: Step) -> Iterator[Notice]:
 
     speed = None
     if not any(number in progress.skipped for number in refused):  # a skipped step takes no time
-        speed = (progress.tokens - tokens_before) / (run.pace[0] - seconds_before)
+        speed = (progress.tokens - tokens_before) / (run.row_began[0] - seconds_before)
     marks = {name: steps for name, steps in (("refused", refused), ("spikes", spikes)) if steps}
     run.record.add(
         step=step.step,

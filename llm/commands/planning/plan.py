@@ -98,6 +98,7 @@ def plan_given(config: TrainConfig, given: Collection[str]) -> PlannedRun:
     sources = open_sources(config, warn, given)
     config, text = with_text(sources, given)
     shapes = [teacher.config for teacher in sources.teachers]
+    del sources  # their weights are not needed while this machine is measured
     pace = probe(config) if fits(config) else None
     if pace and (line := busy_line(pace)):
         warn(line)

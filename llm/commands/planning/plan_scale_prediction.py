@@ -12,6 +12,7 @@ from llm.errors import UserError
 from llm.plan import accelerators, arithmetic, clusters
 from llm.plan.clusters import Prediction
 from llm.plan.text_size import with_text
+from llm.start.sources import open_sources
 
 if TYPE_CHECKING:
     from llm.plan.accelerators import Accelerator
@@ -52,12 +53,12 @@ class ScalePlan:
 def make_plan(args: argparse.Namespace, config: TrainConfig, given: Collection[str]) -> ScalePlan:
     """Return the plan that the flags ask for; `given`: the names of the settings that were given.
 
-    Raises UserError if the run cannot be split so, or a flag is missing."""
-    from llm.start.sources import open_sources
-
+    Raises UserError if the run cannot be split so, or a flag is missing.
+    """
     sources = open_sources(config, warn, given)
     config, text = with_text(sources, given)
     teachers = [teacher.config for teacher in sources.teachers]
+    del sources  # their weights are not needed while this machine is measured
     if args.accelerator:
         accelerator = accelerators.ACCELERATORS[args.accelerator]
         number_size = 4 if config.dtype == "float32" else 2

@@ -73,7 +73,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file that a run can do without, such as its env.json; {} if it is lost or damaged."""
+    """Return the object in a JSON file that can be done without, such as env.json; {} if it is lost or damaged."""
     try:
         facts = read_json(path)
     except UserError:

@@ -67,14 +67,8 @@ def _refuse_large_id(path: Path, tokens: npt.NDArray[Any], limit: int, max_id: i
 
 def _read_scans(path: Path) -> dict[str, Any]:
     """Return what is known of the files beside `path`, by name, without entries that are damaged."""
-    try:
-        scans = storage.read_json(path.with_name(SCANNED))
-    except UserError:
-        return {}
-    if not isinstance(scans, dict):
-        return {}
     known = {}
-    for name, facts in scans.items():
+    for name, facts in storage.read_facts(path.with_name(SCANNED)).items():
         if TOKEN_FILE.fullmatch(name) and isinstance(facts, dict) and _has_fact_types(facts):
             known[name] = {key: facts[key] for key in FACTS}
     return known

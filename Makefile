@@ -4,9 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-# Many tests wait for processes that they started, so there are two more at work than there are cores.
+# Some tests wait for processes that they started, so there is one more at work than there are cores.
 # Each program has one thread: two threads of a program wait for each other in every product, the longer the busier the cores.
-TESTERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 2)
+TESTERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 # Beside a folder of shared caches (development and CI), tests and training read from it.
 ifneq ($(wildcard ../shared/data),)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,17 +139,18 @@ def nothing_noted():
 
 @pytest.fixture(autouse=True)
 def blank_pictures(request, monkeypatch):
-    """The runs that a test trains in its own process write an empty picture, since drawing takes longer than they do.
+    """The commands of a test's own process write empty pictures, since to draw them takes longer than a small run.
 
-    Tests with the mark `pictures` have their curves drawn, as all commands in processes of their own have.
+    Tests with the mark `pictures` have them drawn, as all commands in processes of their own have.
     """
 
-    def write_blank(run_dirs: list[Path], out: Path) -> None:
+    def write_blank(draw: Callable[[], Any], out: Path) -> None:
         with storage.writing(out) as file:
             file.write(b"")
 
     if request.node.get_closest_marker("pictures") is None:
-        monkeypatch.setattr("llm.training.evaluating.plot_runs", write_blank)
+        for module in ("chart_style", "plot"):  # who imports it when it is needed, and who has imported it
+            monkeypatch.setattr(f"llm.record.{module}.save_figure", write_blank)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,6 +92,7 @@ def test_resume_continues_and_refuses_what_would_be_another_run(run, losscurve):
     assert "nowhere: no run here" in err
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     "command",
     ["report {}", "export {} --to hf --out o", "plot {}", "compare {} {}", "fork {} --at 4", "sample --out_dir {}"],
@@ -104,19 +106,41 @@ def test_a_file_in_place_of_a_run_folder_is_told(run, losscurve, command):
     assert err == "error: text.txt: is a file; give the folder of a training run\n"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_an_interrupt_saves_and_prints_how_to_resume(here, start, number, code):
-    process = start(f"train --text text.txt --data_dir data {flags(max_steps=10**6)}")
-    record = here / "checkpoints" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (record.exists() and record.read_text().count("\n") > 5):
+def check_interrupted(run_dir, out):
+    """Check that a run that was interrupted has saved its state, and says how it goes on."""
+    step = int(re.search(rf"saved step (\d+) in {run_dir}", out)[1])
+    assert f"continue with: losscurve train --out_dir {run_dir} --resume" in out
+    assert (run_dir / f"step-{step:06d}" / "manifest.json").exists()
+
+
+def wait_for_rows(run_dir, count):
+    """Wait until a run has recorded so many rows."""
+    record, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (record.exists() and record.read_text().count("\n") >= count):
         time.sleep(0.05)
-    process.send_signal(number)
+
+
+def test_an_interrupt_saves_and_prints_how_to_resume(here, start):
+    process = start(f"train --text text.txt --data_dir data {flags(max_steps=10**6)}")
+    wait_for_rows(Path("checkpoints"), 6)
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == code, err
-    step = int(re.search(r"saved step (\d+) in checkpoints", out)[1])
-    assert "continue with: losscurve train --out_dir checkpoints --resume" in out
-    assert (here / "checkpoints" / f"step-{step:06d}" / "manifest.json").exists()
+    assert process.returncode == 130, err
+    check_interrupted(Path("checkpoints"), out)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_so_do_other_signals(here, losscurve, number, code):
+    def interrupt():
+        wait_for_rows(Path("checkpoints"), 6)
+        os.kill(os.getpid(), number)
+
+    with ThreadPoolExecutor() as threads:
+        done = threads.submit(interrupt)
+        found, out, err = losscurve(f"train --text text.txt --data_dir data {flags(max_steps=10**6)}")
+        done.result()
+    assert found == code, err
+    check_interrupted(Path("checkpoints"), out)
 
 
 def test_a_shape_that_no_machine_holds_is_one_clear_line(here, losscurve):
@@ -334,6 +358,7 @@ def test_a_pickle_that_runs_code_is_refused(here, losscurve):
     assert not Path("pwned").exists()
 
 
+@pytest.mark.pictures
 def test_schedule_and_plot_write_their_pictures(run, losscurve):
     code, out, _ = losscurve("schedule --max_steps 200 --out s.png")
     assert code == 0

@@ -50,6 +50,7 @@ def two_settings(here):
     return here
 
 
+@pytest.mark.pictures
 def test_repetitions_are_paired_by_seed_and_the_numbers_are_those_of_a_sum_by_hand(two_settings, losscurve):
     code, out, err = losscurve("compare b3 a1 a2 b1 a3 b2")
     assert (code, err) == (0, "")
@@ -302,6 +303,7 @@ def test_a_run_given_twice_counts_once_and_a_repeat_is_left_out(two_settings, lo
     ]
 
 
+@pytest.mark.pictures
 def test_damage_is_one_line(two_settings, losscurve):
     assert losscurve("compare a1 nowhere")[2].startswith("error: nowhere: no run here")
     Path("empty").mkdir()

@@ -91,6 +91,7 @@ def test_transformers_opens_it_and_is_the_run(here, shape):
     assert length == 12 or drawn[0, -1] == tokenizer.eos_token_id  # up to the context, which is 16
 
 
+@pytest.mark.pictures
 def test_the_command_writes_a_folder_that_is_complete(run, losscurve):
     code, out, err = losscurve("export run --to hf --dtype bfloat16")
     assert (code, err) == (0, "")

@@ -9,6 +9,7 @@ from conftest import environment, flags
 from llm.commands.main import COMMANDS
 
 HEAVY = {"torch", "numpy", "matplotlib", "tiktoken", "tokenizers", "rich"}
+UNASKED = {"torch._dynamo", "wandb", "tensorboard", "torch.utils.tensorboard"}
 
 
 def test_importing_the_package_or_asking_for_help_loads_no_torch():
@@ -33,14 +34,14 @@ def test_the_page_loads_no_torch():
     assert shown.stdout == "False\n"
 
 
-def test_training_reading_weights_and_sampling_load_no_compiler(here):
-    """`torch._dynamo` takes a second to import, and only `--compile` needs it."""
+def test_training_reading_weights_and_sampling_load_no_compiler_and_no_tracker(here):
+    """`torch._dynamo` takes a second to import, and only `--compile` needs it; a tracker is only for `--track`."""
     train = f"train --text text.txt {flags(max_steps=2, warmup_steps=0)}"
     lines = [f"{train} --optimizer {optimizer} --out_dir {optimizer}" for optimizer in ("adamw", "muon")]
     lines += ["sample --out_dir muon --max_new_tokens 2", "report adamw"]
     code = (
         "import sys; from llm.commands.main import main; "
-        f"print([main(line.split()) for line in {lines}], 'torch._dynamo' in sys.modules)"
+        f"print([main(line.split()) for line in {lines}], sorted({UNASKED} & set(sys.modules)))"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
-    assert shown.stdout.splitlines()[-1] == "[0, 0, 0, 0] False", shown.stdout
+    assert shown.stdout.splitlines()[-1] == "[0, 0, 0, 0] []", shown.stdout

@@ -18,6 +18,8 @@ from llm.record.plot import draw, draw_comparison, draw_run, plot_runs, plot_sch
 from llm.record.points import MAX_POINTS, thin_by_mean
 from llm.schedule import lr_at
 
+pytestmark = pytest.mark.pictures
+
 
 def make_run(folder, steps=2000, vocab_size=50257, higher=0.0):
     """A run that overfits: 10.8 at first, lowest at 1000, then rising; training falls all the way."""

@@ -48,6 +48,7 @@ def home(tmp_path_factory):
 
 @needs_gpt2
 @needs_shakespeare
+@pytest.mark.pictures
 @pytest.mark.parametrize("line", OURS)
 def test_a_command_of_the_readme_runs(home, line, monkeypatch, capsys):
     words = shlex.split(line)

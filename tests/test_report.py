@@ -399,6 +399,7 @@ def test_only_an_earlier_report_is_overwritten(run, tmp_path, losscurve, monkeyp
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
+@pytest.mark.pictures
 def test_markdown_with_pictures(run, tmp_path, losscurve, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):

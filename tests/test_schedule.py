@@ -83,6 +83,7 @@ def test_a_line_shows_a_small_learning_rate(lr, shown):
     assert line == f"step     5 | lr {shown} | train 2.0000 | val 2.0000 | t 1.0s"
 
 
+@pytest.mark.pictures
 def test_down_to_zero(here, losscurve):
     """The schedule, a run and its pictures, its resume, the page's answer, with a last learning rate of 0."""
     code, out, err = losscurve("schedule --schedule wsd --min_lr 0 --max_steps 100 --out s.svg")
@@ -154,6 +155,7 @@ def test_one_step_run():
     assert [lr_at(step, TrainConfig(max_steps=1)) for step in (0, 1)] == [3e-4, 3e-5]
 
 
+@pytest.mark.pictures
 def test_command_prints_the_schedule_and_draws_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert (
@@ -173,6 +175,7 @@ def test_command_prints_the_schedule_and_draws_it(tmp_path, monkeypatch, capsys)
     assert (tmp_path / "schedule.png").stat().st_size > 5000
 
 
+@pytest.mark.pictures
 def test_command_takes_presets_and_refuses_nonsense(tmp_path, capsys):
     out = tmp_path / "s.svg"
     assert main(["schedule", "--preset", "shakespeare-char-cpu", "--out", str(out)]) == 0

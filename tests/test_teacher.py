@@ -21,6 +21,7 @@ from llm import loss as loss_module
 from llm.arch import make_model
 from llm.checks.rehearsal import Rehearsal
 from llm.checks.verify import verify
+from llm.commands.main import main
 from llm.commands.train_time import train_all
 from llm.config import GPTConfig, TrainConfig, from_settings, read_toml
 from llm.data import batch_at, starts_at
@@ -248,6 +249,31 @@ def test_tokens_that_were_chosen_by_themselves(here, losscurve):
     assert run_config(Path("second")).data_dir == "data/text"
 
 
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """A folder with the run `first`, runs with other tokens or another block size, and the tokens of another text."""
+    folder = tmp_path_factory.mktemp("several")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("text.txt").write_text(words(900), encoding="utf-8")
+        trained(config_for(folder, out_dir="first", **OTHER_SHAPE))
+        trained(config_for(folder, out_dir="shorter", block_size=8, **OTHER_SHAPE))
+        trained(config_for(folder, out_dir="bytes", data_dir="tokens", **OTHER_SHAPE | {"tokenizer": "byte"}))
+        Path("twelve.txt").write_text("quick brown\n" * 90, encoding="utf-8")
+        twelve = {"text": "twelve.txt", "data_dir": "twelve", "tokenizer": "char"}
+        trained(config_for(folder, out_dir="letters", **OTHER_SHAPE | twelve))
+        assert run_config(Path("letters")).model.vocab_size == run_config(Path("first")).model.vocab_size
+        Path("other.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40, encoding="utf-8")
+        assert main(["prepare", "other.txt", "--data_dir", "other", "--tokenizer", "char"]) == 0
+    return folder
+
+
+@pytest.fixture
+def several_runs(several, monkeypatch):
+    monkeypatch.chdir(several)
+    return several
+
+
 @pytest.mark.parametrize(
     ("typed", "told"),
     [
@@ -265,20 +291,12 @@ def test_tokens_that_were_chosen_by_themselves(here, losscurve):
         ("--teacher first second/model.pt --overwrite", "second/model.pt: no such file"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_written(here, losscurve, typed, told):
-    trained(config_for(here, out_dir="first", **OTHER_SHAPE))
-    Path("other.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40, encoding="utf-8")
-    assert losscurve("prepare other.txt --data_dir other --tokenizer char")[0] == 0
-    trained(config_for(here, out_dir="bytes", data_dir="tokens", **OTHER_SHAPE | {"tokenizer": "byte"}))
-    Path("twelve.txt").write_text("quick brown\n" * 90, encoding="utf-8")
-    twelve = {"text": "twelve.txt", "data_dir": "twelve", "tokenizer": "char"}
-    trained(config_for(here, out_dir="letters", **OTHER_SHAPE | twelve))
-    assert run_config(Path("letters")).model.vocab_size == run_config(Path("first")).model.vocab_size
+def test_what_cannot_be_is_said_before_anything_is_written(several_runs, losscurve, typed, told):
     small = small_flags("tokenizer", *(["block_size"] if "block_size" in typed else []))
     where = "" if "out_dir" in typed else "--out_dir second"
-    before = sorted(here.rglob("*"))
+    before = sorted(several_runs.rglob("*"))
     code, _, err = losscurve(f"train {small} {where} {typed}")
-    assert (code, told in err, sorted(here.rglob("*"))) == (2, True, before), err
+    assert (code, told in err, sorted(several_runs.rglob("*"))) == (2, True, before), err
 
 
 def test_a_fork_has_the_teacher_of_its_run(here, losscurve):
@@ -397,17 +415,14 @@ def test_plans_and_choices_count_the_teacher(here, losscurve):
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
-        ("other", "has a vocabulary of 257, and the weights of first one of 12"),
+        ("bytes", "has a vocabulary of 257, and the weights of first one of 12"),
         ("nowhere", "nowhere: no such file"),
         ("shorter", "block_size = 16: the teacher shorter sees 8 tokens"),
     ],
 )
 @pytest.mark.parametrize("command", ["plan", "plan --accelerator h100", "plan --time 6s", "rehearse --nproc 2"])
-def test_a_teacher_beside_other_weights_is_checked_against_them(here, losscurve, command, teacher, message):
+def test_a_teacher_beside_other_weights_is_checked_against_them(several_runs, losscurve, command, teacher, message):
     """The block size that is not given is that of the weights, 16, and not the 64 of the chapter."""
-    trained(config_for(here, out_dir="first", **OTHER_SHAPE))
-    trained(config_for(here, out_dir="other", data_dir="tokens", **OTHER_SHAPE | {"tokenizer": "byte"}))
-    trained(config_for(here, out_dir="shorter", block_size=8, **OTHER_SHAPE))
     code, _, err = losscurve(f"{command} --data_dir data --init_from first --teacher {teacher} --out_dir second")
     assert (code, message in err) == (2, True), err
 

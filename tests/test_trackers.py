@@ -338,18 +338,6 @@ def process_of_wandb(run_dir: Path):
             continue
 
 
-def test_no_tracker_is_imported_unless_asked_for(here):
-    code = (
-        "import sys; from llm.commands.main import main\n"
-        f"assert main({TRAIN.split()!r}) == 0\n"
-        "print(sorted({'wandb', 'tensorboard', 'torch.utils.tensorboard'} & set(sys.modules)))"
-    )
-    shown = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True, cwd=here
-    )
-    assert shown.stdout.splitlines()[-1] == "[]"
-
-
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_package_that_is_missing_is_one_line_before_anything_is_done(name, here, losscurve, monkeypatch):
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)

@@ -32,6 +32,7 @@ def try_line(rest, out_dir="t"):
     return f"try text.txt {SMALL} {rest} --out_dir {out_dir}"
 
 
+@pytest.mark.pictures
 def test_a_try_ends_with_table_picture_verdicts_and_best(here, losscurve):
     code, out, err = losscurve(try_line(f"{RATES} --seeds 3"))
     assert code == 0, err

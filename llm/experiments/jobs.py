@@ -5,6 +5,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -132,7 +133,11 @@ def other_processes(count: int, of: int) -> Iterator[list[Connection]]:
     also when this process dies: then its connection closes, and it saves the run that it trains.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // of)))
-    context = multiprocessing.get_context("spawn")
+    if sys.platform == "linux":  # each is forked from a process that has loaded PyTorch and computed nothing
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+    else:  # Metal does not survive a fork
+        context = multiprocessing.get_context("spawn")
     connections, started = [], []
     try:
         with _signals_held():

@@ -165,6 +165,7 @@ def test_a_file_whose_name_starts_with_a_dash(here, run_wrong):
     assert flag("out_dir", "x y") == "--out_dir 'x y'"
 
 
+@pytest.mark.pictures
 def test_folders_may_stand_anywhere(here, run_wrong):
     assert "one: " in run_wrong("plot", "--out", "p.png", "one")[1]
     assert "one: " in run_wrong("explain", "--", "one")[1]
@@ -261,6 +262,7 @@ HOME = {  # command lines with a path in a home folder that does not exist, and 
 }
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("line", HOME)
 def test_a_home_folder_is_found(here, monkeypatch, run_wrong, line):
     home = here / "home"

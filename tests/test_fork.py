@@ -100,6 +100,7 @@ def test_what_a_change_rules_out_is_said_to_be_the_runs(base, losscurve):
     assert "preset" not in err
 
 
+@pytest.mark.pictures
 def test_where_it_comes_from_is_said_and_stays(base, losscurve):
     assert losscurve("fork base --at 8 --max_lr 0.02 --out_dir hot")[0] == 0
     line = "forked from base at step 8: up to there, the record is that run's"

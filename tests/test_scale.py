@@ -340,6 +340,7 @@ def test_a_preset_decides_how_the_model_is_shared(here, capsys):
     assert "speed       ddp:" in output_of(capsys, *words, "--nproc", "2", "--parallel", "ddp")
 
 
+@pytest.mark.pictures
 def test_a_table_over_a_thousand_and_its_picture(here, capsys):
     out = output_of(capsys, *H100, "--scale", "--price", "2", "--out", "scale.png")
     strong, weak = out.split("\n\n")[1:]
@@ -375,6 +376,7 @@ def test_a_machine_that_is_too_small_is_not_probed(here, monkeypatch):
         main(f"--text text.txt --nproc 2 {flags()}".split())
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     ("given", "named"),
     [

@@ -325,6 +325,7 @@ def test_fine_tuning_on_another_text_keeps_the_tokenizer(here):
         )
 
 
+@pytest.mark.pictures
 def test_a_run_is_a_record_a_plot_and_a_sample(here):
     said = []
     run = fit(here / "text.txt", out_dir=here / "run", say=said.append, **SMALL)

@@ -117,6 +117,11 @@ def run_command(lines: list[str], change: Callable[[int], AbstractContextManager
             dist.destroy_process_group()
 
 
+def run_restarted(line: str) -> list[int]:
+    """Run a command, and again as torchrun restarts it: with the same store. Return both exit codes."""
+    return [run_command([line]) for _ in range(2)]
+
+
 def patch_version(rank: int) -> AbstractContextManager[Any]:
     return mock.patch("llm.start.agreement.__version__", "0.0.9") if rank == 1 else nullcontext()
 

@@ -69,16 +69,19 @@ def test_incompatible_ranks_are_refused_in_one_line_that_names_the_cause(place, 
 
 
 def test_an_error_of_rank_0_ends_all_ranks(place, monkeypatch):
-    """Rank 0 refuses a folder that holds a run: all ranks exit, only rank 0 prints, and the folder is unchanged."""
+    """Rank 0 refuses a folder that holds a run: all ranks exit, only rank 0 prints, and the folder is unchanged.
+
+    Also where torchrun restarts the job: that does not make the run its own.
+    """
     monkeypatch.chdir(place)
     settings = SMALL | {"max_steps": 3, "data_dir": str(place / "data"), "out_dir": str(place / "held")}
     require_values(run_job(0, job(rank_jobs.train, settings=settings), place / "outcomes held"))
     before = {path: path.read_bytes() for path in (place / "held").rglob("*") if path.is_file()}
     line = f"train {flags()} --data_dir data --out_dir held"
-    outcomes = run_job(4, job(rank_jobs.run_command, lines=[line]), place / "outcomes again")
-    assert require_values(outcomes) == [2] * 4
-    assert [one.err.count("error: ") for one in outcomes] == [1, 0, 0, 0]
-    assert "holds a run saved at step 3" in outcomes[0].err
+    outcomes = run_job(4, job(rank_jobs.run_restarted, line=line), place / "outcomes again")
+    assert require_values(outcomes) == [[2, 2]] * 4
+    assert [one.err.count("error: ") for one in outcomes] == [2, 0, 0, 0]
+    assert outcomes[0].err.count("holds a run saved at step 3") == 2
     assert {path: path.read_bytes() for path in (place / "held").rglob("*") if path.is_file()} == before
 
 

@@ -1,6 +1,7 @@
 """A field of the settings: its help text, unit and bounds, and the checks of its value."""
 
 import dataclasses
+import functools
 import glob
 import os
 import re
@@ -47,6 +48,7 @@ def setting(
     return field(default=default, metadata={"help": help, "unit": unit, "arch": arch} | bounds)
 
 
+@functools.cache
 def field_type(f: dataclasses.Field[Any]) -> tuple[Any, bool]:
     """Return the type of a field without its `None`, and whether `None` is allowed."""
     is_union = get_origin(f.type) in (typing.Union, types.UnionType)

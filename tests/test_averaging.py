@@ -113,7 +113,7 @@ def test_each_evaluation_has_the_loss_of_the_average(here, losscurve):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_evaluate_takes_the_average_of_a_saved_state(here, losscurve, tied):
+def test_evaluate_takes_the_average_of_a_checkpoint(here, losscurve, tied):
     trained(config_for(here, tied_lm_head=tied, **EMA))
     last = [row for row in read_record(Path("checkpoints")) if row["split"] == "val"][-1]
     code, out, err = losscurve("evaluate checkpoints/step-000012 --weights average --json")
@@ -127,7 +127,7 @@ def test_evaluate_takes_the_average_of_a_saved_state(here, losscurve, tied):
     code, _, err = losscurve("evaluate checkpoints --weights average")
     assert (code, err) == (
         2,
-        "error: checkpoints: only a saved state (step-000500) has the average of the weights; leave --weights out\n",
+        "error: checkpoints: only a checkpoint (step-000500) has the average of the weights; leave --weights out\n",
     )
     assert losscurve("train --text text.txt --overwrite --max_steps 1 --n_layer 1 --n_embd 16 --tokenizer char")[0] == 0
     code, _, err = losscurve("evaluate checkpoints/step-000001 --weights average")
@@ -256,5 +256,5 @@ def test_the_plan_counts_it(here):
     assert memory(averaged)["average of the weights"] == 4 * count
     assert bytes_copied_to_save(averaged) - bytes_copied_to_save(plain) == 4 * count
     assert sum(memory(averaged).values()) - sum(memory(plain).values()) == 8 * count
-    states = [disk(config, 1000)["states"] for config in (averaged, plain)]
+    states = [disk(config, 1000)["checkpoints"] for config in (averaged, plain)]
     assert states[0] / states[1] == pytest.approx(16 / 12)

@@ -137,10 +137,10 @@ def test_a_saved_state_is_evaluated_as_its_row_of_the_record(here, scores, lossc
     state, run = (losscurve(f"sample {of} {last}")[1] for of in ("--checkpoint checkpoints/step-000008", ""))
     assert state == run != ""
     code, _, err = losscurve("sample --out_dir checkpoints/step-000004")
-    assert (code, err.partition("; ")[0]) == (2, "error: checkpoints/step-000004: a saved state and no run")
+    assert (code, err.partition("; ")[0]) == (2, "error: checkpoints/step-000004: a checkpoint and no run")
     assert losscurve(f"sample {err.rpartition(' with ')[2]} --prompt a")[0] == 0  # the remedy works when pasted
     shutil.copytree("checkpoints/step-000004", "step-000004")
-    assert losscurve("evaluate step-000004")[2].startswith("error: step-000004: a saved state outside its run; copy ")
+    assert losscurve("evaluate step-000004")[2].startswith("error: step-000004: a checkpoint outside its run; copy ")
     with open("checkpoints/step-000004/model.safetensors", "r+b") as file:
         file.seek(500)
         file.write(b"damage")

@@ -1,4 +1,4 @@
-"""A fork has its run's past up to a saved state, is the same run if nothing changes, and says where it comes from."""
+"""A fork has its run's past up to a checkpoint, is the same run if nothing changes, and says where it comes from."""
 
 import json
 import shutil
@@ -150,16 +150,16 @@ def test_the_best_weights_before_the_fork_come_along_if_they_are_there(base, los
         ("--seed 2", "seed was 1337 in this run and cannot become 2 in a fork: a fork draws the same batches"),
         ("--order epochs", "order was 'replacement' in this run and cannot become 'epochs' in a fork"),
         ("--optimizer muon", "optimizer was 'adamw' in this run and cannot become 'muon' in a fork"),
-        ("--ema 0", "ema was 0.9 in this run and cannot become 0.0 in a fork: the saved state has an average"),
+        ("--ema 0", "ema was 0.9 in this run and cannot become 0.0 in a fork: the checkpoint has an average"),
         ("--dtype float16", "in a fork: float16 scales the loss"),
         ("--max_steps 5", "max_steps = 5: a fork at step 6 has no steps left; give a larger --max_steps, such as 12"),
         ("--at 12", "max_steps = 12: a fork at step 12 has no steps left; give a larger --max_steps, such as 24"),
         ("--max_time 0.001", "base: has used its max_time of 0.001 s; give a larger --max_time"),
-        ("--at -1", "base: no state of step -1; saved are 0, 2, 4, 6, 8, 10, 12"),
+        ("--at -1", "base: step -1 has no checkpoint; saved are 0, 2, 4, 6, 8, 10, 12"),
         ("--data_dir nowhere", "nowhere: the run's token files are not there"),
         ("--out_dir data", "data: holds other files (val.bin); choose another --out_dir"),
         ("--out_dir text.txt", "text.txt: is a file; choose another --out_dir"),
-        ("--at 7", "base: no state of step 7; saved are 0, 2, 4, 6, 8, 10, 12; give one of them, such as --at 6"),
+        ("--at 7", "base: step 7 has no checkpoint; saved are 0, 2, 4, 6, 8, 10, 12; give one of them, such as --at 6"),
         ("", "base: no --at given; saved are 0, 2, 4, 6, 8, 10, 12; give one of them"),
         ("--out_dir base", "base: holds a run; continue that with losscurve train --resume --out_dir base"),
     ],

@@ -193,7 +193,7 @@ def test_disk_is_what_a_small_run_writes(here, losscurve):
     held = sum(file.stat().st_size for folder in states for file in folder.iterdir())
     count = count_parameters(config.model)
     assert held == pytest.approx(12 * count * len(states), rel=0.1)
-    assert len(states) * 12 * count <= found["states"] == 2 * 12 * count
+    assert len(states) * 12 * count <= found["checkpoints"] == 2 * 12 * count
     weights = sum((here / "run" / name).stat().st_size for name in ("model.pt", "best.pt"))
     assert found["model.pt and best.pt"] == pytest.approx(weights, rel=0.1)
     files = sum(path.stat().st_size for path in here.rglob("*.bin"))

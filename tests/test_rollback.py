@@ -82,13 +82,13 @@ def test_a_replay_refuses_the_same_batches(here, optimizer):
         assert fingerprint(Path(folder)) == fingerprint(Path("whole"))
 
 
-def test_several_refused_in_a_row_are_passed_over_from_the_last_saved_state(here):
+def test_several_refused_in_a_row_are_passed_over_from_the_last_checkpoint(here):
     with new_run(config_for(here, max_steps=12, log_every=1)) as run:
         plant(run, math.nan, [6, 7, 8])
         events = list(train(run))
     said = [event.text for event in events if isinstance(event, Notice) and "going on" in event.text]
     assert said == [
-        "step 6: loss or gradient is not a finite number; going on from the state of step 4, "
+        "step 6: loss or gradient is not a finite number; going on from the checkpoint of step 4, "
         "without the batches of steps 6 to 8"
     ]
     assert run.reason == "done"
@@ -120,7 +120,7 @@ def test_a_run_that_only_gives_nonsense_stops_and_tells_the_batch(here):
 
 @pytest.mark.parametrize("name", ["h.0.mlp.c_fc.weight", "wpe.weight"])
 def test_a_spoiled_weight_is_never_saved(here, name):
-    """What spoils the memory of a run is undone by its last saved state: it ends as if nothing had been."""
+    """What spoils the memory of a run is undone by its last checkpoint: it ends as if nothing had been."""
     trained(config_for(here, out_dir="whole"))
     with new_run(config_for(here, out_dir="spoiled")) as run:
         for event in train(run):

@@ -55,7 +55,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=expanded,
         default=["checkpoints"],
         metavar="WEIGHTS",
-        help="a run folder, a saved state in one (step-000500), FILE.pt, FILE.gguf, a folder in Hugging Face's format "
+        help="a run folder, a checkpoint in one (step-000500), FILE.pt, FILE.gguf, a folder in Hugging Face's format "
         "or its name there (default: checkpoints)",
     )
     parser.add_argument(
@@ -71,7 +71,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--weights",
         choices=("last", "best", "average"),
         default="best",
-        help="of a run: model.pt or best.pt; average: the average of the weights (--ema) in a saved state, instead of "
+        help="of a run: model.pt or best.pt; average: the average of the weights (--ema) in a checkpoint, instead of "
         "the weights",
     )
     parser.add_argument(

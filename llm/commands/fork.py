@@ -1,4 +1,4 @@
-"""`fork RUN --at STEP`: a run that shares the past of another up to a saved state, with other settings from there."""
+"""`fork RUN --at STEP`: a run that shares the past of another up to a checkpoint, with other settings from there."""
 
 from llm.commands.flags import Parser, add_settings, path, typed_settings, warn
 from llm.commands.train import add_run_flags
@@ -6,8 +6,8 @@ from llm.commands.train import main as train
 from llm.config import FIELDS
 
 DESCRIPTION = (
-    "Start a run from a saved state of RUN, with its past, and train it with the settings that are given from \
-there on. RUN stays as it is. Most settings can change, but not the text and the shape of the model."
+    "Start a run from a checkpoint of RUN, with its past, and train it with the settings that are given from there on. "
+    "RUN stays as it is. Most settings can change, but not the text and the shape of the model."
 )
 
 RUN_FLAGS = ("--explain", "--watch", "--track", "--nproc")  # those of `add_run_flags`
@@ -16,9 +16,7 @@ RUN_FLAGS = ("--explain", "--watch", "--track", "--nproc")  # those of `add_run_
 def main(argv: list[str]) -> int:
     parser = Parser("losscurve fork", DESCRIPTION)
     parser.add_run()
-    parser.add_argument(
-        "--at", type=int, metavar="STEP", help="a step whose state is saved; without it, they are named"
-    )
+    parser.add_argument("--at", type=int, metavar="STEP", help="a step with a checkpoint; without it, they are named")
     parser.add_argument(
         "--out_dir", type=path, metavar="DIR", help="the new run folder (default: RUN-at-STEP-CHANGES, beside RUN)"
     )

@@ -14,7 +14,7 @@ COMMANDS = {  # name: module in this folder, and what the command does
     "prepare": ("prepare", "turn a text into token files"),
     "plan": ("planning.plan", "predict the memory, disk and time of a run, or propose a run for a given time"),
     "train": ("train", "train a model: batch, forward, backward, step, repeat"),
-    "fork": ("fork", "start a run from a saved state of another, with other settings from there"),
+    "fork": ("fork", "start a run from a checkpoint of another, with other settings from there"),
     "try": ("trials", "train several settings with several seeds, and say which is best and what is chance"),
     "sample": ("sample", "let a trained model continue a prompt"),
     "evaluate": ("evaluate", "measure how well weights of any format predict a text"),

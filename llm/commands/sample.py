@@ -93,7 +93,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "--checkpoint",
         metavar="FILE|DIR|NAME",
         type=path,
-        help="instead of a run: a saved state in one (step-000500), a state_dict saved by torch.save, a GGUF file, a "
+        help="instead of a run: a checkpoint in one (step-000500), a state_dict saved by torch.save, a GGUF file, a "
         "model in Hugging Face's format, or its name",
     )
     parser.add_argument(

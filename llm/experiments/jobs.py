@@ -29,7 +29,7 @@ Stop = Callable[[], bool]
 
 @dataclass(frozen=True)
 class Job:
-    """Train a run up to `share` of its steps. It is resumed if it has a saved state, else it starts."""
+    """Train a run up to `share` of its steps. It is resumed if it has a checkpoint, else it starts."""
 
     config: TrainConfig
     given: frozenset[str]  # names of the settings that the user gave
@@ -43,7 +43,7 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether the run is there already, with a state saved at the end of its share or later."""
+        """Whether the run is there already, with a checkpoint at the end of its share or later."""
         steps = checkpoint.saved_steps(self.run_dir)
         run = read_run(self.run_dir)
         return bool(steps and run and (steps[-1] >= step_at(run.config, self.share) or run.is_complete))

@@ -285,7 +285,7 @@ def disk(config: TrainConfig, tokens: int) -> dict[str, int]:
     kept = min(config.keep + 1, 1 + count_evaluations(config))  # the newest checkpoints and the best
     bytes_per_token = 4 if config.model.vocab_size > 2**16 else 2
     found = {
-        "states": kept * checkpoint_bytes(config),
+        "checkpoints": kept * checkpoint_bytes(config),
         "model.pt and best.pt": 2 * 4 * count,
         "token files": round(bytes_per_token * tokens / (1 - config.val_fraction)),
     }

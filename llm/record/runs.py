@@ -134,7 +134,7 @@ def run_state(rows: list[Row], config: TrainConfig) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Origin:
-    """The state that a fork began from."""
+    """The checkpoint that a fork began from."""
 
     run: str  # name of the run folder
     step: int

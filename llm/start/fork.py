@@ -1,4 +1,4 @@
-"""Fork a run: a new one that shares its past up to a saved state, and then goes its own way.
+"""Fork a run: a new one that shares its past up to a checkpoint, and then goes its own way.
 
 A fork is a run folder like any other, with that state as its newest checkpoint. To train it is to resume it.
 """
@@ -30,9 +30,9 @@ OTHER_RUN = {  # settings that a fork cannot change, and why
         "the saved weights belong to the tokens of this text",
     ),
     **dict.fromkeys(("seed", "order"), "a fork draws the same batches as its run"),
-    "init_from": "a fork starts from the saved state",
+    "init_from": "a fork starts from the checkpoint",
     "teacher": "a fork learns from the teachers of its run",
-    "optimizer": "the saved state has the moments of this one",
+    "optimizer": "the checkpoint has the moments of this one",
 }
 
 
@@ -44,7 +44,7 @@ def fork(run_dir: Path, step: int, changes: dict[str, Any], out_dir: Path, say: 
     `run_dir`. A crash leaves `out_dir` complete, or as it was: see `storage.new_folder`.
 
     Raises:
-        UserError: there is no state of `step`, it is damaged, a setting cannot change, the token files are not found,
+        UserError: `step` has no checkpoint, it is damaged, a setting cannot change, the token files are not found,
             or `out_dir` holds files.
     """
     before = run_config(run_dir)
@@ -80,16 +80,17 @@ def fork(run_dir: Path, step: int, changes: dict[str, Any], out_dir: Path, say: 
 
 
 def find_state(run_dir: Path, step: int | None) -> Path:
-    """Return the folder of the state that the run saved at `step`. Raises UserError that says which there are."""
+    """Return the folder of the checkpoint that the run saved at `step`. Raises UserError that says which there are."""
     steps = checkpoint.saved_steps(run_dir)
     if step in steps:
         return run_dir / checkpoint.folder_name(step)
     if not (run_dir / "config.toml").is_file():
         raise no_run(run_dir, "config.toml")
     if not steps:
-        raise UserError(f"{run_dir}: no saved state to fork from; train it first, or give the folder of another run")
+        raise UserError(f"{run_dir}: no checkpoint to fork from; train it first, or give the folder of another run")
+    wrong = "no --at given" if step is None else f"step {step} has no checkpoint"
     raise UserError(
-        f"{run_dir}: {'no --at given' if step is None else f'no state of step {step}'}; saved are {_listed(steps)}; "
+        f"{run_dir}: {wrong}; saved are {_listed(steps)}; "
         f"give one of them, such as --at {steps[(len(steps) - 1) // 2]} (train with a larger --keep to have more)"
     )
 
@@ -97,9 +98,9 @@ def find_state(run_dir: Path, step: int | None) -> Path:
 def describe_past(run_dir: Path, state: Path, before: TrainConfig, config: TrainConfig) -> dict[str, Any]:
     """Return what the env.json of a fork with the settings `config` says of where it comes from, as "forked_from".
 
-    "run" is the folder, "step" that of the state, "state" the SHA-256 of its manifest, "before" the run's values of the
-    settings that the fork changes. If the run is a fork too, "forked_from" is the same of its own origin. What else
-    the run's env.json says of its past holds for the fork.
+    "run" is the folder, "step" that of the checkpoint, "state" the SHA-256 of its manifest, "before" the run's values
+    of the settings that the fork changes. If the run is a fork too, "forked_from" is the same of its own origin. What
+    else the run's env.json says of its past holds for the fork.
     """
     facts = {
         "run": beside(run_dir, Path(config.out_dir)),
@@ -177,9 +178,9 @@ def _shown(value: object) -> str:
 def _reason_by_value(name: str, before: TrainConfig, after: TrainConfig) -> str:
     """Return why a setting that may change cannot change from and to these values; "" if it can."""
     if name == "ema" and (before.ema == 0) != (after.ema == 0):
-        return "the saved state has no average of the weights" if before.ema == 0 else "the saved state has an average"
+        return "the checkpoint has no average of the weights" if before.ema == 0 else "the checkpoint has an average"
     if name == "dtype" and "float16" in (before.dtype, after.dtype):
-        return "float16 scales the loss, and the saved state holds the scale"
+        return "float16 scales the loss, and the checkpoint holds the scale"
     is_other_step = before.order == "epochs" and before.windows_per_step != after.windows_per_step
     if name in ("batch_size", "gradient_accumulation_steps") and is_other_step:
         return "with order = 'epochs' another number of windows a step would repeat or leave out some"

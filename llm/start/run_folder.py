@@ -22,8 +22,8 @@ OURS = (
     *("samples.jsonl", "samples.txt", "loss_curve.png"),
 )
 WEIGHTS = ("model.pt", "best.pt")
-# facts in env.json that stay true on another machine: the state that a fork began from, and whether the run, or one
-# that it goes on from, began with weights that another program had trained
+# facts in env.json that stay true on another machine: the checkpoint that a fork began from, and whether the run, or
+# one that it goes on from, began with weights that another program had trained
 PAST = ("forked_from", "pretrained")
 
 

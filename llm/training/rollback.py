@@ -39,7 +39,7 @@ def roll_back(run: LiveRun, error: NotFinite) -> Iterator[Notice | Saved]:
     run.restart_pace()
     run.parts.world.first(lambda: cut_files(run))
     without = f", without the batches of steps {batches[0]} to {batches[-1]}" if batches else ""
-    yield Notice(f"{reason}; going on from the state of step {run.progress.step}{without}")
+    yield Notice(f"{reason}; going on from the checkpoint of step {run.progress.step}{without}")
 
 
 def cut_files(run: LiveRun) -> None:

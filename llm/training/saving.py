@@ -13,7 +13,7 @@ from llm.training.refused import NotFinite
 from llm.training.saver import not_finite
 from llm.training.state import facts_of, tensors_of, weights_of, write_state
 
-UNSAVED = "the state could not be saved"
+UNSAVED = "the checkpoint could not be saved"
 
 
 def save_is_due(run: LiveRun, evaluated: bool) -> bool:

@@ -16,9 +16,9 @@ from llm.tokens.saved_tokenizer import load_tokenizer
 from llm.tokens.token_files import GPT2_VOCAB
 from llm.tokens.tokenizer import Tokenizer
 from llm.weights.foreign import is_foreign, read_foreign
+from llm.weights.from_checkpoint import is_checkpoint, read_checkpoint
 from llm.weights.gguf_file import is_gguf, read_gguf
 from llm.weights.pt_file import read_weights, weights_file
-from llm.weights.saved_state import is_saved_state, read_saved_state
 
 
 @dataclass(frozen=True)
@@ -49,31 +49,31 @@ class Opened:
 
 
 def open_weights(source: str, base: GPTConfig, preferred: str = "best", typed: Collection[str] = ()) -> Opened:
-    """Return the weights of a run, of a saved state in it, a .pt or GGUF file, or a model in Hugging Face's format.
+    """Return the weights of a run, of a checkpoint in it, a .pt or GGUF file, or a model in Hugging Face's format.
 
     The last is a folder, or a name on the hub.
 
     Args:
         base: has what a .pt file does not tell: heads and GELU.
         preferred: the weights of a run, "best" or "last"; the others if it has only those. "average" is that of the
-            weights in a saved state.
+            weights in a checkpoint.
         typed: the names of the settings that a person gave. Weights that tell their own heads and GELU refuse them.
 
     Raises:
         UserError: the weights cannot be used.
         Failure: the hub cannot be read.
     """
-    if preferred == "average" and not is_saved_state(Path(source)):
+    if preferred == "average" and not is_checkpoint(Path(source)):
         raise UserError(
-            f"{source}: only a saved state (step-000500) has the average of the weights; leave --weights out"
+            f"{source}: only a checkpoint (step-000500) has the average of the weights; leave --weights out"
         )
     if is_foreign(source) or is_gguf(Path(source)):
         found = read_foreign(source) if is_foreign(source) else read_gguf(Path(source))
         path, config, weights, tokenizer, is_ours = found.path, found.config, found.weights, found.tokenizer, False
     else:
-        is_state = is_saved_state(Path(source))
-        path = Path(source) if is_state else weights_file(source, preferred)
-        config, weights = read_saved_state(path, preferred) if is_state else read_weights(path, base)
+        from_checkpoint = is_checkpoint(Path(source))
+        path = Path(source) if from_checkpoint else weights_file(source, preferred)
+        config, weights = read_checkpoint(path, preferred) if from_checkpoint else read_weights(path, base)
         tokenizer = _tokenizer_beside(path)
         is_ours = path.with_name("config.toml").is_file()
     if tokenizer is None and config.vocab_size < GPT2_VOCAB:
@@ -92,6 +92,6 @@ def open_weights(source: str, base: GPTConfig, preferred: str = "best", typed: C
 
 
 def _tokenizer_beside(path: Path) -> Tokenizer | None:
-    """Return the tokenizer beside a .pt file or a saved state: a tokenizer.json of ours, or nanoGPT's meta.pkl."""
+    """Return the tokenizer beside a .pt file or a checkpoint: a tokenizer.json of ours, or nanoGPT's meta.pkl."""
     saved = path.with_name("tokenizer.json")
     return load_tokenizer(saved) if saved.exists() else characters(path.parent)

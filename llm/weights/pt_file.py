@@ -32,7 +32,7 @@ def run_config(folder: Path) -> TrainConfig:
         )
     if (folder / "state.json").is_file():
         raise UserError(
-            f"{folder}: a saved state and no run; give its run, {folder.parent}, or sample from the state with "
+            f"{folder}: a checkpoint and no run; give its run, {folder.parent}, or sample from the checkpoint with "
             f"--checkpoint {folder}"
         )
     if not (folder / "config.toml").is_file():

@@ -31,7 +31,7 @@ from llm.storage.locks import in_use
 from llm.train import train
 from llm.training.events import Notice, Saved, Step
 
-UNSAVED = "the state could not be saved ("  # for its own files or its record, whichever meets the full disk first
+UNSAVED = "the checkpoint could not be saved ("  # for its own files or its record, whichever meets the full disk first
 TORTURE = bool(os.environ.get("LOSSCURVE_TORTURE"))
 KINDS = {
     "dropout": {"dropout": 0.2, "gradient_accumulation_steps": 2, "batch_size": 2, "grad_clip": 1.0},

@@ -1,4 +1,4 @@
-"""The weights in a saved state of a run, such as runs/base/step-000500."""
+"""The weights in a checkpoint of a run, such as runs/base/step-000500."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from llm.storage import checkpoint
 from llm.weights.pt_file import check_tensors, run_config
 
 
-def is_saved_state(folder: Path) -> bool:
+def is_checkpoint(folder: Path) -> bool:
     """Return whether `folder` is a checkpoint to resume from."""
     return (folder / "state.json").is_file()
 
 
-def read_saved_state(folder: Path, preferred: str = "last") -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Return the shape and the state_dict of the model in a saved state, with the settings of the run that it is in.
+def read_checkpoint(folder: Path, preferred: str = "last") -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Return the shape and the state_dict of the model in a checkpoint, with the settings of the run that it is in.
 
     `preferred`: "average" for the average of the weights, anything else for the weights themselves.
 
@@ -25,7 +25,7 @@ def read_saved_state(folder: Path, preferred: str = "last") -> tuple[GPTConfig, 
     """
     groups, _ = checkpoint.load_state(folder)
     if not (folder.parent / "config.toml").is_file():
-        raise UserError(f"{folder}: a saved state outside its run; copy config.toml and tokenizer.json to its parent")
+        raise UserError(f"{folder}: a checkpoint outside its run; copy config.toml and tokenizer.json to its parent")
     config = run_config(folder.parent).model
     weights = groups.get("model", {})
     if preferred == "average":

@@ -214,7 +214,6 @@ def test_the_text_and_its_tokens_are_the_teachers_unless_another_is_given(here, 
     small = SMALL | {"tokenizer": "auto", "max_steps": 4}
     code, out, err = losscurve(f"train --teacher first --out_dir second {flags(**small)}")
     assert (code, "80% of each target is what the teacher predicts: first" in out) == (0, True), err
-    assert re.search(r"^note: the teacher predicts the [\d,]+ tokens of the training text once, before", err, re.M)
     assert run_config(Path("second")).data_dir == run_config(Path("first")).data_dir == "data/text-bpe300"
     assert (
         losscurve("report second --format md --out second.md")[0]

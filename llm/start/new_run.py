@@ -158,8 +158,6 @@ def open_new_folder(
         with contextlib.ExitStack() as predicting:
             if teachers:
                 folder = predicting.enter_context(storage.folder_in_place(out_dir / predictions.FOLDER))
-                who = "the teacher predicts" if len(teachers) == 1 else f"{len(teachers)} teachers predict"
-                say(f"{who} the {len(parts.data.train):,} tokens of the training text once, before the first step")
                 models = [teachers.pop(0).model(parts.device) for _ in range(len(teachers))]  # each copies its weights
                 path = folder / predictions.NAME
                 write_predictions(path, config, models, parts.data.train, parts.dtype, progress)

@@ -128,7 +128,7 @@ def test_documents_are_apart_and_a_table_shows_it(here, losscurve):
 
 
 @pytest.mark.parametrize("shape", [{"gelu": "tanh"}, {"arch": "llama", "tied_lm_head": True}])
-def test_a_saved_state_is_evaluated_as_its_row_of_the_record(here, scores, losscurve, shape):
+def test_a_checkpoint_is_evaluated_as_its_row_of_the_record(here, scores, losscurve, shape):
     trained(config_for(here, max_steps=8, eval_every=4, save_every=4, **shape))
     rows = {row["step"]: row["loss"] for row in read_record(Path("checkpoints")) if row["split"] == "val"}
     found = scores("checkpoints/step-000004 checkpoints/step-000008/")

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 from conftest import ROOT, check_page, environment, flags, needs_gpt2, needs_shakespeare
-from ranks import exit_codes
 
 from llm.commands.main import main
 
@@ -51,7 +50,7 @@ def home(tmp_path_factory):
 @needs_shakespeare
 @pytest.mark.pictures
 @pytest.mark.parametrize("line", OURS)
-def test_a_command_of_the_readme_runs(home, line, monkeypatch, capsys, tmp_path):
+def test_a_command_of_the_readme_runs(home, line, monkeypatch, capsys):
     words = shlex.split(line)
     if "--time" in words:
         words[words.index("--time") + 1] = "9s"
@@ -69,12 +68,7 @@ def test_a_command_of_the_readme_runs(home, line, monkeypatch, capsys, tmp_path)
         code = main(words[1:])
         assert code == 0, capsys.readouterr().err
         return
-    if words[0] == "torchrun":  # which `--nproc` starts whole: here its ranks are forked, in half of the time
-        assert words[:5] == ["torchrun", "--standalone", "--nproc_per_node=2", "-m", "llm"]
-        monkeypatch.chdir(home)
-        assert exit_codes(2, shlex.join(words[5:]), tmp_path / "outcomes") == [0, 0]
-        return
-    module = {"losscurve": ["-m", "llm"], "python": []}[words[0]]
+    module = {"losscurve": ["-m", "llm"], "torchrun": ["-m", "torch.distributed.run"], "python": []}[words[0]]
     words = [sys.executable, *module, *words[1:]]
     if "watch" in words:
         pytest.importorskip("uvicorn")

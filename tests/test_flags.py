@@ -181,6 +181,9 @@ def test_the_names_of_other_programs_suggest_ours(run_wrong):
     assert "use --max_steps (a run is measured in steps: max_steps = epochs x" in run_wrong("train", "--epochs", "3")[1]
     assert "; use --max_lr" in run_wrong("train", "--lr=1e-3")[1]
     assert "; use --track (tensorboard or wandb" in run_wrong("train", "--wandb-log=True")[1]
+    assert "; use --out_dir" in run_wrong("train", "--out", "x")[1]
+    assert run_wrong("report", "--out_dir", "x")[1] == "error: unknown argument --out_dir; use --out\n"
+    assert "; use --preset (a name or a TOML file)" in run_wrong("train", "--config", "x.toml")[1]
     assert "; use --init_from" in run_wrong("train", "--model", "gpt2")[1]
     assert "; use --checkpoint" in run_wrong("sample", "--model", "gpt2.pt")[1]
     assert "; use --prompt" in run_wrong("sample", "--start", "x")[1]

@@ -68,7 +68,12 @@ NAMES = (
     ("weight_decay", "", "wd"),
     ("beta1", "", "adam_beta1"),
     ("beta2", "", "adam_beta2"),
-    ("out_dir", "", "output_dir output_path output save_dir save_path checkpoint_dir ckpt_dir run_dir logging_dir"),
+    (
+        "out_dir",
+        "",
+        "out output_dir output_path output out_path save_dir save_path checkpoint_dir ckpt_dir run_dir logging_dir",
+    ),
+    ("preset", "a name or a TOML file", "config config_file config_path config_name conf recipe yaml"),
     (
         "text",
         "files, folders or a name; data_dir is for a folder of token files",
@@ -122,6 +127,8 @@ NAMES = (
         "a .pt file; out_dir for a run folder",
         "model ckpt ckpt_path checkpoint_path model_path weights_path",
     ),
+    # flags of export, report, compare and plot
+    ("out", "", "out_dir output_dir out_path output_path output out_file output_file save_path"),
     # flags of prepare
     ("data_dir", "", "out_dir output_dir output out"),
 )

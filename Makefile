@@ -8,6 +8,10 @@ ARGS ?=
 # Each program has one thread: two threads of a program wait for each other in every product, the longer the busier the cores.
 TESTERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
+# What a command needs of the installed packages is compiled when it is first imported: compiling all of them took 30 s.
+# It is kept even where Python is told not to, because the tests start hundreds of programs.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Beside a folder of shared caches (development and CI), tests and training read from it.
 ifneq ($(wildcard ../shared/data),)
 export LOSSCURVE_CACHE ?= $(abspath ../shared/data)
@@ -20,16 +24,15 @@ setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dashboard,tensorboard,wandb,test,lint]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[dashboard,tensorboard,wandb,test,lint]"
 	touch $@
 
 train: setup
 	$(BIN)/python -m scripts.train $(ARGS)
 	$(BIN)/python -m scripts.sample
 
-# The tests start hundreds of programs, so that the package is compiled once even where Python is told not to keep that.
 test: setup
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 torture: setup
 	-$(BIN)/pip install --quiet --disable-pip-version-check "atheris>=2.3"

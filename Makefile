@@ -8,7 +8,7 @@ ARGS ?=
 # Each program has one thread: two threads of a program wait for each other in every product, the longer the busier the cores.
 TESTERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
-# What a command needs of the installed packages is compiled when it is first imported: compiling all of them took 30 s.
+# What a command needs of the installed packages is compiled when it is first imported: compiling all is half of the set-up.
 # It is kept even where Python is told not to, because the tests start hundreds of programs.
 export PYTHONDONTWRITEBYTECODE :=
 

@@ -17,6 +17,7 @@ import torch
 from conftest import environment, flags, needs_gpt2, with_small
 
 from llm import GPT, GPTConfig, storage
+from llm.commands.train import exit_code
 from llm.record.metrics import read_record
 
 
@@ -118,6 +119,12 @@ def wait_for_rows(run_dir, count):
     record, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and not (record.exists() and record.read_text().count("\n") >= count):
         time.sleep(0.05)
+
+
+def test_a_signal_after_the_last_step_ends_what_would_follow_too():
+    ends = [("done", []), ("done", [signal.SIGINT]), ("interrupted", [signal.SIGHUP]), ("interrupted", [])]
+    codes = [exit_code(SimpleNamespace(reason=reason), caught) for reason, caught in ends]
+    assert codes == [0, 130, 129, 143]
 
 
 def test_an_interrupt_saves_and_prints_how_to_resume(here, start):

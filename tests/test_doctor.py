@@ -26,6 +26,7 @@ from llm.commands.main import main
 from llm.config import from_settings
 from llm.data import batch_at
 from llm.errors import Failure
+from llm.machine import processors
 from llm.storage import download
 from llm.tokens import bpe
 from llm.train import train_step
@@ -307,15 +308,17 @@ def test_the_caches_are_those_that_training_reads(own, alone, monkeypatch):
 
 def test_more_threads_than_processors_are_reported(monkeypatch, tmp_path):
     (tmp_path / "cpu.max").write_text("150000 100000\n")
-    monkeypatch.setattr(hardware, "CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr(processors, "CPU_LIMIT", tmp_path / "cpu.max")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)), raising=False)
-    assert hardware.processors() == 1.5
+    assert processors.processors() == 1.5
+    assert [processors.cores(), processors.cores(share_of=2)] == [1, 1]
     check = hardware.threads()
     assert (check.good, check.remedy) == (None, 'export OMP_NUM_THREADS="1"')
     assert "8 on 1.5 processors" in check.message
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert hardware.processors() == 64
+    assert processors.processors() == 64
+    assert [processors.cores(), processors.cores(share_of=3)] == [64, 21]
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert hardware.threads().good is True
     monkeypatch.setenv("OMP_NUM_THREADS", "8")

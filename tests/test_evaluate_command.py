@@ -1,5 +1,6 @@
 """`evaluate`: the figures of a run's record, and those that transformers gives the same weights on the same text."""
 
+import io
 import itertools
 import json
 import math
@@ -116,7 +117,8 @@ def nats_of(model, ids, window, stride):
 
 def test_documents_are_apart_and_a_table_shows_it(here, losscurve):
     trained(config_for(here, tokenizer="byte", max_steps=4, eval_every=4))
-    Path("a.jsonl").write_text('{"text": "ab"}\n{"text": "cde"}\n', encoding="utf-8")
+    rows = ({"text": text} for text in ("", "ab", "", "", "cde", ""))  # the empty ones are skipped
+    Path("a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     code, out, err = losscurve("evaluate checkpoints --text a.jsonl")
     assert (code, err) == (0, "")
     title, row = out.splitlines()
@@ -194,6 +196,15 @@ def test_what_cannot_be_evaluated_is_one_line(here, losscurve):
         assert (code, out) == (2, ""), line
         assert err.startswith(f"error: {reason}"), err
         assert err.count("\n") == 1
+
+
+def test_a_pipe_is_read_once_for_several_weights(here, scores, monkeypatch):
+    trained(config_for(here, max_steps=4, eval_every=4))
+    content = Path("text.txt").read_bytes()
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+    first, second = scores("checkpoints checkpoints/model.pt --text -")
+    assert (first["text"], first["bytes"]) == ("-", len(content) - 1)
+    assert second["tokens"] == first["tokens"]
 
 
 def test_whole_numbers_are_no_weights(here, losscurve):

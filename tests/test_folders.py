@@ -134,6 +134,7 @@ def test_dead_links_and_irregular_files_are_named(place):
         [".: reading 1 text: a.txt; left out: pipe.txt (not a regular file); dead links: gone, gone.txt, self.md"],
     )
     os.remove("a.txt")
+    os.mkfifo("pipe.socket")  # of an ending that no text has: nobody waits for what it says
     with pytest.raises(UserError, match=r"dead links: gone, gone\.txt, self\.md; name the files themselves"):
         read(".")
 

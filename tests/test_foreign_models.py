@@ -435,8 +435,33 @@ def test_gpt2s_own_tokenizer_is_recognised(folder):
     content = json.loads(huggingface.write(gpt2(offline=True)))
     content["model"]["vocab"]["<|endoftext|>"] = 50256
     assert huggingface.read(json.dumps(content), "<|endoftext|>").kind == "gpt2"
+    assert content["model"].pop("type") == "BPE"  # nor does that of the hub name a type, nor its config an eos_token
+    assert huggingface.read(json.dumps(content), None).kind == "gpt2"
     content["pre_tokenizer"]["add_prefix_space"] = True  # RoBERTa's
     assert huggingface.read(json.dumps(content), "<|endoftext|>").kind == "hf"
+
+
+def like_unigram():
+    """SentencePiece's other kind, whose vocabulary is a list; as transformers makes them, with a space in front."""
+    found = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁", -3.0), *((letter, -4.0) for letter in "abcdefgh")], unk_id=0))
+    found.pre_tokenizer, found.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return found
+
+
+def test_a_space_in_front_of_a_text_is_known_when_a_text_is_prepared(tmp_path):
+    """Each piece that is encoded gets one, so that the tokens have other bytes than the text."""
+    from llm.prepare.prepare import prepare
+    from llm.tokens import huggingface
+
+    level = like_smollm()
+    level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    (tmp_path / "text.txt").write_text("abc de\nfgh " * 200, encoding="utf-8")
+    for name, library in (("unigram", like_unigram()), ("level", level)):
+        tokenizer = huggingface.read(library.to_str(), None)
+        assert (tokenizer.kind, tokenizer.is_lossless) == ("hf", False)
+        prepare((str(tmp_path / "text.txt"),), tmp_path / name, "hf", given=tokenizer)
+    level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert huggingface.read(level.to_str(), None).is_lossless
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_fewer_bits_are_proved_within_their_bound(dtype):
 
 def tokenizers():
     text = "".join(UNUSUAL) * 9 + "1234567 12345 " * 9
-    return [(Bytes(), 0), (train_bpe([text], 700), 7), (Characters("".join(UNUSUAL)), 0)]
+    return [(Bytes(), 0), (train_bpe([text], 700), 7), (Characters("".join(UNUSUAL)), 4)]
 
 
 @needs_llama_cpp

@@ -14,7 +14,8 @@ from llm.commands.main import main
 from llm.config import TrainConfig
 from llm.errors import UserError
 from llm.record.chart_style import plain, save_figure
-from llm.record.plot import draw, draw_comparison, draw_run, plot_runs, plot_schedule
+from llm.record.metrics import read_record
+from llm.record.plot import _summary, draw, draw_comparison, draw_run, plot_runs, plot_schedule
 from llm.record.points import MAX_POINTS, thin_by_mean
 from llm.schedule import lr_at
 
@@ -67,6 +68,16 @@ def test_a_best_loss_of_the_average_says_so(tmp_path):
     append(run, step=2000, split="val", loss=4.8, bits_per_byte=2.0, val_loss_ema=1.2)
     plot_runs([run], tmp_path / "a.svg")
     assert "best validation loss 1.20 at step 2,000 (0.50 bits per byte) by the average" in words(tmp_path / "a.svg")
+
+
+def test_losses_that_are_not_finite_are_counted_and_rows_about_the_steps_are_none(tmp_path):
+    run = make_run(tmp_path / "a")
+    append(run, step=1990, split="train", loss=None, max_steps=3000)
+    assert "not finite" not in _summary(read_record(run), None)
+    append(run, step=1991, split="train", loss=None)
+    assert _summary(read_record(run), None).endswith("; 1 loss not finite")
+    append(run, step=1992, split="train", loss=None)
+    assert _summary(read_record(run), None).endswith("; 2 losses not finite")
 
 
 def test_several_runs_differ_without_colour(tmp_path):

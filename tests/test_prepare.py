@@ -141,7 +141,7 @@ def test_piece_size_and_workers_change_no_id(first: str, second: str, chunk: int
         text, second = text.removeprefix("\ufeff"), second.removeprefix("\ufeff")
         patch.setattr(text_file, "CHUNK", chunk)
         patch.setattr(cut.pieces, "__defaults__", (piece,))
-        patch.setattr(os, "cpu_count", lambda: cores)
+        patch.setattr(shards, "cores", lambda: cores)
         patch.setattr(choose_tokenizer, "train_bpe", lambda *_: SMALL)
         meta = prepare((folder,), Path(folder, "d"), "bpe")
         place = int(len(text + second) * 0.9)

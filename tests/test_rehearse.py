@@ -1,9 +1,11 @@
 """A rehearsal keeps what can break, passes if a run works on a cluster, and names the check that fails otherwise."""
 
+import gzip
 import os
 import shlex
 import subprocess
 import time
+from pathlib import Path
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from llm.checks import processes, prove
 from llm.checks import rehearsal as module
 from llm.checks.compare_runs import run_differences
 from llm.checks.rehearsal import Rehearsal
-from llm.checks.shrink import STEPS, describe_changes, shrink_config
+from llm.checks.shrink import STEPS, describe_changes, prepare_first_piece, shrink_config
 from llm.config import PRESETS, from_settings, read_toml, to_settings
 from llm.config.counts import count_parameters
 from llm.errors import Failure
@@ -108,6 +110,19 @@ def test_every_changed_setting_is_listed():
     lines = describe_changes(config, shrink_config(config, 2, 2))
     assert {"n_layer 12 -> 2", "n_embd 768 -> 60", "block_size 1024 -> 32", "patience 3 -> none"} <= set(lines)
     assert not [line for line in lines if line.startswith(("out_dir", "parallel", "dtype", "max_lr"))]
+
+
+def test_the_piece_of_a_compressed_text_is_prepared(here):
+    Path("text.txt.gz").write_bytes(gzip.compress(Path("text.txt").read_bytes()))
+    config = from_settings({"text": "text.txt.gz", "tokenizer": "char"})
+    tokens, is_whole = prepare_first_piece(config, here, None, 16, lambda line: None)
+    assert is_whole
+    assert sum(len(split) for split in tokens_of(tokens)) == len(Path("text.txt").read_text())
+
+
+def tokens_of(folder):
+    found = data.open_data(folder, 16)
+    return found.train, found.val
 
 
 def test_a_run_that_works_passes_and_leaves_nothing(here, losscurve):

@@ -1,6 +1,7 @@
 """Rows of JSON Lines and Parquet: each is a document, read in bounded memory; errors name the line and the field."""
 
 import builtins
+import datetime
 import gzip
 import json
 import random
@@ -165,11 +166,14 @@ def test_a_bad_parquet_is_named(tmp_path):
         ({"text": [1, 2]}, 'row 1: column "text" is a number, not a text'),
         ({"text": ["a", "b", None]}, 'row 3: column "text" is null, not a text'),
         ({"text": [["a"]]}, 'row 1: column "text" is a list, not a text'),
+        ({"text": [datetime.date(2020, 1, 2)]}, 'row 1: column "text" is a date, not a text'),
+        ({"text": [b"a", b"\xff"]}, "cannot be read as Parquet ('utf-8' codec can't decode"),
     ):
         path = parquet(tmp_path / "a.parquet", columns)
         with pytest.raises(UserError) as caught:
             read(path)
         assert str(caught.value).startswith(f"{path}: {message}")
+    assert read(parquet(tmp_path / "a.parquet", {"text": ["é".encode(), b"b"]})) == ["é", "b"]
     path = Path(parquet(tmp_path / "b.parquet", {"text": ["abcdef" * 99] * 2000}, compression="none"))
     whole = path.read_bytes()
     path.write_bytes(whole[:3000] + b"\xff" * 5000 + whole[8000:])

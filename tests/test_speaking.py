@@ -189,7 +189,7 @@ def test_sample_speaks(here, losscurve, capsys):
 def test_a_prompt_that_the_model_cannot_read_is_named_before_anything_is_drawn(here, losscurve):
     trained(config_for(here, tokenizer="char", max_steps=1, warmup_steps=0))
     Path("prompts.txt").write_text("ab\n\naß\n", encoding="utf-8")
-    cause = "character 'ß' (U+00DF, at position 1) is not in the vocabulary of 12 characters; remove it, since"
+    cause = "character 'ß' (U+00DF) is not in the vocabulary of 12 characters; remove it, since"
     for line in ("sample --prompts prompts.txt", "sample --checkpoint checkpoints/model.pt --prompts prompts.txt"):
         code, out, err = losscurve(line)
         assert (code, out) == (2, "")

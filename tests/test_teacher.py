@@ -647,6 +647,25 @@ def test_a_teacher_that_is_interrupted_tells_the_rest(much_time, losscurve, monk
     ]
 
 
+def test_an_interrupt_while_a_teacher_is_chosen_tells_the_rest(two_teachers, few_steps, losscurve, monkeypatch):
+    trained_ones = []
+
+    def interrupt_the_second(words, kept_bytes):
+        if trained_ones:
+            raise KeyboardInterrupt
+        trained_ones.append(words)
+        return 0
+
+    monkeypatch.setattr(
+        "llm.commands.train.train_all", lambda words, *more: train_all(words, *more[:2], interrupt_the_second)
+    )
+    code, out, _ = losscurve("train --text text.txt --time 12s --out_dir run")
+    assert code == 130
+    commands = re.search(r"train it and the run with: (.*)", out)[1].split(" && ")
+    assert [f"--out_dir={TWO[1]}" in command for command in commands] == [True, False]
+    assert "--out_dir=run " in commands[1]
+
+
 def test_fit_shares_its_time_too(much_time, few_steps):
     Path("text.txt").write_text(words(300), encoding="utf-8")  # 40 passes over it are soon done
     said = []

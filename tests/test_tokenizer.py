@@ -199,7 +199,7 @@ def test_characters() -> None:
     assert chars.characters == "\nehlo"
     assert chars.encode("hello").tolist() == [2, 1, 3, 3, 4]
     for unseen, name in (("z", "U\\+007A"), ("🙂", "U\\+1F642"), ("\x00", "U\\+0000")):
-        with pytest.raises(UserError, match=f"{name}, at position 2"):
+        with pytest.raises(UserError, match=f"{name}\\) is not in the vocabulary of 5 characters"):
             chars.encode(f"he{unseen}")
 
 

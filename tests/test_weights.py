@@ -99,6 +99,20 @@ def test_heads_that_do_not_divide_the_width_get_a_flag_that_works(here, losscurv
     assert losscurve(f"{sample} {re.search('--n_head 3', err)[0]}")[0] == 0
 
 
+@needs_gpt2
+def test_heads_are_typed_for_a_state_dict_of_any_name_and_refused_where_a_file_tells_them(here, losscurve):
+    torch.manual_seed(0)
+    weights = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=16)).state_dict()
+    sample = "--max_new_tokens 3 --prompt a"
+    for name in ("w.pt", "w.pth"):
+        torch.save(weights, name)
+        assert losscurve(f"sample --checkpoint {name} --n_head 2 {sample}")[0] == 0
+    torch.save({"model": prefixed(weights, "transformer."), "model_args": {"n_head": 2}}, "ckpt.pt")
+    assert losscurve(f"sample --checkpoint ckpt.pt {sample}")[0] == 0
+    code, _, err = losscurve(f"sample --checkpoint ckpt.pt --n_head 4 {sample}")
+    assert (code, "ckpt.pt has its own, so leave them out" in err) == (2, True)
+
+
 class Thing:
     pass
 

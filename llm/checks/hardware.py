@@ -9,8 +9,7 @@ import sysconfig
 from pathlib import Path
 
 from llm.checks.check import Check, set_variable
-
-CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time per period, and the period
+from llm.machine.processors import processors
 
 
 def threads() -> Check:
@@ -26,17 +25,6 @@ def threads() -> Check:
     if count < available and "OMP_NUM_THREADS" in os.environ:
         return Check("threads", None, f"{message}: OMP_NUM_THREADS limits the threads", "unset OMP_NUM_THREADS")
     return Check("threads", True, message)
-
-
-def processors() -> float:
-    """Return the processors that this process may use: its affinity, or less if its container has a CPU quota."""
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    count = float(found or 1)
-    try:
-        quota, period = CPU_LIMIT.read_text(encoding="ascii").split()
-        return min(count, int(quota) / int(period))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
-        return count
 
 
 def fast_precision() -> Check:

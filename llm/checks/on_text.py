@@ -1,7 +1,6 @@
 """Evaluate weights of any format on any text, or on the validation split of their run, so that they compare."""
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from llm.evaluate import Evaluation, evaluate
 from llm.machine.device import choose_dtype, precision
 from llm.run import Run
 from llm.start.run_folder import Say
-from llm.text import corpus
+from llm.text.corpus import Corpus
 from llm.tokens.bpe import gpt2
 from llm.tokens.cut import pieces
 from llm.tokens.token_files import Tokens
@@ -29,8 +28,7 @@ FOREIGN_WINDOW = 1024  # tokens, at most: attention over a context of 32,768 wou
 class Task:
     """What is evaluated, and how."""
 
-    text: tuple[str, ...]  # files, folders or a named text; () is the run's validation split
-    text_field: str | None
+    text: Corpus | None  # opened, so that a pipe is read once for all models; None is the run's validation split
     window: int | None  # tokens; None is the run's block_size, or at most FOREIGN_WINDOW of another model's
     stride: int | None  # tokens between the starts of two windows; None: they do not overlap
     data_dir: str | None  # the run's token files, if they have moved
@@ -67,8 +65,8 @@ def score(opened: Opened, task: Task, device: torch.device, say: Say, progress: 
         )
     tokenizer = opened.tokenizer or gpt2()
     tokens: Tokens
-    if task.text:
-        tokens, name = text_tokens(task.text, tokenizer, task.text_field)
+    if task.text is not None:
+        tokens, name = text_tokens(task.text, tokenizer), task.text.name
         limit, dtype = len(tokens), choose_dtype(task.dtype or "float32", device)
     else:
         run = _run_of(opened)
@@ -98,21 +96,20 @@ def _run_of(opened: Opened) -> Run:
     return Run.open(opened.path.parent)
 
 
-def text_tokens(text: tuple[str, ...], tokenizer: Tokenizer, text_field: str | None = None) -> tuple[Ids, str]:
-    """Return the ids (N,) of a text and its name. Between two documents is an end-of-text, if the tokenizer has one.
+def text_tokens(text: Corpus, tokenizer: Tokenizer) -> Ids:
+    """Return the ids (N,) of a text. Between two documents is an end-of-text, if the tokenizer has one.
 
-    Raises:
-        UserError: the text cannot be read, or the tokenizer cannot encode it.
-        Failure: a named text cannot be downloaded.
+    Empty documents are skipped, as they are when a text is prepared. Raises UserError if the text cannot be read, or
+    the tokenizer cannot encode it.
     """
     parts: list[Ids] = []
-    with corpus.opened(text, text_field=text_field) as found:
-        for file in found.files:
-            for document in ([row] for row in file.read()) if file.in_rows else [file.read()]:
-                if parts and tokenizer.end_of_text is not None:
-                    parts.append(np.array([tokenizer.end_of_text]))
-                parts += [_encode(tokenizer, piece, file.label) for piece in pieces(document)]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64), ", ".join(text)
+    for file in text.files:
+        for document in ([row] for row in file.read()) if file.in_rows else [file.read()]:
+            ids = [_encode(tokenizer, piece, file.label) for piece in pieces(document)]
+            if parts and ids and tokenizer.end_of_text is not None:
+                parts.append(np.array([tokenizer.end_of_text]))
+            parts += ids
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
 def _encode(tokenizer: Tokenizer, piece: str, label: str) -> Ids:
@@ -120,5 +117,5 @@ def _encode(tokenizer: Tokenizer, piece: str, label: str) -> Ids:
     try:
         return tokenizer.encode(piece)
     except UserError as error:
-        cause = re.sub(", at position [0-9]+", "", str(error).partition(";")[0])  # it counts from the piece's start
+        cause = str(error).partition(";")[0]
         raise UserError(f"{label}: {cause}; remove it, or evaluate weights with another tokenizer") from None

@@ -25,6 +25,7 @@ from llm.data import TokenData, open_data
 from llm.errors import Failure, UserError
 from llm.machine.device import DTYPES, choose_device, choose_dtype
 from llm.machine.parallel import check_parallel
+from llm.machine.processors import cores
 from llm.machine.world import ALONE, World
 from llm.plan import arithmetic, text_size
 from llm.prepare.prepare import files_there
@@ -87,7 +88,7 @@ class Rehearsal:
         self.is_prepared = False  # whether the run's own token files exist, and
         self.train_tokens = 0  # how many tokens to train on they have
         self.resumed_at = 0  # step
-        threads = max(1, (os.cpu_count() or 1) // nproc)  # also of one process, so that it sums in the same order
+        threads = cores(share_of=nproc)  # also of one process, so that it sums in the same order
         self.environment = {"OMP_NUM_THREADS": str(threads), "TMPDIR": str(folder)}  # torchrun leaves folders in TMPDIR
         self.job: subprocess.Popen[str] | None = None
         self.workers: list[int] = []  # process ids of the job

@@ -7,7 +7,7 @@ from llm.config import TrainConfig, from_settings, to_settings
 from llm.config.recipe import TRAIN_FIELDS
 from llm.prepare.prepare import prepare
 from llm.start.run_folder import Say
-from llm.text import corpus
+from llm.text import compressed, corpus
 from llm.text.text_file import File
 from llm.tokens.tokenizer import Tokenizer
 
@@ -117,8 +117,10 @@ def prepare_first_piece(
                 break
             text = _read_start(file, left)
             left -= len(text)
-            name = Path(file.label).name + (".txt" if file.in_rows else "")
-            path = text_folder / f"{number:06d}-{name}"
+            name = Path(file.label).name
+            if Path(name).suffix.lower() in compressed.SUFFIXES:
+                name = name.rpartition(".")[0]
+            path = text_folder / f"{number:06d}-{name}{'.txt' if file.in_rows else ''}"
             path.write_text(text, encoding="utf-8", newline="")
             files.append(path)
     prepare(

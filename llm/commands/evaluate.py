@@ -1,6 +1,7 @@
 """`evaluate [WEIGHTS …]`: how well any weights predict any text, in figures that compare."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -28,20 +29,26 @@ def main(argv: list[str]) -> int:
     from llm.checks.on_text import Task, score
     from llm.commands.bars import print_result, progress_bar
     from llm.machine.device import choose_device
+    from llm.text import corpus
     from llm.weights import open_weights
 
-    task = Task(config.text, config.text_field, args.window, args.stride, config.data_dir, given.get("dtype"))
     device = choose_device(config.device)
     scores = []
-    for source in args.sources:
-        opened = open_weights(source, config.model, args.weights, given)
-        if opened.tokenizer is None:
-            warn(f"{source}: has no tokenizer beside it, so GPT-2's tokens are assumed")
-        with progress_bar(f"evaluating {source}", patience=2) as show:
-            found = score(opened, task, device, warn, show)
-        if args.weights == "average":
-            found = dataclasses.replace(found, weights=f"{found.weights} (average)")
-        scores.append(found)
+    with contextlib.ExitStack() as files:
+        text = None
+        if config.text:
+            text = files.enter_context(corpus.opened(config.text, text_field=config.text_field))
+            text = dataclasses.replace(text, name=", ".join(config.text))
+        task = Task(text, args.window, args.stride, config.data_dir, given.get("dtype"))
+        for source in args.sources:
+            opened = open_weights(source, config.model, args.weights, given)
+            if opened.tokenizer is None:
+                warn(f"{source}: has no tokenizer beside it, so GPT-2's tokens are assumed")
+            with progress_bar(f"evaluating {source}", patience=2) as show:
+                found = score(opened, task, device, warn, show)
+            if args.weights == "average":
+                found = dataclasses.replace(found, weights=f"{found.weights} (average)")
+            scores.append(found)
     print_result(as_json(scores) if args.json else table(scores))
     return 0
 

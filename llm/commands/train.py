@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from llm.commands.flags import Parser, add_settings, config_from, given_settings, typed_settings, warn
 from llm.commands.train_time import choose, read_time_config, train_all
-from llm.config import FIELDS, PRESETS, TrainConfig
+from llm.config import FIELDS, PRESETS, TrainConfig, from_settings, resolve_settings
 from llm.errors import Failure, UserError
 from llm.machine.interpreter import child_environment
+from llm.machine.processors import cores
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,6 +78,9 @@ def read_config(args: argparse.Namespace, say: Callable[[str], None] = lambda li
         raise UserError("--resume uses the settings of the run itself; leave out --preset and --overwrite")
     if args.time is not None:
         return read_time_config(args, say)
+    if args.resume:  # the other settings are those of the run, and what is typed is checked with them
+        places = {name: value for name, value in resolve_settings(typed_settings(args)).items() if name == "out_dir"}
+        return from_settings(places)
     return config_from(args, say)
 
 
@@ -85,10 +89,9 @@ def exec_torchrun(nproc: int, words: list[str]) -> int:
 
     `words` are its flags, as `Parser.read` returns them. Raises UserError.
     """
-    cores = os.cpu_count() or 1
     if not 1 <= nproc <= 1024:
         raise UserError(f"nproc = {nproc}: expected a number of processes from 1 to 1024")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores(share_of=nproc)))
     torchrun = ("-m", "llm.commands.launch", "--standalone", f"--nproc_per_node={nproc}", "-m", "llm", "train")
     flags = [word for word in words if not word.startswith("--nproc=")]  # torchrun would take --nproc as its own
     sys.stdout.flush()
@@ -253,7 +256,10 @@ def check_saved(run: "LiveRun") -> None:
 
 
 def exit_code(run: "LiveRun", caught: list[int]) -> int:
-    """Return the exit code of a process whose run ended normally. `caught` holds the signals it received."""
-    if run.reason != "interrupted":
+    """Return the exit code of a process whose run ended normally. `caught` holds the signals it received.
+
+    Of a run that was complete when a signal came, it says so too: who stops a command stops what follows it.
+    """
+    if run.reason != "interrupted" and not caught:
         return 0
     return 128 + (caught[0] if caught else signal.SIGTERM)  # the signal may have been another process's

@@ -88,8 +88,8 @@ def print_end(run: "LiveRun", forecast: "Forecast", predicted: "Prediction | str
     accuracy = None if run.reason == "patience" else forecast.ended(run.progress.seconds)
     if accuracy:
         print_best_effort(accuracy)
-    if not isinstance(predicted, str):
-        print_best_effort(f"predicted {predicted}, reached {last_bits(run):.2f}")
+    if not isinstance(predicted, str) and (reached := last_bits(run)) is not None:
+        print_best_effort(f"predicted {predicted}, reached {reached:.2f}")
     print_best_effort(f"saved {run.out_dir / 'model.pt'}")
 
 
@@ -108,9 +108,10 @@ def end_lines(run: "LiveRun") -> Iterator[str]:
     assert lowest is not None  # a run that ends has been evaluated
     bits = "" if lowest["bits_per_byte"] is None else f" ({lowest['bits_per_byte']:.3f} bits per byte)"
     average = " by the average of the weights, which best.pt holds" if progress.best_weights == "ema" else ""
+    last = "not finite" if progress.last_loss is None else f"{progress.last_loss:.4f}"
     yield (
         f"best val {lowest['loss']:.4f}{bits} at step {lowest['step']}{average}, "
-        f"last val {progress.last_loss:.4f} at step {progress.step}"
+        f"last val {last} at step {progress.step}"
     )
     passed = landmarks(lowest["loss"], config.model.vocab_size)
     if passed:
@@ -132,11 +133,12 @@ def end_lines(run: "LiveRun") -> Iterator[str]:
     yield f"next: losscurve sample {flag('out_dir', run.out_dir)}{weights}"
 
 
-def last_bits(run: "LiveRun") -> float:
-    """Return bits per byte of the last evaluation of the weights."""
+def last_bits(run: "LiveRun") -> float | None:
+    """Return bits per byte of the last evaluation of the weights, None if it is not finite."""
     from llm.record.metrics import read_record
 
-    return float([row["bits_per_byte"] for row in read_record(run.out_dir) if row["split"] == "val"][-1])
+    found: float | None = [row["bits_per_byte"] for row in read_record(run.out_dir) if row["split"] == "val"][-1]
+    return found
 
 
 def resume_command(run: "LiveRun") -> str:

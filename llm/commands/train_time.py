@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llm.commands.flags import request_from
@@ -65,14 +65,20 @@ def train_all(words: list[str], choice: "Choice", began: float, train: Callable[
     def command(run: "TimedRun", seconds: float) -> list[str]:
         return [f"--time={max(1.0, seconds):.0f}", *flags_of(run.settings), *words]
 
+    def print_rest(first: str, runs: "Sequence[TimedRun]") -> None:
+        lines = " && ".join(shlex.join(["losscurve", "train", *command(run, run.seconds)]) for run in runs)
+        print_best_effort(f"{first}: {lines}")
+
     kept = choice.kept_bytes
-    for number, run in enumerate(teachers, 1):
-        code = train(command(run, run.seconds), kept)
+    for number, run in enumerate(teachers):
+        try:
+            code = train(command(run, run.seconds), kept)
+        except KeyboardInterrupt:  # it has not begun: it is chosen and measured
+            print_rest("train it and the run with", [*teachers[number:], last])
+            raise
         kept += MEASURED_SHAPE_BYTES
         if code:  # the interrupted teacher has the rest of its time still
-            rest = [*teachers[number:], last]
-            lines = " && ".join(shlex.join(["losscurve", "train", *command(run, run.seconds)]) for run in rest)
-            print_best_effort(f"after that, train the run with: {lines}")
+            print_rest("after that, train the run with", [*teachers[number + 1 :], last])
             return code
         print_best_effort("")
     taught = command(last, choice.seconds - (time.perf_counter() - began))

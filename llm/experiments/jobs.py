@@ -16,6 +16,7 @@ from typing import Any
 from llm.config import TrainConfig
 from llm.errors import Failure, UserError
 from llm.experiments.outcome import read_run, step_at
+from llm.machine.processors import cores
 from llm.plan.proposal import Measure, short_probe
 from llm.plan.timing import Pace
 from llm.start.new_run import new_run
@@ -74,17 +75,22 @@ def train_job(job: Job, stop: Stop) -> str:
     return ""
 
 
-def train_jobs(jobs: Sequence[Job], processes: int, stop: Stop) -> Iterator[tuple[Job, str]]:
+def train_jobs(
+    jobs: Sequence[Job], processes: int, stop: Stop, is_unwanted: Callable[[Job], bool]
+) -> Iterator[tuple[Job, str]]:
     """Train the runs of all jobs; yield each that ended, with "" or the reason why it cannot go on.
 
-    If `stop` returns true, the runs in progress save and end, and no more begin. With several processes, each has a
-    part of the cores. Raises UserError for a bad request, Failure if the system killed a process.
+    If `stop` returns true, the runs in progress save and end, and no more begin. A run does not begin if `is_unwanted`
+    says so when its turn comes. With several processes, each has a part of the cores.
+
+    Raises UserError for a bad request, Failure if the system killed a process.
     """
     if processes == 1:
         for job in jobs:
             if stop():
                 return
-            yield job, train_job(job, stop)
+            if not is_unwanted(job):
+                yield job, train_job(job, stop)
         return
     waiting = list(reversed(jobs))
     if not waiting:
@@ -93,6 +99,7 @@ def train_jobs(jobs: Sequence[Job], processes: int, stop: Stop) -> Iterator[tupl
         busy: dict[Connection, Job] = {}
         has_told = False
         while busy or (waiting and not stop()):
+            waiting = [job for job in waiting if not is_unwanted(job)]
             while idle and waiting and not stop():
                 connection = idle.pop()
                 busy[connection] = waiting.pop()
@@ -132,7 +139,7 @@ def other_processes(count: int, of: int) -> Iterator[list[Connection]]:
     A process takes (function, argument) from its connection and answers with the result. It ends with the block, and
     also when this process dies: then its connection closes, and it saves the run that it trains.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // of)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores(share_of=of)))
     if sys.platform == "linux":  # each is forked from a process that has loaded PyTorch and computed nothing
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llm import storage
-from llm.errors import Failure
+from llm.errors import Failure, UserError
+from llm.machine.processors import cores
 from llm.prepare.journal import Journal, Shard
 from llm.prepare.workers import Workers, encode_joined
 from llm.text.corpus import Corpus, Survey, documents_between
@@ -105,6 +106,7 @@ def write_splits(
     meta.json, the number of ids in use).
 
     Raises:
+        UserError: the tokenizer was given, and cannot encode a character of the text.
         Failure: the text has changed since it was surveyed.
     """
     tokenizer = journal.tokenizer
@@ -119,7 +121,13 @@ def write_splits(
     with _encoder(folder, tokenizer, survey) as encode:
 
         def encode_batch(texts: list[str]) -> tuple[Ids, int]:
-            ids = encode(*texts).astype(dtype, copy=False)
+            try:
+                ids = encode(*texts).astype(dtype, copy=False)
+            except UserError as error:  # a tokenizer of other weights: one that was made for the text knows all of it
+                cause = str(error).partition(";")[0]
+                raise UserError(
+                    f"{source.name}: {cause}; remove it, or leave out the weights and teachers that have this tokenizer"
+                ) from None
             return ids, sum(map(len, texts))
 
         for split, start, stop in (("train", 0, train_characters), ("val", train_characters, survey.total)):
@@ -253,16 +261,16 @@ def _describe_split(folder: Path, split: str, shards: list[Shard], characters: i
 
 
 def _map_in_order(work: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
-    """Yield `work` of each item in order, computed on all cores, with few items in flight.
+    """Yield `work` of each item in order, computed on all cores of this process, with few items in flight.
 
     Threads suffice, because a tokenizer releases the interpreter lock.
     """
-    cores = os.cpu_count() or 1
+    workers = cores()
     pending: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         for item in items:
             pending.append(pool.submit(work, item))
-            if len(pending) > 2 * cores:
+            if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -226,9 +226,10 @@ def _summary(rows: list[Row], band: Band | None) -> str:
     verdict = band_verdict(rows, band)
     if verdict:
         parts.append(verdict.partition(":")[0])
-    not_finite = sum(row["loss"] is None for row in rows)
+    # a row that says from where on a run has other max_steps has no loss either
+    not_finite = sum(row["loss"] is None and "max_steps" not in row for row in rows)
     if not_finite:
-        parts.append(f"{not_finite:,} losses not finite")
+        parts.append(f"{not_finite:,} {'losses' if not_finite > 1 else 'loss'} not finite")
     return "; ".join(parts)
 
 

@@ -14,7 +14,11 @@ from llm.text.conversion import quote_name
 SUFFIXES = (".gz", ".zst")
 
 
-SIGNATURES = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
+SIGNATURES: dict[str, tuple[bytes, ...]] = {
+    ".gz": (b"\x1f\x8b",),
+    # a frame, or one that is skipped, which pzstd puts first (RFC 8878, section 3.1)
+    ".zst": (b"\x28\xb5\x2f\xfd", *(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60))),
+}
 
 
 @contextmanager

@@ -207,7 +207,9 @@ def _other_form(name: str, names: set[str]) -> str:
 
 
 def _is_text(path: Path) -> bool:
-    """Return whether a file begins with UTF-8 text."""
+    """Return whether a file begins with UTF-8 text. A pipe, which opening would wait for, is none."""
+    if not path.is_file():
+        return False
     try:
         with open(path, "rb") as file:
             head = file.read(HEAD)

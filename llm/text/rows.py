@@ -184,8 +184,8 @@ def _json_type(value: Any) -> str:
     """Return the JSON type of `value`, with its article."""
     if value is None:
         return "null"
-    names = {dict: "an object", list: "a list", str: "a text", bool: "a boolean"}
-    return names.get(type(value), "a number")
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _read_parquet(path: Path, label: str, field: str) -> Iterator[str]:
@@ -203,6 +203,8 @@ def _read_parquet(path: Path, label: str, field: str) -> Iterator[str]:
             for batch in file.iter_batches(BATCH_ROWS, columns=[field]):
                 for text in batch[0].to_pylist():
                     number += 1
+                    if isinstance(text, bytes):  # of a writer that does not say that its bytes are text
+                        text = text.decode()
                     if not isinstance(text, str):
                         raise UserError(f'{label}: row {number}: column "{field}" is {_json_type(text)}, not a text')
                     yield text

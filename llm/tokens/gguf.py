@@ -44,24 +44,27 @@ def add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer, V: int) -> None:
         )
     if isinstance(tokenizer, Characters):
         writer.add_tokenizer_model("rwkv")
-        names = ["".join(f"\\x{byte:02x}" for byte in token) for token in tokenizer.tokens]
-        types = [NORMAL] * len(names)
+        # padding must not be in any text, since the longest token wins: no UTF-8 has the byte 255
+        unused = [b"\xff%d" % number for number in range(padding)]
+        names = ["".join(f"\\x{byte:02x}" for byte in token) for token in [*tokenizer.tokens, *unused]]
+        types = [NORMAL] * tokenizer.vocab_size + [UNUSED] * padding
     elif isinstance(tokenizer, (BPE, Bytes)):
         names = [*to_printable(tokenizer.tokens[:-1]), END_OF_TEXT]
-        types = [NORMAL] * (len(names) - 1) + [CONTROL]
+        types = [NORMAL] * (len(names) - 1) + [CONTROL] + [UNUSED] * padding
         pairs = merges(tokenizer) if isinstance(tokenizer, BPE) else []
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(GPT2)
         writer.add_token_merges([f"{left} {right}" for left, right in pairs] or NO_MERGES)
         writer.add_bos_token_id(len(names) - 1)  # without these, llama.cpp takes token 11
         writer.add_eos_token_id(len(names) - 1)
+        names += [f"unused {number}" for number in range(padding)]
     else:
         raise UserError(
             "the tokenizer is another program's, and llama.cpp knows those by name; export with --to hf, and convert "
             "that folder with llama.cpp's convert_hf_to_gguf.py"
         )
-    writer.add_token_list([*names, *(f"unused {number}" for number in range(padding))])
-    writer.add_token_types([*types, *[UNUSED] * padding])
+    writer.add_token_list(names)
+    writer.add_token_types(types)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)

@@ -19,12 +19,15 @@ from llm.tokens.tokenizer import END_OF_TEXT, Bytes, Characters, Ids, Tokenizer,
 LARGEST_VOCAB = 2**20
 SPACE = "\u2581"  # SentencePiece's sign for a space
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a byte
+# parts of a pre_tokenizer that begins each text that it is given with a space
+SPACE_BEFORE = ('"add_prefix_space": true', '"prepend_scheme": "first"', '"prepend_scheme": "always"')
 
 
 class HuggingFace(TokenList):
     """A tokenizer of another program. Its special tokens are ids that ordinary text never encodes to.
 
-    `is_lossless` is False if it normalises a text, so that the bytes of the tokens are not those of the text.
+    `is_lossless` is False if it normalises a text or puts a space before it, so that the bytes of the tokens are not
+    those of the text.
     """
 
     kind = "hf"
@@ -45,7 +48,8 @@ class HuggingFace(TokenList):
         super().__init__(_bytes_of_tokens(self._library.get_vocab(), description), end_of_text)
         if end_of_text is not None and not 0 <= end_of_text < self.vocab_size:
             raise ValueError(f"end_of_text is {end_of_text}, and it has {self.vocab_size} tokens")
-        self.is_lossless = description.get("normalizer") is None
+        splitter = json.dumps(description.get("pre_tokenizer"))
+        self.is_lossless = description.get("normalizer") is None and not any(part in splitter for part in SPACE_BEFORE)
 
     def encode(self, text: str) -> Ids:
         encode_utf8(text)  # raises UserError for a lone surrogate
@@ -124,37 +128,40 @@ def write(tokenizer: Tokenizer) -> str:
 def read(content: str, end_of_text: str | None) -> Tokenizer:
     """Return the tokenizer of a tokenizer.json: one of ours if it is that, else a `HuggingFace`.
 
-    `end_of_text` is the name of the token between two documents. Raises ValueError for what is none, or has no such
-    token.
+    `end_of_text` is the name of the token between two documents, None if nothing names it, as beside GPT-2's own file.
+    Raises ValueError for what is none, or has no such token.
     """
     try:
         description = json.loads(content)
         tokenizer = _ours(description)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a tokenizer.json ({type(error).__name__}: {error})") from None
-    if tokenizer is not None and (tokenizer.end_of_text is not None) == (end_of_text is not None):
+    if tokenizer is not None and (tokenizer.end_of_text is not None or end_of_text is None):
         return tokenizer
     found = HuggingFace(content, None)
-    if end_of_text is None:
-        return found
-    ids = [i for i, token in enumerate(found.tokens) if token == end_of_text.encode()]
-    if not ids:
-        raise ValueError(f"it has no token {end_of_text!r}, which tokenizer_config.json names as its eos_token")
-    return HuggingFace(content, ids[-1])
+    if end_of_text is not None:
+        ids = [i for i, token in enumerate(found.tokens) if token == end_of_text.encode()]
+        if not ids:
+            raise ValueError(f"it has no token {end_of_text!r}, which tokenizer_config.json names as its eos_token")
+        found.end_of_text = ids[-1]
+    return found
 
 
 def _ours(description: dict[str, Any]) -> Tokenizer | None:
     """Return the tokenizer of ours that would be written as this description, None if there is none."""
     model, added = description["model"], description["added_tokens"]
+    kind = model.get("type", "BPE" if "merges" in model else None)  # GPT-2's own file names no type
+    if kind not in ("WordLevel", "BPE"):
+        return None
     names = sorted(model["vocab"], key=model["vocab"].__getitem__)
     if list(map(model["vocab"].__getitem__, names)) != list(range(len(names))):
         return None
     found: Tokenizer
-    if model["type"] == "WordLevel" and not added:
+    if kind == "WordLevel" and not added:
         if any(len(name) != 1 for name in names) or names != sorted(names):
             return None
         found = Characters(names)
-    elif model["type"] == "BPE" and [token["content"] for token in added] == [END_OF_TEXT]:
+    elif kind == "BPE" and [token["content"] for token in added] == [END_OF_TEXT]:
         names = [name for name in names if name != END_OF_TEXT]  # GPT-2's own file has it in the vocabulary too
         if hash_names(names) == GPT2_SHA256:
             return BPE(from_printable(names), "gpt2") if _splits_like_gpt2(description) else None

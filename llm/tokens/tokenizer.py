@@ -118,8 +118,8 @@ class Characters(TokenList):
         if unknown.size:
             place = int(unknown[0])
             raise UserError(
-                f"character {text[place]!r} (U+{ord(text[place]):04X}, at position {place}) is not in the vocabulary "
-                f"of {self.vocab_size} characters; remove it, or prepare the text with --tokenizer byte or bpe"
+                f"character {text[place]!r} (U+{ord(text[place]):04X}) is not in the vocabulary "
+                f"of {self.vocab_size} characters; remove it, or use the tokenizer byte or bpe"
             )
         return ids
 

@@ -1,7 +1,7 @@
 """Models of other programs: a folder in Hugging Face's format, or the name of one on its hub.
 
-config.json is checked before any weight is read or downloaded. Weights are read from safetensors, in one file or in
-several with an index; else from .bin files, which are read as plain data.
+config.json and tokenizer.json are checked before any weight is read or downloaded. Weights are read from safetensors,
+in one file or in several with an index; else from .bin files, which are read as plain data.
 """
 
 import os
@@ -27,7 +27,7 @@ MASKS = (".attn.bias", ".attn.masked_bias")  # which old versions of GPT-2 saved
 FILES = (".gguf", ".pt")  # what ends so is a file, and no name on the hub
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|gpt2(-medium|-large|-xl)?|distilgpt2")
 FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))  # names of the files of weights, in order of preference
-TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ def read_foreign(source: str) -> ForeignModel:
     if not folder.exists():
         folder = _download(source, TEXT_FILES)
     config = read_shape(folder)
-    if not Path(source).exists():
-        folder = _download_weights(source)
     tokenizer = read_tokenizer(folder)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{folder / 'tokenizer.json'}: has {tokenizer.vocab_size} tokens, and the model has {config.vocab_size}; "
             "give a folder whose files belong together"
         )
+    if not Path(source).exists():
+        folder = _download_weights(source)
     return ForeignModel(folder, config, _read_weights(folder, config), tokenizer)
 
 

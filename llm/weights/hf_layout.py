@@ -88,6 +88,9 @@ def weights_in(config: GPTConfig, tensors: dict[str, Tensor]) -> dict[str, Tenso
     found = _gpt2_names(config, theirs) if config.arch == "gpt2" else _llama_names(config, theirs)
     head = theirs.get("lm_head.weight")
     if config.tied_lm_head:
+        if "wte.weight" not in found:
+            some = ", ".join(sorted(theirs)[:3]) or "none"
+            raise UserError(f"has no token embedding among its names ({some}, …)")
         found["lm_head.weight"] = found["wte.weight"]
         if head is not None and not torch.equal(head.float(), found["wte.weight"]):
             raise UserError("has an lm_head.weight of its own, and not the embedding as its head")

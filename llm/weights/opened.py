@@ -36,11 +36,6 @@ class Opened:
         """Whether another program trained the model, or a run did that began with such weights."""
         return not self.is_ours or bool(storage.read_facts(self.path.with_name("env.json")).get("pretrained"))
 
-    @property
-    def is_bare(self) -> bool:
-        """Whether it is a state_dict alone, beside which nothing tells heads and GELU."""
-        return self.path.suffix == ".pt" and not self.is_ours
-
     def model(self, device: torch.device) -> Model:
         """Return the model in evaluation mode."""
         model = make_model(self.config)
@@ -67,15 +62,17 @@ def open_weights(source: str, base: GPTConfig, preferred: str = "best", typed: C
         raise UserError(
             f"{source}: only a checkpoint (step-000500) has the average of the weights; leave --weights out"
         )
-    if is_foreign(source) or is_gguf(Path(source)):
-        found = read_foreign(source) if is_foreign(source) else read_gguf(Path(source))
+    if (foreign := is_foreign(source)) or is_gguf(Path(source)):
+        found = read_foreign(source) if foreign else read_gguf(Path(source))
         path, config, weights, tokenizer, is_ours = found.path, found.config, found.weights, found.tokenizer, False
+        tells_heads = True
     else:
         from_checkpoint = is_checkpoint(Path(source))
         path = Path(source) if from_checkpoint else weights_file(source, preferred)
         config, weights = read_checkpoint(path, preferred) if from_checkpoint else read_weights(path, base)
         tokenizer = _tokenizer_beside(path)
         is_ours = path.with_name("config.toml").is_file()
+        tells_heads = is_ours or config.n_head != base.n_head  # nanoGPT's file tells them
     if tokenizer is None and config.vocab_size < GPT2_VOCAB:
         raise UserError(
             f"{path}: no tokenizer.json beside it says what its {config.vocab_size} tokens are; put it there"
@@ -85,10 +82,9 @@ def open_weights(source: str, base: GPTConfig, preferred: str = "best", typed: C
             f"{path}: its vocabulary is {config.vocab_size}, and the tokenizer beside it has {tokenizer.vocab_size} "
             "tokens; put the right one there"
         )
-    opened = Opened(path, config, weights, tokenizer, is_ours)
-    if not opened.is_bare and {"n_head", "gelu"}.intersection(typed):
+    if tells_heads and {"n_head", "gelu"}.intersection(typed):
         raise UserError(f"n_head and gelu are for a bare state_dict; {source} has its own, so leave them out")
-    return opened
+    return Opened(path, config, weights, tokenizer, is_ours)
 
 
 def _tokenizer_beside(path: Path) -> Tokenizer | None:

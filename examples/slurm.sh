@@ -25,7 +25,7 @@ launch=(
     torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$SLURM_GPUS_ON_NODE" --max-restarts=3
     --rdzv_backend=c10d --rdzv_endpoint="$head:29500" --rdzv_id="$SLURM_JOB_ID"
 )
-if [ -e "$RUN/latest" ]; then
+if ls -d "$RUN"/step-* > /dev/null 2>&1; then
     train=(-m llm train --out_dir "$RUN" --resume)
 else
     train=(-m llm train --preset gpt2-124m --data_dir "$DATA" --out_dir "$RUN" --save_every 10m --parallel ddp)

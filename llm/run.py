@@ -41,6 +41,7 @@ from llm.start.run_folder import Say, once
 from llm.storage.lines import Row
 from llm.tokens.bpe import gpt2
 from llm.tokens.saved_tokenizer import load_tokenizer
+from llm.tokens.token_files import GPT2_VOCAB
 from llm.tokens.tokenizer import Tokenizer
 from llm.train import train
 from llm.training.events import Line, Notice
@@ -75,9 +76,20 @@ class Run:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer of the run; GPT-2's if the run's token files came without one."""
+        """Return the tokenizer of the run; GPT-2's if the run's token files came without one.
+
+        Raises UserError if they did, and its tokens are fewer than GPT-2's.
+        """
         path = self.path / "tokenizer.json"
-        return load_tokenizer(path) if path.exists() else gpt2()
+        if path.exists():
+            return load_tokenizer(path)
+        tokens = self.config.model.vocab_size
+        if tokens < GPT2_VOCAB:
+            raise UserError(
+                f"{self.path}: has no tokenizer.json, and its {tokens} tokens are not GPT-2's; put the tokenizer.json "
+                "of its text there"
+            )
+        return gpt2()
 
     def model(self, weights: str = "last", device: str = "auto") -> Model:
         """Return the trained model with the "last" or the "best" weights, in evaluation mode."""
@@ -184,6 +196,8 @@ def _fit(
     deadline: Deadline | None = None
     if resume and time is not None:
         raise UserError("time is for a new run; to continue one, leave it out")
+    if resume and (preset or overwrite):
+        raise UserError("resume uses the settings of the run itself; leave out preset and overwrite")
     if resume:
         opened = resume_run(Path(out_dir), given, say=tell)
     else:
@@ -210,7 +224,7 @@ def _fit(
                 say(in_python(f"warning: {event.text}"))
     if training.unsaved:
         raise Failure(f"the last save failed: {training.unsaved}; free some disk space, then continue with resume=True")
-    if caught:
+    if training.reason == "interrupted":
         say(f"saved step {training.progress.step}; continue with fit(out_dir={str(out_dir)!r}, resume=True)")
     return Run.open(out_dir), bool(caught)
 

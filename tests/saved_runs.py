@@ -18,8 +18,8 @@ def groups(step=0):
     }
 
 
-def save(run, step, keep=2, is_best=False, **facts):
-    return save_state(run, step, groups(step), {"note": f"at {step}", **facts}, keep, is_best)
+def save(run, step, keep=2, best_step=None, **facts):
+    return save_state(run, step, groups(step), {"note": f"at {step}", **facts}, keep, best_step)
 
 
 def same_bits(found, expected):

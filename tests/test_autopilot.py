@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import time
@@ -28,7 +29,7 @@ from llm.start.resume_run import resume_run
 from llm.storage.checkpoint import saved_steps
 from llm.train import train
 from llm.training import keep_time
-from llm.training.events import Notice
+from llm.training.events import Notice, Step
 from llm.training.live import Deadline
 
 LINES = ("text", "machine", "model", "steps", "loss")
@@ -677,6 +678,24 @@ def test_a_run_is_fitted_to_its_time_and_its_resume_repeats_it(here, monkeypatch
         list(train(again))
     repeated = final_weights(here / "run")
     assert all(torch.equal(finished[name], repeated[name]) for name in finished)
+
+
+def test_a_run_that_is_late_in_its_cool_down_ends_where_it_is(here, monkeypatch):
+    with new_run(slow_config(here)) as run:
+        monkeypatch.setattr(keep_time, "fitting_steps", lambda config, *rest: config.max_steps)
+        run.deadline = Deadline(math.inf, 1000, latest=math.inf)
+        for event in train(run):
+            if isinstance(event, Step) and event.step == 84:
+                run.deadline = Deadline(math.inf, 1000, latest=time.perf_counter())
+    assert (run.progress.step, run.reason) == (84, "max_time")
+    assert (here / "run" / "step-000084").is_dir()
+
+
+def test_a_late_run_ends_five_percent_after_its_time_or_where_max_time_says(here):
+    for more, latest in (({}, 63.0), ({"max_time": 90}, 90.0)):
+        request = read_request("60", {}, {"text": [str(here / "text.txt")], **more})
+        choice = autopilot.choose_new_run(request, False, print, measure=machine())
+        assert choice.deadline(0.0).latest == pytest.approx(latest)
 
 
 @pytest.mark.parametrize("changes", [{"schedule": "cosine"}, {"decay_fraction": 1.0}])

@@ -26,20 +26,19 @@ def test_every_bit_is_restored(tmp_path):
         "c": {"turned": torch.randn(3, 4).t(), "cut": torch.arange(10)[3:7], "grad": torch.ones(2, requires_grad=True)},
     }
     facts = {"progress": {"step": 7, "loss": 0.1 + 0.2, "none": None}, "text": "é\n"}
-    folder = save_state(tmp_path, 7, saved, facts, keep=1, is_best=False)
+    folder = save_state(tmp_path, 7, saved, facts, keep=1)
     assert folder == tmp_path / "step-000007"
     found, restored = load_state(folder)
     same_bits(found, {group: {k: t.detach() for k, t in tensors.items()} for group, tensors in saved.items()})
     assert restored == {"step": 7, **facts}
-    assert (tmp_path / "latest").read_text() == "step-000007\n"
-    assert not (tmp_path / "best").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000007"]
 
 
 @pytest.mark.parametrize("group", ["model", "optimizer", "one dtype", "none"])
 def test_files_equal_those_of_safetensors_own_writer(tmp_path, group):
     more = {"one dtype": {f'h.{i}.{kind} "é"': torch.randn(i, 3) for i in (10, 2, 0) for kind in "ab"}, "none": {}}
     every = groups(3) | more
-    save_state(tmp_path, 3, every, {}, 2, False)
+    save_state(tmp_path, 3, every, {}, 2)
     dense = {name: value.contiguous() for name, value in every[group].items()}
     assert (tmp_path / folder_name(3) / f"{group}.safetensors").read_bytes() == safetensors.torch.save(dense)
 
@@ -53,12 +52,18 @@ def test_writing_a_checkpoint_copies_no_tensor():
 def test_the_saved_tensors_are_copies(tmp_path):
     ours = groups(1)
     kept = {g: {k: t.clone() for k, t in tensors.items()} for g, tensors in ours.items()}
-    folder = save_state(tmp_path, 1, ours, {}, 1, False)
+    folder = save_state(tmp_path, 1, ours, {}, 1)
     for tensors in load_state(folder)[0].values():
         for t in tensors.values():
             t.zero_()
     same_bits(load_state(folder)[0], kept)
     same_bits(ours, kept)
+
+
+def test_a_hidden_file_beside_the_tensors_is_none_of_them(tmp_path):
+    folder = save(tmp_path, 1)
+    (folder / "._model.safetensors").write_bytes(b"\0\5\x16\7")  # macOS, on a disk of another system
+    same_bits(load_state(folder)[0], groups(1))
 
 
 def test_folder_names(tmp_path):
@@ -98,27 +103,16 @@ def test_folder_names(tmp_path):
 )
 def test_the_newest_and_the_best_are_kept(tmp_path, keep, best, left):
     for step in range(1, 6):
-        save(tmp_path, step, keep, is_best=step == best)
+        save(tmp_path, step, keep, best if best and step >= best else None)
     assert saved_steps(tmp_path) == left
     for step in left:
         same_bits(load_state(tmp_path / folder_name(step))[0], groups(step))
-    assert (tmp_path / "latest").read_text() == "step-000005\n"
-    if best:
-        assert (tmp_path / "best").read_text() == f"step-00000{best}\n"
 
 
 def test_a_new_best_checkpoint_replaces_the_old_best(tmp_path):
     for step in range(1, 6):
-        save(tmp_path, step, 1, is_best=step in (1, 3))
+        save(tmp_path, step, 1, best_step=1 if step < 3 else 3)
     assert saved_steps(tmp_path) == [3, 5]
-
-
-def test_a_damaged_pointer_to_the_best_does_not_stop_a_save(tmp_path):
-    save(tmp_path, 1)
-    (tmp_path / "best").write_bytes(b"\xff\xfe../..")
-    save(tmp_path, 2)
-    save(tmp_path, 3)
-    assert saved_steps(tmp_path) == [2, 3]
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -206,8 +200,8 @@ def test_a_failed_save_keeps_earlier_checkpoints(tmp_path, operation, forever):
     for k in range(1, 60):
         run = tmp_path / str(k)
         run.mkdir()
-        save(run, 1, keep=1, is_best=True)
-        save(run, 2, keep=1)
+        save(run, 1, keep=1, best_step=1)
+        save(run, 2, keep=1, best_step=1)
         count = 0
         with pytest.MonkeyPatch.context() as monkeypatch:
             real = open if operation == "open" else getattr(os, operation)
@@ -221,7 +215,7 @@ def test_a_failed_save_keeps_earlier_checkpoints(tmp_path, operation, forever):
 
             monkeypatch.setattr("builtins.open" if operation == "open" else f"os.{operation}", broken)
             try:
-                save(run, 3, keep=1)
+                save(run, 3, keep=1, best_step=1)
                 failed = False
             except OSError:
                 failed = True
@@ -230,7 +224,6 @@ def test_a_failed_save_keeps_earlier_checkpoints(tmp_path, operation, forever):
         assert skipped == {}
         assert facts["step"] in ((2, 3) if failed else (3,))
         same_bits(load_state(run / folder_name(1))[0], groups(1))  # the best
-        assert (run / "latest").read_text() in (("step-000002\n", "step-000003\n") if failed else ("step-000003\n",))
         if count < k:
             assert not failed
             assert saved_steps(run) == [1, 3]

@@ -131,8 +131,7 @@ def test_an_example_starts_a_run_and_resumes_one(cluster, parsed, name):
     assert config.windows_per_step % (NODES * GPUS) == 0
     assert config.max_steps == 600_000  # GPT-2's preset
     assert (cluster / config.out_dir).resolve() == run.resolve()
-    run.mkdir(parents=True)
-    (run / "latest").touch()
+    (run / "step-000500").mkdir(parents=True)
     words = torchrun(words_of(cluster, script, **variables))[1]
     assert "--resume" in words
     assert "--preset" not in words

@@ -16,7 +16,7 @@ from llm.errors import UserError
 from llm.record.metrics import read_record
 from llm.record.plot import draw
 from llm.record.runs import origin_of, origins
-from llm.start.fork import usual_folder
+from llm.start.fork import check_free, usual_folder
 from llm.storage import locked, read_json, sha256
 from llm.storage.checkpoint import load_state, saved_steps
 
@@ -156,6 +156,7 @@ def test_the_best_weights_before_the_fork_come_along_if_they_are_there(base, los
         ("--at 12", "max_steps = 12: a fork at step 12 has no steps left; give a larger --max_steps, such as 24"),
         ("--max_time 0.001", "base: has used its max_time of 0.001 s; give a larger --max_time"),
         ("--at -1", "base: step -1 has no checkpoint; saved are 0, 2, 4, 6, 8, 10, 12"),
+        ("--sample_prompt ß", "sample_prompt: character 'ß' (U+00DF) is not in the vocabulary"),
         ("--data_dir nowhere", "nowhere: the run's token files are not there"),
         ("--out_dir data", "data: holds other files (val.bin); choose another --out_dir"),
         ("--out_dir text.txt", "text.txt: is a file; choose another --out_dir"),
@@ -171,6 +172,13 @@ def test_what_cannot_be_is_said_before_anything_is_written(base, losscurve, type
     assert (code, err.count("\n")) == (2, 1)
     assert told in err
     assert files_of(base.parent) == before
+
+
+def test_the_command_for_a_folder_that_is_taken_can_be_pasted(tmp_path):
+    (tmp_path / "my run").mkdir()
+    (tmp_path / "my run" / "config.toml").touch()
+    with pytest.raises(UserError, match=r"--resume --out_dir '.*my run', or choose another --out_dir"):
+        check_free(tmp_path / "my run")
 
 
 def test_forks_of_one_state_have_names_that_say_what_changed(base, losscurve, monkeypatch):

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from conftest import flags
 
+from llm import storage
 from llm.config import from_settings, read_toml, to_settings
 from llm.errors import UserError
 from llm.record.metrics import losses, read_record
 from llm.start.resume_run import check_same_settings
+from llm.start.run_folder import disk_needed
 from llm.storage.checkpoint import saved_steps
 from llm.weights import run_config
 
@@ -23,6 +25,33 @@ def run(here, losscurve):
     code, _, err = losscurve(f"train {TEXT} {flags(max_steps=4)}")
     assert code == 0, err
     return here
+
+
+def test_a_prompt_that_the_tokens_do_not_have_is_refused_before_anything_is_written(run, losscurve):
+    before = Path("checkpoints/config.toml").read_bytes()
+    code, _, err = losscurve("train --resume --max_steps 8 --sample_prompt ß")
+    assert code == 2
+    assert err.startswith("error: sample_prompt: character 'ß' (U+00DF) is not in the vocabulary of ")
+    assert Path("checkpoints/config.toml").read_bytes() == before
+
+
+def test_what_a_run_has_written_is_not_asked_of_the_disk_again(run, losscurve, monkeypatch):
+    asked = []
+    monkeypatch.setattr(storage, "check_writable", lambda folder, needed=0: asked.append(needed))
+    files = [*Path("checkpoints").glob("step-*/*"), *Path("checkpoints").glob("*.pt")]
+    written = sum(path.stat().st_size for path in files)
+    assert losscurve("train --resume --max_steps 6")[0] == 0
+    whole = disk_needed(run_config(Path("checkpoints")))
+    assert max(asked) == whole - written > 0
+
+
+def test_what_a_run_was_started_with_may_be_typed_again(here, losscurve):
+    typed = "--optimizer muon --muon_lr 0.02 --schedule wsd --decay_fraction 0.5"
+    assert losscurve(f"train {TEXT} {typed} {flags(max_steps=4)}")[0] == 0
+    code, _, err = losscurve("train --resume --max_steps 6 --muon_lr 0.02 --decay_fraction 0.5")
+    assert code == 0, err
+    code, _, err = losscurve("train --resume --max_steps 8 --muon_lr x")
+    assert (code, err.count("\n")) == (2, 1)
 
 
 # the same windows split otherwise

@@ -2,15 +2,17 @@
 
 import base64
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
-from conftest import SMALL, append, write_samples
+from conftest import SMALL, append, config_for, trained, write_samples
 
 from llm import Run, fit
 from llm.config import from_settings, write_toml
 from llm.errors import Failure, UserError
 from llm.record.metrics import best
 from llm.run import in_python
+from llm.start.texts import run_tokenizer
 
 
 class Page(HTMLParser):
@@ -85,6 +87,22 @@ def test_names_and_samples_are_text(tmp_path, evil):
     assert page.picture["alt"] == f"loss curve of {path.name}"
     assert page.text[-1] == evil
     assert f"text {evil}" in page.text[8]
+
+
+def test_tokens_of_unknown_origin_are_no_others_than_those_of_the_new_run(here):
+    """GPT-2's if there are as many; a padded or larger vocabulary is another's, or nobody knows."""
+    for size in (50_304, 61_000, 66):
+        assert run_tokenizer(here, size, print) is None
+    trained(config_for(here, max_steps=1, warmup_steps=0))
+    Path("checkpoints/tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"^checkpoints: has no tokenizer\.json, and its 12 tokens are not GPT-2's; put"):
+        Run.open("checkpoints").sample("a")
+
+
+def test_a_resume_takes_no_preset_and_replaces_nothing(here):
+    for more in ({"preset": "chapter"}, {"overwrite": True}):
+        with pytest.raises(UserError, match="resume uses the settings of the run itself"):
+            fit(resume=True, **more)
 
 
 def test_a_run_that_has_just_begun_can_be_shown(tmp_path):

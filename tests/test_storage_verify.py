@@ -56,6 +56,11 @@ def test_a_changed_file_is_named(state, tmp_path, name, how):
     assert str(path) in str(caught.value)
 
 
+def test_a_hidden_file_that_a_file_manager_left_harms_nothing(state):
+    (state / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    storage.verify_folder(state)
+
+
 def test_an_added_file_and_two_swapped_ones_are_named(state):
     (state / "added").write_bytes(b"")
     with pytest.raises(UserError, match="added: not in the manifest"):

@@ -188,7 +188,7 @@ def test_a_record_that_is_cut_back_is_shown_anew_also_to_a_tensorboard_that_is_o
     view.update()
     opened = events(recorded)
     assert [step for step, _ in scalars_of(opened)["loss/val"]] == [0, 4, 8]
-    metrics.cut(recorded, 4)
+    metrics.Record(recorded).cut(4)
     append(recorded, step=6, split="train", loss=3.125, seconds=20.0)
     view.update()
     append(recorded, step=8, split="val", loss=2.5, seconds=21.0)
@@ -252,7 +252,7 @@ def test_a_view_tells_each_row_once_as_it_appears_and_each_sample_after_its_eval
     view.update()
     view.update()
     assert told.heard[4:] == [(2, "val"), (2, "a"), (3, "train")]
-    metrics.cut(tmp_path, 1)
+    metrics.Record(tmp_path).cut(1)
     view.update()
     assert told.heard[7:] == ["closed"]
     assert TOLD[1].heard == [(0, "train"), (0, "val"), (0, "late"), (1, "train")]
@@ -552,7 +552,7 @@ def test_another_run_in_the_same_folder_has_another_name_in_wandb(recorded, no_a
     replay(recorded, from_settings({}), "wandb", start)
     append(recorded, step=9, split="train", loss=1.0)
     replay(recorded, from_settings({}), "wandb", start)
-    metrics.cut(recorded, -1)
+    metrics.Record(recorded).cut(-1)
     append(recorded, step=0, split="val", loss=5.0, bits_per_byte=2.5, lr=9.0, seconds=1.001)
     replay(recorded, from_settings({}), "wandb", start)
     first, again, other = (call["id"] for call in calls)

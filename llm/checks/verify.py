@@ -50,10 +50,6 @@ def verify_run(run_dir: Path) -> Iterator[Finding]:
     """
     config = yield from _try(run_dir / "config.toml", "settings", partial(run_config, run_dir))
     newest_facts = yield from _verify_checkpoints(run_dir)
-    for name in ("latest", "best"):
-        path = run_dir / name
-        if path.exists():
-            yield from _try(path, "names a checkpoint", partial(_check_pointer, path))
     for name in ("model.pt", "best.pt"):
         path = run_dir / name
         if path.exists() and config:
@@ -152,13 +148,6 @@ def _try(path: Path, what: str, check: Callable[[], Any]) -> Generator[Finding, 
 
 def _failure(path: Path, error: Exception) -> Finding:
     return Finding(path, False, str(error).removeprefix(f"{path}: "))
-
-
-def _check_pointer(path: Path) -> None:
-    """Raises UserError if the file names no checkpoint of its run."""
-    name = path.read_text(encoding="utf-8", errors="replace").strip()
-    if name not in {checkpoint.folder_name(step) for step in checkpoint.saved_steps(path.parent)}:
-        raise UserError(f"{path}: names {name[:80]!r}, and there is no such checkpoint")
 
 
 def _check_record(run_dir: Path, facts: dict[str, Any]) -> None:

@@ -42,11 +42,6 @@ def open_source(run_dir: Path, to: str, weights: str = "best", data_dir: str | N
         weights = "last"
     name = {"best": "best.pt", "last": "model.pt"}[weights]
     model, tokenizer = run.model(weights, "cpu"), run.tokenizer
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{run.path}: has no tokenizer.json, and its {model.config.vocab_size} tokens are not GPT-2's; an export "
-            "needs the tokenizer: put that of the run's data folder there"
-        )
     return Source(run, name, model, tokenizer, _validation(run, data_dir, say), data_dir)
 
 

@@ -34,6 +34,7 @@ from llm.training.live import Deadline
 from llm.weights import run_config
 
 LARGE = 20_000_000  # bytes of a text from which the time to prepare it is announced
+LATEST = 1.05  # of the time: then a run ends wherever its schedule is
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ class Choice:
     def deadline(self, began: float) -> Deadline:
         """Return when the run has to end if its time began at `began`, as `time.perf_counter` counts."""
         steps = useful_steps(self.proposal.config, self.request, self.proposal.text)
-        return Deadline(began + self.seconds, int(min(steps, 1e9)))
+        latest = max(LATEST * self.seconds, self.proposal.config.max_time or 0.0)
+        return Deadline(began + self.seconds, int(min(steps, 1e9)), began + latest)
 
 
 def choose_new_run(

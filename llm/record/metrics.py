@@ -54,17 +54,6 @@ class Record(Lines):
         super().__init__(run_dir / NAME, parse_row, writes)
 
 
-def cut(run_dir: Path, step: int) -> None:
-    """Drop the rows after `step` and an incomplete last line, so that a run can resume at `step`.
-
-    Does nothing if there is no record.
-
-    Raises:
-        UserError: a line is damaged; the message names it.
-    """
-    lines.cut(run_dir / NAME, parse_row, step)
-
-
 def read_record(run_dir: Path) -> list[Row]:
     """Return the rows of a run. Every row has all keys of NUMBERS; a missing value is None.
 

@@ -4,6 +4,7 @@ A fork is a run folder like any other, with that state as its newest checkpoint.
 """
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from llm.start.changes import new_run_command
 from llm.start.resume_run import check_unfinished
 from llm.start.run_data import beside, open_run_data
 from llm.start.run_folder import Say, disk_needed, write_environment
+from llm.start.texts import run_tokenizer
 from llm.storage import checkpoint
+from llm.tokens.tokenizer import encode_prompt
 from llm.training import predictions
 from llm.training.state import weights_of, write_pt, write_state
 from llm.weights import run_config
@@ -61,6 +64,10 @@ def fork(run_dir: Path, step: int, changes: dict[str, Any], out_dir: Path, say: 
 
     for line in ruled_out:
         say(line)
+    if "sample_prompt" in changes:
+        tokenizer = run_tokenizer(run_dir, config.model.vocab_size, say, data.folder)
+        if tokenizer is not None and config.sample_prompt:
+            encode_prompt(tokenizer, config.sample_prompt, "sample_prompt")
     if config.teacher:
         predictions.open_predictions(run_dir, config, len(data.train))
     storage.check_writable(out_dir, disk_needed(config, len(data.train)))
@@ -73,7 +80,7 @@ def fork(run_dir: Path, step: int, changes: dict[str, Any], out_dir: Path, say: 
         if config.teacher:
             with storage.folder_in_place(folder / predictions.FOLDER) as copy:
                 shutil.copyfile(run_dir / predictions.FOLDER / predictions.NAME, copy / predictions.NAME)
-        metrics.cut(folder, step)
+        metrics.Record(folder).cut(step)
         samples.Samples(folder).cut(step)
         write_weights(run_dir, folder, config, groups, facts, say)
     return config
@@ -137,8 +144,8 @@ def check_free(out_dir: Path) -> None:
     """Raise UserError if `out_dir` is a file or a folder with files."""
     if (out_dir / "config.toml").exists():
         raise UserError(
-            f"{out_dir}: holds a run; continue that with losscurve train --resume --out_dir {out_dir}, or choose "
-            "another --out_dir"
+            f"{out_dir}: holds a run; continue that with losscurve train --resume --out_dir "
+            f"{shlex.quote(str(out_dir))}, or choose another --out_dir"
         )
     if out_dir.is_dir() and (found := [path.name for path in out_dir.iterdir()]):
         shown = max(found)  # a hidden one only if there is no other
@@ -210,6 +217,7 @@ def write_weights(
         groups=groups,
         facts={name: value for name, value in facts.items() if name != "step"},
         keep=config.keep,
+        best_step=None,  # there is nothing older
     )
     if progress["best_loss"] is None or is_best:
         return

@@ -30,9 +30,10 @@ from llm.start.changes import (
     split_of,
 )
 from llm.start.run_data import beside, open_run_data
-from llm.start.run_folder import Say, disk_needed, say_limits, write_environment
+from llm.start.run_folder import Say, disk_needed, disk_used, say_limits, write_environment
 from llm.start.texts import run_tokenizer
 from llm.storage import checkpoint
+from llm.tokens.tokenizer import encode_prompt
 from llm.training.live import LiveRun
 from llm.training.predictions import open_predictions
 from llm.training.state import newest_state, restore
@@ -66,6 +67,8 @@ def resume_run(
                 check_same_text(text, config, data.folder, say)
             config = from_settings({"data_dir": beside(data.folder, out_dir)}, config)
             tokenizer = run_tokenizer(out_dir, config.model.vocab_size, say, data.folder)
+            if tokenizer is not None and config.sample_prompt:
+                encode_prompt(tokenizer, config.sample_prompt, "sample_prompt")
             agree(config, data, device, world)
         stack.enter_context(fixed_order(device))
         parts = build(config, data, tokenizer, device, DTYPES[config.dtype], world)
@@ -74,7 +77,7 @@ def resume_run(
             if world.leads:
                 if config.teacher:
                     parts.predictions = open_predictions(out_dir, config, len(data.train))
-                storage.check_writable(out_dir, disk_needed(config))
+                storage.check_writable(out_dir, disk_needed(config) - disk_used(out_dir))
                 set_aside(unusable, say)
                 say_changes(out_dir, data, before, config, say)
                 cut_back(out_dir, before, config, progress.step)
@@ -167,5 +170,5 @@ def cut_back(out_dir: Path, before: TrainConfig, config: TrainConfig, step: int)
     """Write changed settings, and delete what was recorded after the checkpoint of `step`."""
     if config != before:
         storage.write_text(out_dir / "config.toml", write_toml(config))
-    metrics.cut(out_dir, step)
+    metrics.Record(out_dir).cut(step)
     Samples(out_dir).cut(step)

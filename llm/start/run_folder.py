@@ -62,7 +62,7 @@ def clear(out_dir: Path) -> None:
     states = [out_dir / checkpoint.folder_name(step) for step in checkpoint.saved_steps(out_dir)]
     for folder in (*states, *out_dir.glob("damaged-step-*"), *out_dir.glob(predictions.FOLDER)):
         storage.remove_folder(folder)
-    for name in (*OURS, *WEIGHTS, "latest", "best"):
+    for name in (*OURS, *WEIGHTS, "latest", "best"):  # the last two are of older versions
         (out_dir / name).unlink(missing_ok=True)
 
 
@@ -74,6 +74,13 @@ def disk_needed(config: TrainConfig, tokens: int = 0) -> int:
     """
     size = 4 * count_parameters(config.model)
     return size * ((4 if config.ema else 3) * (config.keep + 2) + 3) + predictions.size_of(config, tokens)
+
+
+def disk_used(out_dir: Path) -> int:
+    """Return the bytes of what a run has written already of that."""
+    folders = [out_dir / checkpoint.folder_name(step) for step in checkpoint.saved_steps(out_dir)]
+    files = [*(path for folder in folders for path in folder.iterdir()), *(out_dir / name for name in WEIGHTS)]
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def write_environment(out_dir: Path, data: TokenData, past: dict[str, Any]) -> None:

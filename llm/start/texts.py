@@ -48,7 +48,7 @@ def open_text(
 def run_tokenizer(out_dir: Path, vocab_size: int, say: Say, data_dir: Path | None = None) -> Tokenizer | None:
     """Return the tokenizer of a run, or that of its token files on a machine that does not see the run folder.
 
-    For tokens of unknown origin, return GPT-2's, or None if that is not available.
+    Tokens of unknown origin are GPT-2's if there are as many, as in `open_text`; None if that is not available.
     """
     for path in (out_dir / "tokenizer.json", (data_dir or out_dir) / "tokenizer.json"):
         if path.exists():
@@ -56,7 +56,7 @@ def run_tokenizer(out_dir: Path, vocab_size: int, say: Say, data_dir: Path | Non
     if data_dir and (alphabet := characters(data_dir)):
         return alphabet
     try:
-        return gpt2() if vocab_size >= GPT2_VOCAB else None
+        return gpt2() if vocab_size == GPT2_VOCAB else None
     except Failure as error:
         say(f"no samples and no bits per byte: {error}")
         return None

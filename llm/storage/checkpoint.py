@@ -1,8 +1,8 @@
 """Checkpoints to resume from: named tensors and facts in a folder that is complete or absent.
 
 `step-000500/` holds one safetensors file for each group of tensors ("model", "optimizer", ...), `state.json`, and
-`manifest.json` with the SHA-256 of each file. `latest` and `best` are text files with a folder's name. This module
-knows nothing of the model. Loading runs no code: it reads safetensors and JSON only.
+`manifest.json` with the SHA-256 of each file. This module knows nothing of the model. Loading runs no code: it reads
+safetensors and JSON only.
 """
 
 import json
@@ -52,30 +52,27 @@ def saved_steps(run_dir: Path) -> list[int]:
     return sorted(steps)
 
 
-def save_state(run_dir: Path, step: int, groups: Groups, facts: dict[str, Any], keep: int, is_best: bool) -> Path:
-    """Write the checkpoint of `step`, point `latest` (and `best`) at it, then remove older ones; return its folder.
+def save_state(
+    run_dir: Path, step: int, groups: Groups, facts: dict[str, Any], keep: int, best_step: int | None = None
+) -> Path:
+    """Write the checkpoint of `step`, then remove older ones; return its folder.
 
-    The `keep` newest and the best stay. Nothing older is touched before the new checkpoint is on the disk. Checkpoints
-    of later steps, such as those of a run with planned kills, do not count towards `keep` and stay.
+    The `keep` newest stay, and that of `best_step`. Nothing older is touched before the new checkpoint is on the disk.
+    Checkpoints of later steps, such as those of a run with planned kills, do not count towards `keep` and stay.
     """
     final = run_dir / folder_name(step)
     with storage.folder_in_place(final) as folder:
         for name, tensors in groups.items():
             write_tensors(folder / f"{name}.safetensors", tensors)
         storage.write_json(folder / "state.json", {"step": step, **facts})
-    storage.write_text(run_dir / "latest", final.name + "\n")
-    if is_best:
-        storage.write_text(run_dir / "best", final.name + "\n")
-    _remove_old(run_dir, step, keep)
+    _remove_old(run_dir, step, keep, best_step)
     return final
 
 
-def _remove_old(run_dir: Path, step: int, keep: int) -> None:
-    pointer = run_dir / "best"
-    best = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.exists() else ""
+def _remove_old(run_dir: Path, step: int, keep: int, best_step: int | None) -> None:
     up_to_now = [saved for saved in saved_steps(run_dir) if saved <= step]
     for old in up_to_now[:-keep]:
-        if folder_name(old) != best:
+        if old != best_step:
             try:
                 storage.remove_folder(run_dir / folder_name(old))
             except OSError as error:  # the new checkpoint is saved all the same
@@ -123,7 +120,7 @@ def load_state(folder: Path) -> tuple[Groups, dict[str, Any]]:
     if _NAME.fullmatch(folder.name) and folder.name != folder_name(facts["step"]):
         raise UserError(f"{folder / 'state.json'}: the state of step {facts['step']}, under another name")
     groups = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("[!.]*.safetensors")):
         try:
             groups[path.stem] = load(path.read_bytes())
         except (SafetensorError, ValueError, KeyError) as error:

@@ -122,7 +122,7 @@ def _free_name(folder: Path, aside: Path) -> None:
 
 
 def verify_folder(folder: Path) -> None:
-    """Compare every file of `folder` with its manifest.
+    """Compare every file of `folder` with its manifest. Hidden files, which file managers leave, may be beside them.
 
     Raises: UserError that names the first file which is missing, added or changed since it was written.
     """
@@ -133,7 +133,8 @@ def verify_folder(folder: Path) -> None:
     if not isinstance(entries, dict) or not entries:
         raise UserError(f"{folder / 'manifest.json'}: lists no files")
     present = {path.name for path in folder.iterdir()} - {"manifest.json"}
-    for name in sorted(present | set(entries)):
+    visible = {name for name in present if not name.startswith(".")}
+    for name in sorted(visible | set(entries)):
         path = folder / name
         entry = entries.get(name)
         if name != Path(name).name or name not in present or not isinstance(entry, dict):

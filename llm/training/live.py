@@ -1,5 +1,6 @@
 """A run in progress: the parts that a step uses, its progress, and the files that it writes."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ class Deadline:
 
     at: float  # as `time.perf_counter` counts
     most_steps: int  # more would gain little
+    latest: float = math.inf  # when it ends, as with `max_time`, wherever its schedule is
 
 
 class LiveRun:
@@ -101,11 +103,13 @@ class LiveRun:
         self.unread.append(step)
 
     def limit_reached(self) -> str | None:
-        """Return "done" or "max_time" if this step is the last one by the settings, else None."""
-        config = self.parts.config
+        """Return "done" or "max_time" if this step is the last one by the settings or the deadline, else None."""
+        config, deadline = self.parts.config, self.deadline
         if self.progress.step >= config.max_steps:
             return "done"
         if config.max_time is not None and self.parts.world.any(self.seconds >= config.max_time):
+            return "max_time"
+        if deadline is not None and time.perf_counter() >= deadline.latest:  # only of a run of one process
             return "max_time"
         return None
 

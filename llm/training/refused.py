@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llm.machine.device import precision
 from llm.machine.world import ALONE, World, full_tensor
-from llm.training.parts import Parts
+from llm.training.parts import MicroBatch, Parts
 from llm.training.state import Progress
 
 FINITE = "nothing: it is finite now"
@@ -69,13 +69,13 @@ def where_it_breaks(model: nn.Module, loss_of: Callable[[], Tensor], world: Worl
     return f"gradient of {broken[-1]}" if broken else FINITE
 
 
-def describe_batch(parts: Parts, step: int, x: Tensor, y: Tensor, seeds: Tensor) -> dict[str, Any]:
-    """Return the batch of `step` as JSON: its windows as text, and what is first not finite in it."""
+def describe_batch(parts: Parts, step: int, micro: MicroBatch) -> dict[str, Any]:
+    """Return a micro-batch of `step` as JSON: its windows as text, and what is first not finite in it."""
 
     def loss() -> Tensor:
         with precision(parts.dtype, parts.device):
-            return parts.model(x, y, seeds)[1]  # type: ignore[no-any-return]
+            return parts.model(micro.x, micro.y, micro.seeds, micro.taught)[1]  # type: ignore[no-any-return]
 
     first = where_it_breaks(parts.model, loss, parts.world)
     decode = parts.tokenizer.decode if parts.tokenizer else str
-    return {"step": step, "first": first, "windows": [decode(ids.tolist()) for ids in x.cpu()]}
+    return {"step": step, "first": first, "windows": [decode(ids.tolist()) for ids in micro.x.cpu()]}

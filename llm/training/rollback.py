@@ -1,8 +1,7 @@
 """Roll back to the newest checkpoint when numbers are not finite, and skip the refused batches."""
 
 from collections.abc import Iterator
-
-import torch
+from typing import Any
 
 from llm import storage
 from llm.errors import Failure
@@ -49,10 +48,12 @@ def cut_files(run: LiveRun) -> None:
 
 
 def give_up(run: LiveRun, reason: str, step: int) -> None:
-    """Describe the batch in `refused.json`. Raises Failure."""
-    micro = list(run.parts.micro_batches(step - 1))
-    x, y, seeds = (torch.cat([getattr(m, name) for m in micro]) for name in ("x", "y", "seeds"))
-    described = run.parts.world.gather(describe_batch(run.parts, step, x, y, seeds))
+    """Describe in `refused.json` the micro-batch that breaks, or the first if none does. Raises Failure."""
+    described: list[dict[str, Any]] = []
+    for micro in run.parts.micro_batches(step - 1):  # of a batch at once, memory might not hold the activations
+        described += run.parts.world.gather(describe_batch(run.parts, step, micro))
+        if any(facts["first"] != FINITE for facts in described):
+            break
     facts = next((facts for facts in described if facts["first"] != FINITE), described[0])
     with run.parts.world.together():
         if run.parts.world.leads:

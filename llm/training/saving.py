@@ -49,7 +49,7 @@ def save(run: LiveRun, wait: bool = False) -> Iterator[Saved | Notice]:
         weights = best = weights_of(parts.model, copies["model"])
         if progress.best_weights == "ema":
             best = weights_of(parts.model, copies["ema"])
-        is_best = progress.best_loss is not None and progress.best_step == progress.step
+        best_step = None if progress.best_loss is None else progress.best_step
         write = partial(
             write_state,
             run.out_dir,
@@ -57,10 +57,11 @@ def save(run: LiveRun, wait: bool = False) -> Iterator[Saved | Notice]:
             run.record.added,
             progress.step,
             weights,
-            best if is_best else None,
+            best if best_step == progress.step else None,
             copies,
             facts_of(parts, progress),
             parts.config.keep,
+            best_step,
         )
         run.saver.start(progress.step, write)
     yield from saved(run, wait)

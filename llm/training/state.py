@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llm import storage
 from llm.config import to_settings
 from llm.errors import UserError
+from llm.machine.parallel import reshard
 from llm.machine.world import ALONE, World, receive
 from llm.record import metrics
 from llm.storage import checkpoint
@@ -45,6 +46,7 @@ def tensors_of(parts: Parts) -> checkpoint.Groups:
     """Return the tensors to save, by group: the model's parameters (tied ones once), the optimizer's state, the average
     of the weights.
     """
+    reshard(parts.model)  # an evaluation leaves the root gathered, and its parameters are then others
     groups: checkpoint.Groups = {
         "model": dict(parts.model.named_parameters()),
         "optimizer": optimizer_tensors(parts.model, parts.optimizer),
@@ -129,6 +131,7 @@ def write_state(
     groups: checkpoint.Groups,
     facts: dict[str, Any],
     keep: int,
+    best_step: int | None,
 ) -> Path:
     """Flush the first `rows` rows of the record, write `weights` as model.pt and `best`, unless it is None, as best.pt,
     then the checkpoint.
@@ -142,7 +145,7 @@ def write_state(
         write_pt(weights, out_dir / "model.pt")
         if best is not None:
             write_pt(best, out_dir / "best.pt")
-    return checkpoint.save_state(out_dir, step, groups, facts, keep, is_best=best is not None)
+    return checkpoint.save_state(out_dir, step, groups, facts, keep, best_step)
 
 
 def write_pt(weights: dict[str, Tensor], *paths: Path) -> None:

@@ -235,7 +235,7 @@ def _as_flushed(folder: Path, promised: list[str]) -> None:
 
 
 def _append_once_more(folder: Path) -> None:
-    metrics.cut(folder, 100)
+    metrics.Record(folder).cut(100)
     before = len(metrics.read_record(folder))
     storage.append(folder / metrics.NAME, _row(100))
     steps = [row["step"] for row in metrics.read_record(folder)]
@@ -413,15 +413,17 @@ class Saves:
     def run_dir(self, folder: Path) -> Path:
         return folder / "runs" / "mine" if self.fresh else folder
 
-    def save(self, folder: Path, attempt: int, step: int, is_best: bool) -> None:
+    def save(self, folder: Path, attempt: int, step: int) -> None:
+        best = max((one for one in self.best if one <= attempt), default=None)
+        best_step = None if best is None else self.steps[best - 1]
         facts = {"attempt": attempt}
-        checkpoint.save_state(self.run_dir(folder), step, groups(attempt), facts, self.keep, is_best)
+        checkpoint.save_state(self.run_dir(folder), step, groups(attempt), facts, self.keep, best_step)
 
     def work(self, folder: Path, promise: Promise) -> None:
         with storage.locked(self.run_dir(folder), WHAT):
             for attempt, step in enumerate(self.steps, 1):
                 with suppress(OSError):
-                    self.save(folder, attempt, step, attempt in self.best)
+                    self.save(folder, attempt, step)
                     promise(f"saved {attempt}" + (" best" if attempt in self.best else ""))
 
     def judge(self, folder: Path, promised: list[str]) -> None:
@@ -433,10 +435,11 @@ class Saves:
         _recovered(run)
         for step in checkpoint.saved_steps(run):  # those that were being retired too
             checkpoint.load_state(run / checkpoint.folder_name(step))
-        for name, least in (("latest", saved), ("best", best)):
-            if least or (run / name).exists():
-                pointed = run / (run / name).read_text(encoding="utf-8").strip()
-                assert _attempt(*checkpoint.load_state(pointed)) >= least, f"{name} is older than promised"
+        if best:  # or a later one, which was not promised
+            steps = {self.steps[attempt - 1] for attempt in self.best if attempt >= best}
+            there = [run / checkpoint.folder_name(step) for step in steps.intersection(checkpoint.saved_steps(run))]
+            newest = max((_attempt(*checkpoint.load_state(state)) for state in there), default=0)
+            assert newest >= best, "the best is gone, or older than promised"
         try:
             found, facts, passed_over = checkpoint.newest_state(run)
         except UserError as error:
@@ -448,19 +451,18 @@ class Saves:
         attempt = _attempt(found, facts)
         assert attempt >= saved, f"attempt {attempt} was found, though {saved} was saved"
         assert facts["step"] == self.steps[attempt - 1]
-        _nothing_else(run, "latest", "best", *map(checkpoint.folder_name, checkpoint.saved_steps(run)))
+        _nothing_else(run, *map(checkpoint.folder_name, checkpoint.saved_steps(run)))
 
     def again(self, folder: Path) -> None:
         run = self.run_dir(folder)
         steps = checkpoint.saved_steps(run)
         step, attempt = max(steps, default=0) + 1, len(self.steps) + 1
         with storage.locked(run, WHAT):
-            self.save(folder, attempt, step, is_best=False)
+            self.save(folder, attempt, step)
         found, facts, passed_over = checkpoint.newest_state(run)
         assert not passed_over
         assert _attempt(found, facts) == attempt
         assert facts["step"] == step
-        assert (run / "latest").read_text(encoding="utf-8") == checkpoint.folder_name(step) + "\n"
         kept = checkpoint.saved_steps(run)
         assert len(kept) <= self.keep + bool(self.best), f"{kept} were kept"
         for other in kept:
@@ -493,7 +495,7 @@ def _states_below(folder: Path) -> None:
 def _save_over(folder: Path, promise: Promise) -> None:
     with storage.locked(folder, WHAT):
         for attempt, step in ((3, 2), (4, 3)):
-            checkpoint.save_state(folder, step, groups(attempt), {"attempt": attempt}, 1, False)
+            checkpoint.save_state(folder, step, groups(attempt), {"attempt": attempt}, 1)
             promise(str(attempt))
 
 
@@ -502,11 +504,11 @@ def _one_is_whole(folder: Path, promised: list[str]) -> None:
     _recovered(folder)
     found, facts, _ = checkpoint.newest_state(folder)
     assert _attempt(found, facts) >= max(map(int, promised), default=1)
-    _nothing_else(folder, "latest", *map(checkpoint.folder_name, checkpoint.saved_steps(folder)))
+    _nothing_else(folder, *map(checkpoint.folder_name, checkpoint.saved_steps(folder)))
 
 
 def _save_once_more(folder: Path) -> None:
-    checkpoint.save_state(folder, 9, groups(5), {"attempt": 5}, 1, False)
+    checkpoint.save_state(folder, 9, groups(5), {"attempt": 5}, 1)
     assert checkpoint.saved_steps(folder) == [9]
     assert _attempt(*checkpoint.load_state(folder / checkpoint.folder_name(9))) == 5
 
@@ -540,7 +542,7 @@ SAVES = [
 def two_states(run: Path) -> Path:
     """Two attempts, saved; returns the folder of the newer one."""
     for attempt in (1, 2):
-        checkpoint.save_state(run, attempt, groups(attempt), {"attempt": attempt}, 2, False)
+        checkpoint.save_state(run, attempt, groups(attempt), {"attempt": attempt}, 2)
     return run / checkpoint.folder_name(2)
 
 

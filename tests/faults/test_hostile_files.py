@@ -75,7 +75,7 @@ def test_random_bits_of_the_tensors(tmp_path):
     run = tmp_path / "run"
     for attempt in (1, 2):
         tensors = {**checks.groups(attempt)["model"], "large": torch.arange(30_000.0) + attempt}
-        checkpoint.save_state(run, attempt, {"model": tensors}, {"attempt": attempt}, 2, False)
+        checkpoint.save_state(run, attempt, {"model": tensors}, {"attempt": attempt}, 2)
     path = run / checkpoint.folder_name(2) / "model.safetensors"
     content = path.read_bytes()
     for _ in range(60):

@@ -272,26 +272,8 @@ MUTANTS = [
     Mutant(
         "the best is retired",
         checkpoint,
-        [("        if folder_name(old) != best:\n", "        if True:\n")],
+        [("        if old != best_step:\n", "        if True:\n")],
         faults(BEST),
-    ),
-    Mutant(
-        "the best is named before it stands",
-        checkpoint,
-        [(STATE, '    if is_best:\n        storage.write_text(run_dir / "best", final.name)\n' + STATE)],
-        faults(BEST),
-    ),
-    Mutant(
-        "the latest is named before it stands",
-        checkpoint,
-        [(STATE, '    storage.write_text(run_dir / "latest", final.name)\n' + STATE)],
-        faults(ONE),
-    ),
-    Mutant(
-        "the latest is not named",
-        checkpoint,
-        [('    storage.write_text(run_dir / "latest", final.name + "\\n")\n', "")],
-        faults(ONE),
     ),
     Mutant("one too few is kept", checkpoint, [("[:-keep]", "[: 1 - keep or None]")], faults(TWO)),
     Mutant("one too many is kept", checkpoint, [("[:-keep]", "[: -keep - 1]")], faults(TWO)),

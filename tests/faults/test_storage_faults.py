@@ -76,7 +76,7 @@ def test_an_overlay_of_the_system_is_no_obstacle(tmp_path, overlay):
     assert checkpoint.set_aside(merged / "run" / "step-000001").name == "damaged-step-000001"
     checks._save_over(merged / "run", lambda mark: None)
     assert checkpoint.saved_steps(merged / "run") == [3]
-    assert sorted(os.listdir(merged / "run")) == [".lock", "damaged-step-000001", "latest", "step-000003"]
+    assert sorted(os.listdir(merged / "run")) == [".lock", "damaged-step-000001", "step-000003"]
     storage.verify_folder(merged / "run" / "damaged-step-000001")
     with storage.transaction(merged / "data", keep=True) as staging:
         storage.write_bytes(staging / "meta.json", b"{}")

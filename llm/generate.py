@@ -180,9 +180,9 @@ def generate(
 ) -> Iterator[Tensor]:
     """Yield the next token ids (B,) of each row of `prompt` (B, T), `max_new_tokens` times.
 
-    The context is the last block_size tokens, as in the chapter. While the context fits, a key/value cache is used
-    and each new token costs one position of work. Once the window slides, every token has another learned position,
-    so the whole window is computed again. Ids from `vocab_size` on (padding of the vocabulary) are never drawn. With
+    The context is the last block_size tokens, as in the chapter. With a key/value cache, a new token costs one position
+    of work. Once the window of a `GPT` slides, each token has another learned position, so all is computed again; a
+    `Llama` keeps its cache (`cache_slides`). Ids from `vocab_size` on (padding of the vocabulary) are never drawn. With
     one `generator` for each row, the draws of a row do not depend on the other rows. The repetition penalty is for all
     tokens of the prompt and after it, also for those that have left the context. The model is put into evaluation mode.
 

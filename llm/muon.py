@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm.machine.world import gather_shards, local_shard, take_shard
+from llm.machine.world import collective_device, gather_shards, local_shard, take_shard
 
 # (a, b, c) of the three iterations. Together they bring singular values from 0.0075 to 1 as near to 1 as three can
 # (Amsel et al. 2025, "Polar Express"). Jordan repeats one triple five times; see docs/decisions.md, "The optimizer".
@@ -126,7 +126,7 @@ class Muon(torch.optim.Optimizer):
             if sum(q.numel() for q in self.batches[-1]) + p.numel() > BATCH and self.batches[-1]:
                 self.batches.append([])
             self.batches[-1].append(p)
-        is_cuda = next(iter(matrices)).device.type == "cuda"
+        is_cuda = collective_device(next(iter(matrices))).type == "cuda"
         self.dtype = torch.bfloat16 if is_cuda or dtype == torch.bfloat16 else torch.float32
 
     @torch.no_grad()

@@ -20,7 +20,28 @@ class AdamW(torch.optim.AdamW):
 
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    _fused_step = inspect.unwrap(torch.optim.AdamW.step)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters from their gradients."""
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            # PyTorch itself does not wait for this copy. With cpu_offload it is one to the CPU, which reads it at once.
+            self.found_inf = found_inf.to(next(iter(self.state)).device)
+            if not kernel_reads_found_inf(self.found_inf.device):
+                if self.found_inf.item():
+                    return
+                del self.found_inf  # some of these versions raise an error for it
+        self._fused_step()
+
+
+def kernel_reads_found_inf(device: torch.device) -> bool:
+    """Return whether PyTorch's fused kernel leaves the weights as they are if `found_inf` is not 0.
+
+    On MPS it does from PyTorch 2.13 on (https://github.com/pytorch/pytorch/pull/186360).
+    """
+    return device.type != "mps" or torch.__version__ >= "2.13"  # it compares as a version, not as a text
 
 
 def parameter_groups(

@@ -25,6 +25,7 @@ SHAPES = (
     {"tied_lm_head": True, "vocab_size": 301, "n_layer": 1},
     {"arch": "llama", "vocab_size": 50, "n_embd": 32, "n_kv_head": 2},
     {"arch": "llama", "vocab_size": 70, "n_layer": 3, "ffn_dim": 40, "qk_norm": False, "tied_lm_head": True},
+    {"arch": "llama", "vocab_size": 50, "n_embd": 24, "n_head": 4, "n_kv_head": 2, "head_dim": 10},
 )
 
 
@@ -58,7 +59,7 @@ def test_flops_are_six_a_weight_and_twelve_a_channel_and_position(shape):
     config = GPTConfig(**shape)
     model = model_of(config)
     weights = sum(p.numel() for p in model.h.parameters() if p.dim() == 2) + model.lm_head.weight.numel()
-    expected = 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
+    expected = 6 * weights + 12 * config.n_layer * config.n_head * config.head_size * config.block_size
     assert flops_per_token(config) == expected
 
 

@@ -8,6 +8,7 @@ import platform
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -173,6 +174,20 @@ def test_autocast_does_products_in_its_precision(dtype):
         assert product.dtype == dtype
     assert (a @ b).dtype == torch.float32
     assert torch.equal(product, a.to(dtype) @ b.to(dtype))
+
+
+def test_what_is_copied_to_cuda_is_pinned_in_one_piece(monkeypatch):
+    """x and y are views of the same ids, without the last column and without the first."""
+    pinned = []
+
+    def pin_memory(tensor):
+        pinned.append(tensor)
+        return SimpleNamespace(to=lambda device, non_blocking: tensor)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    x = np.arange(12).reshape(3, 4)[:, :-1]
+    assert np.array_equal(device.onto(CUDA, x), x)
+    assert [tensor.is_contiguous() for tensor in pinned] == [True]
 
 
 def test_keeping_memory_breaks_nothing(monkeypatch):

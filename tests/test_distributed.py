@@ -81,7 +81,9 @@ def jobs_of(place, size):
         jobs["ddp muon"] = job(rank_jobs.train, settings=settings(place, "muon", **MUON | taught))
     for kind in KINDS if size in (0, 2) else ():
         if size or kind == "ddp":
-            two = settings(place, f"{size} {kind} two", **TWO | taught | {"parallel": kind})
+            # without samples and an average, only the save itself has fsdp free its gathered root
+            bare = {"parallel": kind, "ema": 0.0, "sample_tokens": 0}
+            two = settings(place, f"{size} {kind} two", **TWO | taught | bare)
             jobs[f"{kind} two"] = job(rank_jobs.train, settings=two)
             llama = settings(place, f"{size} {kind} llama", **LLAMA | taught | {"parallel": kind})
             jobs[f"{kind} llama"] = job(rank_jobs.train, settings=llama)

@@ -42,6 +42,13 @@ def test_the_first_line_is_the_untrained_model(run):
     assert not Path("checkpoints/loss_curve.png").exists()  # a curve needs a step
 
 
+def test_the_first_loss_is_that_of_the_model_itself(run):
+    """A compiled forward pass would be compiled once more, for one that makes no gradients."""
+    expected = first_loss(run.parts)
+    run.parts.forward = lambda *_: pytest.fail("compiled again")
+    assert first_loss(run.parts) == expected
+
+
 def test_the_training_loss_of_a_line_is_the_mean_since_the_line_before(run):
     run.progress.step = 4
     run.progress.interval_loss = 6.0

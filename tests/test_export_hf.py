@@ -17,6 +17,7 @@ from hub_server import serving
 from safetensors import safe_open
 
 from llm import storage
+from llm.commands.export import beside
 from llm.config import from_settings
 from llm.errors import UserError
 from llm.export import huggingface
@@ -122,6 +123,13 @@ def test_the_command_writes_a_folder_that_is_complete(run, losscurve):
     code, _, err = losscurve("export run --to hf --out mine --overwrite")
     assert (code, err) == (2, "error: mine: exists, and is no export of ours; choose another --out\n")
     assert Path("mine/thesis.txt").exists()
+
+
+def test_an_export_lies_beside_a_run_that_is_typed_as_a_dot(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    assert [beside(run, ".gguf") for run in (".", "deep/..")] == 2 * [tmp_path / "mine.gguf"]
+    assert [beside(run, "-hf") for run in ("deep", "deep/")] == 2 * [Path("deep-hf")]
 
 
 CHANGED = {

@@ -22,6 +22,7 @@ from llm.run import fit
 from llm.tokens.bpe import gpt2
 from llm.weights import open_weights
 from llm.weights.foreign import read_foreign, read_shape, read_tokenizer
+from llm.weights.hf_layout import weights_in
 
 transformers = pytest.importorskip("transformers")
 LLAMA = {
@@ -441,9 +442,18 @@ def test_gpt2s_own_tokenizer_is_recognised(folder):
     assert huggingface.read(json.dumps(content), "<|endoftext|>").kind == "hf"
 
 
+def test_a_tied_model_without_its_embedding_is_named():
+    """As value heads and adapters save it, with other prefixes."""
+    config = GPTConfig(vocab_size=8, block_size=4, n_layer=1, n_head=1, n_embd=4, tied_lm_head=True)
+    with pytest.raises(UserError, match=r"has no token embedding among its names \(pretrained_model\.wte\.weight, …\)"):
+        weights_in(config, {"pretrained_model.wte.weight": torch.zeros(8, 4)})
+
+
 def like_unigram():
     """SentencePiece's other kind, whose vocabulary is a list; as transformers makes them, with a space in front."""
-    found = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁", -3.0), *((letter, -4.0) for letter in "abcdefgh")], unk_id=0))
+    found = Tokenizer(
+        models.Unigram([("<unk>", 0.0), ("▁", -3.0), *((letter, -4.0) for letter in "abcdefgh")], unk_id=0)
+    )
     found.pre_tokenizer, found.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return found
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import runpy
 import subprocess
 
 import pytest
@@ -12,7 +13,10 @@ from benchmarks import gpu, gpu_checks
 from llm.checks import prove
 from llm.commands import train
 from llm.commands.main import main
+from llm.config import TrainConfig
+from llm.machine import device
 from llm.machine.device import fixed_order
+from llm.start import build
 
 # A Python that notes its arguments, and fails in the part whose name is in FAILS
 FAKE_PYTHON = """#!/bin/bash
@@ -20,6 +24,10 @@ printf '%s\\0' "$@" END >>"$NOTES"
 for word in "$@"; do [[ $word == "$FAILS" ]] && echo "SomeError: no such thing" >&2 && exit 3; done
 echo "some figures"
 """
+
+
+class Stopped(Exception):
+    """Raised where a command would begin to work."""
 
 
 def flags():
@@ -30,16 +38,40 @@ def flags():
     )
 
 
-def test_a_run_on_cuda_adds_up_in_a_fixed_order_and_what_follows_it_as_before(monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+def test_a_run_on_cuda_adds_up_in_a_fixed_order_and_what_follows_it_as_before():
     before = flags()
     with fixed_order(torch.device("cpu")):
         assert flags() == before
     with contextlib.suppress(ZeroDivisionError), fixed_order(torch.device("cuda")):
         assert flags() == (True, False, False)
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         raise ZeroDivisionError
     assert flags() == before
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, ":4096:8"), (":16:8", ":16:8")])
+def test_importing_sets_the_workspace_that_a_fixed_order_needs(monkeypatch, given, expected):
+    """Not `fixed_order`: PyTorch reads it at its first product on the GPU, as for a sample before the run."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if given:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given)
+    runpy.run_path(device.__file__)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "local_rank", "current"), [("cuda", None, []), ("cuda:1", None, [1]), ("cuda", 1, [1]), ("auto", None, [])]
+)
+def test_a_run_makes_its_gpu_the_current_one(monkeypatch, name, local_rank, current):
+    """PyTorch checks the device as it does with a GPU: it refuses one without a number."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    monkeypatch.setattr(build, "fast_products", lambda device: None)  # it would change the products of other tests
+    monkeypatch.setattr(build, "make_model", lambda config: (_ for _ in ()).throw(Stopped))
+    with pytest.raises(Stopped):
+        build.build(TrainConfig(), None, None, device.choose_device(name, local_rank), torch.float32)
+    assert chosen == current
 
 
 def test_every_side_of_ours_makes_steps_with_the_same_loss(monkeypatch):
@@ -74,10 +106,6 @@ def script(tmp_path):
         return finished.returncode, (out / "summary.txt").read_text(), calls
 
     return run
-
-
-class Stopped(Exception):
-    """Raised where a command would begin to work."""
 
 
 def check_flags(call, monkeypatch):

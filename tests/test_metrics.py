@@ -10,7 +10,7 @@ from conftest import append
 
 from llm.errors import UserError
 from llm.record import metrics
-from llm.record.metrics import Record, best, cut, overfits_since, read_record
+from llm.record.metrics import Record, best, overfits_since, read_record
 from llm.storage import files
 
 
@@ -41,11 +41,11 @@ def test_an_incomplete_last_line_is_ignored_and_cut(tmp_path):
     for torn in (b'{"step": 50, "spl', b"\x00\x00\x00", b"\xff", b"{", b"5"):
         path.write_bytes(whole + torn)
         assert [row["step"] for row in read_record(tmp_path)] == [0, 10, 20, 30, 40]
-    cut(tmp_path, 30)
+    Record(tmp_path).cut(30)
     assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:4])
     append(tmp_path, step=40, split="train", loss=2.0)
     assert [row["step"] for row in read_record(tmp_path)] == [0, 10, 20, 30, 40]
-    cut(tmp_path, -1)
+    Record(tmp_path).cut(-1)
     assert read_record(tmp_path) == []
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -76,7 +76,7 @@ def test_damaged_line_is_named(tmp_path, line):
     append(tmp_path, step=0, split="val", loss=1.0)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write(line + "\n")
-    for read in (read_record, lambda folder: cut(folder, 5)):
+    for read in (read_record, lambda folder: Record(folder).cut(5)):
         with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged") as caught:
             read(tmp_path)
         assert "\n" not in str(caught.value)
@@ -90,7 +90,7 @@ def test_foreign_nan_is_null(tmp_path):
 def test_missing_run_and_full_disk(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no run here"):
         read_record(tmp_path / "nowhere")
-    cut(tmp_path, 5)
+    Record(tmp_path).cut(5)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match="cannot be read"):
@@ -151,7 +151,7 @@ def test_an_interrupted_cut_leaves_the_record_complete(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", fails)
     with pytest.raises(OSError):  # noqa: PT011
-        cut(tmp_path, 2)
+        Record(tmp_path).cut(2)
     assert len(read_record(tmp_path)) == 5
 
 
@@ -197,5 +197,5 @@ def test_a_record_of_an_earlier_version_is_read_without_its_mfu(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "split": "train", "loss": 2.5, "mfu": 0.57}\n')
     (row,) = read_record(tmp_path)
     assert (row["loss"], row["matmul_utilisation"]) == (2.5, None)
-    cut(tmp_path, 10)
+    Record(tmp_path).cut(10)
     assert len(read_record(tmp_path)) == 1

@@ -233,6 +233,16 @@ def test_fewer_keys_than_queries_and_a_gate_are_recognised():
     assert list(found.values()) == [[16, 4, 4], [16], [40, 40], [16]]
 
 
+def test_the_iteration_takes_the_precision_of_the_device_that_makes_it():
+    """A parameter that is sharded over CUDA devices, whose shard cpu_offload keeps on the CPU."""
+    p = nn.Parameter(drawn(0, 4, 4))
+    p.device_mesh = SimpleNamespace(device_type="cuda")
+    adamw = torch.optim.AdamW([nn.Parameter(torch.zeros(3))], fused=True)
+    assert Muon(adamw, {p: [4]}, {"lr": 0.1}, torch.float32).dtype == torch.bfloat16
+    assert muon_for([(4, 4)])[1].dtype == torch.float32
+    assert muon_for([(4, 4)], dtype=torch.bfloat16)[1].dtype == torch.bfloat16
+
+
 # ---- refused batches, and the state
 
 

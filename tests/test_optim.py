@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from llm.config import GPTConfig, TrainConfig
 from llm.errors import UserError
 from llm.model import GPT
-from llm.optim import clip_gradients, make_optimizer, parameter_groups
+from llm.optim import clip_gradients, kernel_reads_found_inf, make_optimizer, parameter_groups
 from llm.training.state import optimizer_tensors, restore_optimizer
 
 SMALL = {"vocab_size": 23, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 8}
@@ -79,8 +80,24 @@ def everything(model, optimizer):
     return {name: value.detach().clone() for name, value in tensors.items()}
 
 
-def test_a_step_with_found_inf_changes_nothing():
+@pytest.fixture
+def unread(monkeypatch):
+    """A kernel that raises an error for `found_inf`, as that of MPS did before PyTorch 2.13."""
+    kernel = torch._fused_adamw_
+
+    def update_in_any_case(*lists, found_inf, **more):
+        assert found_inf is None
+        kernel(*lists, found_inf=None, **more)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", update_in_any_case)
+    monkeypatch.setattr("llm.optim.kernel_reads_found_inf", lambda device: False)
+
+
+@pytest.mark.parametrize("kernel", ["reads found_inf", "unread"])
+def test_a_step_with_found_inf_changes_nothing(request, kernel):
     """What torch.optim.AdamW promises for its gradient scaler, and what a refused batch relies on."""
+    if kernel == "unread":
+        request.getfixturevalue(kernel)
     model = small()
     optimizer = make_optimizer(model, TrainConfig(weight_decay=0.3))
     update(model, optimizer, range(2))
@@ -91,6 +108,33 @@ def test_a_step_with_found_inf_changes_nothing():
     optimizer.found_inf = torch.zeros(())
     update(model, optimizer, [2])
     assert not any(torch.equal(value, before[name]) for name, value in everything(model, optimizer).items())
+
+
+def test_a_step_waits_for_found_inf_of_another_device():
+    """With cpu_offload it is on CUDA, and the weights are on the CPU, whose kernel would read what is not there yet."""
+
+    class OnCuda:
+        device = torch.device("cuda:0")
+
+        def to(self, device, non_blocking=False):
+            assert device == torch.device("cpu")
+            return torch.ones(()) if not non_blocking else torch.zeros(())
+
+    model = small()
+    optimizer = make_optimizer(model, TrainConfig())
+    before = everything(model, optimizer)
+    optimizer.found_inf = OnCuda()
+    update(model, optimizer, [0])
+    assert all(torch.equal(value, before[name]) for name, value in everything(model, optimizer).items())
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "reads"),
+    [("2.9.1", "mps", False), ("2.12.0", "mps", False), ("2.13.0", "mps", True), ("2.9.1", "cpu", True)],
+)
+def test_the_kernel_of_mps_reads_found_inf_in_new_versions(monkeypatch, version, device, reads):
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    assert kernel_reads_found_inf(torch.device(device)) == reads
 
 
 @pytest.mark.parametrize("share_of_norm", [0.0, 0.5, 1 - 1e-6, 1.0, 1 + 1e-6, 1e6])

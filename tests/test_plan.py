@@ -62,6 +62,29 @@ def test_memory_grows_with_the_setting_that_needs_it():
     assert parts(dropout=0.1)["activations"] > before["activations"]
     assert parts(gradient_accumulation_steps=4) == before  # one micro-batch at a time
     assert parts(n_embd=32)["weights"] > before["weights"]
+    recomputed = [parts(n_layer=n, activation_checkpointing=True)["activations"] for n in (8, 9)]
+    assert recomputed[1] - recomputed[0] == 4 * 16 * 4 * 16  # windows, positions, bytes, channels: the residual stream
+    assert recomputed[0] < parts(n_layer=8)["activations"] / 3
+
+
+def held(config):
+    """Return the bytes that a forward pass saves for backward: each storage once, without the parameters."""
+    model, kept = make_model(config.model), {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # kept alive, so that no address is reused
+        return tensor
+
+    x = torch.zeros(config.batch_size, config.model.block_size, dtype=torch.int64)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        precision(getattr(torch, config.dtype), torch.device("cpu")),
+    ):
+        model.hidden(x)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -77,32 +100,23 @@ def test_memory_grows_with_the_setting_that_needs_it():
     ],
 )
 def test_a_block_keeps_what_autograd_keeps_of_it(dtype, changes):
-    """Compare with the tensors that a forward pass saves for backward: each storage once, without the parameters."""
-
-    def held(config):
-        model, kept = make_model(config.model), {}
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage  # kept alive, so that no address is reused
-            return tensor
-
-        x = torch.zeros(config.batch_size, config.model.block_size, dtype=torch.int64)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            precision(getattr(torch, dtype), torch.device("cpu")),
-        ):
-            model.hidden(x)
-        return sum(storage.nbytes() for storage in kept.values())
-
     def planned(config):
         found = arithmetic.memory(config)
         return found["activations"] + found["low-precision copies"]
 
     few, many = (small(n_embd=64, n_head=4, batch_size=16, dtype=dtype, n_layer=n, **changes) for n in (2, 5))
     assert planned(many) - planned(few) == pytest.approx(held(many) - held(few), rel=0.02)
+
+
+def test_a_block_with_dropout_keeps_softmax_in_float32_on_a_gpu(monkeypatch):
+    softmax = torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda x, dim: softmax(x.float(), dim))  # as its autocast does
+    monkeypatch.setattr("llm.model.Block.may_fuse", False)
+    changes = {"n_embd": 64, "n_head": 4, "batch_size": 16, "block_size": 32, "dropout": 0.1, "dtype": "bfloat16"}
+    few, many = (small(n_layer=n, **changes) for n in (2, 5))
+    planned = [arithmetic.memory_for(config, False, 2) for config in (few, many)]
+    sizes = [found["activations"] + found["low-precision copies"] for found in planned]
+    assert sizes[1] - sizes[0] == pytest.approx(held(many) - held(few), rel=0.02)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -23,6 +23,7 @@ from llm.prepare.reuse import ensure
 from llm.text import corpus, text_file
 from llm.tokens import cut, meta_json
 from llm.tokens.saved_tokenizer import load_tokenizer
+from llm.tokens.tokenizer import Characters
 
 TEXT = "The quick brown fox, it's 1234 jumps.\n\n  Über  den Hund 🙂\r\n" * 40
 
@@ -160,6 +161,15 @@ def test_large_vocabularies_are_uint32(tmp_path: Path) -> None:
     meta = prepare((str(tmp_path / "a.txt"),), tmp_path / "d", "char")
     assert (meta["dtype"], meta["vocab_size"]) == ("uint32", len(text))
     assert ids(tmp_path / "d", "val").tolist() == list(range(int(len(text) * 0.9), len(text)))
+
+
+def test_a_character_that_a_given_tokenizer_lacks_is_named_with_its_text(tmp_path: Path) -> None:
+    (tmp_path / "new.txt").write_text("ab" * 200 + "c")
+    with pytest.raises(UserError) as caught:
+        prepare((str(tmp_path / "new.txt"),), tmp_path / "d", "char", given=Characters("ab"))
+    assert str(caught.value).startswith(
+        "new: character 'c' (U+0063) is not in the vocabulary of 2 characters; remove it, "
+    )
 
 
 def test_bpe_of_a_large_text_sees_an_even_sample(book: str, monkeypatch) -> None:

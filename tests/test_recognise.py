@@ -216,6 +216,10 @@ def test_compressed_texts_and_rows_are_read(here, losscurve):
         assert "\ufeff" not in "".join(plain)
         sizes = {text_of(from_settings({"text": name + s, "tokenizer": "byte"})).tokens for s in ("", ".gz", ".zst")}
         assert max(sizes) - min(sizes) <= 3, "the byte-order mark, and no more"
+    skipped = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"size"  # as pzstd begins a file
+    Path("e.txt.zst").write_bytes(skipped + zstd.compress(ENGLISH.encode()))
+    with opened(("e.txt.zst",)) as source:
+        assert "".join(source.files[0].read()) == ENGLISH
     for suffix, compress in ((".gz", gzip.compress), (".zst", zstd.compress)):
         for name in ("cut.txt", "cut.jsonl"):  # truncated
             Path(name + suffix).write_bytes(compress(rows.encode())[:-6])

@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import time
 from pathlib import Path
-from pathlib import Path
 
 import pytest
 from conftest import SMALL, flags, with_small

@@ -95,7 +95,7 @@ def test_tokens_of_unknown_origin_are_no_others_than_those_of_the_new_run(here):
         assert run_tokenizer(here, size, print) is None
     trained(config_for(here, max_steps=1, warmup_steps=0))
     Path("checkpoints/tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"^checkpoints: has no tokenizer\.json, and its 12 tokens are not GPT-2's; put"):
+    with pytest.raises(UserError, match=r"^checkpoints: has no tokenizer\.json, and its 12 tokens are not GPT-2's"):
         Run.open("checkpoints").sample("a")
 
 

@@ -1,6 +1,5 @@
 """Predictions for many accelerators, compared with calculations by hand."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -12,9 +11,8 @@ from conftest import SMALL, flags
 
 from benchmarks.link import errors, fit_link, predict_from_measurements, predict_throughput, ring_seconds
 from llm.arch import empty_model, make_model
-from llm.commands.flags import Parser
 from llm.commands.planning import plan_scale, plan_scale_prediction
-from llm.commands.planning.plan import main
+from llm.commands.planning.plan import main, parse_flags
 from llm.config import from_settings, read_toml
 from llm.config.counts import count_parameters_by_part, flops_per_token
 from llm.errors import UserError
@@ -86,11 +84,16 @@ def test_memory_of_gpt2_from_its_parameters():
     assert 8 * clusters.rank_memory(config, 1024, "ddp")["activations"] == ddp["activations"]  # one window, not eight
     stream = 8 * 1024 * 768 * 4  # of a micro-batch, float32
     one = arithmetic.memory_for(gpt2(n_layer=1, gradient_accumulation_steps=1), False, 2)["activations"]
-    kept = clusters.rank_memory(config, 8, "fsdp", activation_checkpointing=True)
+    kept = clusters.rank_memory(gpt2(activation_checkpointing=True), 8, "fsdp")
     assert kept["activations"] == one + 12 * stream < fsdp["activations"]
-    away = clusters.rank_memory(config, 8, "fsdp", cpu_offload=True)
+    away = clusters.rank_memory(gpt2(cpu_offload=True), 8, "fsdp")
     assert away["weights"] == away["gradients"] == away["optimizer state"] == 0
     assert away["gathered root"] == fsdp["gathered root"]
+    on_cpu = [clusters.rank_memory(gpt2(cpu_offload=offload), 8, "fsdp", True) for offload in (True, False)]
+    assert on_cpu[0] == on_cpu[1]  # the shards stay in the memory that is counted
+    # 16 micro-batches a rank: all gradients but the root's stay whole until the last one
+    assert fsdp["accumulated gradients"] == 4 * 12 * (2_362_368 + 4_722_432)
+    assert "accumulated gradients" not in clusters.rank_memory(config, 128, "fsdp")
 
 
 def test_more_accelerators_never_raise_the_memory_of_a_rank():
@@ -212,8 +215,8 @@ def test_muons_update_counts_where_the_activations_are_smaller():
     few, many = (clusters.rank_memory(llama_with_muon(**changes), 8, "fsdp") for changes in (one_window, {}))
     groups, square = 8 * 3 * 512 * 1408, 8 * 4 * 512 * 512
     numbers = 2 * (groups + square) + 2 * groups * (1 + 512 / 1408)
-    freed = ("low-precision copies", "loss", "activations", "gathered root", "gathered groups")
-    assert few["Muon's update"] == pytest.approx(2 * numbers - sum(few[part] for part in freed), abs=1)
+    freed = sum(few[part] for part in arithmetic.OF_A_STEP)
+    assert 0 < few["Muon's update"] == pytest.approx(2 * numbers - freed, abs=1)
     assert many["Muon's update"] == 0
 
 
@@ -276,15 +279,14 @@ def test_the_names_in_the_help_are_those_of_the_table():
     assert tuple(ACCELERATORS) == plan_scale.ACCELERATORS
 
 
-def test_flags_that_are_settings_of_a_run_are_not_added_twice(monkeypatch):
-    monkeypatch.setattr(plan_scale, "FIELDS", {**plan_scale.FIELDS, "parallel": None})
-    parser = Parser("plan", "")
-    parser.add_argument("--parallel", default=argparse.SUPPRESS)  # as `add_settings` does
-    plan_scale.add_flags(parser)
-    assert not plan_scale.is_requested(parser.read([]))
-    assert plan_scale.is_requested(parser.read(["--parallel", "fsdp"]))
-    args = plan_scale.with_defaults(parser.read(["--nproc", "2"]))
+def test_how_the_model_is_shared_asks_for_a_plan_for_many(capsys):
+    assert not plan_scale.is_requested(parse_flags([]))
+    assert plan_scale.is_requested(parse_flags(["--parallel", "fsdp"]))
+    args = plan_scale.with_defaults(parse_flags(["--nproc", "2"]))
     assert (args.nproc, args.parallel) == (2, None)
+    with pytest.raises(SystemExit):
+        parse_flags(["--help"])
+    assert "Without --parallel: ddp if the model fits, otherwise fsdp." in " ".join(capsys.readouterr().out.split())
 
 
 def output_of(capsys, *words):
@@ -324,6 +326,26 @@ def test_measured_figures_replace_those_of_the_table(here, capsys):
     assert (kept["link"]["bandwidth"], kept["network"]["bandwidth"], kept["per_node"]) == (200e9, 12.5e9, 2)
     assert kept["link"]["latency"] == accelerators.NVLINK_HOP
     assert facts["step"]["tokens_per_second"] == pytest.approx(480_000, rel=0.1)
+
+
+def test_a_plan_counts_activation_checkpointing_and_offloading(here, capsys):
+    words = (*H100, "--nproc", "8", "--parallel", "fsdp", "--scale")
+
+    def memory(*more):
+        return json.loads(output_of(capsys, *words, "--json", *more))["memory"]
+
+    def in_table(*more):
+        rows = [line.split() for line in output_of(capsys, *words, *more).splitlines()]
+        return next(float(row[5]) for row in rows if row[:2] == ["8", "480"])
+
+    plain = memory()
+    checkpointed, both = ("--activation_checkpointing",), ("--activation_checkpointing", "--cpu_offload")
+    assert memory(*checkpointed)["fsdp"] == plain["fsdp, activation_checkpointing"]
+    assert memory(*checkpointed)["ddp"]["activations"] == plain["fsdp, activation_checkpointing"]["activations"]
+    assert memory(*both)["fsdp"] == plain["fsdp, that and cpu_offload"]
+    ways = {(): "fsdp", checkpointed: "fsdp, activation_checkpointing", both: "fsdp, that and cpu_offload"}
+    for more, way in ways.items():
+        assert in_table(*more) == pytest.approx(sum(plain[way].values()) / 2**30, abs=0.006)
 
 
 def test_a_model_too_large_for_ddp_is_planned_with_fsdp(here, capsys):

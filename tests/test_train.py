@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import SMALL, config_for, steps_in, trained, words
 
 from llm import GPT, GPTConfig
+from llm.commands.train_lines import end_lines
 from llm.config import from_settings
 from llm.data import batch_at
 from llm.errors import UserError
@@ -201,6 +202,12 @@ def test_max_time_stops_with_everything_saved(here):
     assert run.parts.config.max_steps == 10**6
     with pytest.raises(UserError, match="max_time"), resume_run(Path("checkpoints"), {}):
         pass
+
+
+def test_a_last_loss_that_is_not_finite_is_said(here):
+    run, _ = trained(config_for(here, max_steps=4, eval_every=4))
+    run.progress.last_loss = None
+    assert "last val not finite at step 4" in "\n".join(end_lines(run))
 
 
 def test_patience_stops_when_nothing_improves(here):

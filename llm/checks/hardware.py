@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from pathlib import Path
 
 from llm.checks.check import Check, set_variable
 from llm.machine.processors import processors

@@ -32,8 +32,8 @@ def count_hidden_matrices(config: GPTConfig) -> int:
 
 def matrix_shapes(config: GPTConfig) -> list[tuple[int, int]]:
     """Return (rows, columns) of the matrices of one block: queries, keys, values, and gate and up, each by itself."""
-    width, keys = config.n_embd, config.kv_heads * config.head_size
-    attention = [(width, width), (keys, width), (keys, width), (width, width)]
+    width, queries, keys = config.n_embd, config.n_head * config.head_size, config.kv_heads * config.head_size
+    attention = [(queries, width), (keys, width), (keys, width), (width, queries)]
     into_feed_forward = [(config.ffn_width, width)] * (2 if config.arch == "llama" else 1)
     return [*attention, *into_feed_forward, (width, config.ffn_width)]
 

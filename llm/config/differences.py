@@ -47,7 +47,8 @@ def resolved_settings(config: TrainConfig) -> dict[str, Any]:
     if config.schedule == "wsd":
         settings["decay_fraction"] = config.cooldown
     if config.model.arch == "llama":
-        settings |= {"n_kv_head": config.model.kv_heads, "ffn_dim": config.model.ffn_width}
+        model = config.model
+        settings |= {"n_kv_head": model.kv_heads, "ffn_dim": model.ffn_width, "head_dim": model.head_size}
     return settings
 
 

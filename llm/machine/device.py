@@ -27,6 +27,9 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+# Without it, PyTorch refuses products on CUDA within `fixed_order`. It is read at the first product of the process.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 RATE_SECONDS = 0.2  # after this time, `matrix_rate` starts no further product
 
 
@@ -174,7 +177,6 @@ def fixed_order(device: torch.device) -> Iterator[None]:
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, PyTorch refuses products in this mode
     torch.use_deterministic_algorithms(True)  # not `warn_only`: attention would then keep its atomic sums
     memory.fill_uninitialized_memory = False  # a pass over each new tensor, and none is read unset
     try:
@@ -187,8 +189,8 @@ def fixed_order(device: torch.device) -> Iterator[None]:
 def onto(device: torch.device, array: npt.NDArray[Any]) -> Tensor:
     """Return `array` as a tensor on `device`. To CUDA it is copied asynchronously, from pinned memory."""
     tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "cuda":  # of a strided tensor, PyTorch would first make a copy in pageable memory
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 

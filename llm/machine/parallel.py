@@ -129,9 +129,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     Code that calls parts of the model, rather than the model itself, needs this.
     """
-    sharded = hasattr(model, "unshard")
-    if sharded:
+    if hasattr(model, "unshard"):
         model.unshard()  # type: ignore[operator]
     yield
-    if sharded:
+    reshard(model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the full embeddings, norms and output matrix, which FSDP2 keeps after a forward pass without gradients."""
+    if hasattr(model, "reshard"):
         model.reshard()  # type: ignore[operator]

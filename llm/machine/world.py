@@ -182,7 +182,7 @@ def gather_shards(shard: Tensor, p: Tensor) -> Tensor:
         return shard
     from torch.distributed.tensor import DTensor
 
-    local = shard.to(_collective_device(p))
+    local = shard.to(collective_device(p))
     place = {"device_mesh": p.device_mesh, "placements": p.placements}  # type: ignore[attr-defined]
     return DTensor.from_local(local, **place, shape=p.shape, stride=p.stride()).full_tensor()
 
@@ -207,7 +207,7 @@ def receive(world: World, into: Tensor, value: Tensor | None) -> None:
         into.copy_(value)
         return
     full = torch.empty(into.shape, dtype=into.dtype) if value is None else value.to(into.dtype)
-    full = full.to(_collective_device(into)).contiguous()
+    full = full.to(collective_device(into)).contiguous()
     if hasattr(into, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
@@ -217,6 +217,7 @@ def receive(world: World, into: Tensor, value: Tensor | None) -> None:
     into.copy_(full)
 
 
-def _collective_device(value: Tensor) -> torch.device:
+def collective_device(value: Tensor) -> torch.device:
+    """Return the device of collectives of `value`: the mesh's, also where cpu_offload keeps its shard on the CPU."""
     mesh = getattr(value, "device_mesh", None)
     return torch.device(mesh.device_type) if mesh is not None else value.device

@@ -55,6 +55,7 @@ OF_A_STEP = (
     "activations",
     "gathered root",
     "gathered groups",
+    "accumulated gradients",
 )  # freed before the update
 
 
@@ -189,13 +190,26 @@ def _loss_bytes(config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
 
 
 def _activation_bytes(config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
-    """What autograd keeps of all blocks for the backward pass, and the gradients of about one block."""
+    """What autograd keeps of all blocks for the backward pass, and the gradients of about one block.
+
+    With activation_checkpointing it keeps the float32 residual stream into each block, and all of one block.
+    """
     model = config.model
     n = config.batch_size * model.block_size
-    has_dropout = model.dropout > 0
     gradients = 4 * n * ((4 if model.arch == "llama" else 2) * model.ffn_width + 8 * model.n_embd)  # approximate
+    block = n * _block_bytes(config, on_cpu, itemsize)
+    kept = model.n_layer * block
+    if config.activation_checkpointing:
+        kept = min(kept, block + model.n_layer * n * 4 * model.n_embd)
+    return kept + gradients
+
+
+def _block_bytes(config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
+    """What autograd keeps of a block for each token."""
+    model = config.model
     if _is_fused(config, on_cpu, itemsize):
-        return model.n_layer * n * _fused_block_bytes(model) + gradients
+        return _fused_block_bytes(model)
+    has_dropout = model.dropout > 0
     is_slow_fused = on_cpu and itemsize != 4 and 1 < model.block_size <= SHORT
     by_plain_operations = has_dropout or is_slow_fused
     if model.arch == "llama":
@@ -205,12 +219,13 @@ def _activation_bytes(config: TrainConfig, on_cpu: bool, itemsize: int) -> int:
         # products: two normed copies, queries, keys, values, the output of attention, and the feed-forward layer before
         # and after its GELU.
         block = model.n_embd * (8 + itemsize * (2 * model.ffn_mult + 6))
-    if by_plain_operations:  # which keep the weights of attention (T, T)
-        matrices = 3 if has_dropout else 1
-        block += matrices * model.block_size * model.n_head * itemsize
-    if has_dropout:
+    if has_dropout:  # the weights of attention (T, T), their mask and their product
+        softmax = itemsize if on_cpu else 4  # a GPU's autocast makes softmax in float32
+        block += (2 * softmax + itemsize) * model.block_size * model.n_head
         block += 2 * model.n_embd * itemsize
-    return model.n_layer * n * block + gradients
+    elif is_slow_fused:
+        block += itemsize * model.block_size * model.n_head
+    return block
 
 
 def _is_fused(config: TrainConfig, on_cpu: bool, itemsize: int) -> bool:

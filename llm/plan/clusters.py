@@ -67,8 +67,6 @@ def rank_memory(
     parallel: Parallel,
     on_cpu: bool = False,
     itemsize: int = 2,
-    activation_checkpointing: bool = False,
-    cpu_offload: bool = False,
     teachers: Sequence[GPTConfig] = (),
 ) -> dict[str, int]:
     """Return the bytes at peak of one of `ranks` by part, as `plan.arithmetic.memory` counts them.
@@ -79,26 +77,19 @@ def rank_memory(
       all-reduced), and the activations of its own micro-batch.
     - fsdp: weights, gradients and moments, 16 bytes per parameter, are sharded. Beside them a rank holds the root in
       float32 with its gradient, and two groups in flight, with gradients in both precisions (Zhao et al. 2023,
-      "PyTorch FSDP").
-    - activation_checkpointing keeps only the float32 residual stream into each block, and the activations of one block
-      (Chen et al. 2016).
-    - cpu_offload moves the shards to the host's memory.
+      "PyTorch FSDP"). A rank of several micro-batches keeps whole gradients in float32 until the last one.
+    - cpu_offload moves the shards to the host's memory, which on a CPU is the same.
     - Muon's momentum is sharded like the weights. Each rank gathers all matrices for the products of its update.
     - teachers: the first rank has whole ones of these shapes before the first step.
 
     One rank shards nothing.
     """
-    model = config.model
     windows, _ = config.share(ranks)
     micro_batch = {"batch_size": min(windows, config.batch_size), "gradient_accumulation_steps": 1}
     of_rank = from_settings(micro_batch, config)
     held = memory_for(of_rank, on_cpu, itemsize)
-    if activation_checkpointing:
-        one_block = memory_for(from_settings({"n_layer": 1}, of_rank), on_cpu, itemsize)["activations"]
-        stream = 4 * of_rank.tokens_per_step * model.n_embd
-        held["activations"] = min(held["activations"], one_block + model.n_layer * stream)
     if parallel == "fsdp" and ranks > 1:
-        _shard(held, config, ranks, itemsize, on_cpu, cpu_offload)
+        _shard(held, config, ranks, itemsize, on_cpu)
     if config.optimizer == "muon":
         held["Muon's update"] = muon_excess(held, config, on_cpu, itemsize)
     if teachers:
@@ -106,18 +97,18 @@ def rank_memory(
     return held
 
 
-def _shard(
-    held: dict[str, int], config: TrainConfig, ranks: int, itemsize: int, on_cpu: bool, cpu_offload: bool
-) -> None:
+def _shard(held: dict[str, int], config: TrainConfig, ranks: int, itemsize: int, on_cpu: bool) -> None:
     """Replace the bytes of a whole model by those of one rank of fsdp."""
     model = config.model
     groups = count_group_parameters(model)
     for part in held.keys() & {"weights", "gradients", "optimizer state", "average of the weights"}:
-        held[part] = 0 if cpu_offload else math.ceil(held[part] / ranks)
+        held[part] = 0 if config.cpu_offload and not on_cpu else math.ceil(held[part] / ranks)
     casts_head = itemsize != 4 and not on_cpu
     held["low-precision copies"] = itemsize * model.vocab_size * model.n_embd if casts_head else 0
     held["gathered root"] = 8 * groups["root"]
     held["gathered groups"] = 2 * max(groups["attention"], groups["feed-forward"]) * (2 * itemsize + 4)
+    if config.share(ranks)[1] > 1:  # those of the root are counted with it
+        held["accumulated gradients"] = 4 * model.n_layer * (groups["attention"] + groups["feed-forward"])
 
 
 def fits(held: dict[str, int], accelerator: Accelerator) -> bool | None:

@@ -32,8 +32,8 @@ def build(
     """Return the parts of a run, with the given `weights` or, without any, weights initialised from the seed."""
     keep_memory()
     fast_products(device)
-    if device.type == "cuda":  # FSDP puts its shards onto the current device, which is 0 in every process otherwise
-        torch.cuda.set_device(device)
+    if device.type == "cuda" and device.index is not None:  # "cuda" is the current device already
+        torch.cuda.set_device(device)  # FSDP puts its shards there; otherwise it is 0 in every process
     torch.manual_seed(config.seed)
     model = make_model(config.model)
     if weights is not None:

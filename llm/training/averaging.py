@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from llm.machine.parallel import reshard
 from llm.machine.world import local_shard
 
 
@@ -48,8 +49,7 @@ class Average:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        if hasattr(self._model, "reshard"):  # FSDP2: the root would keep its gathered weights
-            self._model.reshard()  # type: ignore[operator]
+        reshard(self._model)  # the root would keep its gathered weights
         for name, p in self._parameters.items():
             weights, average = local_shard(p.detach()), local_shard(self.weights[name])
             kept = weights.clone()

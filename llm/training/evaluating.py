@@ -51,7 +51,8 @@ def evaluate_run(run: LiveRun) -> Iterator[Line | Notice]:
 def first_loss(parts: Parts) -> float:
     """Return the loss of the first batch before any update, in nats per token."""
     with torch.no_grad(), precision(parts.dtype, parts.device):
-        losses = [parts.forward(micro.x, micro.y, micro.seeds)[1] / micro.divisor for micro in parts.micro_batches(0)]
+        # the model itself: a compiled forward would be compiled again, for a pass without gradients
+        losses = [parts.model(micro.x, micro.y, micro.seeds)[1] / micro.divisor for micro in parts.micro_batches(0)]
         return max(float(parts.world.mean(sum(losses))), 0.0)  # rounding can make it negative
 
 

@@ -5,11 +5,10 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llm.commands.flags import config_from, given_settings, typed_settings
-from llm.config import FIELDS
 from llm.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,9 +16,6 @@ if TYPE_CHECKING:
 
 
 ACCELERATORS = ("a100-40", "a100", "h100", "h200", "b200", "l4", "l40s")  # of llm.plan.accelerators; --help is fast
-
-
-PARALLEL = ("ddp", "fsdp")
 
 
 FLAGS = (  # each of these, if typed, asks for a plan for many accelerators
@@ -38,17 +34,18 @@ FLAGS = (  # each of these, if typed, asks for a plan for many accelerators
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("many accelerators (docs/plan.md explains the prediction)")
+    group = parser.add_argument_group(
+        "many accelerators (docs/plan.md explains the prediction)",
+        "Without --parallel: ddp if the model fits, otherwise fsdp.",
+    )
 
     def add(name: str, help: str, **more: Any) -> None:
-        if name not in FIELDS:  # else `add_settings` has added it
-            group.add_argument(f"--{name}", default=None, help=help, **more)
+        group.add_argument(f"--{name}", default=None, help=help, **more)
 
     count = positive_number(int, "a whole number")
     number = positive_number(float, "a number")
     add("nproc", "processes to plan for, one accelerator each", metavar="N", type=count)
     add("accelerator", "kind (default: machines like this one, measured)", metavar="|".join(ACCELERATORS))
-    add("parallel", "how they share the model (default: ddp if it fits)", metavar="ddp|fsdp")
     add("scale", "print tables from 1 to 1,024 accelerators; --out FILE.png draws them", action="store_true")
     add("nproc_per_node", "accelerators per node (default: 8; 1 for machines like this one)", metavar="N", type=count)
     add("tokens_per_second_per_device", "throughput measured on one accelerator", metavar="RATE", type=number)
@@ -113,8 +110,8 @@ def main(typed: argparse.Namespace) -> int:
 
 def check_flags(args: argparse.Namespace, typed: argparse.Namespace) -> None:
     """Raise UserError for flags that do not go together."""
-    check_choice("accelerator", args.accelerator, ACCELERATORS)
-    check_choice("parallel", args.parallel, PARALLEL)
+    if args.accelerator is not None and args.accelerator not in ACCELERATORS:
+        raise UserError(f"accelerator = {args.accelerator!r}: expected one of {', '.join(ACCELERATORS)}")
     if args.time:
         raise UserError(
             "time: --time proposes a run for one machine; leave out --time, or the flags of many accelerators"
@@ -128,12 +125,6 @@ def check_flags(args: argparse.Namespace, typed: argparse.Namespace) -> None:
         raise UserError(f"mfu = {args.mfu:g}: expected a share of the peak, at most 1")
     if args.accelerator and "device" in typed_settings(typed):
         raise UserError("device: --accelerator decides it; leave one of the two out")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise UserError if a value was given and is none of the choices."""
-    if value is not None and value not in choices:
-        raise UserError(f"{name} = {value!r}: expected one of {', '.join(choices)}")
 
 
 def draw(plan: "ScalePlan", tables: "Tables", out: Any) -> None:

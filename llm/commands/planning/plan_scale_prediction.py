@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llm.commands.flags import warn
-from llm.config import GPTConfig, TrainConfig
+from llm.config import GPTConfig, TrainConfig, from_settings
 from llm.config.counts import flops_per_token, forward_flops_per_token
 from llm.errors import UserError
 from llm.plan import accelerators, arithmetic, clusters
@@ -101,18 +101,18 @@ def make_tables(plan: ScalePlan) -> Tables:
 def memory_of_rank(
     config: TrainConfig, ranks: int, accelerator: "Accelerator", number_size: int, teachers: Sequence[GPTConfig]
 ) -> dict[str, dict[str, int]]:
-    """Return the bytes of one rank by part, for each way to share the model."""
+    """Return the bytes of one rank by part, for each way to share the model and the other settings of `config`."""
 
-    def count(parallel: "Parallel", checkpointing: bool = False, offload: bool = False) -> dict[str, int]:
+    def count(parallel: "Parallel", **more: bool) -> dict[str, int]:
         return clusters.rank_memory(
-            config, ranks, parallel, accelerator.is_cpu, number_size, checkpointing, offload, teachers
+            from_settings(more, config), ranks, parallel, accelerator.is_cpu, number_size, teachers
         )
 
     return {
         "ddp": count("ddp"),
         "fsdp": count("fsdp"),
-        "fsdp, activation_checkpointing": count("fsdp", checkpointing=True),
-        "fsdp, that and cpu_offload": count("fsdp", checkpointing=True, offload=True),
+        "fsdp, activation_checkpointing": count("fsdp", activation_checkpointing=True),
+        "fsdp, that and cpu_offload": count("fsdp", activation_checkpointing=True, cpu_offload=True),
     }
 
 

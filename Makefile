@@ -27,9 +27,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[dashboard,tensorboard,wandb,test,lint]"
 	touch $@
 
+# The sample is of the run that was trained, wherever ARGS put it.
 train: setup
 	$(BIN)/python -m scripts.train $(ARGS)
-	$(BIN)/python -m scripts.sample
+	$(BIN)/python -m scripts.sample $$(echo "$(ARGS)" | grep -oE -- "--out[-_]dir[ =]+[^ ]+")
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)

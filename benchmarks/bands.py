@@ -1,6 +1,6 @@
 """Make the reference bands that ship with the package: the validation losses of a preset's runs, over seeds.
 
-Trains the runs that do not exist (each seed into OUT_DIR/PRESET-SEED, resumed if it was stopped), then writes
+Trains the runs that are not finished (each seed into OUT_DIR/PRESET-SEED, resumed if it was interrupted), then writes
 llm/record/reference/PRESET.json. Finished runs made elsewhere can be given as folders. A run that is not finished
 counts up to its last evaluation: the band ends where its shortest run does.
 
@@ -17,6 +17,7 @@ from typing import Any
 from llm import storage
 from llm.record.bands import shaping
 from llm.record.metrics import losses, read_record
+from llm.record.runs import summary
 from llm.weights import run_config
 
 REFERENCE = Path(__file__).parent.parent / "llm" / "record" / "reference"
@@ -41,7 +42,9 @@ def main() -> None:
 
 
 def train(preset: str, seed: str, data_dir: Path, out_dir: Path) -> None:
-    """Train a run of the preset, or resume it if it exists."""
+    """Train a run of the preset: resume it if it exists, and leave it as it is if it has ended."""
+    if summary(out_dir).state in ("done", "stopped"):
+        return
     if (out_dir / "config.toml").exists():
         flags = ["--resume"]
     else:

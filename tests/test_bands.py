@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import append, flags
 
-from benchmarks.bands import make_band, to_json
+from benchmarks.bands import make_band, to_json, train
 from llm import storage
 from llm.config import TrainConfig, from_settings, read_toml
 from llm.record import bands
@@ -102,11 +102,12 @@ LLAMA = {"arch": "llama", "optimizer": "muon", "schedule": "wsd", "order": "epoc
     ("made", "given", "has_band"),
     [
         (LLAMA, LLAMA, True),
-        (LLAMA, LLAMA | {"n_kv_head": 4, "ffn_dim": 384, "decay_fraction": 0.4}, True),  # the defaults
+        (LLAMA, LLAMA | {"n_kv_head": 4, "ffn_dim": 384, "head_dim": 32, "decay_fraction": 0.4}, True),  # the defaults
         (LLAMA | {"n_kv_head": 4, "ffn_dim": 384, "decay_fraction": 0.4}, LLAMA, True),
         (LLAMA, LLAMA | {"ema": 0.99}, True),  # evaluated beside the weights that the band is of
         ({}, {"ema": 0.99}, True),
         (LLAMA, LLAMA | {"n_kv_head": 2}, False),
+        (LLAMA, LLAMA | {"head_dim": 16}, False),
         (LLAMA, LLAMA | {"decay_fraction": 0.6}, False),
         (LLAMA, LLAMA | {"muon_lr": 0.03}, False),
         (LLAMA, {}, False),
@@ -162,6 +163,16 @@ def test_the_line_is_explained_and_drawn_and_comes_from_runs_that_were_made(here
     for _ in range(2):
         append(runs[3], step=12, split="val", loss=99.0)
     assert any("outside the reference band: " in line for line in News(runs[3], run_settings(runs[3])).at(12))
+
+
+def test_a_finished_seed_is_not_trained_again(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("benchmarks.bands.subprocess.run", lambda words, check: asked.append(words))
+    (tmp_path / "config.toml").write_text("max_steps = 500\n")
+    for step in (250, 500):
+        append(tmp_path, step=step, split="val", loss=5.0)
+        train("chapter", "1", tmp_path, tmp_path)
+    assert [words[-1] for words in asked] == ["--resume"]
 
 
 def run_settings(run):

@@ -127,6 +127,8 @@ def test_the_curve_follows_a_run_through_reload_restart_and_deletion(browser, tm
         until(lambda: trace(page, "training"), [0, 1, 2], "after a restart")
         page.select_option("#axis", "tokens")
         until(lambda: trace(page, "training"), [0, 64, 128], "over tokens")
+        ahead = "document.getElementById('lr-chart').data[0].x[0]"
+        until(lambda: page.evaluate(ahead), 128, "the future from there on, though a step of these settings has 2,048")
         page.select_option("#axis", "time")
         until(lambda: trace(page, "training")[-1], pytest.approx(1 / 60), "over minutes")
         shutil.rmtree(run)
@@ -183,6 +185,14 @@ def test_a_try_has_its_table_and_small_multiples(browser, tmp_path):
         ]
         assert page.evaluate("document.querySelector('#tries img').naturalWidth") > 300
         assert page.evaluate("window.hacked") is None
+        refused = []
+        page.route("**/tries", lambda route: (refused.append(route.request.url), route.abort()))
+        page.clock.install()
+        page.reload()
+        until(lambda: len(refused), 1, "a fetch that fails")
+        page.unroute("**/tries")
+        assert page.locator("#tries img").count() == 0
+        until(lambda: page.clock.run_for(11_000) or page.locator("#tries img").count(), 1, "the table after it")
 
 
 def test_what_21_runs_of_a_try_take_of_the_page(browser, tmp_path):

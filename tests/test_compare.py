@@ -119,6 +119,27 @@ def test_several_settings_or_looks_widen_the_brackets(two_settings, losscurve):
     assert losscurve("compare a1 b1 --looks 0") == (2, "", "error: looks = 0: expected 1 or more\n")
 
 
+def test_brackets_are_explained_only_where_there_are_any(here, losscurve):
+    for seed, loss, apart in ((1, 3.0, 0.05), (2, 3.2, -0.01), (3, 2.9, 0.03)):
+        make(f"a{seed}", (5.0, 4.0, loss), seed=seed)
+        make(f"b{seed}", (5.0, 4.0, loss + apart), seed=seed, max_lr=1e-3)
+        make(f"c{seed}", (5.0, 4.0, loss + apart / 2), seed=seed, max_lr=2e-3)
+    out = losscurve("compare .")[1]
+    assert out.count("no difference larger than") == 4  # at equal steps and seconds
+    assert "Brackets" not in out
+    assert "brackets" not in out
+    assert "More seeds after this are a second look" in out
+
+
+def test_equal_seconds_need_one_machine_for_all_runs(two_settings, losscurve):
+    assert "seconds of training" in losscurve("compare .")[1]
+    facts = json.loads(Path("b2/env.json").read_text())
+    Path("b2/env.json").write_text(json.dumps(facts | {"machine": "another"}))
+    out = losscurve("compare .")[1]
+    assert "seconds of training" not in out
+    assert "note: the machines differ or are not recorded, so equal seconds are not compared" in out
+
+
 def fork_of(run: str, step: int, path: str, curve: tuple[float, ...], **before: float) -> Path:
     """Make a run that shares the rows of `run` up to a step, with losses of its own after it."""
     origin = json.loads(Path(run, "env.json").read_text())
@@ -260,6 +281,8 @@ def test_other_tokens_of_the_same_text_compare_in_bits_per_byte(here, losscurve)
     assert "at step 20: not known: 0.000 bits per byte higher" in out  # 3.4 nats per token of both, over 2
     assert "other tokens of the same text: only bits per byte compare" in out
     assert "another text: losses on different texts do not compare" in out
+    spaced = dataclasses.replace(read_run(Path("other")), path=Path("my run"))
+    assert common_unit(read_run(Path("char")), spaced)[1][0].endswith("evaluate char 'my run' --text FILE")
     assert common_unit(other, longer)[0] == "loss"  # both evaluate the whole text
     assert "up to 64 tokens before it in one, 128 in the other" in common_unit(other, longer)[1][0]
     Path("d-byte").rename("moved")
@@ -379,5 +402,9 @@ def test_the_page_says_what_the_command_says(two_settings, losscurve):
     answer = page.get("/comparison").json()
     assert f"{answer['words']}\nwrote comparison.png\n" == losscurve("compare a1 a2 a3 b1 b2 b3")[1]
     assert base64.b64decode(answer["picture"].removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
-    waiting = comparison_of([Path("a1"), Path("no")])
-    assert waiting == {"words": "no: no run here (no config.toml); give the folder of a training run", "picture": ""}
+    (two_settings / "model.gguf").touch()
+    (two_settings / "new").mkdir()
+    assert comparison_of([Path("new"), *runs, Path("no"), Path("model.gguf")]) == answer
+    assert comparison_of([Path("no")]) == {"words": "no run has a record yet", "picture": ""}
+    Path("b3/config.toml").unlink()
+    assert comparison_of(runs)["words"] == "b3: no run here (no config.toml); give the folder of a training run"

@@ -13,7 +13,7 @@ from llm.page import follow, messages
 from llm.page.follow import Follower
 from llm.page.messages import Viewer, curves, facts, landmarks, names_of, pace, thin_evaluations
 from llm.page.thin import COLUMNS, ExtremesCurve
-from llm.record.metrics import cut
+from llm.record.metrics import Record
 from llm.record.points import MAX_POINTS
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -72,7 +72,7 @@ def test_a_record_cut_back_for_a_resume_is_read_anew(tmp_path):
     fill(tmp_path, range(10))
     follower = Follower(tmp_path, "a")
     follower.update()
-    cut(tmp_path, 4)
+    Record(tmp_path).cut(4)
     fill(tmp_path, [5, 6])
     follower.update()
     assert shown_steps(follower) == [0, 1, 2, 3, 4, 5, 6]

@@ -15,9 +15,9 @@ README = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 STARTED = [line for line in COMMANDS if line.split()[0] in ("losscurve", "python", "torchrun")]
-OURS = list({re.sub(r" --out_dir \S+$", "", line): line for line in reversed(STARTED)}.values())[
-    ::-1
-]  # the first of equals
+OURS: dict[str, str] = {}  # by what they do: of equals the first, at its place
+for line in STARTED:
+    OURS.setdefault(re.sub(r" --out_dir \S+$", "", line), line)
 OTHERS = ("make ", "pip ", "git ", "cd ", "python3 -m venv", "source ", ". ")
 SMALLER = flags(max_steps=3, warmup_steps=0, eval_every=3, eval_tokens=2000, tokenizer="byte")
 
@@ -35,6 +35,19 @@ def test_the_makefile_has_every_target_named():
     assert {"train", "test"} <= named
 
 
+@pytest.mark.parametrize(
+    ("given", "sampled"),
+    [("", ""), ("--seed 2 --out_dir runs/x --max_steps 9", " --out_dir runs/x"), ("--out-dir=x", " --out-dir=x")],
+)
+def test_make_train_samples_from_the_run_that_it_trained(tmp_path, given, sampled):
+    (tmp_path / "ready").touch()  # the environment is there
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    words = ["make", "--silent", "train", f"VENV={tmp_path}", f"BIN={tmp_path}", f"ARGS={given}"]
+    shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert shown == [f"-m scripts.train {given}".strip(), f"-m scripts.sample{sampled}"]
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """One folder for the whole README, since later commands use what earlier ones made."""
@@ -49,7 +62,7 @@ def home(tmp_path_factory):
 @needs_gpt2
 @needs_shakespeare
 @pytest.mark.pictures
-@pytest.mark.parametrize("line", OURS)
+@pytest.mark.parametrize("line", OURS.values())
 def test_a_command_of_the_readme_runs(home, line, monkeypatch, capsys):
     words = shlex.split(line)
     if "--time" in words:
@@ -59,6 +72,8 @@ def test_a_command_of_the_readme_runs(home, line, monkeypatch, capsys):
         typed = {word.partition("=")[0].replace("-", "_") for word in words}
         given = [pair for pair in smaller.split("--")[1:] if f"__{pair.split()[0]}" not in typed]
         words += shlex.split(" ".join(f"--{pair}" for pair in given))
+    if "fork" in words:
+        words[words.index("--at") + 1] = "0"  # of the run before it, which has 3 steps here
     if "prove-resume" in words:
         words += ["--max_steps", "20", "--save_every", "4", "--n_embd", "16", "--n_head", "2"]
         words[words.index("--kills") + 1] = "1"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import append, flags, write_samples
 
-from llm.config import from_settings, write_toml
+from llm.config import coerce, from_settings, write_toml
 from llm.errors import UserError
 from llm.record import bands
 from llm.record.bands import Band
@@ -456,6 +456,16 @@ def test_the_command_repeats_the_run(run):
     for name in ("batch_size", "max_steps", "warmup", "final_lr", "max_lr", "tokenizer", "eval_every", "log_every"):
         assert getattr(again, name) == getattr(made.config, name), name
     assert made.config.model.n_embd == again.model.n_embd == 16
+
+    odd = replace(made, config=replace(made.config, save_every=600.0))
+    assert "--save_every 600s" in odd.command()  # 600.0 would be 600 steps
+    assert coerce("save_every", "600s") == 600.0
+
+
+def test_the_tokens_are_those_of_the_record(tmp_path):
+    """As of a fork, whose steps had 2,048 tokens before it and have 4,096 since then."""
+    folder = make_run(tmp_path / "run", steps=1000, batch_size=64)
+    assert gather(folder, memorised=False).tokens == 1000 * 2048
 
 
 def test_the_command_repeats_a_run_of_a_llama_and_its_bpe(run):

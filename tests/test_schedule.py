@@ -5,7 +5,7 @@ import re
 from itertools import pairwise
 
 import pytest
-from conftest import flags
+from conftest import ROOT, flags
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -188,3 +188,9 @@ def test_command_takes_presets_and_refuses_nonsense(tmp_path, capsys):
 
 def test_table_of_a_tiny_run():
     assert "100.0%" in command.table(TrainConfig(max_steps=1))
+
+
+def test_the_cool_down_of_the_documented_fork_begins_at_the_fork():
+    page = (ROOT / "docs" / "try.md").read_text(encoding="utf-8")
+    step, last = map(int, re.search(r"fork runs/stable --at (\d+) --max_steps (\d+)", page).groups())
+    assert decay_start(TrainConfig(max_steps=last, schedule="wsd")) == step

@@ -1,6 +1,8 @@
 """A try: combinations, seeds, what stops early, going on after an interrupt, table, picture and best setting."""
 
+import asyncio
 import itertools
+import json
 import os
 import shutil
 import statistics
@@ -11,13 +13,14 @@ import numpy as np
 import pytest
 from conftest import append, flags
 
-from llm.commands.look.watch import in_words, runs_of
+from llm.commands import trials
+from llm.commands.look.watch import in_words
 from llm.config import from_settings, read_toml
 from llm.experiments import jobs, rounds
-from llm.experiments.followed import FollowedTry
 from llm.experiments.outcome import differences_from, outcomes, step_at
 from llm.experiments.picture import draw_try
 from llm.experiments.trials import combinations, make_setting, parse_vary, read_try
+from llm.page.comparison import FollowedTry, runs_of
 from llm.plan.timing import Pace
 from llm.record.metrics import losses, read_record
 from llm.report import write_try
@@ -77,7 +80,9 @@ def test_a_try_goes_on_after_an_interrupt(here, losscurve, monkeypatch):
     line = try_line("--vary n_layer=1,2 --seeds 2").replace("--n_layer 1 ", "")
     seen = itertools.count()
     real = rounds.train_jobs
-    monkeypatch.setattr(rounds, "train_jobs", lambda left, n, stop: real(left, n, lambda: stop() or next(seen) > 20))
+    monkeypatch.setattr(
+        rounds, "train_jobs", lambda left, n, stop, skip: real(left, n, lambda: stop() or next(seen) > 20, skip)
+    )
     monkeypatch.setattr("llm.run.signal.signal", lambda number, handler: None)
     losscurve(line)
     half = {path.parent.name + path.name: saved_steps(path)[-1] for path in here.glob("t/*/seed-*")}
@@ -120,18 +125,18 @@ def test_the_pace_of_several_is_measured_with_all_of_them_at_work(tmp_path, monk
         assert measure(from_settings({}), 1.0) == Pace(0.3, 0, 0)
 
 
-def made(folder, levels, seeds=3, steps=(4, 8, 12)):
+def made(folder, levels, seeds=3, steps=(4, 8, 12), every=4):
     """A try whose runs have the given losses at each evaluation: levels[name](seed number, step)."""
     from llm.experiments.trials import Try
 
     settings = [make_setting({"max_lr": rate}) for rate in levels]
-    tried = Try(folder, {}, {"max_steps": 12, "eval_every": 4, "warmup_steps": 2}, list(range(seeds)), settings)
+    tried = Try(folder, {}, {"max_steps": 12, "eval_every": every, "warmup_steps": 2}, list(range(seeds)), settings)
     for setting, (rate, level) in zip(settings, levels.items(), strict=True):
         for number in tried.seeds:
             run = tried.run_dir(setting, number)
             run.mkdir(parents=True)
             own = f'seed = {number}\nmax_lr = {rate}\nout_dir = "{run}"\n'
-            (run / "config.toml").write_text(f"max_steps = 12\neval_every = 4\n{own}")
+            (run / "config.toml").write_text(f"max_steps = 12\neval_every = {every}\n{own}")
             (run / "env.json").write_text('{"data": {"val.bin": "a hash"}}')
             for step in steps:
                 append(run, step=step, split="val", loss=level(number, step))
@@ -201,6 +206,50 @@ def test_the_first_setting_never_stops_if_it_is_the_reference(tmp_path):
     best, first = outcomes(tried)
     assert best.words.startswith("better by 0.9999")
     assert first.words == "the first"
+
+
+def test_nothing_stops_by_its_loss_at_step_0(tmp_path, monkeypatch):
+    """With an evaluation every 6 of 12 steps, the only one within a third of them is that of step 0."""
+    levels = {1e-2: lambda s, step: 2 + 0.1 * s, 2e-2: lambda s, step: 3 + 0.1001 * s}
+    tried = made(tmp_path / "t", levels, steps=(0, 6), every=6)
+    rounds.stop_behind(tried, tried.settings, 1 / 3, lambda line: None)
+    assert (tried.stopped, tried.judged) == ({}, {})
+    rounds.stop_behind(tried, tried.settings, 2 / 3, lambda line: None)
+    assert list(tried.stopped) == ["max_lr=0.02"]
+    asked = []
+    monkeypatch.setattr(rounds, "train_jobs", lambda left, *rest: asked.append({job.share for job in left}) or [])
+    new = made(tmp_path / "new", levels, steps=(), every=6)
+    rounds.train_settings(new, new.settings, frozenset(), 1, lambda: False, print, checks=True)
+    assert asked == [set(), {2 / 3}, {1.0}]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_setting_that_cannot_go_on_trains_no_other_seed(tmp_path, monkeypatch, processes):
+    trained, asked = [], {}
+
+    def train_job(job, stop):
+        trained.append(job.run_dir.relative_to(tmp_path).as_posix())
+        return "it diverged" if "0.02" in trained[-1] else ""
+
+    monkeypatch.setattr(jobs, "train_job", train_job)
+    monkeypatch.setattr(jobs, "other_processes", lambda count, of: nullcontext(list(range(count))))
+    monkeypatch.setattr(jobs, "ask", lambda connection, task: asked.update({connection: task[1]}))
+    monkeypatch.setattr(jobs, "wait", lambda connections, timeout: connections)
+    monkeypatch.setattr(jobs, "answer", lambda connection: train_job(asked[connection], None))
+    tried = made(tmp_path, dict.fromkeys((1e-2, 2e-2)), steps=())
+    rounds.train_settings(tried, tried.settings, frozenset(), processes, lambda: False, print, checks=False)
+    assert trained == [f"max_lr=0.0{name}" for name in ("1/seed-0", "2/seed-0", "1/seed-1", "1/seed-2")]
+    assert tried.stopped["max_lr=0.02"] == {"step": 0, "words": "cannot go on: it diverged"}
+
+
+def test_losses_that_do_not_compare_get_no_verdict(here, losscurve):
+    line = try_line("--vary block_size=8,16 --seeds 2 --eval_tokens 100").replace("--block_size 16 ", "")
+    code, out, err = losscurve(line)
+    assert code == 0, err
+    told = "stopped at step 12: not comparable with block_size=8: another evaluation (block_size 8 and 16"
+    assert told in out
+    assert len(list(here.glob("t/block_size=16/*"))) == 1
+    assert len(list(here.glob("t/block_size=8/*"))) == 2
 
 
 def test_the_checks_are_evaluations(here):
@@ -380,6 +429,19 @@ def test_time_is_divided(here, losscurve, monkeypatch):
     assert asked == [5]
 
 
+def test_the_seed_of_a_preset_is_the_first(tmp_path):
+    (tmp_path / "my.toml").write_text("seed = 5\n")
+    for flag, seeds in (("", [5, 6]), ("--seed 8", [8, 9])):
+        line = f"--preset {tmp_path / 'my.toml'} {flag} --seeds 2 --vary max_lr=1e-2 --out_dir {tmp_path / 't'}"
+        assert trials.open_try(trials.parse(line.split()), tmp_path / "t", [], 0).seeds == seeds
+
+
+def test_the_next_command_can_be_pasted(tmp_path, capsys):
+    made(tmp_path / "my try", {1e-2: lambda s, step: 2.0})
+    trials.finish(tmp_path / "my try")
+    assert f"losscurve train --preset '{tmp_path / 'my try' / 'best.toml'}'" in capsys.readouterr().out
+
+
 def settings_of(line):
     words = line.replace("--", "").split()
     return dict(zip(words[::2], words[1::2], strict=True))
@@ -396,7 +458,9 @@ def test_the_report_and_the_page_of_a_try(tmp_path, losscurve):
     assert "stopped at step 4: worse by &lt;b&gt;1&lt;/b&gt;" in html
     assert str(tmp_path) not in html
     assert "max_lr = 0.01" in html
-    assert losscurve(f"report {tmp_path / 't'} --format md")[0] == 2
+    for flag, value in (("--format", " md"), ("--data_dir", " d"), ("--no_memorised", "")):
+        code, _, err = losscurve(f"report {tmp_path / 't'} {flag}{value}")
+        assert (code, err.count("\n"), f"leave {flag}" in err) == (2, 1, True)
     assert [path.relative_to(tmp_path).as_posix() for path in runs_of(tmp_path / "t")] == [
         f"t/max_lr={rate}/seed-{seed}" for rate in ("0.01", "0.03") for seed in range(3)
     ]
@@ -411,6 +475,24 @@ def test_the_report_and_the_page_of_a_try(tmp_path, losscurve):
     assert followed.answer()["rows"][1][1] == "1.6767"  # (1 + 2.01 + 2.02) / 3
     (tmp_path / "t" / "try.json").write_text("[]")
     assert "not what losscurve try writes" in followed.answer()["error"]
+
+
+def test_the_page_follows_the_settings_that_a_search_adds(tmp_path):
+    server = pytest.importorskip("llm.page.server", exc_type=ImportError)
+    tried = made(tmp_path / "t", {1e-2: lambda s, step: 2.0}, seeds=1)
+    page = server.Page([tmp_path / "t"])
+    assert [run.name for run in page.runs] == ["seed-0"]
+    tried.settings += made(tmp_path / "t", {2e-2: lambda s, step: 2.0}, seeds=1).settings
+    tried.save()
+    page.ended.set()
+
+    async def messages():
+        return [message async for message in page.changes()]
+
+    found = [json.loads(message.split("data: ")[1]) for message in asyncio.run(messages()) if "event: run" in message]
+    assert [(message["run"], message["facts"]["name"]) for message in found] == [
+        (place, str(tmp_path / "t" / f"max_lr={rate}" / "seed-0")) for place, rate in enumerate(("0.01", "0.02"))
+    ]
 
 
 @pytest.mark.parametrize(("against", "mean"), [("best", 1.001), ("first", -1.001)])
@@ -428,7 +510,7 @@ def test_the_report_draws_the_paired_difference(tmp_path, losscurve, monkeypatch
     assert losscurve(f"report {tmp_path / 't'}")[0] == 0
     records = sorted(path for path in read if path.name == "metrics.jsonl")
     assert records == sorted((tmp_path / "t").glob("*/*/metrics.jsonl"))  # each once
-    (figure,) = drawn
+    _, figure = drawn  # the small multiples before
     lower = figure.axes[1]
     (curve,) = [line for line in lower.lines if len(line.get_xdata()) == 3]
     assert list(curve.get_xdata()) == [4, 8, 12]

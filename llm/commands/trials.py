@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,7 @@ def open_try(args: argparse.Namespace, folder: Path, settings: "list[Setting]", 
     preset = read_toml(args.preset) if args.preset else {}
     given = {name: value for name, value in typed_settings(args).items() if name not in ("out_dir", "seed")}
     given = resolve_settings(given)
-    first = int(resolve_settings(typed_settings(args)).get("seed", FIELDS["seed"].default))
+    first = int((preset | resolve_settings(typed_settings(args))).get("seed", FIELDS["seed"].default))
     known = read_try(folder) if (folder / NAME).exists() else None
     known = known if known and known.has_begun() else None
     seeds = [first + i for i in range(args.seeds or (len(known.seeds) if known else SEEDS))]
@@ -211,4 +212,5 @@ def finish(folder: Path) -> None:
     if toml is not None:
         storage.write_text(folder / "best.toml", toml)
         time = " --time 10m" if tried.seconds else ""
-        print_result(f"in {folder}: try.png, best.toml; next: losscurve train --preset {folder / 'best.toml'}{time}")
+        best = shlex.quote(str(folder / "best.toml"))
+        print_result(f"in {folder}: try.png, best.toml; next: losscurve train --preset {best}{time}")

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def compare_pair(base: Group, other: Group, evaluate_parts: EvaluateParts | None
     if (common_end(base, other, "step", unit) or 0) <= shared:
         return Comparison(base, other, unit, [*notes, f"no {unit} after step {shared:,} in both yet"], {})
     findings: dict[str, Finding] = {}
-    for axis in _axes(first, second):
+    for axis in _axes(base, other):
         end = common_end(base, other, axis, unit)
         if end is not None:
             findings[axis] = Finding(_where(axis, end, first), difference_at(base, other, axis, end, unit))
@@ -119,7 +120,7 @@ def common_unit(first: RecordedRun, second: RecordedRun) -> tuple[Unit | None, l
         if first.text is None or second.text is None:
             return None, ["other validation tokens; whether of the same text is unknown without their data folders"]
         if first.text.source != second.text.source:
-            evaluate = f"losscurve evaluate {first.path} {second.path} --text FILE"
+            evaluate = f"losscurve evaluate {shlex.join([str(first.path), str(second.path)])} --text FILE"
             return None, [f"another text: losses on different texts do not compare; on one they do: {evaluate}"]
         unit = "bits_per_byte"
         notes.append("other tokens of the same text: only bits per byte compare")
@@ -199,14 +200,18 @@ def compare_weights(first: RecordedRun, second: RecordedRun, evaluate_parts: Eva
     return Finding(f"{whose}, on {tokens:,} validation tokens", difference, "part")
 
 
-def _axes(first: RecordedRun, second: RecordedRun) -> list[Axis]:
-    """Return the axes that tell something: tokens if a step has other tokens, seconds on the same machine."""
+def _axes(base: Group, other: Group) -> list[Axis]:
+    """Return the axes that tell something: tokens if a step has other tokens, seconds if all ran on one machine."""
     axes: list[Axis] = ["step"]
-    if first.config.tokens_per_step != second.config.tokens_per_step:
+    if base.runs[0].config.tokens_per_step != other.runs[0].config.tokens_per_step:
         axes.append("tokens")
-    if first.machine == second.machine:
+    if _share_machine(base, other):
         axes.append("seconds")
     return axes
+
+
+def _share_machine(base: Group, other: Group) -> bool:
+    return all(run.machine == base.runs[0].machine for run in (*base.runs, *other.runs))
 
 
 def _where(axis: Axis, end: float, run: RecordedRun) -> str:
@@ -223,7 +228,7 @@ def _reservations(base: Group, other: Group) -> list[str]:
     notes = []
     if shared := shared_until(base, other):
         notes.append(_fork_words(base, other, shared))
-    if first.machine != second.machine:
+    if not _share_machine(base, other):
         notes.append("the machines differ or are not recorded, so equal seconds are not compared")
     steps = first.config.max_steps, second.config.max_steps
     if steps[0] != steps[1] and {first.config.schedule, second.config.schedule} != {"constant"}:

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llm.experiments.compare import Comparison, difference_curve
-from llm.experiments.paired import Difference
 from llm.experiments.recorded import Axis, Group, RecordedRun, Unit
-from llm.experiments.words import UNITS, apart_in_short
+from llm.experiments.words import UNITS, apart
 from llm.record.chart_style import (
     COLOURS,
     GREY,
@@ -57,7 +56,7 @@ def draw_comparisons(
     lower.spines[["top", "right"]].set_visible(False)
 
     if words is None:
-        words = {setting.name: apart_in_short(shown[0], setting) for setting in shown[1:]}
+        words = {setting.name: apart(shown[0], setting, in_short=True) for setting in shown[1:]}
     _add_losses(upper, shown, words, axis, unit, end)
     _add_differences(lower, kept, shown, axis, unit, end)
     return figure
@@ -104,7 +103,8 @@ def _add_differences(
             places = [place for place, _ in banded]
             lows, highs = [difference.low for _, difference in banded], [difference.high for _, difference in banded]
             axes.fill_between(places, lows, highs, facecolor=colour, alpha=0.18, linewidth=0)
-        heights += [value for _, difference in _settled(curve) for value in (difference.mean, *_edges(difference))]
+        heights += [difference.mean for _, difference in _settled(curve)]
+        heights += [edge for _, difference in _settled(banded) for edge in (difference.low, difference.high)]
         if curve:
             labels.append((curve[-1][1].mean, f"{found.other.name} {curve[-1][1].mean:+.3f}", colour, marker))
     pad = 0.1 * (max(heights) - min(heights)) or 0.5
@@ -125,10 +125,6 @@ def _own_points(run: RecordedRun, drawn: Sequence[Group], axis: Axis, unit: Unit
 def _settled(curve: Sequence[tuple[float, Item]]) -> Sequence[tuple[float, Item]]:
     """Return the later part of a curve, whatever the lengths of others."""
     return [point for point in curve if point[0] >= SETTLED * curve[-1][0]]
-
-
-def _edges(difference: Difference) -> tuple[float, ...]:
-    return (difference.low, difference.high) if difference.pairs > 1 else ()
 
 
 def _style(number: int) -> tuple[str, str]:

@@ -40,9 +40,13 @@ class TriedRun:
         return best([row for row in self.rows if row["step"] <= limit])
 
     def has_come_to(self, share: float) -> bool:
-        """Whether its record goes to the last evaluation within `share` of its steps, or it is complete."""
+        """Whether its record goes to the last evaluation within `share` of its steps, or it is complete.
+
+        False if the only one within it is that of step 0, which does not say how well a setting trains.
+        """
+        place = step_at(self.config, share)
         newest = max((row["step"] for row in self.rows), default=0)
-        return newest >= step_at(self.config, share) or self.is_complete
+        return place > 0 and (newest >= place or self.is_complete)
 
 
 Runs = dict[str, list[TriedRun]]  # of each setting, in the order of the seeds, without those that are not there yet
@@ -71,13 +75,16 @@ def read_runs(tried: Try) -> Runs:
     return found
 
 
-def losses_at(runs: Runs, share: float, seeds: int) -> Losses:
-    """Return the losses within `share` of the steps of each setting of which all `seeds` runs have come that far."""
+def losses_at(tried: Try, runs: Runs, share: float = 1) -> Losses:
+    """Return the losses within `share` of the steps of the settings of which the runs of all seeds have come that far.
+
+    Those that were stopped are left out.
+    """
     found: Losses = {}
     for name, known in runs.items():
         rows = [run.lowest(share) for run in known if run.has_come_to(share)]
         losses = [float(row["loss"]) for row in rows if row is not None]
-        if len(losses) == seeds:
+        if len(losses) == len(tried.seeds) and name not in tried.stopped:
             found[name] = losses
     return found
 
@@ -117,8 +124,7 @@ def outcomes(tried: Try) -> list[Outcome]:
     Raises UserError if a run is damaged.
     """
     runs = read_runs(tried)
-    finished = losses_at(runs, 1, len(tried.seeds))
-    known = {name: losses for name, losses in finished.items() if name not in tried.stopped}
+    known = losses_at(tried, runs)
     ranked = best_first(known)
     by_name = {setting.name: setting for setting in tried.settings}
     # "": a search has begun no setting yet

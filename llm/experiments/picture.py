@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from llm.experiments.outcome import Outcome
 from llm.experiments.trials import Try
-from llm.record.chart_style import COLOURS, GREY, data_url, plain
+from llm.record.chart_style import COLOURS, GREY, plain
 from llm.record.metrics import losses
 
 if TYPE_CHECKING:
@@ -55,11 +55,6 @@ def draw_try(tried: Try, found: Sequence[Outcome]) -> "Figure":
         color=GREY,
     )
     return figure
-
-
-def picture_url(tried: Try, found: Sequence[Outcome]) -> str:
-    """Return the picture as a data URL, for a page."""
-    return data_url(draw_try(tried, found))
 
 
 def alternative(found: Sequence[Outcome]) -> str:

@@ -11,7 +11,10 @@ successive halving; `paired` for the test.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from llm.experiments import recorded
+from llm.experiments.compare import common_unit
 from llm.experiments.jobs import Job, Stop, train_jobs
 from llm.experiments.outcome import Losses, best_first, losses_at, read_run, read_runs, step_at
 from llm.experiments.paired import FEWEST, Difference, holm, looks_at_best, paired_difference, verdict
@@ -27,34 +30,51 @@ def train_settings(
 ) -> bool:
     """Train `settings` with all seeds, and stop those that are clearly behind; return whether nothing interrupted it.
 
-    With `checks` false, or fewer than 3 seeds, nothing is stopped early. Runs that are there already are kept. A
-    setting whose run cannot go on is stopped too.
+    With `checks` false, or fewer than 3 seeds, nothing is stopped for being behind. Runs that are there already are
+    kept. A setting is stopped too if a run of it cannot go on, or if its losses do not compare with the first run's.
     """
     for share in (*CHECKS, 1.0) if checks and len(tried.seeds) >= FEWEST else (1.0,):
-        alive = [setting for setting in settings if setting.name not in tried.stopped]
-        jobs = {
-            Job(tried.config(setting, seed), given, share, tried.seconds, tried.most_steps): (setting, seed)
-            for seed in tried.seeds
-            for setting in alive
-        }
-        left = [job for job in jobs if not job.is_done]
-        for number, (job, error) in enumerate(train_jobs(left, processes, stop), 1):
-            setting, seed = jobs[job]
-            run = read_run(job.run_dir)
-            step = max((row["step"] for row in run.rows), default=0) if run else 0
-            if error and not stop():
-                tried.stopped[setting.name] = {"step": step, "words": f"cannot go on: {error}"}
-                tried.save()
-            if not error and not job.is_done:  # interrupted
-                continue
-            lowest = run.lowest() if run else None
-            words = f"step {step:,}, validation loss {lowest['loss']:.4f}" if lowest else f"step {step:,}"
-            say(f"{number} of {len(left)}: {setting.name}, seed {seed}: {error or words}")
+        train_to(tried, settings, share, given, processes, stop, say)
         if stop():
             return False
         if share < 1:
             stop_behind(tried, settings, share, say)
     return True
+
+
+def train_to(
+    tried: Try, settings: Sequence[Setting], share: float, given: frozenset[str], processes: int, stop: Stop, say: Say
+) -> None:
+    """Train the runs of `settings` to a share of their steps, unless their only evaluation within it is at step 0."""
+    jobs = {
+        Job(config, given, share, tried.seconds, tried.most_steps): (setting, seed)
+        for seed in tried.seeds
+        for setting in settings
+        if setting.name not in tried.stopped and step_at(config := tried.config(setting, seed), share) > 0
+    }
+    left = [job for job in jobs if not job.is_done]
+    trained = train_jobs(left, processes, stop, lambda job: jobs[job][0].name in tried.stopped)
+    for number, (job, error) in enumerate(trained, 1):
+        setting, seed = jobs[job]
+        run = read_run(job.run_dir)
+        step = max((row["step"] for row in run.rows), default=0) if run else 0
+        why = f"cannot go on: {error}" if error else why_not_comparable(tried, job.run_dir) if run else ""
+        if why and setting.name not in tried.stopped and not (error and stop()):
+            tried.stopped[setting.name] = {"step": step, "words": why}
+            tried.save()
+        if not error and not job.is_done:  # interrupted
+            continue
+        lowest = run.lowest() if run else None
+        words = f"step {step:,}, validation loss {lowest['loss']:.4f}" if lowest else f"step {step:,}"
+        say(f"{number} of {len(left)}: {setting.name}, seed {seed}: {why or words}")
+
+
+def why_not_comparable(tried: Try, run_dir: Path) -> str:
+    """Return why the losses of a run do not compare with those of the first run of the try; "" if they do."""
+    places = (tried.run_dir(setting, seed) for setting in tried.settings for seed in tried.seeds)
+    first = next(place for place in places if (place / "config.toml").exists())
+    unit, notes = common_unit(recorded.read_run(first), recorded.read_run(run_dir))
+    return "" if unit == "loss" else f"not comparable with {first.parent.name}: {notes[0]}"
 
 
 def stop_behind(tried: Try, settings: Sequence[Setting], share: float, say: Say) -> None:
@@ -63,8 +83,7 @@ def stop_behind(tried: Try, settings: Sequence[Setting], share: float, say: Say)
     All settings of the try that have come that far and were not stopped are compared, at equal shares of their steps.
     """
     runs = read_runs(tried)
-    known = losses_at(runs, share, len(tried.seeds))
-    known = {name: found for name, found in known.items() if name not in tried.stopped}
+    known = losses_at(tried, runs, share)
     leader, behind = find_behind(known)
     for setting in settings:
         name = setting.name

@@ -60,7 +60,7 @@ def search(
     # with the same seed, a sampler would draw the same numbers again after a restart
     seed = (tried.seeds[0] + len(tried.settings)) % 2**32
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
-    finished = losses_at(read_runs(tried), 1, len(tried.seeds))
+    finished = losses_at(tried, read_runs(tried))
     for number in range(max(count, len(tried.settings))):
         is_known = number < len(tried.settings)
         if is_known:
@@ -73,8 +73,8 @@ def search(
         setting = tried.settings[number]
         if setting.name not in finished and is_possible(tried, setting) and not train(setting):
             return False
-        losses = finished.get(setting.name) or losses_at(read_runs(tried), 1, len(tried.seeds)).get(setting.name)
-        if losses is None or setting.name in tried.stopped:
+        losses = finished.get(setting.name) or losses_at(tried, read_runs(tried)).get(setting.name)
+        if losses is None:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         else:
             study.tell(trial, statistics.fmean(losses))

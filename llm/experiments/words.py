@@ -1,7 +1,6 @@
 """Comparisons in words: what the settings are, the verdict on each, and the numbers beside it."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from llm.config.differences import settings_apart
 from llm.experiments.compare import Comparison, Finding, has_pairs
@@ -36,29 +35,17 @@ def setting_lines(settings: Sequence[Group]) -> list[str]:
     return lines
 
 
-def apart(base: Group, other: Group) -> str:
-    """Return the settings of `other` that differ from those of `base`: "max_lr 0.01 instead of 0.003"."""
-    pairs = differing(base, other).items()
-    words = [f"{name} {_value(ours)} instead of {_value(theirs)}" for name, (ours, theirs) in pairs]
-    return ", ".join(words) or f"the same settings, {_not_a_setting(base, other)}"
-
-
-def apart_in_short(base: Group, other: Group) -> str:
-    """Return the values of `other` that differ from those of `base`: "max_lr 0.01"."""
-    words = [f"{name} {_value(ours)}" for name, (ours, _) in differing(base, other).items()]
-    return ", ".join(words) or _not_a_setting(base, other)
-
-
-def _not_a_setting(base: Group, other: Group) -> str:
-    """Return what tells two settings apart that have the same values."""
-    return "other token files" if base.runs[0].hashes != other.runs[0].hashes else "another past"
-
-
-def differing(base: Group, other: Group) -> dict[str, tuple[Any, Any]]:
-    """Return (value of `other`, value of `base`) of the settings that differ."""
+def apart(base: Group, other: Group, in_short: bool = False) -> str:
+    """Return how `other` differs from `base`: "max_lr 0.01 instead of 0.003", in short "max_lr 0.01"."""
     first, second = base.runs[0], other.runs[0]
-    ignored = REPEATED - ({"text", "tokenizer"} if first.hashes != second.hashes else set())
-    return settings_apart(second.config, first.config, ignored)
+    has_same_files = first.hashes == second.hashes
+    ignored = REPEATED if has_same_files else REPEATED - {"text", "tokenizer"}
+    words = [
+        f"{name} {_value(ours)}" if in_short else f"{name} {_value(ours)} instead of {_value(theirs)}"
+        for name, (ours, theirs) in settings_apart(second.config, first.config, ignored).items()
+    ]
+    what = "another past" if has_same_files else "other token files"
+    return ", ".join(words) or (what if in_short else f"the same settings, {what}")
 
 
 def _value(value: object) -> str:
@@ -121,27 +108,27 @@ def _pairing(comparison: Comparison) -> str:
 
 
 def closing_lines(comparisons: Sequence[Comparison], looks: int = 1) -> list[str]:
-    """Return what the brackets mean and for what they are corrected; nothing if no verdict has any."""
+    """Return what the brackets mean and for what they are corrected, if a verdict has any; and when to say --looks."""
     family = [found for found in comparisons if any(item.difference.pairs > 1 for item in found.findings.values())]
-    if not family:
-        return []
-    lines = [
-        "Brackets: the true difference is between these two values in 95 of 100 experiments. In the others, settings "
-        "that do not differ may be called better or worse. Equal steps, tokens, seconds and weights are questions of "
-        "their own, with 5 of 100 each."
-    ]
-    if len(family) > 1:
+    findings = [finding for found in family for finding in found.findings.values()]
+    lines = []
+    if any(finding.difference.is_real for finding in findings):
         lines.append(
-            f"{len(family)} settings are compared with {family[0].base.name}, so the brackets are wider (Holm's "
-            "correction): the 5 of 100 are for all of them together, for each question."
+            "Brackets: the true difference is between these two values in 95 of 100 experiments. In the others, "
+            "settings that do not differ may be called better or worse. Equal steps, tokens, seconds and weights are "
+            "questions of their own, with 5 of 100 each."
         )
-    if looks > 1:
-        lines.append(
-            f"{looks} looks at the same question: the brackets are wider, and the 5 of 100 are for all looks together."
-        )
-    elif any(
-        "would tell" in verdict(item.difference, item.pair) for found in family for item in found.findings.values()
-    ):
+        if len(family) > 1:
+            lines.append(
+                f"{len(family)} settings are compared with {family[0].base.name}, so the brackets are wider (Holm's "
+                "correction): the 5 of 100 are for all of them together, for each question."
+            )
+        if looks > 1:
+            lines.append(
+                f"{looks} looks at the same question: the brackets are wider, and the 5 of 100 are for all looks "
+                "together."
+            )
+    if looks == 1 and any("would tell" in verdict(finding.difference, finding.pair) for finding in findings):
         lines.append(
             "More seeds after this are a second look at the same question, and with two looks 10 of 100 say better or "
             "worse by chance; --looks 2, each time, keeps it at 5."

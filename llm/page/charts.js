@@ -58,8 +58,13 @@ function along(columns) { // returns the selected axis, of columns [step, tokens
 function place(run, step) { // returns a step's place on the selected axis; for future steps at the run's pace
   const { facts, pace } = run, axis = $("axis").value;
   if (axis === "step") return step;
-  if (axis === "tokens") return facts.tokens_per_step ? step * facts.tokens_per_step : null;
   const row = facts.val.find((found) => found[0] === step);
+  if (axis === "tokens") {
+    if (row && row[1] !== null) return row[1];
+    if (!facts.tokens_per_step) return null;
+    const ahead = pace.tokens == null ? step : step - pace.step; // a fork may have had other steps before it
+    return (pace.tokens ?? 0) + ahead * facts.tokens_per_step;
+  }
   if (row) return row[2] / 60;
   if (!pace.step || pace.seconds == null) return null;
   const ahead = pace.seconds_left && facts.max_steps > pace.step;

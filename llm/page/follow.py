@@ -73,6 +73,11 @@ class Follower:
         self.verdicts: list[str] = []
         self._explained = -1  # step of the last verdicts
 
+    def rename(self, name: str) -> None:
+        """Change the name that the page shows."""
+        self.version += name != self.name
+        self.name = name
+
     def rows(self) -> list[Row]:
         """Return the evaluations and the training rows that are kept for the verdicts, in order."""
         return sorted([*self._sampled, *self._special], key=lambda row: int(row["step"]))

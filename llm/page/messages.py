@@ -58,10 +58,11 @@ def curves(run: Follower) -> dict[str, list[list[Any]]]:
 
 
 def pace(run: Follower) -> dict[str, float | None]:
-    """Return the run's step and time, recent throughput, and the seconds left (evaluations included)."""
+    """Return the run's step, tokens and time, recent throughput, and the seconds left (evaluations included)."""
     speeds = [row[5] for row in list(run.recent)[-10:] if row[5] is not None]
     return {
         "step": run.last["step"] if run.last else None,
+        "tokens": run.last["tokens"] if run.last else None,
         "seconds": run.last["seconds"] if run.last else None,
         "tokens_per_second": sorted(speeds)[len(speeds) // 2] if speeds else None,
         "seconds_left": _seconds_left(run),

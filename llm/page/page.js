@@ -101,15 +101,16 @@ async function drawComparison() { // of several runs; only where somebody looks,
 
 let drawnTries = ""; // the answer that is drawn: a table that is made anew has lost its place of scrolling
 async function drawTries() {
-  let answer;
+  let answer = drawnTries;
   try {
     answer = await (await fetch("tries")).text();
   } catch {
-    return; // the connection line says that the server is gone
+    // the connection line says that the server is gone; it may come back
+  } finally {
+    if (answer !== "[]") setTimeout(() => drawSoon(drawTries), 10000);
   }
-  const tries = JSON.parse(answer);
-  if (tries.length) setTimeout(() => drawSoon(drawTries), 10000);
   if (answer === drawnTries) return;
+  const tries = JSON.parse(answer);
   drawnTries = answer;
   $("tries").hidden = !tries.length;
   $("tries").replaceChildren(...tries.flatMap(({ name, error, rows, picture, words }) => {

@@ -1,4 +1,4 @@
-"""The live page's server: its addresses, for the run folders it was started with.
+"""The live page's server: its addresses, for the run folders and tries it was started with.
 
 A request names a run by its number, so no path comes from a request. `guard` decides which requests are answered.
 """
@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from llm.config import TrainConfig, from_settings
 from llm.errors import Failure, UserError
-from llm.experiments.followed import FollowedTry
+from llm.page.comparison import FollowedTry, comparison_of, runs_of
 from llm.page.follow import Follower
 from llm.page.guard import Guard
 from llm.page.messages import Viewer, names_of, schedule_points
@@ -38,17 +38,30 @@ ERRORS = (UserError, Failure, OSError, RuntimeError, MemoryError)  # what a chan
 
 
 class Page:
-    """The run folders that the server follows, and the answers of its addresses."""
+    """The runs that the server follows, those of the tries among `paths` too, and the answers of its addresses."""
 
-    def __init__(self, paths: Sequence[Path], tries: Sequence[Path]) -> None:
-        self.tries = [FollowedTry(folder) for folder in tries]
-        self.runs = [Follower(path, name) for path, name in zip(paths, names_of(paths), strict=True)]
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.tries = [FollowedTry(folder) for folder in paths if folder not in runs_of(folder)]
+        self.runs: list[Follower] = []
+        self._follow(paths)
         self.ended = asyncio.Event()  # set when the server is about to stop
         self._playground = Playground()
         self._playing = asyncio.Lock()  # one request of the playground at a time
         self._updating = asyncio.Lock()
         self._drawing = asyncio.Lock()
         self._updated_at = -UPDATE_EVERY
+
+    def _follow(self, paths: Sequence[Path]) -> None:
+        """Follow the runs of `paths` that are not followed yet: a search adds settings to its try while it goes on."""
+        known = [run.path for run in self.runs]
+        every = list(dict.fromkeys([*known, *(run for path in paths for run in runs_of(path))]))
+        if len(every) == len(known):
+            return
+        names = names_of(every)
+        for run, name in zip(self.runs, names, strict=False):
+            run.rename(name)
+        new = list(zip(every, names, strict=True))[len(known) :]
+        self.runs += [Follower(path, name) for path, name in new]
 
     def app(self) -> Starlette:
         routes = [
@@ -83,14 +96,16 @@ class Page:
 
     async def changes(self) -> AsyncIterator[str]:
         """Yield server-sent events: everything about each run, then once a second what is new, and at last the end."""
-        viewers = [Viewer() for _ in self.runs]
+        viewers: list[Viewer] = []
         yield f"retry: 1000\nevent: hello\ndata: {json.dumps({'runs': len(self.runs)})}\n\n"
         quiet = 0  # updates without news
         while True:
             last = self.ended.is_set()
             await self.update()
             quiet += 1
-            for number, (run, viewer) in enumerate(zip(self.runs, viewers, strict=True)):
+            runs = list(self.runs)
+            viewers += [Viewer() for _ in runs[len(viewers) :]]
+            for number, (run, viewer) in enumerate(zip(runs, viewers, strict=True)):
                 if message := viewer.news(run):
                     quiet = 0
                     yield f"event: run\ndata: {json.dumps({'run': number} | message, allow_nan=False)}\n\n"
@@ -110,7 +125,9 @@ class Page:
             is_fresh = time.monotonic() - self._updated_at < 0.9 * UPDATE_EVERY
             if is_fresh and not self.ended.is_set() and not any(run.is_behind for run in self.runs):
                 return
-            for run in self.runs:
+            with suppress(UserError):  # try.json is damaged: the table of the try says so
+                await run_in_threadpool(self._follow, [followed.folder for followed in self.tries])
+            for run in list(self.runs):
                 await run_in_threadpool(run.update)
             self._updated_at = time.monotonic()
 
@@ -121,8 +138,6 @@ class Page:
             return JSONResponse({"error": str(error)}, 400)
 
     async def comparison(self, request: Request) -> Response:
-        from llm.page.comparison import comparison_of  # imports torch, which a page does not otherwise need
-
         return JSONResponse(await run_in_threadpool(comparison_of, [run.path for run in self.runs]))
 
     async def try_answers(self, request: Request) -> Response:
@@ -171,13 +186,10 @@ class Page:
 
 
 class Server(uvicorn.Server):
-    """Serve the page of run folders on 127.0.0.1:`port`, and notify open pages when the server stops.
+    """Serve the page of runs, tries and models on 127.0.0.1:`port`, and notify open pages when the server stops."""
 
-    `tries` are the folders of tries that some of the runs belong to.
-    """
-
-    def __init__(self, paths: Sequence[Path], token: str, port: int, tries: Sequence[Path] = ()) -> None:
-        self.page = Page(paths, tries)
+    def __init__(self, paths: Sequence[Path], token: str, port: int) -> None:
+        self.page = Page(paths)
         super().__init__(
             uvicorn.Config(
                 Guard(self.page.app(), token, port),

@@ -153,8 +153,9 @@ class Report:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens trained on."""
-        return self.step * self.config.tokens_per_step
+        """The number of tokens trained on. In a fork, a step before it may have had another number of them."""
+        recorded = last_value(self.rows, "tokens")
+        return self.step * self.config.tokens_per_step if recorded is None else int(recorded)
 
     @property
     def text(self) -> str:

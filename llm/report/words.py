@@ -3,7 +3,7 @@
 from pathlib import Path, PurePath
 from typing import Any
 
-from llm.config import TrainConfig, differing_settings
+from llm.config import FIELDS, TrainConfig, differing_settings
 from llm.errors import UserError
 from llm.record.chart_style import plain
 from llm.run import Run
@@ -58,6 +58,8 @@ def setting_words(name: str, value: Any) -> list[str]:
         words = [str(word) for word in value]
     elif isinstance(value, bool):
         words = [str(value).lower()]
+    elif isinstance(value, float) and FIELDS[name].metadata["unit"] == "steps or duration":
+        words = [f"{value:.10g}s"]  # without the unit, it would be steps
     else:
         words = [str(value)]
     if name in PATH_SETTINGS:

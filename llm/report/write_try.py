@@ -8,7 +8,7 @@ from markupsafe import Markup
 from llm.experiments.compare import compare_pair
 from llm.experiments.comparison_picture import draw_comparisons
 from llm.experiments.outcome import Outcome, best_toml, columns, outcomes
-from llm.experiments.picture import alternative, picture_url
+from llm.experiments.picture import alternative, draw_try
 from llm.experiments.recorded import Group, recorded_run
 from llm.experiments.trials import Try, read_try
 from llm.record.chart_style import data_url
@@ -42,7 +42,7 @@ def try_page(folder: Path) -> str:
         columns=list(table),
         rows=list(zip(*table.values(), strict=True)),
         alt=alternative(found),
-        picture=picture_url(tried, found),
+        picture=data_url(draw_try(tried, found)),
         differences=differences_url(tried, found, reference) if reference else "",
         compared=COMPARED,
         reference=reference.setting.name if reference else "",

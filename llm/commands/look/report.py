@@ -28,6 +28,9 @@ def main(argv: list[str]) -> int:
 
         if args.format != "html":
             raise UserError(f"{args.run}: is a try, whose report is HTML; leave --format {args.format} out")
+        if args.data_dir or args.no_memorised:
+            unused = "--data_dir" if args.data_dir else "--no_memorised"
+            raise UserError(f"{args.run}: is a try, whose report reads no training text; leave {unused} out")
         out = args.out or args.run / "report.html"
         write_try(args.run, out)
         print_result(f"wrote {out} ({out.stat().st_size / 2**20:.2f} MiB)")

@@ -20,7 +20,7 @@ from llm.errors import Failure, UserError
 
 DESCRIPTION = "Serve a page on this machine that follows one or several runs while they train: curves, samples, the \
 learning-rate slider and a playground. It only reads the run folders. It waits for a run in a folder that has none. Of \
-a try, it follows all runs. Of a model that is no run, it serves the playground."
+a try, it follows all runs, those that a search adds too. Of a model that is no run, it serves the playground."
 
 PATIENCE = 10  # seconds that a training run waits for the page's address
 
@@ -37,14 +37,13 @@ def main(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         raise UserError(f'the page needs {error.name}; pip install "losscurve[dashboard]"') from None
     plotly_script()  # raises if Plotly's script is missing
-    tries = [folder for folder in args.runs if (folder / "try.json").exists()]
-    check_sources([folder for folder in args.runs if folder not in tries], wait_for_runs=not args.until_eof)
-    runs = [run for folder in args.runs for run in runs_of(folder)]
+    runs = [folder for folder in args.runs if not (folder / "try.json").exists()]
+    check_sources(runs, wait_for_runs=not args.until_eof)
     lower_priority()
     with listen_on(args.port) as listener:
         port = listener.getsockname()[1]
         token = secrets.token_urlsafe(24)
-        server = Server(runs, token, port, tries)
+        server = Server(args.runs, token, port)
         if args.until_eof:
 
             def stop() -> None:
@@ -81,18 +80,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def runs_of(folder: Path) -> list[Path]:
-    """Return the run folders of the try in `folder`, also of runs to come; `folder` itself if it is no try."""
-    if not (folder / "try.json").exists():
-        return [folder]
-    from llm.experiments.trials import read_try
-
-    tried = read_try(folder)
-    return [tried.run_dir(setting, seed) for setting in tried.settings for seed in tried.seeds]
-
-
 def in_words(folder: Path) -> str:
     """Return a folder as it is printed: of a try, with the number of its runs."""
+    from llm.page.comparison import runs_of
+
     runs = runs_of(folder)
     return str(folder) if runs == [folder] else f"{folder} ({len(runs)} runs)"
 

@@ -19,7 +19,7 @@ OURS: dict[str, str] = {}  # by what they do: of equals the first, at its place
 for line in STARTED:
     OURS.setdefault(re.sub(r" --out_dir \S+$", "", line), line)
 OTHERS = ("make ", "pip ", "git ", "cd ", "python3 -m venv", "source ", ". ")
-SMALLER = flags(max_steps=3, warmup_steps=0, eval_every=3, eval_tokens=2000, tokenizer="byte")
+SMALLER = flags(max_steps=3, warmup_steps=0, eval_every=3, eval_tokens=2000, tokenizer="byte", sample_tokens=9)
 
 
 def test_every_line_is_known():
@@ -75,7 +75,7 @@ def test_a_command_of_the_readme_runs(home, line, monkeypatch, capsys):
     if "fork" in words:
         words[words.index("--at") + 1] = "0"  # of the run before it, which has 3 steps here
     if "prove-resume" in words:
-        words += ["--max_steps", "20", "--save_every", "4", "--n_embd", "16", "--n_head", "2"]
+        words += shlex.split("--max_steps 20 --save_every 4 --n_embd 16 --n_head 2 --sample_tokens 9")
         words[words.index("--kills") + 1] = "1"
     if words[0] == "losscurve" and not {"watch", "--nproc", "--help"} & {*words}:  # PyTorch is imported here already
         monkeypatch.chdir(home)

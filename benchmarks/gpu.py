@@ -78,17 +78,19 @@ def main() -> None:
         for name in args.sides.split(","):
             try:
                 sides.append(ready_side(name, config, tokens, device, sides[-1] if sides else None))
+                time_side(sides[-1], config, device, args.steps)  # first: compiling may have taken most of the limit
                 if name == "ours-compiled" and args.train_seconds:
                     train(sides[-1], device, args.train_seconds)
-                time_side(sides[-1], config, device, args.steps)
             except Exception as error:  # the other sides go on
-                traceback.print_exc()
-                failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
-        for side in (args.rounds - 1) * sides:  # in turn
+                failed[name] = in_one_line(error)
+        timed = [side for side in sides if side.rates]
+        for side in (args.rounds - 1) * timed:  # in turn
             time_side(side, config, device, args.steps)
-        look_inside(sides, config, device, args.profile)
+        look_inside(timed, config, device, args.profile)
     except TimeUp:
         failed["the rest"] = "stopped at the time limit"
+    except Exception as error:  # what was measured until then is printed
+        failed["the rest"] = in_one_line(error)
     rate = matrix_rate(device, torch.bfloat16)
     shared = {"preset": args.preset, "parameters": count_parameters(config.model), "batch_size": config.batch_size}
     shared |= {"block_size": config.model.block_size, "text": text, "matrix_rate": rate}
@@ -100,6 +102,12 @@ def main() -> None:
         with open(args.json, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(each) + "\n" for each in rows)
     sys.exit(1 if failed else 0)
+
+
+def in_one_line(error: Exception) -> str:
+    """Write the stack of an error on stderr, and return it in one line."""
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
 
 
 class TimeUp(BaseException):
@@ -255,11 +263,11 @@ def train(side: Side, device: torch.device, seconds: float) -> None:
     start = time.perf_counter()
     losses: list[float] = []
     with mode(side.name, device):
-        while time.perf_counter() - start < seconds:
+        while (spent := time.perf_counter() - start) < seconds:
             recent = [side.step(side.done + number) for number in range(10)]
             side.done += 10
             losses.append(torch.stack(recent).mean().item())
-    side.facts |= {"trained_steps": side.done, "trained_seconds": seconds, "trained_loss": losses[-1]}
+            side.facts |= {"trained_steps": side.done, "trained_seconds": spent, "trained_loss": losses[-1]}
 
 
 def time_side(side: Side, config: TrainConfig, device: torch.device, steps: int) -> None:

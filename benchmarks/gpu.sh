@@ -14,11 +14,12 @@
 #     parity     one step against the CPU: gpt2, llama; float32,            60 s   120 s
 #                bfloat16; compiled and not
 #     refused    steps that are not finite; float16's loss scaling          15 s    90 s
-#     resume     SIGKILL and resume, bit for bit                            60 s   120 s
-#     torchrun   NCCL, ddp and fsdp, one process                            40 s   120 s
-#   chapter, shakespeare-char    ours, plain loop, transformers             30 s    60 s each
-#   gpt2-124m    compiled; blocked loss and plain; 25 s of training        105 s   140 s
-#   llama-124m   the modern model, Muon; 25 s of training                  105 s   140 s
+#     resume     SIGKILL and resume, bit for bit                            50 s   120 s
+#     torchrun   one process with NCCL, ddp and fsdp: it starts, saves      40 s    90 s
+#                and ends; one process exchanges nothing
+#   chapter, shakespeare-char    ours, plain loop, transformers             35 s    90 s each
+#   gpt2-124m    compiled; blocked loss and plain; 25 s of training        105 s   160 s
+#   llama-124m   the modern model, Muon; 25 s of training                  105 s   160 s
 #   train        train --time, on what is left, at most 2 minutes          125 s
 #
 # Variables: PYTHON (python3); GPU_SECONDS (480), for all of it; LOSSCURVE_CACHE, a folder with tinyshakespeare/input.txt
@@ -28,6 +29,7 @@ if [[ $# -lt 1 || $# -gt 2 || $1 == -* || ${2:---dry} != --dry ]]; then
     echo "usage: benchmarks/gpu.sh OUT [--dry]" >&2
     exit 2
 fi
+cache=$(cd "${LOSSCURVE_CACHE:-.}" && pwd) || exit 2 # before the folder changes
 mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit 2
 dry=${2:+2} # the factor of the limits, on a CPU
 python=${PYTHON:-python3}
@@ -36,6 +38,8 @@ work=$(mktemp -d) && mkdir "$work/failed" || exit 2
 trap 'rm -rf "$work"' EXIT
 rm -f "$out"/{summary.txt,results.jsonl,log.txt} "$out"/profile-*.txt
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 NO_COLOR=1 HF_HUB_OFFLINE=1 TMPDIR="$work"
+export GLOO_SOCKET_IFNAME=lo # no name of this machine is looked up
+[[ -n ${LOSSCURVE_CACHE:-} ]] && export LOSSCURVE_CACHE="$cache"
 export TORCHINDUCTOR_CACHE_DIR="$work/inductor" TRITON_CACHE_DIR="$work/triton" # one part compiles for the next
 
 say() { echo "$*" | tee -a "$out/summary.txt"; }
@@ -76,14 +80,17 @@ part check 120 "$python" -m benchmarks.gpu_checks machine ${dry:+--device cpu}
 text=docs/decisions.md
 [[ -f ${LOSSCURVE_CACHE:-}/tinyshakespeare/input.txt ]] && text=$LOSSCURVE_CACHE/tinyshakespeare/input.txt
 model=(--n_layer 4 --n_head 4 --n_embd 256 --block_size 1024 --batch_size 16 --max_lr 1e-3 --warmup_steps 20)
-model+=(--max_steps 1200 --save_every 50 --log_every 20 --eval_every 400 --eval_tokens 20000 --sample_tokens 20)
+model+=(--max_steps 500 --save_every 50 --log_every 20 --eval_every 200 --eval_tokens 20000 --sample_tokens 20)
 checks=()
 steps=(--json "$out/results.jsonl")
 all=plain,plain-bf16,transformers-bf16,ours,ours-any-order,ours-compiled
 large=ours,ours-any-order,ours-compiled,ours-plain-loss
 times=(--rounds 3 --steps 10 --batch_size 32 --train_seconds 25)
+threads=${OMP_NUM_THREADS:-}
+export OMP_NUM_THREADS=3 # the checks run side by side, and threads of two programs wait for each other
 if [[ -n $dry ]]; then
-    export OMP_NUM_THREADS=1 # the checks run side by side, and threads of two programs wait for each other
+    threads=1
+    export OMP_NUM_THREADS=1
     model=(--n_layer 1 --n_head 1 --n_embd 16 --block_size 16 --batch_size 2 --max_steps 120)
     checks=(--few --device cpu)
     steps+=(--device cpu --small --rounds 1 --steps 2)
@@ -97,15 +104,17 @@ part parity 120 "$python" -m benchmarks.gpu_checks parity ${checks[@]+"${checks[
 part refused 90 "$python" -m benchmarks.gpu_checks refused ${dry:+--device cpu} &
 part resume 120 "$python" -m llm prove-resume --text "$text" --tokenizer byte --data_dir "$work/bytes" --kills 2 \
     --out_dir "$work/proof" "${model[@]}" &
-part torchrun 120 "$python" -m benchmarks.gpu_checks torchrun --text "$text" ${dry:+--device cpu} &
+part torchrun 90 "$python" -m benchmarks.gpu_checks torchrun --text "$text" ${dry:+--device cpu} &
 wait
+unset OMP_NUM_THREADS
+[[ -n $threads ]] && export OMP_NUM_THREADS=$threads
 
 # speed, one at a time
-part chapter 60 "$python" -m benchmarks.gpu --preset chapter --sides $all "${steps[@]}"
-part shakespeare-char 60 "$python" -m benchmarks.gpu --preset shakespeare-char --sides $all "${steps[@]}"
+part chapter 90 "$python" -m benchmarks.gpu --preset chapter --sides $all "${steps[@]}"
+part shakespeare-char 90 "$python" -m benchmarks.gpu --preset shakespeare-char --sides $all "${steps[@]}"
 for name in gpt2-124m llama-124m; do
     [[ -n $dry && $name == llama-124m ]] && large=ours,ours-any-order # compiling takes a CPU most of the time
-    part $name 140 "$python" -m benchmarks.gpu --preset $name --sides $large "${steps[@]}" "${times[@]}" \
+    part $name 160 "$python" -m benchmarks.gpu --preset $name --sides $large "${steps[@]}" "${times[@]}" \
         --profile "$out/profile-$name.txt"
 done
 

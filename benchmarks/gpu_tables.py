@@ -82,6 +82,8 @@ def write_profile(run: Callable[[], object], steps: int, step_seconds: float, fi
     times: dict[str, float] = {}  # name: milliseconds a step
     for event in profiler.key_averages():
         on_device = event.device_type == DeviceType.CUDA
+        if event.is_user_annotation:  # such as a step of the optimizer: it spans kernels that are listed themselves
+            continue
         if on_device == torch.cuda.is_available():
             spent = event.self_device_time_total if on_device else event.self_cpu_time_total
             times[event.key] = times.get(event.key, 0.0) + spent / 1000 / steps

@@ -111,7 +111,8 @@ def test_the_command_line_given_to_torchrun(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     train.main(["--text", "a b.txt", "--nproc", "2", "--max_steps", "7"])
     assert executed[0][1:] == [
-        *("-m", "llm.commands.launch", "--standalone", "--nproc_per_node=2", "-m", "llm", "train"),
+        *("-m", "llm.commands.launch", "--standalone", "--local_addr=127.0.0.1"),
+        *("--nproc_per_node=2", "-m", "llm", "train"),
         *("--text=a b.txt", "--max_steps=7"),
     ]
 

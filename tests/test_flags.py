@@ -305,7 +305,7 @@ def test_a_typed_flag_overrides_the_preset(here, losscurve):
     code, out, err = losscurve("schedule --preset shakespeare-char-cpu --max_steps 20")
     assert code == 0
     assert err == (
-        "warning: warmup_steps = 100 of the preset is ignored: it is not below max_steps = 20; the warm-up is 0 steps "
+        "note: warmup_steps = 100 of the preset is ignored: it is not below max_steps = 20; the warm-up is 0 steps "
         "(2 %)\n"
     )
     assert "in all: 20 steps, 0 of them warm-up" in out

@@ -46,12 +46,12 @@ def test_a_second_preparation_leaves_out_what_the_first_run_wrote(place, losscur
     left = "left out: node_modules/ (installed packages), venv/ (an environment), x.egg-info/ (installed packages)"
     code, _, err = losscurve(f"train --text . {settings} --data_dir tokens/first")
     assert code == 0, err
-    assert err.count(f"warning: .: reading 2 texts: more/b.md, text.txt; {left}\n") == 1
+    assert err.count(f"note: .: reading 2 texts: more/b.md, text.txt; {left}\n") == 1
     made("tokens/first/notes.txt")
     code, _, err = losscurve("prepare . --tokenizer byte --data_dir second")
     assert code == 0, err
-    assert [line for line in err.splitlines() if line.startswith("warning: .: ")] == [
-        "warning: .: reading 2 texts: more/b.md, text.txt; left out: checkpoints/ (a run), "
+    assert [line for line in err.splitlines() if line.startswith("note: .: ")] == [
+        "note: .: reading 2 texts: more/b.md, text.txt; left out: checkpoints/ (a run), "
         "node_modules/ (installed packages), tokens/first/notes.txt (beside token files) and 2 more"
     ]
     first, second = (json.loads(Path(f"{name}/meta.json").read_text())["source"] for name in ("tokens/first", "second"))

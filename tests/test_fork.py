@@ -96,7 +96,7 @@ def test_what_a_change_rules_out_is_said_to_be_the_runs(base, losscurve):
     settings = read_toml("base/config.toml")
     code, _, err = losscurve(f"fork base --at 10 --max_lr {settings['min_lr'] / 2}")
     assert code == 0, err
-    assert f"warning: min_lr = {settings['min_lr']} of base is ignored: it is above max_lr" in err
+    assert f"note: min_lr = {settings['min_lr']} of base is ignored: it is above max_lr" in err
     assert "preset" not in err
 
 

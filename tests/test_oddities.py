@@ -111,7 +111,7 @@ def test_a_notice_is_shown_once(here, losscurve):
     code, _, err = losscurve("prepare text.txt --tokenizer char")
     assert code == 0, err
     assert (
-        err.count("warning: text.txt: 101 CRLF line end(s), as Windows writes them: kept as they are; to remove them:")
+        err.count("note: text.txt: 101 CRLF line end(s), as Windows writes them: kept as they are; to remove them:")
         == 1
     )
 

@@ -377,7 +377,7 @@ def test_the_command(book: str, capsys, monkeypatch) -> None:
     assert "1.00 bytes per token; " in out
     assert f"suit {train / 20:.0f} parameters" in out or f"fit {train / 20:.0f} parameters" in out
     assert "next: losscurve train --data_dir d" in out
-    notice = "warning: book.txt: 40 CRLF line end(s)"
+    notice = "note: book.txt: 40 CRLF line end(s)"
     assert err.startswith(notice)
     for argv, code in (
         ([book, "--data_dir", "d"], 2),

@@ -248,7 +248,12 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def config_from(args: argparse.Namespace, say: Callable[[str], None] = warn) -> TrainConfig:
+def note(message: str) -> None:
+    """Print on stderr what a person may not expect, such as which files of a folder are read."""
+    print(f"note: {message}", file=sys.stderr)
+
+
+def config_from(args: argparse.Namespace, say: Callable[[str], None] = note) -> TrainConfig:
     """Return the preset or TOML file of `--preset` with the typed flags replaced in it. Raises UserError.
 
     `say` gets a line about each setting of the preset that the flags rule out.
@@ -262,7 +267,7 @@ def given_settings(args: argparse.Namespace) -> set[str]:
     return given_names(read_toml(args.preset) if args.preset else {}, typed_settings(args))
 
 
-def request_from(args: argparse.Namespace, say: Callable[[str], None] = warn) -> Request:
+def request_from(args: argparse.Namespace, say: Callable[[str], None] = note) -> Request:
     """Return the run that `--time` asks for, with the settings of `--preset` and the typed ones as given.
 
     Raises UserError. `say` as in `config_from`.

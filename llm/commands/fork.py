@@ -1,6 +1,6 @@
 """`fork RUN --at STEP`: a run that shares the past of another up to a checkpoint, with other settings from there."""
 
-from llm.commands.flags import Parser, add_settings, path, typed_settings, warn
+from llm.commands.flags import Parser, add_settings, note, path, typed_settings
 from llm.commands.train import add_run_flags
 from llm.commands.train import main as train
 from llm.config import FIELDS
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     find_state(args.run, args.at)
     changes = {name: value for name, value in typed_settings(args).items() if name != "out_dir"}
     out_dir = args.out_dir or usual_folder(args.run, args.at, changes)
-    fork(args.run, args.at, changes, out_dir, warn)
+    fork(args.run, args.at, changes, out_dir, note)
     own = ("--at", "--out_dir", *RUN_FLAGS)
     settings = [word for word in args.words if word.startswith("--") and word.partition("=")[0] not in (*own, "--")]
     print_best_effort(f"{out_dir}: forked from {args.run} at step {args.at}: {' '.join(settings) or 'nothing changed'}")

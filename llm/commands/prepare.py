@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llm.commands.bars import progress_bar
-from llm.commands.flags import Parser, add_settings, config_from, flag, warn
+from llm.commands.flags import Parser, add_settings, config_from, flag, note
 
 DESCRIPTION = (
     "Turn a text into token files: train.bin, val.bin, meta.json, tokenizer.json. The text: files (.jsonl and "
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
             offline=args.offline,
             overwrite=args.overwrite,
             progress=progress,
-            say=warn,
+            say=note,
             text_limit=config.text_limit,
             text_field=config.text_field,
             shard_tokens=args.shard_tokens,

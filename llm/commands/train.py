@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from llm.commands.flags import Parser, add_settings, config_from, given_settings, typed_settings, warn
+from llm.commands.flags import Parser, add_settings, config_from, given_settings, note, typed_settings, warn
 from llm.commands.train_time import choose, read_time_config, train_all
 from llm.config import FIELDS, PRESETS, TrainConfig, from_settings, resolve_settings
 from llm.errors import Failure, UserError
@@ -92,7 +92,9 @@ def exec_torchrun(nproc: int, words: list[str]) -> int:
     if not 1 <= nproc <= 1024:
         raise UserError(f"nproc = {nproc}: expected a number of processes from 1 to 1024")
     os.environ.setdefault("OMP_NUM_THREADS", str(cores(share_of=nproc)))
-    torchrun = ("-m", "llm.commands.launch", "--standalone", f"--nproc_per_node={nproc}", "-m", "llm", "train")
+    # the address: torchrun would connect to this machine's own name, which not every network knows
+    here = ("--standalone", "--local_addr=127.0.0.1", f"--nproc_per_node={nproc}")
+    torchrun = ("-m", "llm.commands.launch", *here, "-m", "llm", "train")
     flags = [word for word in words if not word.startswith("--nproc=")]  # torchrun would take --nproc as its own
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *torchrun, *flags], child_environment())
@@ -115,7 +117,7 @@ def run_process(argv: list[str], world: "World", began: float, kept_bytes: int =
     from llm.train import train
 
     with world.together():
-        say = warn if world.leads else lambda line: None
+        say = note if world.leads else lambda line: None
         choice: Choice | None = None
         deadline: Deadline | None = None
         predicted: Prediction | str = ""

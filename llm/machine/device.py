@@ -132,13 +132,14 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = _product_size(device, dtype)
     generator = torch.Generator(device).manual_seed(0)  # leaves PyTorch's own generator as it is
     a = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
+    torch.mm(a, a)[0, 0].item()  # warm-up; .item() waits for the device
     times: list[float] = []
     first_start = time.perf_counter()
-    while len(times) < 11 and (len(times) < 3 or time.perf_counter() - first_start < RATE_SECONDS):
+    while len(times) < 2 or (len(times) < 10 and time.perf_counter() - first_start < RATE_SECONDS):
         start = time.perf_counter()
-        torch.mm(a, a)[0, 0].item()  # .item() waits for the device
+        torch.mm(a, a)[0, 0].item()
         times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times[1:])  # the first is the warm-up
+    return 2 * size**3 / min(times)
 
 
 def _product_size(device: torch.device, dtype: torch.dtype) -> int:

@@ -64,6 +64,31 @@ def test_a_vocabulary_of_one_character_has_nothing_to_guess(here, losscurve):
     assert "ln V" not in Path("checkpoints/report.html").read_text(encoding="utf-8")
 
 
+def test_files_that_are_no_runs_are_left_alone(here, losscurve):
+    """Also with --overwrite, which replaces runs only."""
+    for name in ("samples.txt", "best", "notes.md"):
+        Path("own").mkdir(exist_ok=True)
+        Path("own", name).write_text("mine", encoding="utf-8")
+    for more in ("", "--overwrite"):
+        code, _, err = losscurve(f"train --text text.txt --out_dir own {flags()} {more}")
+        told = "own: holds samples.txt, which is of no run and would be replaced; choose another --out_dir"
+        assert (code, err) == (2, f"error: {told}\n")
+    Path("own/samples.txt").unlink()
+    for more in ("", "--overwrite"):
+        assert losscurve(f"train --text text.txt --out_dir own {flags(max_steps=3)} {more}")[0] == 0
+        assert Path("own/notes.md").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_run_in_place_of_a_text_gets_the_flag_that_is_meant(run, losscurve):
+    for command, told in (
+        ("train --resume checkpoints", "checkpoints: is a run; to continue it: --resume --out_dir checkpoints"),
+        ("schedule checkpoints", "for its schedule: losscurve schedule --preset checkpoints/config.toml"),
+        ("try --vary n_layer=1,2 n_head=1,2", "n_head=1,2: has no flag; write --vary n_head=1,2"),
+    ):
+        code, _, err = losscurve(command)
+        assert (code, told in err) == (2, True), err
+
+
 def test_a_run_is_never_overwritten_in_silence(run, losscurve):
     before = Path("checkpoints/model.pt").read_bytes()
     code, out, err = losscurve(f"train --text text.txt --data_dir data {flags()}")

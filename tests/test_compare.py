@@ -41,6 +41,17 @@ def make(path: str, curve: tuple[float | None, ...], every: int = 10, data: dict
     return run
 
 
+def test_token_files_without_a_description_tell_the_size_of_the_split(here):
+    """As nanoGPT writes them."""
+    Path("tokens").mkdir()
+    Path("tokens/val.bin").write_bytes(bytes(2 * 600))
+    runs = [read_run(make(f"run{size}", (5.0, 4.0), data_dir="tokens", block_size=size)) for size in (16, 32)]
+    assert [run.val_tokens for run in runs] == [600, 600]
+    assert common_unit(*runs)[0] == "loss"
+    fewer = read_run(make("fewer", (5.0, 4.0), data_dir="tokens", block_size=32, eval_tokens=500))
+    assert common_unit(runs[0], fewer)[0] is None
+
+
 @pytest.fixture
 def two_settings(here):
     """Three seeds each of two settings; the second has a larger rate, and losses that are lower by 0.1 to 0.12."""

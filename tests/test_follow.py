@@ -148,6 +148,15 @@ def test_broken_settings_are_an_error_that_stays_until_they_are_fixed(tmp_path):
     assert (facts(follower)["error"], facts(follower)["max_steps"]) == ("", 100)
 
 
+def test_settings_are_shown_as_they_are_typed(tmp_path):
+    fill(tmp_path, range(3))
+    (tmp_path / "config.toml").write_text('save_every = "10m"\ncompile = true\ntext = ["a", "b"]\n')
+    follower = Follower(tmp_path, "a")
+    follower.update()
+    shown = facts(follower)["settings"]
+    assert [shown[name] for name in ("save_every", "compile", "text")] == ["600s", "true", "a b"]
+
+
 def test_a_line_without_end_is_an_error_that_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(follow, "BLOCK", 1000)
     fill(tmp_path, range(3))

@@ -220,6 +220,8 @@ def test_compressed_texts_and_rows_are_read(here, losscurve):
     Path("e.txt.zst").write_bytes(skipped + zstd.compress(ENGLISH.encode()))
     with opened(("e.txt.zst",)) as source:
         assert "".join(source.files[0].read()) == ENGLISH
+    Path("e.txt").write_bytes(Path("e.txt.zst").read_bytes())
+    assert "compressed by Zstandard" in refused(losscurve, "e.txt")
     for suffix, compress in ((".gz", gzip.compress), (".zst", zstd.compress)):
         for name in ("cut.txt", "cut.jsonl"):  # truncated
             Path(name + suffix).write_bytes(compress(rows.encode())[:-6])

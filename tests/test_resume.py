@@ -99,6 +99,19 @@ def test_the_remedy_for_another_run_works_when_pasted(run, losscurve):
         shutil.rmtree("checkpoints-2")
 
 
+def test_the_remedy_names_the_folder_that_was_typed_and_other_tokens_have_another_folder(run, losscurve):
+    Path("checkpoints").rename("moved")
+    for command in ("train --resume --out_dir moved --tokenizer byte", "fork moved --at 0 --tokenizer byte"):
+        _, _, err = losscurve(command)
+        advised = err.strip().partition("start another run with: losscurve ")[2]
+        assert "--preset moved/config.toml" in advised
+        code, _, err = losscurve(advised)
+        assert code == 0, err
+        assert run_config(Path("moved-2")).tokenizer == "byte"
+        shutil.rmtree("moved-2")
+    assert read_toml("moved/config.toml")["tokenizer"] == "char"
+
+
 def test_a_checkpoint_from_before_a_setting_existed_has_its_default(run):
     config = run_config(run / "checkpoints")
     settings = json.loads(json.dumps(to_settings(config)))  # as a checkpoint holds them

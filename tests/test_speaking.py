@@ -186,6 +186,13 @@ def test_sample_speaks(here, losscurve, capsys):
         assert err.startswith(f"error: {reason}"), err
 
 
+def test_without_a_prompt_a_model_begins_with_what_it_can_read(here, losscurve):
+    trained(config_for(here, tokenizer="char", max_steps=1, warmup_steps=0))
+    code, out, err = losscurve("sample --checkpoint checkpoints/model.pt --max_new_tokens 3 --num_samples 1")
+    assert (code, err) == (0, "")
+    assert len(out.strip("\n")) <= 4
+
+
 def test_a_prompt_that_the_model_cannot_read_is_named_before_anything_is_drawn(here, losscurve):
     trained(config_for(here, tokenizer="char", max_steps=1, warmup_steps=0))
     Path("prompts.txt").write_text("ab\n\naß\n", encoding="utf-8")

@@ -327,6 +327,8 @@ def test_a_damaged_teacher_is_said_and_a_new_run_takes_the_folder(here, losscurv
     ]
     code, _, err = losscurve("train --resume --out_dir second")
     assert (code, "second/teacher-predictions/predictions.bin" in err) == (2, True), err
+    trained(config, overwrite=True)
+    assert all(finding.good for finding in verify(Path("second")))
     trained(from_settings({"teacher": ()}, config), overwrite=True)
     assert not Path("second/teacher-predictions").exists()
 

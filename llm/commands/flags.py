@@ -143,6 +143,8 @@ class Parser(argparse.ArgumentParser):
     def _with_flag(self, word: str) -> str:
         """Return a word that has no flag as the value of its flag. Raises UserError if that is not clear."""
         name = _underscored(f"--{word.partition('=')[0]}")
+        if "=" in word and "--vary" in self._option_string_actions:
+            raise UserError(f"{word}: has no flag; write {shlex.join(['--vary', word])}")
         if "=" in word and name in self._option_string_actions:
             raise UserError(f"{word}: a flag starts with two dashes; write {shlex.quote(f'--{word}')}")
         if len(self.bare) > 1:

@@ -1,9 +1,11 @@
 """`schedule`: print and draw the learning rate of a run, from the flags of `train`, before training."""
 
+import shlex
 from pathlib import Path
 
 from llm.commands.flags import Parser, add_settings, config_from, path, warn
 from llm.config import FIELDS, TrainConfig
+from llm.errors import UserError
 from llm.schedule import decay_start, lr_at, warmup_warning
 
 # the settings that the schedule depends on
@@ -23,6 +25,10 @@ def main(argv: list[str]) -> int:
     add_settings(parser, [*RELEVANT, *(name for name in FIELDS if name not in RELEVANT)])
     args = parser.read(argv)
     config = config_from(args)
+    for word in config.text:
+        if Path(word, "config.toml").is_file():
+            settings = shlex.quote(str(Path(word, "config.toml")))
+            raise UserError(f"{word}: is a run; for its schedule: losscurve schedule --preset {settings}")
     from llm.record.plot import plot_schedule
 
     plot_schedule(config, args.out)

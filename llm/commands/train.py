@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import time
@@ -79,8 +80,11 @@ def read_config(args: argparse.Namespace, say: Callable[[str], None] = lambda li
     if args.time is not None:
         return read_time_config(args, say)
     if args.resume:  # the other settings are those of the run, and what is typed is checked with them
-        places = {name: value for name, value in resolve_settings(typed_settings(args)).items() if name == "out_dir"}
-        return from_settings(places)
+        typed = resolve_settings(typed_settings(args))
+        for word in typed.get("text", ()):
+            if os.path.isfile(os.path.join(word, "config.toml")):
+                raise UserError(f"text = {word}: is a run; to continue it: --resume --out_dir {shlex.quote(word)}")
+        return from_settings({name: value for name, value in typed.items() if name == "out_dir"})
     return config_from(args, say)
 
 

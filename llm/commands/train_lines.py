@@ -1,6 +1,7 @@
 """The lines that `train` prints on stdout before the first step and after the last."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -130,7 +131,10 @@ def end_lines(run: "LiveRun") -> Iterator[str]:
     yield f"evaluation, samples, pictures, saving: {share:.1%} of {progress.seconds:.0f} s{teachers}"
     yield f"in {run.out_dir}: loss_curve.png, samples.txt, metrics.jsonl, best.pt, {folder_name(progress.step)}/"
     weights = " --weights best" if overfitting else ""
-    yield f"next: losscurve sample {flag('out_dir', run.out_dir)}{weights}"
+    if run.parts.tokenizer is None:  # nobody can read its samples
+        yield f"next: losscurve report {shlex.quote(str(run.out_dir))}"
+    else:
+        yield f"next: losscurve sample {flag('out_dir', run.out_dir)}{weights}"
 
 
 def last_bits(run: "LiveRun") -> float | None:

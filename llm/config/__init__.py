@@ -28,6 +28,7 @@ from llm.config.settings import (
     read_toml,
     resolve_settings,
     to_settings,
+    typed_words,
     write_toml,
 )
 
@@ -60,5 +61,6 @@ __all__ = [
     "resolve_settings",
     "short_repr",
     "to_settings",
+    "typed_words",
     "write_toml",
 ]

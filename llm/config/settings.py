@@ -157,7 +157,18 @@ def from_settings(settings: dict[str, Any], base: TrainConfig | None = None) -> 
     return dataclasses.replace(base, model=dataclasses.replace(base.model, **model), **train)
 
 
-# ---- a config as flat settings and as TOML
+# ---- a config as flat settings, as words and as TOML
+
+
+def typed_words(name: str, value: Any) -> list[str]:
+    """Return the value of a setting as the words that follow its flag."""
+    if isinstance(value, tuple):
+        return list(map(str, value))
+    if isinstance(value, bool):
+        return [str(value).lower()]
+    if isinstance(value, float) and FIELDS[name].metadata["unit"] == "steps or duration":
+        return [f"{value:.10g}s"]  # without the unit, it would be steps
+    return [str(value)]
 
 
 def to_settings(config: TrainConfig) -> dict[str, Any]:

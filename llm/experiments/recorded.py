@@ -33,7 +33,7 @@ class ValidationText(NamedTuple):
     """The validation text, as the meta.json of its token files describes it."""
 
     source: tuple[str, float]  # SHA-256 of the whole text, and the fraction held out
-    tokens: int  # of the validation split
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class RecordedRun:
     hashes: dict[str, str]  # SHA-256 of the token files, by name; empty if unknown
     machine: tuple[Any, ...]
     text: ValidationText | None  # None if the data folder is not there, or has no meta.json
+    val_tokens: int | None  # of the validation split; None if the data folder is not there
     origins: Sequence[Origin] = ()  # of a fork, and of the run that it was forked from, and so on
 
     @property
@@ -57,7 +58,7 @@ class RecordedRun:
     @property
     def evaluates_all(self) -> bool:
         """Whether an evaluation predicts the whole validation split, as far as its size is known."""
-        return self.text is not None and self.text.tokens - 1 <= self.config.eval_tokens
+        return self.val_tokens is not None and self.val_tokens - 1 <= self.config.eval_tokens
 
     @property
     def identity(self) -> str:
@@ -138,6 +139,7 @@ def recorded_run(path: Path, config: TrainConfig, rows: Sequence[Row], data_dir:
     hashes = facts.get("data")
     hashes = hashes if isinstance(hashes, dict) else {}
     places = [*([Path(data_dir)] if data_dir else []), *places_of(config.data_dir or "data", path, config)]
+    text = _find_text(places, hashes)
     return RecordedRun(
         path,
         config,
@@ -145,13 +147,20 @@ def recorded_run(path: Path, config: TrainConfig, rows: Sequence[Row], data_dir:
         not_finite=next((row["step"] for row in rows if row["loss"] is None), None),
         hashes=hashes,
         machine=(config.device, *(facts.get(name) for name in MACHINE)),
-        text=_find_text(places, hashes),
+        text=text,
+        val_tokens=text.tokens if text else _tokens_of_others(places),
         origins=origins(facts),
     )
 
 
 def _compared(settings: dict[str, Any]) -> list[tuple[str, Any]]:
     return sorted((name, value) for name, value in settings.items() if name not in REPEATED)
+
+
+def _tokens_of_others(places: Sequence[Path]) -> int | None:
+    """Return the validation tokens of the first folder whose token files have no meta.json, as nanoGPT's."""
+    files = (folder / "val.bin" for folder in places if not (folder / "meta.json").exists())
+    return next((file.stat().st_size // 2 for file in files if file.is_file()), None)
 
 
 def _find_text(places: Sequence[Path], hashes: dict[str, str]) -> ValidationText | None:

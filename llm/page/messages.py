@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm.config import TrainConfig, to_settings
+from llm.config import TrainConfig, to_settings, typed_words
 from llm.page.follow import RECENT, Follower
 from llm.page.thin import columns
 from llm.record.metrics import averaged_bits, best, overfits_since
@@ -89,6 +89,7 @@ def _seconds_left(run: Follower) -> float | None:
 def facts(run: Follower) -> dict[str, Any]:
     """Return everything except the training curves: what changes with evaluations and settings."""
     config = run.config
+    settings = to_settings(config) if config else {}
     lowest = best(run.val)
     band = run.band
     return {
@@ -96,7 +97,7 @@ def facts(run: Follower) -> dict[str, Any]:
         "is_model": run.is_model,
         "has_record": run.has_record,
         "error": "; ".join(run.errors.values()),
-        "settings": {key: format_setting(value) for key, value in to_settings(config).items()} if config else {},
+        "settings": {name: " ".join(typed_words(name, value)) for name, value in settings.items()},
         "ended": _ended(run),
         "max_steps": config.max_steps if config else None,
         "tokens_per_step": config.tokens_per_step if config else None,
@@ -136,13 +137,6 @@ def _schedule_knobs(config: TrainConfig) -> dict[str, Any]:
         "cooldown": config.cooldown,
         "muon_lr": config.muon_lr if config.optimizer == "muon" else None,
     }
-
-
-def format_setting(value: object) -> str:
-    """Return a setting's value as it is written after a flag."""
-    if isinstance(value, list | tuple):
-        return " ".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def thin_evaluations(val: list[Row]) -> list[Row]:

@@ -206,9 +206,10 @@ def _check_windows(meta: dict[str, Any], job: Job) -> None:
     for split, needed in needed_tokens.items():
         tokens = meta["splits"][split]["tokens"]
         if tokens < needed:
+            other = "a smaller --block_size" if split == "train" else "a larger --val_fraction"
             raise UserError(
                 f"{job.names}: the {split} split has {tokens} tokens, and a window needs {needed}; "
-                f"give more text or a smaller --block_size"
+                f"give more text or {other}"
             )
 
 

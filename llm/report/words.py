@@ -3,7 +3,7 @@
 from pathlib import Path, PurePath
 from typing import Any
 
-from llm.config import FIELDS, TrainConfig, differing_settings
+from llm.config import TrainConfig, differing_settings, typed_words
 from llm.errors import UserError
 from llm.record.chart_style import plain
 from llm.run import Run
@@ -54,14 +54,7 @@ def format_setting(name: str, value: Any) -> str:
 
 def setting_words(name: str, value: Any) -> list[str]:
     """Return a setting's value as the words of a command; of a path only its last part."""
-    if isinstance(value, tuple):
-        words = [str(word) for word in value]
-    elif isinstance(value, bool):
-        words = [str(value).lower()]
-    elif isinstance(value, float) and FIELDS[name].metadata["unit"] == "steps or duration":
-        words = [f"{value:.10g}s"]  # without the unit, it would be steps
-    else:
-        words = [str(value)]
+    words = typed_words(name, value)
     if name in PATH_SETTINGS:
         words = [PurePath(word).name or word for word in words]
     return [plain(word, 120) for word in words]

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from llm.config import MODEL_FIELDS, TrainConfig, coerce, from_settings, to_settings
+from llm.config import MODEL_FIELDS, TrainConfig, coerce, from_settings, to_settings, typed_words
 from llm.errors import UserError
 from llm.prepare.reuse import unused
 from llm.start.run_data import places_of
@@ -16,6 +16,8 @@ RESUMABLE = {
     *("data_dir", "out_dir", "device", "compile", "sample_prompt", "sample_tokens"),
     *("parallel", "activation_checkpointing", "cpu_offload"),
 }
+# settings that need other token files
+OTHER_TOKENS = {"text", "text_limit", "text_field", "tokenizer", "vocab_size", "val_fraction"}
 SPLIT = "batch_size x gradient_accumulation_steps"  # another split of the same windows is the same run
 
 
@@ -67,9 +69,10 @@ def apply_changes(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
             f"{split_of(wanted)} = {wanted.windows_per_step} on --resume; {split_remedy(config, wanted)}"
         )
     if name:
+        command = new_run_command(config, wanted.out_dir, {name: after.get(name)})
         raise UserError(
             f"{name} was {before.get(name)!r} in this run and cannot become {after.get(name)!r} on --resume; "
-            f"leave it out, or start another run with: {new_run_command(config, {name: after.get(name)})}"
+            f"leave it out, or start another run with: {command}"
         )
     return wanted
 
@@ -90,13 +93,15 @@ def split_remedy(config: TrainConfig, wanted: TrainConfig) -> str:
     return f"split the same {windows} otherwise, with {flags}"
 
 
-def new_run_command(config: TrainConfig, changes: dict[str, Any]) -> str:
-    """Return the command for a run like that of `config` with `changes`, from its weights if they fit."""
-    out_dir = config.out_dir.rstrip("/")
+def new_run_command(config: TrainConfig, run_dir: str, changes: dict[str, Any]) -> str:
+    """Return the command for a run like that of `config` in `run_dir` with `changes`, from its weights if they fit."""
+    out_dir = run_dir.rstrip("/") or run_dir
+    if changes.keys() & OTHER_TOKENS and "data_dir" not in changes:
+        changes = changes | {"data_dir": unused(f"data/{Path(out_dir).resolve().name}-2")}
     words = ["losscurve", "train", "--preset", f"{out_dir}/config.toml"]
     if not changes.keys() & (MODEL_FIELDS.keys() - {"dropout"} | {"vocab_size", "tokenizer", "init_from"}):
         words += ["--init_from", out_dir]
     for name, value in changes.items():
         if value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+            words += [f"--{name}", *typed_words(name, value)]
     return shlex.join([*words, "--out_dir", unused(f"{out_dir}-2")])

@@ -55,7 +55,7 @@ def fork(run_dir: Path, step: int, changes: dict[str, Any], out_dir: Path, say: 
     changes = resolve_settings(changes)
     ruled_out: list[str] = []
     config = over_preset(to_settings(before), changes, ruled_out.append, source=str(run_dir))
-    check_changes(before, config)
+    check_changes(run_dir, before, config)
     check_free(out_dir)
     groups, facts = checkpoint.load_state(state)
     check_goes_on(run_dir, step, before, config, facts)
@@ -165,16 +165,16 @@ def check_goes_on(run_dir: Path, step: int, before: TrainConfig, after: TrainCon
     check_unfinished(from_settings({"out_dir": run_dir}, after), facts["progress"])
 
 
-def check_changes(before: TrainConfig, after: TrainConfig) -> None:
+def check_changes(run_dir: Path, before: TrainConfig, after: TrainConfig) -> None:
     """Raise UserError that names a setting which a fork cannot change, with the reason and what to do instead."""
     old, new = to_settings(before), to_settings(after)
     for name in sorted(old.keys() | new.keys()):
         reason = OTHER_RUN.get(name) or _reason_by_value(name, before, after)
         if reason and old.get(name) != new.get(name):
+            command = new_run_command(before, str(run_dir), {name: new.get(name)})
             raise UserError(
                 f"{name} was {_shown(old.get(name))} in this run and cannot become {_shown(new.get(name))} in a fork: "
-                f"{reason}; "
-                f"leave it out, or start another run with: {new_run_command(before, {name: new.get(name)})}"
+                f"{reason}; leave it out, or start another run with: {command}"
             )
 
 

@@ -29,7 +29,7 @@ from llm.start.sources import open_sources
 from llm.start.teacher import refuse_own_folder
 from llm.start.texts import default_prompt, open_text
 from llm.tokens.saved_tokenizer import save_tokenizer
-from llm.tokens.tokenizer import Tokenizer
+from llm.tokens.tokenizer import Tokenizer, encode_prompt
 from llm.training import predictions
 from llm.training.live import LiveRun
 from llm.training.parts import Parts
@@ -137,7 +137,7 @@ def open_new_text(
         check_tokens(config, data, teachers[0].tokenizer, tokenizer, config.teacher[0])
     prompt = config.sample_prompt or default_prompt(data, tokenizer)
     if tokenizer is not None:
-        tokenizer.encode(prompt)  # raises now if a character is not in the vocabulary
+        encode_prompt(tokenizer, prompt, "sample_prompt")  # raises now if a character is not in the vocabulary
     return resolve(config, data, dtype, prompt), OpenText(data, tokenizer, prompt, line), start, teachers
 
 
@@ -154,7 +154,7 @@ def open_new_folder(
     storage.check_writable(out_dir, disk_needed(config, len(parts.data.train)))
     with contextlib.ExitStack() as stack:
         stack.enter_context(storage.locked(out_dir, "this run folder"))
-        refuse_existing(out_dir, overwrite)  # another process may have written here since the first check
+        is_there = refuse_existing(out_dir, overwrite)  # another process may have written since the first check
         with contextlib.ExitStack() as predicting:
             if teachers:
                 folder = predicting.enter_context(storage.folder_in_place(out_dir / predictions.FOLDER))
@@ -162,7 +162,8 @@ def open_new_folder(
                 path = folder / predictions.NAME
                 write_predictions(path, config, models, parts.data.train, parts.dtype, progress)
                 parts.predictions = predictions.reader(out_dir, config)
-            clear(out_dir)  # of an earlier run's predictions too: those of this run get their name at the block's end
+            if is_there:
+                clear(out_dir)  # its predictions too: those of the new run get their name at the block's end
         storage.write_text(out_dir / "config.toml", write_toml(config))
         write_environment(out_dir, parts.data, {"pretrained": True} if is_pretrained else {})
         if parts.tokenizer is not None:

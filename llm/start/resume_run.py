@@ -138,7 +138,7 @@ def check_same_text(text: tuple[str, ...], config: TrainConfig, folder: Path, sa
     tokens = unused(f"{default_folder(TrainConfig(text=text))}-for-{Path(config.out_dir).resolve().name}")
     raise UserError(
         f"text = {' '.join(text)}: not the text that {folder} was made from; leave --text out to go on with that, "
-        f"or train on it with: {new_run_command(config, {'text': text, 'data_dir': tokens})}"
+        f"or train on it with: {new_run_command(config, config.out_dir, {'text': text, 'data_dir': tokens})}"
     )
 
 

@@ -1,5 +1,6 @@
 """The run folder: refuse or clear an earlier run, the disk it needs, env.json."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -18,8 +19,8 @@ from llm.training import predictions
 Say = Callable[[str], None]  # prints a line for the user
 
 OURS = (
-    *("config.toml", "metrics.jsonl", "env.json", "tokenizer.json", "refused.json", "report.html"),
-    *("samples.jsonl", "samples.txt", "loss_curve.png"),
+    *("metrics.jsonl", "env.json", "tokenizer.json", "refused.json", "report.html"),
+    *("samples.jsonl", "samples.txt", "loss_curve.png", "config.toml"),
 )
 WEIGHTS = ("model.pt", "best.pt")
 # facts in env.json that stay true on another machine: the checkpoint that a fork began from, and whether the run, or
@@ -45,24 +46,35 @@ def say_limits(say: Say) -> None:
         say(limit)
 
 
-def refuse_existing(out_dir: Path, overwrite: bool) -> None:
-    """Raise UserError that names what `out_dir` holds, if that is a run and it may not be overwritten."""
+def refuse_existing(out_dir: Path, overwrite: bool) -> bool:
+    """Return whether `out_dir` holds a run. Raise UserError that names it if it may not be overwritten, or what else is
+    there that a run would replace.
+    """
     found = [name for name in ("config.toml", "metrics.jsonl", *WEIGHTS) if (out_dir / name).exists()]
     states = checkpoint.saved_steps(out_dir)
-    if (found or states) and not overwrite:
+    if not found and not states:
+        others = [name for name in OURS if os.path.lexists(out_dir / name)]
+        if others:
+            raise UserError(
+                f"{out_dir}: holds {others[0]}, which is of no run and would be replaced; choose another --out_dir"
+            )
+        return False
+    if not overwrite:
         there = f"a run saved at step {states[-1]}" if states else f"a run ({found[0]})"
         raise UserError(
             f"{out_dir}: holds {there}; continue with --resume, replace it with --overwrite, or choose another "
             "--out_dir"
         )
+    return True
 
 
 def clear(out_dir: Path) -> None:
-    """Remove the files of an earlier run, and nothing else."""
+    """Remove the files of an earlier run, and nothing else: config.toml last, which says that there is one."""
     states = [out_dir / checkpoint.folder_name(step) for step in checkpoint.saved_steps(out_dir)]
     for folder in (*states, *out_dir.glob("damaged-step-*"), *out_dir.glob(predictions.FOLDER)):
         storage.remove_folder(folder)
-    for name in (*OURS, *WEIGHTS, "latest", "best"):  # the last two are of older versions
+    pointers = [name for name in ("latest", "best") if (out_dir / name).is_file()]  # of older versions
+    for name in (*pointers, *WEIGHTS, *OURS):
         (out_dir / name).unlink(missing_ok=True)
 
 

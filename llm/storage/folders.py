@@ -96,9 +96,10 @@ def new_folder(final: Path) -> Iterator[Path]:
 def remove_folder(folder: Path) -> None:
     """Remove a folder; a crash leaves it complete, or frees its name (`sweep` removes the rest).
 
-    Where the file system cannot rename the folder, a crash may leave a part of it, which does not verify.
+    Where the file system cannot rename the folder, a crash may leave a part of it, which does not verify. A folder of
+    this name that `folder_in_place` is about to put there stays.
     """
-    temporary = temporary_path(folder, "tmp")
+    temporary = temporary_path(folder.with_name(f"{folder.name}-removed"), "tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     _free_name(folder, temporary)
     sync_folder(folder.parent)

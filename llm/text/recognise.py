@@ -31,6 +31,7 @@ SIGNATURES = (
     (0, b"\x1f\x8b", "compressed by gzip", "| gzip -dc"),
     (0, b"\xfd7zXZ\x00", "compressed by xz", "| xz -dc"),
     (0, b"\x28\xb5\x2f\xfd", "compressed by Zstandard", "| zstd -dc"),
+    (1, b"\x2a\x4d\x18", "compressed by Zstandard", "| zstd -dc"),  # by pzstd, which begins with a skipped frame
     (0, b"\x04\x22\x4d\x18", "compressed by lz4", "| lz4 -dc"),
     (257, b"ustar", "a tar archive", UNPACK),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it and give the folder: 7z x -o{folder} {file}"),

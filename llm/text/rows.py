@@ -204,7 +204,10 @@ def _read_parquet(path: Path, label: str, field: str) -> Iterator[str]:
                 for text in batch[0].to_pylist():
                     number += 1
                     if isinstance(text, bytes):  # of a writer that does not say that its bytes are text
-                        text = text.decode()
+                        try:
+                            text = text.decode()
+                        except UnicodeDecodeError:
+                            raise UserError(f'{label}: row {number}: column "{field}" is not UTF-8') from None
                     if not isinstance(text, str):
                         raise UserError(f'{label}: row {number}: column "{field}" is {_json_type(text)}, not a text')
                     yield text

@@ -157,6 +157,8 @@ def check_length(folder: Path, split: str, meta: dict[str, Any] | None, block_si
         remedy = "give more text"
         if split == "train" and tokens > 1:
             remedy += f" or a --block_size below {tokens}"
+        if split == "val":
+            remedy += ", or prepare it with a larger --val_fraction"
         raise UserError(f"{path}: {tokens} tokens, and a window needs {needed}; {remedy}")
     return tokens
 

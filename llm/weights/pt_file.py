@@ -27,13 +27,13 @@ def run_config(folder: Path) -> TrainConfig:
     """Return the settings of the run in `folder`. Raises UserError if there is no run."""
     if (folder / "config.json").is_file() and not (folder / "config.toml").exists():
         raise UserError(
-            f"{folder}: a model in Hugging Face's format and no run; sample from it with --checkpoint {folder}, train "
-            f"from it with --init_from {folder}"
+            f"{folder}: a model in Hugging Face's format and no run; sample from it with --checkpoint "
+            f"{shlex.quote(str(folder))}, train from it with --init_from {shlex.quote(str(folder))}"
         )
     if (folder / "state.json").is_file():
         raise UserError(
             f"{folder}: a checkpoint and no run; give its run, {folder.parent}, or sample from the checkpoint with "
-            f"--checkpoint {folder}"
+            f"--checkpoint {shlex.quote(str(folder))}"
         )
     if not (folder / "config.toml").is_file():
         raise no_run(folder, "config.toml")

@@ -29,7 +29,7 @@ if [[ $# -lt 1 || $# -gt 2 || $1 == -* || ${2:---dry} != --dry ]]; then
     echo "usage: benchmarks/gpu.sh OUT [--dry]" >&2
     exit 2
 fi
-cache=$(cd "${LOSSCURVE_CACHE:-.}" && pwd) || exit 2 # before the folder changes
+[[ -z ${LOSSCURVE_CACHE:-} ]] || LOSSCURVE_CACHE=$(cd "$LOSSCURVE_CACHE" && pwd) || exit 2 # before the folder changes
 mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit 2
 dry=${2:+2} # the factor of the limits, on a CPU
 python=${PYTHON:-python3}
@@ -39,7 +39,6 @@ trap 'rm -rf "$work"' EXIT
 rm -f "$out"/{summary.txt,results.jsonl,log.txt} "$out"/profile-*.txt
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 NO_COLOR=1 HF_HUB_OFFLINE=1 TMPDIR="$work"
 export GLOO_SOCKET_IFNAME=lo # no name of this machine is looked up
-[[ -n ${LOSSCURVE_CACHE:-} ]] && export LOSSCURVE_CACHE="$cache"
 export TORCHINDUCTOR_CACHE_DIR="$work/inductor" TRITON_CACHE_DIR="$work/triton" # one part compiles for the next
 
 say() { echo "$*" | tee -a "$out/summary.txt"; }
@@ -86,10 +85,7 @@ steps=(--json "$out/results.jsonl")
 all=plain,plain-bf16,transformers-bf16,ours,ours-any-order,ours-compiled
 large=ours,ours-any-order,ours-compiled,ours-plain-loss
 times=(--rounds 3 --steps 10 --batch_size 32 --train_seconds 25)
-threads=${OMP_NUM_THREADS:-}
-export OMP_NUM_THREADS=3 # the checks run side by side, and threads of two programs wait for each other
 if [[ -n $dry ]]; then
-    threads=1
     export OMP_NUM_THREADS=1
     model=(--n_layer 1 --n_head 1 --n_embd 16 --block_size 16 --batch_size 2 --max_steps 120)
     checks=(--few --device cpu)
@@ -98,16 +94,17 @@ if [[ -n $dry ]]; then
     times=(--train_seconds 1)
 fi
 
-# correctness, side by side: none of it is timed
-part doctor 90 "$python" -m llm doctor &
-part parity 120 "$python" -m benchmarks.gpu_checks parity ${checks[@]+"${checks[@]}"} &
-part refused 90 "$python" -m benchmarks.gpu_checks refused ${dry:+--device cpu} &
-part resume 120 "$python" -m llm prove-resume --text "$text" --tokenizer byte --data_dir "$work/bytes" --kills 2 \
-    --out_dir "$work/proof" "${model[@]}" &
-part torchrun 90 "$python" -m benchmarks.gpu_checks torchrun --text "$text" ${dry:+--device cpu} &
-wait
-unset OMP_NUM_THREADS
-[[ -n $threads ]] && export OMP_NUM_THREADS=$threads
+# correctness, side by side: none of it is timed, and threads of two programs wait for each other
+(
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-3}
+    part doctor 90 "$python" -m llm doctor &
+    part parity 120 "$python" -m benchmarks.gpu_checks parity ${checks[@]+"${checks[@]}"} &
+    part refused 90 "$python" -m benchmarks.gpu_checks refused ${dry:+--device cpu} &
+    part resume 120 "$python" -m llm prove-resume --text "$text" --tokenizer byte --data_dir "$work/bytes" --kills 2 \
+        --out_dir "$work/proof" "${model[@]}" &
+    part torchrun 90 "$python" -m benchmarks.gpu_checks torchrun --text "$text" ${dry:+--device cpu} &
+    wait
+)
 
 # speed, one at a time
 part chapter 90 "$python" -m benchmarks.gpu --preset chapter --sides $all "${steps[@]}"

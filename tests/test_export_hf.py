@@ -17,7 +17,7 @@ from hub_server import serving
 from safetensors import safe_open
 
 from llm import storage
-from llm.commands.export import beside
+from llm.commands.export import path_for
 from llm.config import from_settings
 from llm.errors import UserError
 from llm.export import huggingface
@@ -128,8 +128,8 @@ def test_the_command_writes_a_folder_that_is_complete(run, losscurve):
 def test_an_export_lies_beside_a_run_that_is_typed_as_a_dot(tmp_path, monkeypatch):
     (tmp_path / "mine" / "deep").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "mine")
-    assert [beside(run, ".gguf") for run in (".", "deep/..")] == 2 * [tmp_path / "mine.gguf"]
-    assert [beside(run, "-hf") for run in ("deep", "deep/")] == 2 * [Path("deep-hf")]
+    assert [path_for(run, ".gguf") for run in (".", "deep/..")] == 2 * [tmp_path / "mine.gguf"]
+    assert [path_for(run, "-hf") for run in ("deep", "deep/")] == 2 * [Path("deep-hf")]
 
 
 CHANGED = {

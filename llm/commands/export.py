@@ -72,11 +72,11 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def beside(run: str | Path, ending: str) -> Path:
-    """Return the path of an export beside a run, which may be typed as `.` or `..`."""
-    folder = Path(run)
-    if folder.name in ("", ".."):
-        folder = folder.resolve()
+def path_for(run: str | Path, ending: str) -> Path:
+    """Return the path of an export beside a run."""
+    from llm.start.run_folder import by_its_name
+
+    folder = by_its_name(Path(run))
     return folder.with_name(folder.name + ending)
 
 
@@ -85,7 +85,7 @@ def to_huggingface(args: argparse.Namespace, source: "Source") -> int:
     from llm.commands.bars import print_result
     from llm.export.huggingface import export, push
 
-    out = args.out or beside(args.run, "-hf")
+    out = args.out or path_for(args.run, "-hf")
     print_result(str(export(source, out, args.dtype, args.overwrite, args.push)))
     size = sum(file.stat().st_size for file in out.iterdir())
     print_result(f"wrote {out}/ ({size / 2**20:.1f} MiB)")
@@ -99,7 +99,7 @@ def to_gguf(args: argparse.Namespace, source: "Source") -> int:
     from llm.commands.bars import print_result
     from llm.export.gguf_export import export_gguf
 
-    out = args.out or beside(args.run, ".gguf")
+    out = args.out or path_for(args.run, ".gguf")
     export_gguf(source, out, args.dtype, args.overwrite, print_result)
     print_result(f"wrote {out} ({out.stat().st_size / 2**20:.1f} MiB)")
     print_result(f"serve it with: llama-server -m {shlex.quote(str(out))}")
@@ -111,6 +111,6 @@ def to_html(args: argparse.Namespace, source: "Source") -> int:
     from llm.commands.bars import print_result
     from llm.export.html import export
 
-    out = args.out or beside(args.run, ".html")
+    out = args.out or path_for(args.run, ".html")
     print_result(str(export(source, out, args.dtype, args.overwrite)))
     return 0

@@ -1,7 +1,6 @@
 """`sample`: a trained model continues a prompt. The text is printed token by token."""
 
 import argparse
-import contextlib
 import re
 import sys
 from collections.abc import Collection, Iterable
@@ -162,22 +161,14 @@ def check_flags(args: argparse.Namespace, prompts: Prompts) -> None:
 def load(args: argparse.Namespace, config: TrainConfig, device: "torch.device") -> "tuple[Model, Tokenizer, str]":
     """Return the model and tokenizer of a run or of a `--checkpoint`, and the default prompt."""
     from llm.run import Run
+    from llm.tokens.tokenizer import first_readable
 
     if args.checkpoint:
         model, tokenizer = load_weights(str(args.checkpoint), config, typed_settings(args), device)
-        return model, tokenizer, usual_prompt(tokenizer)
+        return model, tokenizer, first_readable(tokenizer, (DEFAULT_PROMPT, "\n")) or tokenizer.decode([0])
     run = Run.open(config.out_dir)
     prompt = run.config.sample_prompt
     return run.model(args.weights, str(device)), run.tokenizer, DEFAULT_PROMPT if prompt is None else prompt
-
-
-def usual_prompt(tokenizer: "Tokenizer") -> str:
-    """Return the chapter's prompt, or a line break, or the first token: the first that the tokenizer can encode."""
-    for prompt in (DEFAULT_PROMPT, "\n"):
-        with contextlib.suppress(UserError):  # a character that is not in the vocabulary
-            tokenizer.encode(prompt)
-            return prompt
-    return tokenizer.decode([0])
 
 
 def load_weights(

@@ -7,7 +7,7 @@ from typing import Any
 
 from llm.config import MODEL_FIELDS, TrainConfig, coerce, from_settings, to_settings, typed_words
 from llm.errors import UserError
-from llm.prepare.reuse import unused
+from llm.prepare.reuse import default_folder, unused
 from llm.start.run_data import places_of
 
 # a resumed run may change these: none alters a batch, a draw or the shape of the model
@@ -96,8 +96,10 @@ def split_remedy(config: TrainConfig, wanted: TrainConfig) -> str:
 def new_run_command(config: TrainConfig, run_dir: str, changes: dict[str, Any]) -> str:
     """Return the command for a run like that of `config` in `run_dir` with `changes`, from its weights if they fit."""
     out_dir = run_dir.rstrip("/") or run_dir
-    if changes.keys() & OTHER_TOKENS and "data_dir" not in changes:
-        changes = changes | {"data_dir": unused(f"data/{Path(out_dir).resolve().name}-2")}
+    if changes.keys() & OTHER_TOKENS:
+        text = changes.get("text") or config.text
+        tokens = f"{default_folder(TrainConfig(text=text))}-for-{Path(out_dir).resolve().name}"
+        changes = changes | {"data_dir": unused(tokens)}
     words = ["losscurve", "train", "--preset", f"{out_dir}/config.toml"]
     if not changes.keys() & (MODEL_FIELDS.keys() - {"dropout"} | {"vocab_size", "tokenizer", "init_from"}):
         words += ["--init_from", out_dir]

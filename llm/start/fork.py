@@ -18,10 +18,9 @@ from llm.record import metrics, samples
 from llm.start.changes import new_run_command
 from llm.start.resume_run import check_unfinished
 from llm.start.run_data import beside, open_run_data
-from llm.start.run_folder import Say, disk_needed, write_environment
-from llm.start.texts import run_tokenizer
+from llm.start.run_folder import Say, by_its_name, disk_needed, write_environment
+from llm.start.texts import check_prompt, run_tokenizer
 from llm.storage import checkpoint
-from llm.tokens.tokenizer import encode_prompt
 from llm.training import predictions
 from llm.training.state import weights_of, write_pt, write_state
 from llm.weights import run_config
@@ -65,9 +64,7 @@ def fork(run_dir: Path, step: int, changes: dict[str, Any], out_dir: Path, say: 
     for line in ruled_out:
         say(line)
     if "sample_prompt" in changes:
-        tokenizer = run_tokenizer(run_dir, config.model.vocab_size, say, data.folder)
-        if tokenizer is not None and config.sample_prompt:
-            encode_prompt(tokenizer, config.sample_prompt, "sample_prompt")
+        check_prompt(run_tokenizer(run_dir, config.model.vocab_size, say, data.folder), config.sample_prompt)
     if config.teacher:
         predictions.open_predictions(run_dir, config, len(data.train))
     storage.check_writable(out_dir, disk_needed(config, len(data.train)))
@@ -132,7 +129,7 @@ def usual_folder(run_dir: Path, step: int, changes: dict[str, Any]) -> Path:
     Raises:
         UserError: a change is no setting, or the name would be too long.
     """
-    run_dir = run_dir if run_dir.name.strip(".") else Path(os.path.abspath(run_dir))
+    run_dir = by_its_name(run_dir)
     named = {name: value for name, value in resolve_settings(changes).items() if name != "data_dir"}
     name = "-".join(filter(None, [run_dir.name, "at", str(step), folder_name(named)]))
     if len(name.encode()) > 240:  # file systems take 255 bytes

@@ -27,9 +27,9 @@ from llm.start.run_data import beside
 from llm.start.run_folder import Say, clear, disk_needed, refuse_existing, say_limits, write_environment
 from llm.start.sources import open_sources
 from llm.start.teacher import refuse_own_folder
-from llm.start.texts import default_prompt, open_text
+from llm.start.texts import check_prompt, default_prompt, open_text
 from llm.tokens.saved_tokenizer import save_tokenizer
-from llm.tokens.tokenizer import Tokenizer, encode_prompt
+from llm.tokens.tokenizer import Tokenizer
 from llm.training import predictions
 from llm.training.live import LiveRun
 from llm.training.parts import Parts
@@ -136,8 +136,7 @@ def open_new_text(
     if teachers:
         check_tokens(config, data, teachers[0].tokenizer, tokenizer, config.teacher[0])
     prompt = config.sample_prompt or default_prompt(data, tokenizer)
-    if tokenizer is not None:
-        encode_prompt(tokenizer, prompt, "sample_prompt")  # raises now if a character is not in the vocabulary
+    check_prompt(tokenizer, prompt)
     return resolve(config, data, dtype, prompt), OpenText(data, tokenizer, prompt, line), start, teachers
 
 

@@ -15,7 +15,7 @@ from llm.errors import UserError
 from llm.machine.device import DTYPES, choose_device, environment, fixed_order
 from llm.machine.parallel import check_parallel
 from llm.machine.world import ALONE, World
-from llm.prepare.reuse import default_folder, made_from, unused
+from llm.prepare.reuse import made_from
 from llm.record import metrics
 from llm.record.samples import Samples
 from llm.start.agreement import agree, local_rank
@@ -31,9 +31,8 @@ from llm.start.changes import (
 )
 from llm.start.run_data import beside, open_run_data
 from llm.start.run_folder import Say, disk_needed, disk_used, say_limits, write_environment
-from llm.start.texts import run_tokenizer
+from llm.start.texts import check_prompt, run_tokenizer
 from llm.storage import checkpoint
-from llm.tokens.tokenizer import encode_prompt
 from llm.training.live import LiveRun
 from llm.training.predictions import open_predictions
 from llm.training.state import newest_state, restore
@@ -67,8 +66,7 @@ def resume_run(
                 check_same_text(text, config, data.folder, say)
             config = from_settings({"data_dir": beside(data.folder, out_dir)}, config)
             tokenizer = run_tokenizer(out_dir, config.model.vocab_size, say, data.folder)
-            if tokenizer is not None and config.sample_prompt:
-                encode_prompt(tokenizer, config.sample_prompt, "sample_prompt")
+            check_prompt(tokenizer, config.sample_prompt)
             agree(config, data, device, world)
         stack.enter_context(fixed_order(device))
         parts = build(config, data, tokenizer, device, DTYPES[config.dtype], world)
@@ -135,10 +133,9 @@ def check_same_text(text: tuple[str, ...], config: TrainConfig, folder: Path, sa
     """Raise UserError if the token files of the run were not made from the content of `text`."""
     if made_from(folder, dataclasses.replace(config, text=text), say=say):
         return
-    tokens = unused(f"{default_folder(TrainConfig(text=text))}-for-{Path(config.out_dir).resolve().name}")
     raise UserError(
         f"text = {' '.join(text)}: not the text that {folder} was made from; leave --text out to go on with that, "
-        f"or train on it with: {new_run_command(config, config.out_dir, {'text': text, 'data_dir': tokens})}"
+        f"or train on it with: {new_run_command(config, config.out_dir, {'text': text})}"
     )
 
 

@@ -40,6 +40,11 @@ def once(say: Say) -> Say:
     return say_new
 
 
+def by_its_name(run_dir: Path) -> Path:
+    """Return the path of a run folder that ends in its name, also of one that is typed as `.` or `..`."""
+    return run_dir if run_dir.name.strip(".") else Path(os.path.abspath(run_dir))
+
+
 def say_limits(say: Say) -> None:
     """Say which operations the file systems of this run lack."""
     for limit in storage.limits():

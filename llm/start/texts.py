@@ -5,7 +5,7 @@ from typing import Any
 
 from llm.config import TrainConfig
 from llm.data import TokenData, open_data
-from llm.errors import Failure, UserError
+from llm.errors import Failure
 from llm.machine.world import World
 from llm.prepare.reuse import default_folder, ensure
 from llm.start.run_folder import Say
@@ -13,7 +13,7 @@ from llm.tokens.bpe import gpt2
 from llm.tokens.foreign import characters
 from llm.tokens.saved_tokenizer import load_tokenizer
 from llm.tokens.token_files import GPT2_VOCAB
-from llm.tokens.tokenizer import Tokenizer
+from llm.tokens.tokenizer import Tokenizer, encode_prompt, first_readable
 
 
 def open_text(
@@ -66,11 +66,11 @@ def default_prompt(data: TokenData, tokenizer: Tokenizer | None) -> str:
     """Return "ROMEO:" for the chapter's text or an unknown one, else a line break, else the text's first token."""
     if tokenizer is None:
         return "ROMEO:"
-    first = tokenizer.decode(data.val[:1].tolist())
-    for prompt in ("ROMEO:", "\n") if data.foreign or "shakespeare" in data.source else ("\n",):
-        try:
-            tokenizer.encode(prompt)
-            return prompt
-        except UserError:  # a character that is not in the vocabulary
-            continue
-    return first
+    prompts = ("ROMEO:", "\n") if data.foreign or "shakespeare" in data.source else ("\n",)
+    return first_readable(tokenizer, prompts) or tokenizer.decode(data.val[:1].tolist())
+
+
+def check_prompt(tokenizer: Tokenizer | None, prompt: str | None) -> None:
+    """Raise UserError if the prompt of a run's samples holds a character that its tokenizer cannot encode."""
+    if tokenizer is not None and prompt:
+        encode_prompt(tokenizer, prompt, "sample_prompt")

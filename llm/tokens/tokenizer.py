@@ -127,6 +127,17 @@ class Characters(TokenList):
         return {"kind": "char", "vocab_size": self.vocab_size, "characters": self.characters}
 
 
+def first_readable(tokenizer: Tokenizer, prompts: Iterable[str]) -> str | None:
+    """Return the first of `prompts` that the tokenizer can encode, None if there is none."""
+    for prompt in prompts:
+        try:
+            tokenizer.encode(prompt)
+            return prompt
+        except UserError:  # a character that is not in the vocabulary
+            continue
+    return None
+
+
 def encode_prompt(tokenizer: Tokenizer, prompt: str, label: str = "prompt") -> Ids:
     """Return the ids of a prompt. Raises UserError, which calls it `label`, if it cannot be encoded or has no token."""
     try:
